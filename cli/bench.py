@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`speq bench`: measured speeds and sizes beside their targets.
+
+A benchmark is a function from a seed to figures; adding one is adding it to `BENCHMARKS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from speq.cli.encode import block_linears
+from speq.hw import AcceleratorConfig
+from speq.hw.verilog import write_verilog
+from speq.model.arith import verify_gemm
+from speq.model.checkpoint import CheckpointError, load_model, smollm2_path
+from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.format import encode as encode_tensor
+
+#: [O, K] of the seven linear layers of a SmolLM2-135M block, and the number of blocks.
+SMOLLM2_BLOCK = (
+    (576, 576),
+    (192, 576),
+    (192, 576),
+    (576, 576),
+    (1536, 576),
+    (1536, 576),
+    (576, 1536),
+)
+SMOLLM2_BLOCKS = 30
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value and its target.
+
+    Attributes
+    ----------
+    name, unit : str
+    value, target : float
+        In `unit`.
+    at_most : bool
+        Whether the target is an upper limit, else it is a lower one.
+    note : str
+        What it was measured on.
+    """
+
+    name: str
+    value: float
+    unit: str
+    target: float
+    at_most: bool
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the value keeps to its target."""
+        return self.value <= self.target if self.at_most else self.value >= self.target
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median duration of `repeats` calls, in seconds, after one call that is not counted."""
+    work()
+    durations = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
+
+
+def normal_weights(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Random weights with the spread of a trained layer's, torch.float16 [rows, columns]."""
+    return (torch.randn(rows, columns, generator=generator) * 0.05).half()
+
+
+def block_weights(seed: int) -> tuple[list[torch.Tensor], str]:
+    """The weights of SmolLM2-135M's blocks, or random ones of their shapes, and which these are."""
+    try:
+        smollm2_path()
+    except CheckpointError:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = SMOLLM2_BLOCK * SMOLLM2_BLOCKS
+        weights = [normal_weights(*shape, generator) for shape in shapes]
+        return weights, f"random weights in SmolLM2-135M's shapes, seed {seed}"
+    return list(block_linears(load_model("smollm2")).values()), "SmolLM2-135M's blocks"
+
+
+def codec(seed: int) -> list[Figure]:
+    """Encode and decode the weights of SmolLM2-135M's blocks."""
+    weights, source = block_weights(seed)
+    config = FormatConfig()
+
+    def encode_all() -> list[EncodedTensor]:
+        return [encode_tensor(weight, config) for weight in weights]
+
+    encoded = encode_all()
+    note = f"{sum(weight.numel() for weight in weights) / 1e6:.0f} M weights: {source}"
+    encode_seconds = median_seconds(encode_all, 3)
+    decode_seconds = median_seconds(lambda: [tensor.decode() for tensor in encoded], 3)
+    return [
+        Figure("encode", encode_seconds, "s", 15, True, note),
+        Figure("decode", decode_seconds, "s", 15, True, note),
+    ]
+
+
+def verify(seed: int) -> list[Figure]:
+    """Exact verify-mode products of the largest SmolLM2 layer, for one token and for eight."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs, inputs = 1536, 576
+    weights = normal_weights(outputs, inputs, generator)
+    figures = []
+    for tokens, target in ((1, 200), (8, 1000)):
+        x = torch.randn(tokens, inputs, generator=generator).half()
+        seconds = median_seconds(lambda x=x: verify_gemm(x, weights), 21)
+        rate = tokens * inputs * outputs / seconds / 1e6
+        note = f"K = {inputs}, O = {outputs}, random, seed {seed}"
+        figures.append(Figure(f"verify_gemm, T = {tokens}", rate, "M MAC/s", target, False, note))
+    return figures
+
+
+def verilog(seed: int) -> list[Figure]:
+    """Generate the Verilog of an 8 x 64 engine (nothing in it is random)."""
+    config = AcceleratorConfig(rows=8, cols=64)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "engine.v"
+        seconds = median_seconds(lambda: write_verilog(config, path), 3)
+        megabytes = path.stat().st_size / 1e6
+    return [
+        Figure("Verilog generation", seconds, "s", 20, True, "8 x 64"),
+        Figure("Verilog size", megabytes, "MB", 2, True, "8 x 64"),
+    ]
+
+
+BENCHMARKS: tuple[Callable[[int], list[Figure]], ...] = (codec, verify, verilog)
+
+
+def choose(only: str) -> tuple[Callable[[int], list[Figure]], ...]:
+    """The benchmark of that name, or all of them for an empty one.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    chosen = tuple(b for b in BENCHMARKS if only in ("", b.__name__))
+    if not chosen:
+        names = ", ".join(b.__name__ for b in BENCHMARKS)
+        raise ValueError(f"there is no benchmark {only!r}; choose one of {names}")
+    return chosen
+
+
+def machine() -> dict[str, str | int | None]:
+    """What the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def table(figures: list[Figure]) -> Table:
+    """The figures as a table for a terminal."""
+    out = Table(title="speq bench: medians after a warm-up")
+    for heading, justify in (
+        ("figure", "left"),
+        ("measured", "right"),
+        ("unit", "left"),
+        ("target", "right"),
+        ("met", "left"),
+        ("measured on", "left"),
+    ):
+        out.add_column(heading, justify=justify)
+    for f in figures:
+        target = f"{'<=' if f.at_most else '>='} {f.target:g}"
+        met = "[green]yes[/]" if f.met else "[red]no[/]"
+        out.add_row(f.name, f"{f.value:,.4g}", f.unit, target, met, f.note)
+    return out
+
+
+def run(json_file: Path | None, only: str, seed: int) -> None:
+    """Run the benchmarks, print a table and, with `json_file`, write the figures to it.
+
+    Raises
+    ------
+    ValueError
+        If `only` names no benchmark.
+    OSError
+        If the file cannot be written.
+    """
+    chosen = choose(only)
+    console = Console()
+    figures: list[Figure] = []
+    with Console(stderr=True).status("") as status:
+        for benchmark in chosen:
+            status.update(f"measuring {benchmark.__name__}")
+            figures += benchmark(seed)
+    console.print(table(figures))
+    if json_file is not None:
+        rows = [asdict(f) | {"met": f.met} for f in figures]
+        report = {"seed": seed, "machine": machine(), "figures": rows}
+        json_file.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact forward pass: a decoder-only transformer whose every bit is defined.
+
+Every matrix product is an exact dot product rounded once (`speq.model.arith`), everything between
+them is `speq.model.vector_ops`. A row's logits therefore depend on its token, its position and the
+cache entries that it attends to, and on nothing else: not on the other rows of the pass, nor on
+where in the cache those entries lie. That is contract C4's ground.
+
+A draft pass is the same pass with the draft weights inside the encoded linear layers and 8-bit
+block activations; attention's own products (queries with keys, weights with values) always run in
+verify mode on FP16 operands, as on the array.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from speq.model.arith import (
+    WeightOperand,
+    draft_gemm,
+    prepare_draft,
+    quantize_activations,
+    to_float16,
+    verify_gemm,
+)
+from speq.model.checkpoint import LINEARS, Model, ModelConfig
+from speq.model.format import EncodedTensor
+from speq.model.vector_ops import (
+    gated,
+    normalize,
+    rms_norm,
+    rotary_table,
+    rotate,
+    softmax_weights,
+)
+
+Capture = Callable[[str, torch.Tensor], None]
+
+
+class KVCache:
+    """Keys and values of every block, FP16, in slots that are filled in order.
+
+    A slot's number need not be its position: with leaf alternates several slots share one position.
+    Keys are stored rotated, so entries can be moved. Members: `length` (slots in use), `capacity`,
+    `positions` int64 [capacity], `keys` and `values` float16 [blocks, kv_heads, capacity,
+    head_dim].
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int = 2048) -> None:
+        shape = (config.blocks, config.kv_heads, capacity, config.head_dim)
+        self.capacity = capacity
+        self.length = 0
+        self.positions = torch.zeros(capacity, dtype=torch.int64)
+        self.keys = torch.zeros(shape, dtype=torch.float16)
+        self.values = torch.zeros(shape, dtype=torch.float16)
+
+    def store(
+        self, block: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes float16 [T, kv_heads, head_dim] behind the slots in use, which `length` does not
+        count yet, and returns the block's keys and values [kv_heads, length + T, head_dim]."""
+        stop = self.length + len(keys)
+        self.keys[block, :, self.length : stop] = keys.transpose(0, 1)
+        self.values[block, :, self.length : stop] = values.transpose(0, 1)
+        return self.keys[block, :, :stop], self.values[block, :, :stop]
+
+    def truncate(self, length: int) -> None:
+        """Drops every slot from `length` on. Raises ValueError if it exceeds the slots in use."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} cache slots to {length}")
+        self.length = length
+
+    def keep(self, start: int, slots: Sequence[int]) -> None:
+        """Of the slots from `start` on, keeps only `slots`, moved to start, start + 1, ... in the
+        given order. For accepted leaf alternates. Raises ValueError if a slot is not in use."""
+        if not all(start <= slot < self.length for slot in slots):
+            raise ValueError(f"slots {list(slots)} are not all within {start}..{self.length - 1}")
+        source = torch.tensor(slots, dtype=torch.int64)
+        stop = start + len(slots)
+        self.keys[:, :, start:stop] = self.keys[:, :, source]
+        self.values[:, :, start:stop] = self.values[:, :, source]
+        self.positions[start:stop] = self.positions[source]
+        self.length = stop
+
+
+@dataclass(frozen=True)
+class DraftLinear:
+    """A linear layer prepared for draft passes: its weights and the activations' block size."""
+
+    operand: WeightOperand
+    block: int
+
+
+def prepare_draft_linears(encoded: Mapping[str, EncodedTensor]) -> dict[str, DraftLinear]:
+    """Unpacks encoded linear layers (names as in `linear_names`) for `forward(draft=...)`.
+
+    The result takes 4 bytes per weight. Activation blocks are aligned with the weight groups.
+    """
+    return {
+        name: DraftLinear(prepare_draft(tensor), tensor.config.group)
+        for name, tensor in encoded.items()
+    }
+
+
+def forward(
+    model: Model,
+    tokens: Sequence[int],
+    cache: KVCache,
+    *,
+    positions: Sequence[int] | None = None,
+    mask: torch.Tensor | None = None,
+    draft: Mapping[str, DraftLinear] | None = None,
+    logit_rows: slice = slice(None),
+    capture: Capture | None = None,
+) -> torch.Tensor:
+    """One pass over `tokens`: appends T entries to the cache and returns logits float32 [rows, V].
+
+    Parameters
+    ----------
+    tokens : T token ids
+        Row i of the pass is token i and fills cache slot cache.length + i.
+    positions : T positions in the text
+        By default they continue the cache: cache.length, cache.length + 1, ...
+    mask : torch.bool [T, cache.length + T]
+        Row i attends to the slots that are True, which must include its own (cache.length + i). By
+        default a row attends to all earlier slots and itself.
+    draft : from `prepare_draft_linears`
+        Makes it a draft pass: these linear layers use draft numerics, all others verify numerics.
+    logit_rows : slice of the rows whose logits are wanted; the head is the largest layer.
+    capture : called with (name of linear layer, its float16 input [T, K]) in the order of the pass.
+
+    Raises
+    ------
+    ValueError
+        If a token is not in the vocabulary, the cache is too small or a shape does not fit. The
+        cache is then unchanged.
+    """
+    c = model.config
+    tokens, positions, mask = _checked_arguments(c, tokens, cache, positions, mask)
+    cache.positions[cache.length : cache.length + len(tokens)] = positions
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        if capture is not None:
+            capture(name, x)
+        if draft is not None and name in draft:
+            layer = draft[name]
+            y = draft_gemm(quantize_activations(x, layer.block), layer.operand)
+        else:
+            y = verify_gemm(x, model.operands[name])
+        bias = model.weights.get(name + ".bias")
+        return y if bias is None else y + bias.to(torch.float32)
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, model.weights[name], c.norm_eps)
+
+    h = model.weights["embedding"][tokens].to(torch.float32)  # residual stream [T, H]
+    if c.embedding_scale != 1.0:
+        h = h * c.embedding_scale
+    tables = [rotary_table(positions, frequencies) for frequencies in model.rotary_frequencies]
+    window_mask = _sliding_window(c, cache, positions, mask)
+    for i in range(c.blocks):
+        block = f"block.{i}."
+        x = to_float16(norm(block + "attn_norm", h))
+        q, k, v = (linear(block + name, x).unflatten(1, (-1, c.head_dim)) for name in LINEARS[:3])
+        if block + "q_norm" in model.weights:
+            q, k = norm(block + "q_norm", q), norm(block + "k_norm", k)
+        table, seen = (tables[0], mask) if c.is_global(i) else (tables[1], window_mask)
+        keys, values = cache.store(i, rotate(k, *table), to_float16(v))
+        x = attention(rotate(q, *table), keys, values, seen, c.attention_scale)
+        y = linear(block + "o_proj", x)
+        if block + "post_attn_norm" in model.weights:
+            y = norm(block + "post_attn_norm", y)
+        h = h + y
+        x = to_float16(norm(block + "ffn_norm", h))
+        gate, up = (linear(block + name, x) for name in LINEARS[4:6])
+        y = linear(block + "down_proj", gated(gate, up, c.activation))
+        if block + "post_ffn_norm" in model.weights:
+            y = norm(block + "post_ffn_norm", y)
+        h = h + y
+    cache.length += len(tokens)
+    return linear("head", to_float16(norm("final_norm", h[logit_rows])))
+
+
+def attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Grouped-query attention, float16 in and out: queries [T, heads, D], keys and values
+    [kv_heads, S, D], mask bool [T, S] -> [T, heads * D]. Products in verify mode."""
+    rows, heads, _ = queries.shape
+    sharing = heads // len(keys)  # query heads per KV head: they share one product
+    allowed = mask.repeat_interleave(sharing, dim=0)
+    outputs = []
+    for q, k, v in zip(queries.split(sharing, dim=1), keys, values, strict=True):
+        scores = verify_gemm(q.flatten(0, 1), k)
+        weights, denominators = softmax_weights(scores, allowed, scale)
+        y = normalize(_weighted_values(weights, v, allowed), denominators)
+        outputs.append(y.unflatten(0, (rows, sharing)))
+    return torch.cat(outputs, dim=1).flatten(1)
+
+
+def _weighted_values(
+    weights: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor
+) -> torch.Tensor:
+    """weights [N, S] times values [S, D], float32 [N, D]. A weight of 0 does not hide an infinite
+    or NaN value from the product, so if there are any, each row takes the values that it attends
+    to."""
+    if torch.isfinite(values).all():
+        return verify_gemm(weights, values.T)
+    return torch.cat(
+        [
+            verify_gemm(row[None, seen], values[seen].T)
+            for row, seen in zip(weights, allowed, strict=True)
+        ]
+    )
+
+
+def linear_inputs(model: Model, tokens: Sequence[int], block: int) -> dict[str, torch.Tensor]:
+    """The float16 inputs [T, K] of the seven linear layers of `block` for the text `tokens`, keyed
+    by their short names (LINEARS). Raises ValueError if there is no such block."""
+    if not 0 <= block < model.config.blocks:
+        raise ValueError(f"block {block} is not within 0..{model.config.blocks - 1}")
+    inputs = {}
+    prefix = f"block.{block}."
+
+    def capture(name: str, x: torch.Tensor) -> None:
+        if name.startswith(prefix):
+            inputs[name.removeprefix(prefix)] = x
+
+    cache = KVCache(model.config, len(tokens))
+    forward(model, tokens, cache, logit_rows=slice(-1, None), capture=capture)
+    return inputs
+
+
+def _checked_arguments(
+    config: ModelConfig,
+    tokens: Sequence[int],
+    cache: KVCache,
+    positions: Sequence[int] | None,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens and positions as int64 [T], the mask as bool [T, cache.length + T]."""
+    rows, start = len(tokens), cache.length
+    tokens = torch.as_tensor(tokens, dtype=torch.int64)
+    if rows == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+        raise ValueError(f"tokens must be one or more ids within 0..{config.vocab_size - 1}")
+    if start + rows > cache.capacity:
+        raise ValueError(
+            f"{rows} tokens do not fit into the KV cache ({start} of {cache.capacity} slots are in "
+            "use): make it with a larger capacity"
+        )
+    if positions is None:
+        positions = range(start, start + rows)
+    positions = torch.as_tensor(list(positions), dtype=torch.int64)
+    if positions.shape != (rows,) or int(positions.min()) < 0:
+        raise ValueError(f"positions must be {rows} numbers from 0 on")
+    if mask is None:
+        mask = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
+    if mask.dtype != torch.bool or mask.shape != (rows, start + rows):
+        raise ValueError(f"mask must be bool [{rows}, {start + rows}], one column per slot")
+    if not mask[:, start:].diagonal().all():
+        raise ValueError("mask must let every row attend to itself")
+    return tokens, positions, mask
+
+
+def _sliding_window(
+    config: ModelConfig, cache: KVCache, positions: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The mask without the slots whose positions have left the sliding window, if there is one."""
+    if config.sliding_window is None:
+        return mask
+    distance = positions[:, None] - cache.positions[None, : mask.shape[1]]
+    return mask & (distance < config.sliding_window)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cocotb testbenches in which the golden model checks the RTL bit for bit."""

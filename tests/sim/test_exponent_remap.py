@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exponent-remap unit against the number format."""
+
+import pytest
+
+from speq.model.format import SPLITS
+from speq.sim import exponent_remap_tb
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_word_and_base(split: int) -> None:
+    exponent_remap_tb.run(split)
