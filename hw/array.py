@@ -137,7 +137,8 @@ class Array(wiring.Component):
         active, row_index, half = self._drain_sequence(m)
 
         first = _DelayLine(m, control.valid & control.first)
-        draft = _DelayLine(m, control.valid & (control.mode == Mode.DRAFT))
+        # Also in a bubble, since it must fit the weight operand for 0 activations to give 0.
+        draft = _DelayLine(m, control.mode == Mode.DRAFT)
         buses = [Const(0, config.accumulator_bits)] * config.cols
         for row, (activation, _) in enumerate(rows):
             module = self._pe_module(row)

@@ -37,7 +37,8 @@ class Pe(wiring.Component):
     accumulator are the same in both modes.
 
     A PE has no flow control and no bubbles: it takes an operand pair in every cycle, in any
-    order of modes. A cycle without work is an activation of 0, which leaves `acc` as it is.
+    order of modes. A cycle without work is an activation of 0, which leaves `acc` as it is if
+    `draft` fits the weight operand.
     Operands that are not finite are handled outside.
 
     Latency, counted from the cycle in which an operand is at `weight_in`: it is in the weight
@@ -218,7 +219,7 @@ def _multiply_by_scale(m: Module, value: Value, code: Value) -> Value:
                 odd, shift = _odd_part(abs(difference))
                 source = {0: 0, 1: value, 3: triple}[odd]
                 m.d.comb += [multiple.eq(source << shift), invert.eq(difference < 0)]
-    inverted = (multiple ^ invert.replicate(len(multiple))).as_signed()
+    inverted = (multiple.as_unsigned() ^ invert.replicate(len(multiple))).as_signed()
     return _add(value << 4, inverted, invert)[:bits].as_signed()
 
 

@@ -17,7 +17,7 @@ This file is a specification that hardware can implement. Its rules:
   undefined.
 
 Maximum errors, measured against float64 by tests/model/test_vector_ops.py (1 ulp = spacing of FP32
-at the exact result): exp 1.0, reciprocal 1.25, rsqrt 1.25, sigmoid 2.7 ulp (normal results).
+at the exact result): exp 1.0, reciprocal 1.25, rsqrt 1.25, sigmoid 2.7, SiLU 4.0 ulp.
 
 Constant tables (the seeds of the Newton steps, the rotary sines and cosines) are not computed by
 the hardware but loaded into it; they are computed here by algorithms as explicit as the rest.

@@ -32,6 +32,10 @@ class _Verilator(cocotb_tools.runner.Verilator):
         return commands
 
 
+class SimulationError(RuntimeError):
+    """A simulation could not be built, or did not do what it should."""
+
+
 def seed() -> int:
     """The seed of random tests: the environment variable SPEQ_SEED, 0 by default."""
     return int(os.environ.get("SPEQ_SEED", "0"))
@@ -74,8 +78,8 @@ def simulate(
 
     Raises
     ------
-    RuntimeError
-        If the build fails, a test fails or no test ran.
+    SimulationError
+        If the build fails, a test fails or no test ran, with the end of the log.
     """
     digest = hashlib.sha256(f"{top} {waves} {_MAKEFLAGS} {verilog}".encode()).hexdigest()[:16]
     build = (BUILD_ROOT / f"{top}-{digest}").resolve()
@@ -115,19 +119,29 @@ def simulate(
             extra_env=(environment or {}) | {"PYTHONPATH": os.pathsep.join(sys.path)},
             plusargs=plusargs or [],
             waves=waves,
+            log_file=run / "test.log",
         )
-    except (SystemExit, OSError) as error:
-        raise RuntimeError(f"simulation of {top} failed: {error}; see {build}") from error
+        tests, failures = get_results(results)
+    except (SystemExit, OSError, RuntimeError) as error:
+        log = run / "test.log" if (build / "built").exists() else build / "build.log"
+        raise SimulationError(f"simulation of {top} failed: {error}{_tail(log)}") from error
     finally:
         for name, value in saved.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-    tests, failures = get_results(results)
     if failures or not tests:
-        raise RuntimeError(f"{failures} of {tests} tests of {test_module} failed; see {run}")
+        message = f"{failures} of {tests} tests of {test_module} failed"
+        raise SimulationError(message + _tail(run / "test.log"))
     return run
+
+
+def _tail(log: Path) -> str:
+    """The end of a log, to be appended to an error."""
+    if not log.exists():
+        return ""
+    return f"; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-40:])
 
 
 def _write_if_changed(path: Path, text: str) -> None:

@@ -276,9 +276,9 @@ def test_pieces_add_up_and_are_short_enough(rng):
     for k in (1, 50, 3000):
         x = [[oracle.f16_integer(int(v)) for v in row] for row in finite_patterns(rng, 3, k)]
         total = max(sum(abs(v) for v in row) for row in x)
-        for bits_of_bound in range(1, 30, 4):
-            # as close to the limit as the margin for rounding in the sum allows
-            bound = float(np.ldexp(1.0 / total, 60 + bits_of_bound) * (1 - 2.0**-29))
+        for weight_bits in range(1, 30, 4):
+            # as close under a power of two as the margin for rounding in the sum allows
+            bound = 2.0 ** (total.bit_length() + weight_bits) / total * (1 - 2.0**-29)
             rest = [list(row) for row in x]
             for piece, shift in arith._pieces(torch.tensor(x, dtype=torch.float64), bound):
                 parts = [[int(v) for v in row] for row in piece.tolist()]

@@ -230,7 +230,7 @@ def test_linear_inputs_are_those_of_the_pass():
         assert x.dtype == torch.float16
         assert x.shape == (8, model.weights[f"block.1.{name}"].shape[1])
         assert torch.equal(x, captured[f"block.1.{name}"])
-    with pytest.raises(ValueError, match="block 2 is not within 0..1"):
+    with pytest.raises(ValueError, match=r"block 2 is not within 0\.\.1"):
         linear_inputs(model, tokens, block=2)
 
 
@@ -252,7 +252,7 @@ def test_nonfinite_weight_makes_every_logit_nan():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": []}, "tokens must be one or more ids within 0..263"),
+        ({"tokens": []}, r"tokens must be one or more ids within 0\.\.263"),
         ({"tokens": [264]}, "tokens must be one or more ids"),
         ({"tokens": [-1]}, "tokens must be one or more ids"),
         ({"tokens": [1] * 9}, "do not fit into the KV cache"),
