@@ -116,7 +116,7 @@ class Array(wiring.Component):
             "activations": In(config.activation_layout),
             "weights": In(data.ArrayLayout(FP16_BITS, config.cols)),
             "result_valid": Out(1),
-            "result_row": Out(range(config.rows)),
+            "result_row": Out(config.row_bits),
             "result_last": Out(1),
             "result_half": Out(1),
             "result_tag": Out(tag),
@@ -248,7 +248,7 @@ class Array(wiring.Component):
         details = Cat(control.tokens, control.half, control.tag)
         details_now = _DelayLine(m, details)[self._accumulated - 1]
         active = Signal()
-        row = Signal(range(self.config.rows))
+        row = Signal(self.config.row_bits)
         tokens = Signal(self.config.token_bits, reset_less=True)
         half = Signal(reset_less=True)
         tag = Signal.like(self.result_tag, reset_less=True)

@@ -154,6 +154,11 @@ class AcceleratorConfig:
         return self.cols.bit_length()
 
     @property
+    def row_bits(self) -> int:
+        """Bits of a row's index."""
+        return max(1, (self.rows - 1).bit_length())
+
+    @property
     def token_bits(self) -> int:
         """Bits of a number of tokens, 0 to rows."""
         return self.rows.bit_length()

@@ -36,7 +36,7 @@ def result_layout(config: AcceleratorConfig) -> data.StructLayout:
         {
             "data": data.ArrayLayout(32, config.cols),
             "strobe": config.cols,
-            "row": range(config.rows),
+            "row": config.row_bits,
             "last": 1,
         }
     )
@@ -301,7 +301,7 @@ class GemmEngine(wiring.Component):
             {
                 "data": data.ArrayLayout(32, config.cols),
                 "columns": config.column_index_bits,
-                "row": range(config.rows),
+                "row": config.row_bits,
                 "last": 1,
                 "half": 1,
             }

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The array against the golden arithmetic, cycle by cycle."""
+
+import pytest
+
+from speq.hw import AcceleratorConfig
+from speq.model.format import FormatConfig
+from speq.sim import array_tb
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AcceleratorConfig(rows=3, cols=2, max_k=200),
+        AcceleratorConfig(rows=2, cols=3, draft_rows=2, max_k=200, format=FormatConfig(32, 0)),
+        AcceleratorConfig(rows=4, cols=1, draft_rows=0, max_k=200),
+        AcceleratorConfig(rows=1, cols=1, max_k=200),
+    ],
+    ids=["one row drafts", "all rows draft", "baseline", "one PE"],
+)
+def test_random_tiles(config: AcceleratorConfig) -> None:
+    array_tb.run(config)
