@@ -334,7 +334,7 @@ def run_gemms(
     seed : int
         Of the stalls.
     waves : bool
-        Record the signals in the folder of the simulation.
+        Record all signals in dump.vcd in the folder of the simulation.
     progress : callable, optional
         Called, from another thread, with the share of the results that is there.
 

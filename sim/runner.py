@@ -69,7 +69,7 @@ def simulate(
     plusargs : list of str, optional
         Arguments for $value$plusargs.
     waves : bool
-        Record an FST file.
+        Record all signals in dump.vcd.
 
     Returns
     -------
@@ -101,8 +101,7 @@ def simulate(
                 sources=[visible, source],
                 hdl_toplevel=top,
                 build_dir=build,
-                build_args=["-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert"]
-                + (["--trace-fst"] if waves else []),
+                build_args=["-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert"],
                 waves=waves,
                 timescale=("1ns", "1ps"),
                 log_file=build / "build.log",
