@@ -43,7 +43,7 @@ class Rounder(wiring.Component):
     result : Out(32)
     """
 
-    LATENCY = 5
+    LATENCY = 4
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
@@ -62,41 +62,40 @@ class Rounder(wiring.Component):
 
         # Stage 1: take the sum from the column's bus.
         total = _registers(m, self.sum, 1)
-
-        # Stage 2: sign and magnitude.
-        negative = Signal(reset_less=True)
-        magnitude = Signal(bits, reset_less=True)
         flags = _registers(m, Cat(self.nan, self.half), self.LATENCY - 1)
-        m.d.sync += [
-            negative.eq(total[-1]),
-            magnitude.eq((total ^ total[-1].replicate(bits)) + total[-1]),
-        ]
 
-        # Stage 3: move the leading one to the top.
-        zeros, aligned = _normalize(m, magnitude)
+        # Stage 2: move the leading one to the top. The magnitude of a negative sum x is ~x + 1;
+        # the 1 is left to the rounding, so that no adder as wide as the sum is needed, and ones
+        # follow ~x from the right until then.
+        negative = total[-1]
+        zeros, aligned = _normalize(m, total ^ negative.replicate(bits), negative)
         exponent = Signal(8, reset_less=True)
         significand = Signal(_FP32_FRACTION + 1, reset_less=True)
-        rest = Signal(2, reset_less=True)  # the next bit, and whether any bit follows it
+        up = Signal(reset_less=True)
         negative_2 = Signal(reset_less=True)
         highest = _FP32_BIAS + self.config.accumulator_unit_exponent + bits - 1
         split = bits - len(significand)
+        kept, guard, rest = aligned[split:], aligned[split - 1], aligned[: split - 1]
+        odd = kept[0]
+        # Behind `kept` stand guard and rest; for a negative sum 1 is added there. If rest is all
+        # ones, that gives a tie (guard 0) or carries into `kept` and leaves nothing (guard 1).
+        up_if_negative = Mux(rest.all(), guard | odd, guard)
+        up_if_positive = guard & (rest.any() | odd)
         m.d.sync += [
             negative_2.eq(negative),
             exponent.eq(highest - zeros),
-            significand.eq(aligned[split:]),
-            rest.eq(Cat(aligned[: split - 1].any(), aligned[split - 1])),
+            significand.eq(kept),
+            up.eq(Mux(negative, up_if_negative, up_if_positive)),
         ]
 
-        # Stage 4: round to FP32. A carry out of the fraction moves on into the exponent.
+        # Stage 3: round to FP32. A carry out of the fraction moves on into the exponent.
         fp32 = Signal(32, reset_less=True)
         rounded = Signal(31)
         zero = ~significand[-1]
-        m.d.comb += rounded.eq(
-            Cat(significand[:-1], exponent) + (rest[1] & (rest[0] | significand[0]))
-        )
+        m.d.comb += rounded.eq(Cat(significand[:-1], exponent) + up)
         m.d.sync += fp32.eq(Mux(zero, 0, Cat(rounded, negative_2)))
 
-        # Stage 5: on to FP16 if asked.
+        # Stage 4: on to FP16 if asked.
         nan, half = flags
         fp16 = Mux(nan, FP16_NAN, _fp32_to_fp16(m, fp32))
         result = Signal(32, reset_less=True)
@@ -114,8 +113,8 @@ def _registers(m: Module, value: Value, count: int) -> Value:
     return value
 
 
-def _normalize(m: Module, value: Value) -> tuple[Value, Value]:
-    """Leading zeros of `value` and `value` shifted left by them; a zero stays zero."""
+def _normalize(m: Module, value: Value, fill: Value) -> tuple[Value, Value]:
+    """Leading zeros of `value`, and `value` shifted left by them with `fill` coming in."""
     count = []
     for stage in reversed(range((len(value) - 1).bit_length())):
         amount = 1 << stage
@@ -123,7 +122,7 @@ def _normalize(m: Module, value: Value) -> tuple[Value, Value]:
         shifted = Signal(len(value), name=f"shifted_{amount}")
         m.d.comb += [
             empty.eq(~value[-amount:].any()),
-            shifted.eq(Mux(empty, value << amount, value)),
+            shifted.eq(Mux(empty, Cat(fill.replicate(amount), value), value)),
         ]
         value = shifted
         count.append(empty)

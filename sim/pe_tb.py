@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Testbench of the PE: sums of random length, mode and operands, back to back.
+
+The design under test holds many PEs side by side, each with operands of its own. A *slot* is one
+step of a PE: an operand pair, or a bubble. All slots are planned in advance; what the accumulator
+holds after each of them is known from Python's integers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import cocotb
+import numpy as np
+from amaranth.hdl import Cat, Elaboratable, Module
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.config import (
+    BLOCK_MAGNITUDE_BITS,
+    DRAFT_LANES,
+    FP16_MAX_EXPONENT,
+    LANE_BITS,
+    PRODUCT_UNIT_EXPONENT,
+    AcceleratorConfig,
+)
+from speq.hw.operands import activation_layout, weight_layout
+from speq.hw.pe import Pe
+from speq.hw.unit import Unit
+from speq.hw.verilog import convert_unit
+from speq.model.format import SCALE_NUMERATORS, FormatConfig, draft_levels
+from speq.sim.compare import assert_equal_bits
+from speq.sim.cycles import WORD_BITS, pack, play
+from speq.sim.runner import seed, simulate
+
+_MAX_K = 4096
+_PES = 64
+#: Words of stimulus per PE (weight; activation and controls) and for all PEs (result bus).
+_PE_WORDS, _BUS_WORDS = 2, 2
+#: Words observed per PE: `drain_out` in two, `weight_out` in one.
+_OBSERVED_WORDS = 3
+#: Bits of the controls in the activation's word.
+_FIRST, _DRAIN, _DRAFT = 60, 61, 62
+
+_NEGATIVE = 0x8000
+_LARGEST = 0x7BFF
+_MAGNITUDES = (0x0000, 0x0001, 0x03FF, 0x0400, 0x3C00, _LARGEST)
+_CORNERS = np.array([magnitude | sign for magnitude in _MAGNITUDES for sign in (0, _NEGATIVE)])
+_MAX_MAGNITUDE = 2**BLOCK_MAGNITUDE_BITS - 1
+#: A block activation's unit is 2^(E - 15 - 6), of which `exponent` is E - 1.
+_MIN_BLOCK_UNIT = 1 - 15 - 6
+
+#: The first PEs begin with a verify and a draft sum of exactly `_MAX_K` MACs: PE 0 with the largest
+#: products, PE 1 with the largest negative ones, the others with random ones.
+_DIRECTED_PES = 3
+_EXTREME_PES = 2
+_DIRECTED_SLOTS = _MAX_K + _MAX_K // DRAFT_LANES
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every slot does; arrays [slots, PEs].
+
+    Attributes
+    ----------
+    work : bool
+        It is not a bubble.
+    draft : bool
+        The weight operand is a draft operand.
+    step : int64
+        Slots since the first one of the sum; 0 starts a sum.
+    """
+
+    work: np.ndarray
+    draft: np.ndarray
+    step: np.ndarray
+
+    def macs(self) -> dict[str, int]:
+        """MACs by mode."""
+        return {
+            "verify": int((self.work & ~self.draft).sum()),
+            "draft": DRAFT_LANES * int((self.work & self.draft).sum()),
+        }
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Operands of every slot; arrays [slots, PEs].
+
+    Attributes
+    ----------
+    weight, activation : uint64
+        As the PE takes them.
+    factor, exponent : int64
+        Their product is ``factor * 2^exponent``.
+    """
+
+    weight: np.ndarray
+    activation: np.ndarray
+    factor: np.ndarray
+    exponent: np.ndarray
+
+
+def _pe(*, draft: bool, split: int) -> Pe:
+    config = AcceleratorConfig(rows=1, cols=1, max_k=_MAX_K, format=FormatConfig(split=split))
+    return Pe(config, draft=draft)
+
+
+class _Bench(wiring.Component):
+    """PEs side by side on one result bus, each with operands and controls of its own."""
+
+    def __init__(self, pe: Pe) -> None:
+        self.pe = pe
+        super().__init__(
+            {
+                "stimulus": In(data.ArrayLayout(WORD_BITS, _PE_WORDS * _PES + _BUS_WORDS)),
+                "observed": Out(data.ArrayLayout(WORD_BITS, _OBSERVED_WORDS * _PES)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        words = list(self.stimulus)
+        bus = Cat(words[_PE_WORDS * _PES :])
+        for i in range(_PES):
+            m.submodules[f"pe_{i}"] = unit = Unit("pe", self.pe)
+            weight, activation = words[_PE_WORDS * i : _PE_WORDS * (i + 1)]
+            low, high, weight_out = list(self.observed)[_OBSERVED_WORDS * i :][:_OBSERVED_WORDS]
+            m.d.comb += [
+                unit.weight_in.eq(weight),
+                unit.activation.eq(activation),
+                unit.first.eq(activation[_FIRST]),
+                unit.drain.eq(activation[_DRAIN]),
+                unit.drain_in.eq(bus),
+                Cat(low, high).eq(unit.drain_out.as_unsigned()),
+                weight_out.eq(unit.weight_out),
+            ]
+            if self.pe.has_draft:
+                m.d.comb += unit.draft.eq(activation[_DRAFT : _DRAFT + 2])
+        return m
+
+
+def run(*, draft: bool, split: int = 2, macs: int = 1_000_000) -> None:
+    """Check the PE, with or without draft hardware, with at least `macs` MACs in each mode."""
+    pe = _pe(draft=draft, split=split)
+    environment = {"SPEQ_SPLIT": str(split), "SPEQ_DRAFT": str(int(draft)), "SPEQ_MACS": str(macs)}
+    verilog = convert_unit(_Bench(pe), "pe_tb", reset=False)
+    verilog += convert_unit(pe, "pe", reset=False)
+    simulate(verilog, "pe_tb", __name__, environment=environment)
+
+
+@cocotb.test()
+async def random_sums(dut: object) -> None:
+    """All accumulator bits after the last step of every sum, and after every other step."""
+    pe = _pe(draft=os.environ["SPEQ_DRAFT"] == "1", split=int(os.environ["SPEQ_SPLIT"]))
+    rng = np.random.default_rng(seed())
+    plan = _plan(rng, int(os.environ["SPEQ_MACS"]), draft=pe.has_draft)
+    dut._log.info(f"seed {seed()}, {len(plan.step):,} cycles of {_PES} PEs, MACs: {plan.macs()}")
+    operands = _operands(rng, plan, pe)
+    sums = _sums(plan, operands, pe)
+
+    slots = len(plan.step)
+    cycles = slots + pe.LATENCY
+    ends_sum = np.concatenate([plan.step[1:] == 0, np.ones((1, _PES), bool)])
+    drain = ends_sum | (rng.random(plan.step.shape) < 0.5)
+    bus = rng.integers(0, 2**WORD_BITS, (cycles, _BUS_WORDS), np.uint64)
+    bus[:, 1] &= np.uint64((1 << len(pe.drain_out) - WORD_BITS) - 1)
+    bus[rng.random(cycles) < 0.9] = 0  # a busy bus hides accumulator bits
+    observed = await play(dut, _stimulus(plan, operands, drain, bus, pe))
+    observed = observed.reshape(cycles, _PES, _OBSERVED_WORDS)
+
+    assert_equal_bits(
+        "Pe.weight_out",
+        expected=operands.weight,
+        got=observed[1 : 1 + slots, :, 2],
+        cycles=np.arange(1, 1 + slots)[:, None],
+    )
+    results = slice(pe.LATENCY, None)
+    expected = np.where(drain, sums, 0) | _integers(bus[results])[:, None]
+    # Short sums first: the report then shows all operands of a sum, and not its last ones.
+    order = np.argsort(plan.step, axis=None, kind="stable")
+    slot, place = np.divmod(order, _PES)
+    assert_equal_bits(
+        "Pe.drain_out",
+        expected=expected[slot, place],
+        got=_integers(observed[results, :, :2])[slot, place],
+        operands={
+            "PE": place,
+            "draft": plan.draft[slot, place],
+            "step of the sum": plan.step[slot, place],
+            "weight": operands.weight[slot, place],
+            "activation": operands.activation[slot, place],
+            "drain": drain[slot, place],
+            "drain_in": _integers(bus[results])[slot],
+        },
+        cycles=slot + pe.LATENCY,
+    )
+
+
+def _plan(rng: np.random.Generator, macs: int, *, draft: bool) -> _Plan:
+    """Random sums for every PE, until there are at least `macs` MACs in each mode."""
+    slots = max(macs // _PES, 2 * _MAX_K)
+    while True:
+        columns = [_plan_pe(rng, slots, pe, draft=draft) for pe in range(_PES)]
+        work, is_draft, step = (np.stack(part, axis=1) for part in zip(*columns, strict=True))
+        plan = _Plan(work, is_draft, step)
+        done = plan.macs()
+        if done["verify"] >= macs and (done["draft"] >= macs or not draft):
+            return plan
+        slots += slots // 8
+
+
+def _plan_pe(
+    rng: np.random.Generator, slots: int, pe: int, *, draft: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The columns `work`, `draft` and `step` of one PE."""
+    count = slots  # as many sums as could be needed
+    is_draft = (rng.random(count) < 0.3) & draft
+    kind = rng.choice(5, count, p=(0.3, 0.25, 0.35, 0.09, 0.01))
+    shortest = np.array([1, 2, 3, 33, 513])[kind]
+    longest = np.array([1, 2, 32, 512, _MAX_K])[kind]
+    longest = np.where(is_draft, np.minimum(longest, _MAX_K // DRAFT_LANES), longest)
+    length = rng.integers(shortest, longest, endpoint=True)
+    has_bubbles = rng.random(count) < 0.3
+    if pe < _DIRECTED_PES:
+        is_draft[:2] = False, draft
+        length[:2] = _MAX_K, _MAX_K // DRAFT_LANES
+        has_bubbles[:2] = False
+    sum_of_slot = np.repeat(np.arange(count), length)[:slots]
+    start = np.cumsum(length) - length
+    step = np.arange(slots) - start[sum_of_slot]
+    bubble = has_bubbles[sum_of_slot] & (step > 0) & (rng.random(slots) < 0.25)
+    return ~bubble, is_draft[sum_of_slot], step
+
+
+def _operands(rng: np.random.Generator, plan: _Plan, pe: Pe) -> _Operands:
+    """Operands for the plan, some of which cancel the ones before."""
+    shape = plan.step.shape
+    extreme = np.zeros(shape, bool)
+    extreme[:_DIRECTED_SLOTS, :_EXTREME_PES] = True
+    operands = _verify_operands(rng, extreme, pe)
+    if pe.has_draft:
+        operands = _choose(plan.draft, _draft_operands(rng, extreme, pe), operands)
+
+    cancel = (plan.step > 0) & (rng.random(shape) < 0.15) & ~extreme
+    cancel[1:] &= ~cancel[:-1]
+    before = _Operands(*(np.roll(values, 1, axis=0) for values in _fields(operands)))
+    operands = _choose(cancel, before, operands)
+    negate = cancel | (extreme & (np.arange(_PES) == 1))
+    sign_bit = weight_layout(pe.config, draft=pe.has_draft)["negative"].offset
+    return _Operands(
+        operands.weight ^ negate.astype(np.uint64) << np.uint64(sign_bit),
+        np.where(plan.work, operands.activation, 0),
+        np.where(plan.work, np.where(negate, -operands.factor, operands.factor), 0),
+        operands.exponent,
+    )
+
+
+def _fields(operands: _Operands) -> tuple[np.ndarray, ...]:
+    return operands.weight, operands.activation, operands.factor, operands.exponent
+
+
+def _choose(condition: np.ndarray, a: _Operands, b: _Operands) -> _Operands:
+    """The operands `a` where the condition holds, else `b`."""
+    pairs = zip(_fields(a), _fields(b), strict=True)
+    return _Operands(*(np.where(condition, *pair) for pair in pairs))
+
+
+def _verify_operands(rng: np.random.Generator, extreme: np.ndarray, pe: Pe) -> _Operands:
+    """FP16 numbers, weighted with corner cases; the largest ones where `extreme`."""
+    numbers = []
+    for _ in range(2):
+        patterns = rng.integers(0, 1 << 16, extreme.shape)
+        patterns ^= np.where(patterns >> 10 & 31 == 31, 0x4000, 0)  # finite
+        kind = rng.random(extreme.shape)
+        patterns = np.where(kind < 0.2, rng.choice(_CORNERS, extreme.shape), patterns)
+        patterns = np.where(kind > 0.9, (patterns & 0x83FF) | 0x3C00, patterns)  # equal exponents
+        numbers.append(_take_apart(np.where(extreme, _LARGEST, patterns)))
+    w, x = numbers
+    weight, activation = dict(w), dict(x)
+    if pe.has_draft:
+        # Every lane multiplies the whole activation with its slice of the weight.
+        activation["magnitudes"] = np.stack([activation.pop("significand")] * DRAFT_LANES, -1)
+        lane_shift = np.array([LANE_BITS * (i % 2) for i in range(DRAFT_LANES)])
+        weight["shift"] = np.broadcast_to(lane_shift, (*extreme.shape, DRAFT_LANES))
+    magnitude = w["significand"] * x["significand"]
+    return _Operands(
+        pack(weight_layout(pe.config, draft=pe.has_draft), weight),
+        pack(activation_layout(draft=pe.has_draft), activation),
+        np.where(w["negative"] ^ x["negative"], -magnitude, magnitude),
+        w["exponent"] + x["exponent"] + PRODUCT_UNIT_EXPONENT,
+    )
+
+
+def _take_apart(patterns: np.ndarray) -> dict[str, np.ndarray]:
+    """Operand fields of FP16 numbers: significand * 2^(exponent - 24)."""
+    field = patterns >> 10 & 31
+    return {
+        "significand": patterns & 1023 | np.where(field, 1024, 0),
+        "exponent": np.maximum(field - 1, 0),
+        "negative": patterns >> 15,
+    }
+
+
+def _draft_operands(rng: np.random.Generator, extreme: np.ndarray, pe: Pe) -> _Operands:
+    """Draft codes and block activations; the largest ones where `extreme`."""
+    form = pe.config.format
+    shape = (*extreme.shape, DRAFT_LANES)
+    levels = draft_levels(form)
+    q = np.where(extreme[..., None], 7, rng.integers(0, 8, shape))
+    magnitude = _weighted(rng, shape, range(_MAX_MAGNITUDE + 1), (0, 1), extreme[..., None])
+    w_negative = rng.integers(0, 2, shape) & ~extreme[..., None]
+    x_negative = rng.integers(0, 2, shape) & ~extreme[..., None]
+    base = _weighted(rng, extreme.shape, range(FP16_MAX_EXPONENT + 1), (0, 1, 29), extreme)
+    block = _weighted(rng, extreme.shape, range(1, FP16_MAX_EXPONENT + 1), (1, 2), extreme)
+    scale = _weighted(rng, extreme.shape, range(len(SCALE_NUMERATORS)), (), extreme)
+
+    significand = np.array([level.significand for level in levels])[q]
+    weight = {
+        "significand": (significand << LANE_BITS * np.arange(DRAFT_LANES)).sum(-1),
+        "shift": np.array([level.shift for level in levels])[q],
+        "exponent": base,
+        "scale": scale,
+    }
+    activation = {"magnitudes": magnitude, "exponent": block - 1}
+    for fields, negative in ((weight, w_negative), (activation, x_negative)):
+        fields["negative"] = negative[..., 0]
+        inverts = negative[..., 1:] ^ negative[..., :1]
+        fields["invert"] = (inverts << np.arange(DRAFT_LANES - 1)).sum(-1)
+    products = np.array([level.value for level in levels])[q] * magnitude
+    lane_sum = np.where(w_negative ^ x_negative, -products, products).sum(-1)
+    return _Operands(
+        pack(weight_layout(pe.config, draft=True), weight),
+        pack(activation_layout(draft=True), activation),
+        lane_sum * np.array(SCALE_NUMERATORS)[scale],
+        base + form.draft_unit_exponent + block - 1 + _MIN_BLOCK_UNIT,
+    )
+
+
+def _weighted(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    values: range,
+    corners: tuple[int, ...],
+    extreme: np.ndarray,
+) -> np.ndarray:
+    """Random values of a range, often a corner or the largest, which it is where `extreme`."""
+    corner = rng.choice((*corners, values[-1]), shape)
+    chosen = np.where(rng.random(shape) < 0.2, corner, rng.choice(values, shape))
+    return np.where(extreme, values[-1], chosen)
+
+
+def _sums(plan: _Plan, operands: _Operands, pe: Pe) -> np.ndarray:
+    """The accumulator after every slot as Python integers, two's complement, [slots, PEs]."""
+    limit = 1 << len(pe.drain_out) - 1
+    sums = np.empty(plan.step.shape, object)
+    shifts = operands.exponent - pe.config.accumulator_unit_exponent
+    for pe_index in range(_PES):
+        total = 0
+        columns = (values[:, pe_index].tolist() for values in (operands.factor, shifts, plan.step))
+        for slot, (factor, shift, step) in enumerate(zip(*columns, strict=True)):
+            total = (factor << shift) + (total if step else 0)
+            assert -limit <= total < limit, f"slot {slot}, PE {pe_index}: {total:#x} overflows"
+            sums[slot, pe_index] = total % (2 * limit)
+    return sums
+
+
+def _stimulus(
+    plan: _Plan, operands: _Operands, drain: np.ndarray, bus: np.ndarray, pe: Pe
+) -> np.ndarray:
+    """uint64 [cycles, words]: everything about a slot in the cycle in which the PE takes it."""
+    slots = len(plan.step)
+    stimulus = np.zeros((len(bus), _PE_WORDS * _PES + _BUS_WORDS), np.uint64)
+    weight, controls = (stimulus[:, i : _PE_WORDS * _PES : _PE_WORDS] for i in range(_PE_WORDS))
+    weight[:slots] = operands.weight
+    multiply, scale = 1, 2
+    # The weight operand of a bubble may be a draft operand, and has to be treated as one.
+    for delay, value, position in (
+        (multiply, operands.activation, 0),
+        (multiply, plan.draft, _DRAFT),
+        (scale, plan.draft, _DRAFT + 1),
+        (pe.ACCUMULATE, plan.step == 0, _FIRST),
+        (pe.LATENCY, drain, _DRAIN),
+    ):
+        controls[delay : delay + slots] |= value.astype(np.uint64) << np.uint64(position)
+    stimulus[:, _PE_WORDS * _PES :] = bus
+    return stimulus
+
+
+def _integers(words: np.ndarray) -> np.ndarray:
+    """Python integers of uint64 [..., 2], the low word first."""
+    low, high = words[..., 0].astype(object), words[..., 1].astype(object)
+    return high << WORD_BITS | low

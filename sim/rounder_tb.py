@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Testbench of the rounder: halfway cases at every bit, and random sums of every magnitude.
+
+The design under test holds several rounders side by side; each takes a new sum in every cycle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import cocotb
+import numpy as np
+import torch
+from amaranth.hdl import Elaboratable, Module
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.config import FP16_MAX, AcceleratorConfig
+from speq.hw.rounder import FP16_NAN, FP32_NAN, Rounder
+from speq.hw.unit import Unit
+from speq.hw.verilog import convert_unit
+from speq.model.arith import to_float16
+from speq.model.format import FormatConfig
+from speq.sim.compare import assert_equal_bits
+from speq.sim.cycles import WORD_BITS, play
+from speq.sim.runner import seed, simulate
+
+_ROUNDERS = 16
+#: Words of stimulus per rounder: the sum, and above it in the last word the flags.
+_WORDS = 2
+_NAN, _HALF = 126, 127
+_RANDOM_SUMS = 150_000
+_FP32_SIGNIFICAND_BITS = 24
+_FP32_BIAS = 127
+
+
+class _Bench(wiring.Component):
+    """Rounders side by side."""
+
+    def __init__(self, rounder: Rounder) -> None:
+        self.rounder = rounder
+        super().__init__(
+            {
+                "stimulus": In(data.ArrayLayout(_WORDS * WORD_BITS, _ROUNDERS)),
+                "observed": Out(data.ArrayLayout(len(rounder.result), _ROUNDERS)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        for i in range(_ROUNDERS):
+            m.submodules[f"rounder_{i}"] = unit = Unit("rounder", self.rounder)
+            stimulus = self.stimulus[i]
+            m.d.comb += [
+                unit.sum.eq(stimulus),
+                unit.nan.eq(stimulus[_NAN]),
+                unit.half.eq(stimulus[_HALF]),
+                self.observed[i].eq(unit.result),
+            ]
+        return m
+
+
+def run(config: AcceleratorConfig) -> None:
+    """Check the rounder of a configuration."""
+    rounder = Rounder(config)
+    verilog = convert_unit(_Bench(rounder), "rounder_tb", reset=False)
+    verilog += convert_unit(rounder, "rounder", reset=False)
+    environment = {"SPEQ_CONFIG": json.dumps(asdict(config))}
+    simulate(verilog, "rounder_tb", __name__, environment=environment)
+
+
+def _config() -> AcceleratorConfig:
+    values = json.loads(os.environ["SPEQ_CONFIG"])
+    return AcceleratorConfig(**values | {"format": FormatConfig(**values["format"])})
+
+
+@cocotb.test()
+async def every_cycle(dut: object) -> None:
+    """Directed and random sums, each result exactly `LATENCY` cycles after its sum."""
+    config = _config()
+    rng = np.random.default_rng(seed())
+    directed = list(_directed(config))
+    sums = [*directed, *directed, *_random(rng, config)]
+    sums += [0] * (-len(sums) % _ROUNDERS)
+    half = rng.integers(0, 2, len(sums))
+    half[: len(directed)], half[len(directed) : 2 * len(directed)] = 0, 1
+    dut._log.info(f"seed {seed()}, {len(sums):,} sums, of which {2 * len(directed):,} directed")
+    # The order is random, so that neighbours in time have little in common.
+    order = rng.permutation(len(sums)).reshape(-1, _ROUNDERS)
+    totals, half = np.array(sums, object)[order], half[order]
+    nan = (rng.random(order.shape) < 0.02).astype(int)
+
+    cycles = len(totals) + Rounder.LATENCY
+    flags = (nan << _NAN - WORD_BITS) | half.astype(object) << _HALF - WORD_BITS
+    patterns = totals & (1 << config.accumulator_bits) - 1
+    stimulus = np.zeros((cycles, _ROUNDERS, _WORDS), np.uint64)
+    stimulus[: len(totals), :, 0] = patterns & 2**WORD_BITS - 1
+    stimulus[: len(totals), :, 1] = patterns >> WORD_BITS | flags
+    observed = await play(dut, stimulus.reshape(cycles, -1))
+    results = observed.view(np.uint32)[Rounder.LATENCY :]
+
+    assert_equal_bits(
+        "Rounder.result",
+        expected=_expected(totals, half, nan, config.accumulator_unit_exponent),
+        got=results,
+        operands={"sum": patterns, "half": half, "nan": nan},
+        cycles=np.arange(Rounder.LATENCY, cycles)[:, None],
+    )
+
+
+def _directed(config: AcceleratorConfig) -> Iterator[int]:
+    """Sums around every rounding decision that there can be, both signs, and the extremes."""
+    bits = config.accumulator_bits
+    magnitudes = {0, (1 << bits - 1) - 1, 1 << bits - 1}
+    product = FP16_MAX * FP16_MAX << config.verify_offset
+    magnitudes |= {product, product * config.max_k}
+    for top in range(bits - 1):
+        # Bit `cut` decides the rounding: the bits above it are kept, those below are sticky.
+        for cut in range(top):
+            smallest, unit = 1 << top, 1 << cut + 1
+            largest = (1 << top + 1) - unit
+            for kept in (smallest, smallest | unit, largest - unit | smallest, largest):
+                for rest in (1 << cut, (1 << cut) + 1, (1 << cut) - 1):
+                    magnitudes.add(kept + rest)
+        magnitudes |= {1 << top, (1 << top + 1) - 1}
+    for magnitude in sorted(magnitudes):
+        if magnitude < 1 << bits - 1:
+            yield magnitude
+        yield -magnitude
+
+
+def _random(rng: np.random.Generator, config: AcceleratorConfig) -> list[int]:
+    """Random sums with as many of each bit length."""
+    bits = config.accumulator_bits
+    words = rng.bytes(_RANDOM_SUMS * 16)
+    lengths = rng.integers(1, bits, _RANDOM_SUMS).tolist()
+    negative = rng.integers(0, 2, _RANDOM_SUMS).tolist()
+    sums = []
+    for i, (length, minus) in enumerate(zip(lengths, negative, strict=True)):
+        magnitude = int.from_bytes(words[16 * i : 16 * i + 16], "little") >> 128 - length
+        sums.append(-magnitude if minus else magnitude)
+    return sums
+
+
+def _expected(
+    totals: np.ndarray, half: np.ndarray, nan: np.ndarray, unit_exponent: int
+) -> np.ndarray:
+    """Result bits, uint32."""
+    fp32 = np.vectorize(_round_to_fp32, otypes=[np.uint32])(totals, unit_exponent)
+    fp16 = to_float16(torch.from_numpy(fp32).view(torch.float32)).view(torch.uint16).numpy()
+    fp32[nan == 1] = FP32_NAN
+    return np.where(half, np.where(nan, FP16_NAN, fp16), fp32).astype(np.uint32)
+
+
+def _round_to_fp32(total: int, unit_exponent: int) -> int:
+    """FP32 bits of ``total * 2^unit_exponent``, rounded to nearest even; not for subnormals."""
+    magnitude = abs(total)
+    if magnitude == 0:
+        return 0
+    shift = max(magnitude.bit_length() - _FP32_SIGNIFICAND_BITS, 0)
+    kept, rest = divmod(magnitude, 1 << shift)
+    kept += 2 * rest > 1 << shift or (2 * rest == 1 << shift and kept & 1)
+    leading = magnitude.bit_length() - 1
+    # A carry out of the significand runs into the exponent field, as it should.
+    significand = kept << _FP32_SIGNIFICAND_BITS - 1 - (leading - shift)
+    field = unit_exponent + leading + _FP32_BIAS - 1
+    return (total < 0) << 31 | (field << _FP32_SIGNIFICAND_BITS - 1) + significand
