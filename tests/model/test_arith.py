@@ -233,7 +233,8 @@ def test_longest_dot_product(rng):
     """At MAX_K the bounds that make the sum exact are at their tightest."""
     x, w = finite_patterns(rng, MAX_K), finite_patterns(rng, MAX_K)
     x[:1000], w[:1000] = LARGEST, LARGEST
-    check_verify([x], [w])
+    for peak in (LARGEST, 0x67FF, 0x53FF):  # the last is the widest that is not cut in two
+        check_verify([x], [np.minimum(w & 0x7FFF, peak) | w & NEGATIVE])
     largest = np.full((1, MAX_K), LARGEST)
     expected = oracle.round_f32(Fraction(65504**2 * MAX_K))
     check_bits(verify_gemm(half(largest), half(largest)), [[expected]])
@@ -518,17 +519,33 @@ def test_draft_of_every_format(rng, split, width, group):
         check_draft(half(x), encode(half(w), config, codes, columns=columns))
 
 
-def test_draft_over_the_whole_range(rng):
+@pytest.mark.parametrize("width", [4, 6])
+def test_draft_over_the_whole_range(rng, exact_products, width):
     """Groups and blocks from all subnormal to the largest numbers in one dot product."""
-    k = 64 * 31
     exponents = np.repeat(rng.permutation(31), 64)
     x = np.stack([exponents, exponents[::-1], rng.permutation(exponents)]) << 10
     x |= rng.integers(0, 1 << 10, x.shape) | rng.integers(0, 2, x.shape) << 15
     w = np.stack([exponents, exponents[::-1]]) << 10
-    w |= rng.integers(0, 1 << 10, w.shape) | rng.integers(0, 2, w.shape) << 15
-    for width in (4, 6):
-        config = FormatConfig(split=0, width=width)
-        check_draft(half(x), encode(half(w), config, rng.integers(0, 8, (2, k // 64))))
+    w |= rng.integers(0, 1 << 10, w.shape)
+    codes = rng.integers(0, 8, (2, 31))
+    signs = rng.integers(0, 2, w.shape) << 15
+    for patterns in (w, w | NEGATIVE, w | signs):
+        check_draft(half(x), encode(half(patterns), FormatConfig(split=0, width=width), codes))
+    assert max(exact_products) <= 53 + 1e-6
+
+
+@pytest.mark.parametrize("split", [0, 3])
+@pytest.mark.parametrize("width", [4, 5, 6])
+def test_draft_cancellation_leaves_the_smallest_products(rng, split, width):
+    """Large groups cancel exactly; a group of the smallest drafts and activations is left."""
+    groups = 6
+    x, w = finite_patterns(rng, 3, 64 * groups), finite_patterns(rng, 4, 64 * groups)
+    tiny_x, tiny_w = rng.integers(0, 0x40, (3, 64)), rng.integers(0, 0x400, (4, 64))
+    x = np.concatenate([x, x, tiny_x], axis=1)
+    w = np.concatenate([w, w ^ NEGATIVE, tiny_w], axis=1)
+    codes = rng.integers(0, 8, (4, groups))
+    codes = np.concatenate([codes, codes, rng.integers(0, 8, (4, 1))], axis=1)
+    check_draft(half(x), encode(half(w), FormatConfig(split=split, width=width), codes))
 
 
 def test_draft_with_nonfinite_operands(rng):

@@ -168,8 +168,9 @@ def test_leaf_alternates_give_the_bits_of_plain_decoding(architecture):
     assert_same_bits(forward(model, following, cache), forward(model, following, plain_cache))
 
 
-def test_cache_slots_may_lie_in_any_order():
-    model = small_model()
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_cache_slots_may_lie_in_any_order(architecture):
+    model = small_model(architecture)
     tokens = random_tokens(model.config, 12, SEED)
     cache, moved = KVCache(model.config, 16), KVCache(model.config, 16)
     for c in (cache, moved):

@@ -1,0 +1,519 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lossless speculative decoding with the draft model inside the FP16 weights.
+
+A step drafts a chain of tokens with cheap passes, verifies all of them in one pass and commits
+what the full model agrees with, plus one token of its own:
+
+    draft    From the last committed token, up to L draft passes. Stop early when the logit margin
+             (best minus second best) falls below a threshold. Verify rows that the chain does not
+             fill carry leaf alternates: further choices at chain positions, each of which attends
+             to the chain before it and to itself.
+    verify   One verify pass over the last committed token, the chain and the alternates.
+    accept   Walk down the chain as long as the target's token is among the candidates of a
+             position. An alternate ends the walk, and yields the token after it as well.
+
+Greedy decoding commits the tokens, and the logit bits, of one-token-at-a-time decoding (contract
+C4), because a row's bits depend on nothing but the tokens that it attends to. Sampled decoding has
+exactly the target's distribution: candidates of a position are drawn without replacement from the
+draft's distribution and accepted by recursive rejection (Jeon et al., "Recursive Speculative
+Decoding", 2024; with one candidate this is the rejection sampling of Leviathan et al., "Fast
+Inference from Transformers via Speculative Decoding", 2023). Plain decoding is a draft length of 0.
+
+The cache holds every committed token but the last. Draft passes append their own entries behind
+them, which are dropped before the verify pass writes its own in the same slots; of those, the
+accepted rows' stay. Ties go to the lowest token id everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from speq.model.checkpoint import Model
+from speq.model.transformer import DraftLinear, KVCache, forward
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of speculation.
+
+    Attributes
+    ----------
+    rows : int
+        Tokens of a verify pass, the array's rows: the root, the chain and the alternates.
+    draft_length : int, optional
+        Longest chain, L, at most rows - 1, which is the default. 0 is plain decoding.
+    threshold : float
+        Drafting stops after a token whose logit margin is below this.
+    choices : int
+        Candidates of a chain position, its own token included; 1 means no alternates.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    rows: int = 8
+    draft_length: int | None = None
+    threshold: float = 0.0
+    choices: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; expected at least 1")
+        if not 0 <= self.length < self.rows:
+            raise ValueError(
+                f"draft length is {self.draft_length}; expected 0 to rows - 1 = {self.rows - 1}"
+            )
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold is {self.threshold}; expected a number >= 0")
+        if self.choices < 1:
+            raise ValueError(f"choices is {self.choices}; expected at least 1")
+
+    @property
+    def length(self) -> int:
+        """Longest chain."""
+        return self.rows - 1 if self.draft_length is None else self.draft_length
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Parameters of sampled decoding, for target and draft alike.
+
+    Attributes
+    ----------
+    temperature : float
+        Divides the logits; above 0.
+    top_k : int
+        Keep the k likeliest tokens; 0 keeps all.
+    top_p : float
+        Of these, keep the fewest likeliest whose probabilities sum to at least p; 0 < p <= 1.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}; expected a number above 0 "
+                "(greedy decoding has no sampling)"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top-k is {self.top_k}; expected 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p is {self.top_p}; expected a number above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a verify pass is to check.
+
+    Attributes
+    ----------
+    candidates : for each chain position the chain's token, then its alternates
+    margins : for each chain position the draft's best logit minus its second best
+    distributions : for each chain position the draft's distribution that the candidates were drawn
+        from, float64 [V]; empty in greedy decoding
+    """
+
+    candidates: list[list[int]] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    distributions: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def chain(self) -> list[int]:
+        """The chain's tokens; number i is in row i + 1 of the verify pass."""
+        return [tokens[0] for tokens in self.candidates]
+
+    @property
+    def alternates(self) -> list[tuple[int, int]]:
+        """(chain position, token) of each alternate, in the order of their rows."""
+        return [(i, token) for i, tokens in enumerate(self.candidates) for token in tokens[1:]]
+
+    def rows_of(self, position: int) -> list[int]:
+        """Rows of the verify pass in which the candidates of a chain position are."""
+        first = 1 + len(self.candidates) + sum(len(c) - 1 for c in self.candidates[:position])
+        return [1 + position, *range(first, first + len(self.candidates[position]) - 1)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One committed step.
+
+    Attributes
+    ----------
+    tokens : the committed tokens: accepted chain tokens, perhaps an accepted alternate, and last
+        the target's own token (unless decoding ended before it)
+    logits : float32 [len(tokens), V], the verify logits that each was chosen by
+    drafted : length of the chain, which is the number of draft passes
+    accepted : chain tokens that were accepted
+    alternates : leaf alternates that were verified
+    tree_hit : whether one of them was accepted
+    margins : the draft's logit margins along the chain
+    """
+
+    tokens: list[int]
+    logits: torch.Tensor = field(repr=False)
+    drafted: int
+    accepted: int
+    alternates: int
+    tree_hit: bool
+    margins: list[float]
+
+
+@dataclass
+class Statistics:
+    """Counts over steps, and the figures that follow from them."""
+
+    verify_passes: int = 0
+    draft_passes: int = 0
+    committed: int = 0
+    accepted: int = 0
+    compared: int = 0
+    alternates: int = 0
+    tree_hits: int = 0
+
+    def add(self, step: Step) -> None:
+        """Count a step."""
+        self.verify_passes += 1
+        self.draft_passes += step.drafted
+        self.committed += len(step.tokens)
+        self.accepted += step.accepted
+        # Chain tokens behind the first that was refused are not compared with the target.
+        self.compared += min(step.drafted, step.accepted + 1, len(step.tokens))
+        self.alternates += step.alternates
+        self.tree_hits += step.tree_hit
+
+    @property
+    def match_rate(self) -> float:
+        """Share of the compared chain tokens that were accepted; NaN if none was compared."""
+        return self.accepted / self.compared if self.compared else math.nan
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens committed per verify pass; NaN before the first."""
+        return self.committed / self.verify_passes if self.verify_passes else math.nan
+
+    def speedup(self, draft_cost: float = 0.25, verify_cost: float = 1.0) -> float:
+        """Modelled speedup over plain FP16 decoding, from the costs of a draft and of a verify
+        pass in units of a plain pass; NaN before the first step."""
+        cost = self.draft_passes * draft_cost + self.verify_passes * verify_cost
+        return self.committed / cost if cost else math.nan
+
+
+def ranked(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices, int64, of the `count` largest of logits [V], the largest first.
+
+    Of equal ones the lowest index comes first. A NaN counts as minus infinity.
+    """
+    logits = torch.where(logits.isnan(), -math.inf, logits)
+    least = torch.topk(logits, min(count, len(logits))).values[-1]
+    # topk promises nothing about ties; nonzero gives rising indices, which a stable sort keeps.
+    indices = (logits >= least).nonzero()[:, 0]
+    order = torch.sort(logits[indices], descending=True, stable=True).indices
+    return indices[order[:count]]
+
+
+def argmax(logits: torch.Tensor) -> int:
+    """Index of the largest of logits [V], the lowest index if there are several."""
+    return int(ranked(logits, 1)[0])
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Probabilities, float64 [N, V], of logits [N, V] after temperature, top-k and top-p.
+
+    A NaN counts as minus infinity. Raises ValueError if a row has no finite maximum.
+    """
+    logits = torch.where(logits.isnan(), -math.inf, logits).to(torch.float64)
+    if not torch.isfinite(logits.amax(dim=-1)).all():
+        raise ValueError("cannot sample: the largest logit is not finite")
+    # A stable sort: among equal logits, the lowest token ids are kept.
+    values, order = torch.sort(logits / sampling.temperature, stable=True, descending=True)
+    if sampling.top_k:
+        values[:, sampling.top_k :] = -math.inf
+    p = values.softmax(dim=-1)
+    if sampling.top_p < 1:
+        before = p.cumsum(dim=-1) - p
+        p = torch.where(before < sampling.top_p, p, 0.0)
+        p = p / p.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(p).scatter_(-1, order, p)
+
+
+def sample(p: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Draws `count` different indices, int64 [N, count], one after the other from each row of the
+    probabilities float64 [N, V], of which at least `count` must not be 0.
+
+    An exponential race: the order of arrivals at rates p is that of draws without replacement.
+    """
+    uniform = torch.rand(p.shape, generator=generator, dtype=torch.float64)
+    arrival = torch.where(p > 0, -torch.log1p(-uniform) / p, math.inf)
+    return torch.topk(arrival, count, largest=False).indices
+
+
+def recursive_rejection(
+    p: torch.Tensor, q: torch.Tensor, candidates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How to accept candidates so that the outcome has the distribution p.
+
+    Parameters
+    ----------
+    p, q : torch.float64 [N, V]
+        Target's and draft's probabilities.
+    candidates : torch.int64 [N, C]
+        Drawn from q without replacement, in the order of their drawing.
+
+    Returns
+    -------
+    accept : torch.float64 [N, C]
+        Probability of accepting each candidate if those before it were refused.
+    residual : torch.float64 [N, V]
+        The distribution to draw from if all were refused.
+    """
+    accept = []
+    for x in candidates.split(1, dim=1):
+        accept.append((p.gather(1, x) / q.gather(1, x)).clamp(max=1.0))
+        # What a refusal leaves of the target, and what the next candidate was drawn from.
+        p = _normalized((p - q).clamp(min=0.0), otherwise=p)
+        q = q.scatter(1, x, 0.0)
+        q = _normalized(q, otherwise=q)
+    return torch.cat(accept, dim=1) if accept else p[:, :0], p
+
+
+def _normalized(weights: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """Rows of weights divided by their sums; where a sum is 0, which is never needed, the other."""
+    total = weights.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, weights / total, otherwise)
+
+
+def propose(
+    logits: torch.Tensor,
+    choices: int,
+    sampling: Sampling | None,
+    generator: torch.Generator | None,
+) -> tuple[list[int], torch.Tensor | None]:
+    """Up to `choices` candidates of a position from the draft's logits [V], the chain's first.
+
+    Greedy: the largest. Sampled: drawn without replacement; their distribution is returned too.
+    """
+    if sampling is None:
+        return ranked(logits, choices).tolist(), None
+    q = distribution(logits[None], sampling)
+    count = min(choices, int((q > 0).sum()))
+    return sample(q, count, generator)[0].tolist(), q[0]
+
+
+def choose(
+    logits: torch.Tensor,
+    candidates: Sequence[int],
+    q: torch.Tensor | None,
+    sampling: Sampling | None,
+    generator: torch.Generator | None,
+) -> tuple[int, int | None]:
+    """The target's token from its logits [V], and which candidate it is (None: none of them).
+
+    q is the distribution that sampled candidates were drawn from.
+    """
+    if sampling is None:
+        token = argmax(logits)
+        return token, candidates.index(token) if token in candidates else None
+    p = distribution(logits[None], sampling)
+    if candidates:
+        accept, p = recursive_rejection(p, q[None], torch.tensor([candidates]))
+        uniform = torch.rand(len(candidates), generator=generator, dtype=torch.float64)
+        accepted = (uniform < accept[0]).nonzero()
+        if len(accepted):
+            i = int(accepted[0])
+            return candidates[i], i
+    return int(sample(p, 1, generator)), None
+
+
+def draft(
+    model: Model,
+    cache: KVCache,
+    root: int,
+    layers: Mapping[str, DraftLinear],
+    settings: Settings,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+) -> Proposal:
+    """Draft a chain behind the last committed token `root` and select leaf alternates.
+
+    The cache is as before when this returns.
+    """
+    start, token = cache.length, root
+    candidates, distributions, gaps = [], [], []
+    while len(candidates) < settings.length:
+        logits = forward(model, [token], cache, draft=layers)[0]
+        tokens, q = propose(logits, settings.choices, sampling, generator)
+        best = logits[ranked(logits, max(2, settings.choices))]
+        gaps.append((best[0] - best).tolist())
+        candidates.append(tokens)
+        if q is not None:
+            distributions.append(q)
+        token = tokens[0]
+        if gaps[-1][1] < settings.threshold:
+            break
+    cache.truncate(start)
+    counts = allot_alternates(gaps, [len(c) for c in candidates], settings.rows)
+    kept = [tokens[: 1 + n] for tokens, n in zip(candidates, counts, strict=True)]
+    return Proposal(kept, [gap[1] for gap in gaps], distributions)
+
+
+def allot_alternates(
+    gaps: Sequence[Sequence[float]], available: Sequence[int], rows: int
+) -> list[int]:
+    """How many alternates each chain position gets of the rows that root and chain leave.
+
+    gaps[i][j] says how far the draft's choice j (0 is the best) at position i is below the best;
+    available[i] is the number of candidates there. The choices with the smallest gaps win. For
+    sampled decoding to be exact the count must not depend on which alternates were drawn, and the
+    gaps of the ranked logits do not.
+    """
+    offers = sorted(
+        (gap[j], i, j)
+        for i, (gap, n) in enumerate(zip(gaps, available, strict=True))
+        for j in range(1, n)
+    )
+    counts = [0] * len(gaps)
+    for _, i, _ in offers[: rows - 1 - len(gaps)]:
+        counts[i] += 1
+    return counts
+
+
+def verify(model: Model, cache: KVCache, root: int, proposal: Proposal) -> torch.Tensor:
+    """One verify pass over root, chain and alternates: logits float32 [rows, V].
+
+    Appends one cache entry per row.
+    """
+    start, chain, alternates = cache.length, proposal.chain, proposal.alternates
+    tokens = [root, *chain, *(token for _, token in alternates)]
+    trunk = 1 + len(chain)
+    mask = torch.zeros(len(tokens), start + len(tokens), dtype=torch.bool)
+    mask[:trunk] = torch.ones_like(mask[:trunk]).tril(start)
+    positions = list(range(start, start + trunk))
+    for row, (i, _) in enumerate(alternates, start=trunk):
+        mask[row, : start + 1 + i] = True  # the committed tokens, the root and chain[:i]
+        mask[row, start + row] = True
+        positions.append(start + 1 + i)
+    return forward(model, tokens, cache, positions=positions, mask=mask)
+
+
+def accept(
+    proposal: Proposal,
+    logits: torch.Tensor,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[list[int], list[int]]:
+    """Which tokens the target's logits [rows, V] commit, and by which rows each was chosen.
+
+    Row 0, the root's, is always the first; the tokens but the last are those of the other rows.
+    """
+    rows, tokens = [0], []
+    chain = len(proposal.candidates)
+    while True:
+        position = len(tokens)
+        on_chain = rows[-1] == position < chain
+        candidates = proposal.candidates[position] if on_chain else []
+        q = proposal.distributions[position] if on_chain and sampling else None
+        token, match = choose(logits[rows[-1]], candidates, q, sampling, generator)
+        tokens.append(token)
+        if match is None:
+            return tokens, rows
+        rows.append(proposal.rows_of(position)[match])
+
+
+def generate(
+    model: Model,
+    prompt: Sequence[int],
+    layers: Mapping[str, DraftLinear] | None,
+    *,
+    max_tokens: int,
+    settings: Settings | None = None,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Iterator[Step]:
+    """Decode behind `prompt` and yield every committed step.
+
+    Parameters
+    ----------
+    model : Model
+    prompt : one or more token ids
+    layers : from `prepare_draft_linears`
+        The draft model; None decodes plainly, as does a draft length of 0.
+    max_tokens : int
+        Ends after this many tokens, and where the model's context ends.
+    settings : Settings, optional
+    sampling : Sampling, optional
+        Greedy decoding when not given.
+    generator : torch.Generator
+        Source of all randomness; needed for sampling.
+    stop_ids : token ids after which decoding ends
+
+    Raises
+    ------
+    ValueError
+        If the prompt is empty or too long for the model, or sampling lacks a generator.
+    """
+    settings = settings or Settings()
+    if sampling is not None and generator is None:
+        raise ValueError("sampled decoding needs a generator")
+    remaining = min(max_tokens, model.config.context - len(prompt))
+    if not prompt or (remaining < 1 <= max_tokens):
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens; expected 1 to {model.config.context - 1}"
+        )
+    cache = KVCache(model.config, len(prompt) + max(0, remaining) + settings.rows)
+    if len(prompt) > 1 and remaining > 0:
+        forward(model, prompt[:-1], cache, logit_rows=slice(-1, None))
+    root = prompt[-1]
+    while remaining > 0:
+        start = cache.length
+        # The target adds a token to what is accepted.
+        limit = min(settings.length, remaining - 1)
+        proposal = Proposal()
+        if layers is not None and limit:
+            limited = replace(settings, draft_length=limit)
+            proposal = draft(model, cache, root, layers, limited, sampling, generator)
+        logits = verify(model, cache, root, proposal)
+        tokens, rows = accept(proposal, logits, sampling, generator)
+        cache.keep(start, [start + row for row in rows])
+        step = committed_step(proposal, logits, tokens, rows, remaining, stop_ids)
+        yield step
+        root = step.tokens[-1]
+        remaining = 0 if root in stop_ids else remaining - len(step.tokens)
+
+
+def committed_step(
+    proposal: Proposal,
+    logits: torch.Tensor,
+    tokens: list[int],
+    rows: list[int],
+    limit: int,
+    stop_ids: frozenset[int],
+) -> Step:
+    """The step that commits `tokens`, but not more than `limit` and nothing behind a stop token."""
+    ends = [i + 1 for i, token in enumerate(tokens) if token in stop_ids]
+    count = min([len(tokens), limit, *ends])
+    chain = len(proposal.candidates)
+    accepted = sum(0 < row <= chain for row in rows[1:])
+    return Step(
+        tokens=tokens[:count],
+        logits=logits[rows[:count]],
+        drafted=chain,
+        accepted=min(accepted, count),
+        alternates=len(proposal.alternates),
+        tree_hit=rows[-1] > chain and count > accepted,
+        margins=proposal.margins,
+    )
