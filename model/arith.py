@@ -342,6 +342,7 @@ def _products(columns: torch.Tensor, w: WeightOperand, cut: int) -> list[tuple[t
     o, k = w.values.shape
     rows = min(o, max(1, _BLOCK_WEIGHTS // k))
     block = torch.empty(rows, k, dtype=torch.float64)
+    upper_block = torch.empty_like(block) if cut else None
     low = torch.empty(len(columns), o, dtype=torch.float64)
     high = torch.empty_like(low) if cut else None
     scaled = columns * 2.0**-w.unit  # cheaper than scaling the weights
@@ -350,12 +351,12 @@ def _products(columns: torch.Tensor, w: WeightOperand, cut: int) -> list[tuple[t
         stop = min(start + rows, o)
         # By way of float32: both of these conversions are vectorised, the direct one is not.
         part = block[: stop - start].copy_(w.values[start:stop].to(torch.float32))
-        if high is not None:
-            upper = torch.trunc(part / cut_unit)
+        if cut:
+            upper = torch.mul(part, 1 / cut_unit, out=upper_block[: stop - start]).trunc_()
             _matmul(columns, upper, high[:, start:stop])
-            part -= upper * cut_unit
+            part.sub_(upper, alpha=cut_unit)
         _matmul(scaled, part, low[:, start:stop])
-    return [(low, 0)] if high is None else [(high, cut), (low, 0)]
+    return [(high, cut), (low, 0)] if cut else [(low, 0)]
 
 
 def _matmul(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
