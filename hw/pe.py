@@ -76,7 +76,7 @@ class Pe(wiring.Component):
     def __init__(self, config: AcceleratorConfig, *, draft: bool) -> None:
         self.config = config
         self.has_draft = draft
-        self.ACCUMULATE = 3 if draft else 2
+        self.ACCUMULATE = 4 if draft else 3
         self.LATENCY = self.ACCUMULATE + 1
         weight = weight_layout(config, draft=draft)
         accumulator = config.accumulator_bits
@@ -115,9 +115,11 @@ class Pe(wiring.Component):
 
         accumulator = Signal(self.config.accumulator_bits, reset_less=True)
         addend = Signal.like(accumulator)
+        m.d.sync += addend.eq((term << exponent) ^ negative.replicate(len(addend)))
+        negative = _delay(m, negative)
+
         kept = Signal.like(accumulator)
         m.d.comb += [
-            addend.eq((term << exponent) ^ negative.replicate(len(addend))),
             kept.eq(Mux(self.first, 0, accumulator)),
             self.drain_out.eq(self.drain_in | Mux(self.drain, accumulator, 0)),
         ]
