@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,71 @@ def demo_command(
     run(rows, cols, block, seed)
 
 
+class Decoding(StrEnum):
+    """How `speq generate` decodes."""
+
+    SPEQ = "speq"
+    FP16 = "fp16"
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")],
+    prompt: Annotated[str, typer.Option(help="What to answer, or with --raw to continue.")],
+    mode: Annotated[
+        Decoding, typer.Option(help="Speculative decoding, or FP16 token by token.")
+    ] = Decoding.SPEQ,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    seed: Seed = 0,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest of this sum.")] = 1.0,
+    rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
+    draft_length: Annotated[
+        int | None, typer.Option(help="Most tokens to draft.", show_default="rows - 1")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Stop drafting below this margin of the best logit.")
+    ] = 2.0,
+    choices: Annotated[
+        int, typer.Option(help="Candidates per position for spare rows; 1: none.")
+    ] = 4,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt: no chat format.")
+    ] = False,
+    group: Group = 64,
+    split: Split = 2,
+    width: Width = 4,
+    head_width: Annotated[
+        int | None, typer.Option(help="Draft bits of the head.", show_default="width")
+    ] = None,
+) -> None:
+    """Generate text losslessly with the draft model inside the weights, and report the speedup."""
+    from speq.cli.generate import Request, run
+
+    run(
+        Request(
+            model=model,
+            prompt=prompt,
+            speculative=mode is Decoding.SPEQ,
+            max_tokens=max_tokens,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            rows=rows,
+            draft_length=draft_length,
+            threshold=threshold,
+            choices=choices,
+            raw=raw,
+            group=group,
+            split=split,
+            width=width,
+            head_width=head_width,
+        )
+    )
+
+
 @app.command("bench")
 def bench_command(
     json_file: Annotated[
@@ -85,11 +151,15 @@ def bench_command(
     ] = None,
     only: Annotated[str, typer.Option(help="Run only the benchmark of this name.")] = "",
     seed: Seed = 0,
+    liberty: Annotated[
+        Path | None,
+        typer.Option(envvar="LIBERTY", help="Standard-cell library (.lib, .lib.gz) for areas."),
+    ] = None,
 ) -> None:
     """Measure speeds and sizes and compare them with their targets."""
-    from speq.cli.bench import run
+    from speq.cli.bench import Settings, run
 
-    run(json_file, only, seed)
+    run(json_file, only, Settings(seed, liberty))
 
 
 def describe(error: Exception) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`speq bench`: measured speeds and sizes beside their targets.
 
-A benchmark is a function from a seed to figures; adding one is adding it to `BENCHMARKS`.
+A benchmark is a function from settings to figures; adding one is adding it to `BENCHMARKS`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.cli.encode import block_linears
 from speq.hw import AcceleratorConfig
 from speq.hw.verilog import write_verilog
@@ -43,14 +44,36 @@ SMOLLM2_BLOCKS = 30
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What benchmarks are told.
+
+    Attributes
+    ----------
+    seed : int
+        Seed of everything random.
+    liberty : Path or None
+        Standard-cell library to measure areas with.
+    """
+
+    seed: int
+    liberty: Path | None = None
+
+
+class Skipped(Exception):
+    """A benchmark cannot run; the message says why, and what would help."""
+
+
+@dataclass(frozen=True)
 class Figure:
     """A measured value and its target.
 
     Attributes
     ----------
     name, unit : str
-    value, target : float
+    value : float
         In `unit`.
+    target : float or None
+        In `unit`; None for a value without a target.
     at_most : bool
         Whether the target is an upper limit, else it is a lower one.
     note : str
@@ -60,13 +83,15 @@ class Figure:
     name: str
     value: float
     unit: str
-    target: float
-    at_most: bool
+    target: float | None = None
+    at_most: bool = True
     note: str = ""
 
     @property
-    def met(self) -> bool:
-        """Whether the value keeps to its target."""
+    def met(self) -> bool | None:
+        """Whether the value keeps to its target, if there is one."""
+        if self.target is None:
+            return None
         return self.value <= self.target if self.at_most else self.value >= self.target
 
 
@@ -98,9 +123,9 @@ def block_weights(seed: int) -> tuple[list[torch.Tensor], str]:
     return list(block_linears(load_model("smollm2")).values()), "SmolLM2-135M's blocks"
 
 
-def codec(seed: int) -> list[Figure]:
+def codec(settings: Settings) -> list[Figure]:
     """Encode and decode the weights of SmolLM2-135M's blocks."""
-    weights, source = block_weights(seed)
+    weights, source = block_weights(settings.seed)
     config = FormatConfig()
 
     def encode_all() -> list[EncodedTensor]:
@@ -116,9 +141,9 @@ def codec(seed: int) -> list[Figure]:
     ]
 
 
-def verify(seed: int) -> list[Figure]:
+def verify(settings: Settings) -> list[Figure]:
     """Exact verify-mode products of the largest SmolLM2 layer, for one token and for eight."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     outputs, inputs = 1536, 576
     weights = normal_weights(outputs, inputs, generator)
     figures = []
@@ -126,12 +151,12 @@ def verify(seed: int) -> list[Figure]:
         x = torch.randn(tokens, inputs, generator=generator).half()
         seconds = median_seconds(lambda x=x: verify_gemm(x, weights), 21)
         rate = tokens * inputs * outputs / seconds / 1e6
-        note = f"K = {inputs}, O = {outputs}, random, seed {seed}"
+        note = f"K = {inputs}, O = {outputs}, random, seed {settings.seed}"
         figures.append(Figure(f"verify_gemm, T = {tokens}", rate, "M MAC/s", target, False, note))
     return figures
 
 
-def verilog(seed: int) -> list[Figure]:
+def verilog(settings: Settings) -> list[Figure]:
     """Generate the Verilog of an 8 x 64 engine (nothing in it is random)."""
     config = AcceleratorConfig(rows=8, cols=64)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,22 +169,40 @@ def verilog(seed: int) -> list[Figure]:
     ]
 
 
-def simulation(seed: int) -> list[Figure]:
+def simulation(settings: Settings) -> list[Figure]:
     """Simulate GEMMs of both modes on the 8 x 16 engine."""
     config = AcceleratorConfig(rows=8, cols=16)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     weights = encode_tensor(normal_weights(576, 576, generator), config.format, columns=config.cols)
     x = torch.randn(config.rows, 576, generator=generator).half()
     gemms = [Gemm(x, weights), Gemm(quantize_activations(x[:1]), weights)] * 4
-    speeds = [run_gemms(config, gemms, seed=seed).cycles_per_second for _ in range(3)]
+    speeds = [run_gemms(config, gemms, seed=settings.seed).cycles_per_second for _ in range(3)]
     note = f"8 x 16, {len(gemms)} GEMMs of K = O = 576, verify and draft"
     return [Figure("simulation", statistics.median(speeds), "cycles/s", 15_000, False, note)]
 
 
-BENCHMARKS: tuple[Callable[[int], list[Figure]], ...] = (codec, verify, verilog, simulation)
+def area(settings: Settings) -> list[Figure]:
+    """Synthesise the array's units and compare them with an FP16-only array's."""
+    if settings.liberty is None:
+        raise Skipped("it needs a standard-cell library: --liberty FILE, or LIBERTY=FILE")
+    config = AcceleratorConfig()
+    areas = unit_areas(config, settings.liberty)
+    note = f"synthesised with {settings.liberty.name}"
+    figures = [Figure(f"area of {name}", value, "um2", note=note) for name, value in areas.items()]
+    pe, column = 100 * pe_overhead(areas), 100 * column_overhead(areas, config)
+    extra = f"remap and {config.draft_rows} dual-mode PE in a column of {config.rows} PEs"
+    return [
+        *figures,
+        Figure("dual-mode PE, extra area", pe, "%", 30, True, "against the FP16-only PE"),
+        Figure("array, extra area", column, "%", 5, True, f"{extra}, against {config.rows} FP16"),
+    ]
 
 
-def choose(only: str) -> tuple[Callable[[int], list[Figure]], ...]:
+Benchmark = Callable[[Settings], list[Figure]]
+BENCHMARKS: tuple[Benchmark, ...] = (codec, verify, verilog, simulation, area)
+
+
+def choose(only: str) -> tuple[Benchmark, ...]:
     """The benchmark of that name, or all of them for an empty one.
 
     Raises
@@ -197,14 +240,17 @@ def table(figures: list[Figure]) -> Table:
     ):
         out.add_column(heading, justify=justify)
     for f in figures:
-        target = f"{'<=' if f.at_most else '>='} {f.target:g}"
-        met = "[green]yes[/]" if f.met else "[red]no[/]"
-        out.add_row(f.name, f"{f.value:,.4g}", f.unit, target, met, f.note)
+        target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {f.target:g}"
+        met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[f.met]
+        value = f"{f.value:,.0f}" if f.value >= 1000 else f"{f.value:.4g}"
+        out.add_row(f.name, value, f.unit, target, met, f.note)
     return out
 
 
-def run(json_file: Path | None, only: str, seed: int) -> None:
+def run(json_file: Path | None, only: str, settings: Settings) -> None:
     """Run the benchmarks, print a table and, with `json_file`, write the figures to it.
+
+    A benchmark that cannot run here is named with its reason and does not count as a failure.
 
     Raises
     ------
@@ -216,12 +262,24 @@ def run(json_file: Path | None, only: str, seed: int) -> None:
     chosen = choose(only)
     console = Console()
     figures: list[Figure] = []
+    skipped: dict[str, str] = {}
     with Console(stderr=True).status("") as status:
         for benchmark in chosen:
             status.update(f"measuring {benchmark.__name__}")
-            figures += benchmark(seed)
-    console.print(table(figures))
+            try:
+                figures += benchmark(settings)
+            except Skipped as reason:
+                skipped[benchmark.__name__] = str(reason)
+    if figures:
+        console.print(table(figures))
+    for name, reason in skipped.items():
+        console.print(f"{name} is skipped: {reason}", soft_wrap=True)
     if json_file is not None:
         rows = [asdict(f) | {"met": f.met} for f in figures]
-        report = {"seed": seed, "machine": machine(), "figures": rows}
+        report = {
+            "seed": settings.seed,
+            "machine": machine(),
+            "figures": rows,
+            "skipped": skipped,
+        }
         json_file.write_text(json.dumps(report, indent=2) + "\n")

@@ -96,7 +96,7 @@ def write_verilog(config: AcceleratorConfig, path: Path) -> tuple[Path, Path]:
         If the folder does not exist or cannot be written.
     """
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {path.parent} does not exist: create it first")
+        raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
     text, description = generate_verilog(config)
     contents = {path: text, path.with_suffix(".json"): json.dumps(description, indent=2) + "\n"}
     for target, content in contents.items():

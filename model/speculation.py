@@ -33,6 +33,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from speq.model.checkpoint import Model
+from speq.model.format import EncodedTensor
 from speq.model.transformer import DraftLinear, KVCache, forward
 
 
@@ -212,6 +213,15 @@ class Statistics:
         return self.committed / cost if cost else math.nan
 
 
+def pass_costs(encoded: Mapping[str, EncodedTensor]) -> tuple[float, float]:
+    """Costs of a draft and of a verify pass for `Statistics.speedup`: the bytes of the layers that
+    it streams (the draft plane or both, group bytes, padding) over those of the FP16 weights."""
+    plain = sum(2 * math.prod(tensor.shape) for tensor in encoded.values())
+    drafted = sum(t.draft_plane.nbytes + t.group_bytes.nbytes for t in encoded.values())
+    verified = sum(tensor.storage_bits() // 8 for tensor in encoded.values())
+    return drafted / plain, verified / plain
+
+
 def ranked(logits: torch.Tensor, count: int) -> torch.Tensor:
     """Indices, int64, of the `count` largest of logits [V], the largest first.
 
@@ -280,14 +290,15 @@ def recursive_rejection(
     residual : torch.float64 [N, V]
         The distribution to draw from if all were refused.
     """
-    accept = []
-    for x in candidates.split(1, dim=1):
-        accept.append((p.gather(1, x) / q.gather(1, x)).clamp(max=1.0))
+    accept = torch.empty(candidates.shape, dtype=torch.float64)
+    for i in range(candidates.shape[1]):
+        x = candidates[:, i : i + 1]
+        accept[:, i : i + 1] = (p.gather(1, x) / q.gather(1, x)).clamp(max=1.0)
         # What a refusal leaves of the target, and what the next candidate was drawn from.
         p = _normalized((p - q).clamp(min=0.0), otherwise=p)
         q = q.scatter(1, x, 0.0)
         q = _normalized(q, otherwise=q)
-    return torch.cat(accept, dim=1) if accept else p[:, :0], p
+    return accept, p
 
 
 def _normalized(weights: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:

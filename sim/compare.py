@@ -29,7 +29,7 @@ def assert_equal_bits(
     ----------
     unit : str
         Name of the unit and output, for the report.
-    expected, got : unsigned integer arrays of one shape
+    expected, got : unsigned integer arrays, or arrays of Python integers, of one shape
     operands : arrays that broadcast to that shape, optional
         What the output was computed from.
     cycles : integer array that broadcasts to that shape, optional

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cycle-by-cycle stimulus for units without flow control, as numpy arrays.
 
-The design under test is a module with the ports `clk`, `stimulus` (all inputs side by side) and
-`observed` (all outputs), each a multiple of 64 bits wide: two signals to access in a cycle,
-however many copies of a unit it holds.
+A bench is a component with the members `stimulus` (all inputs side by side) and `observed` (all
+outputs), each a multiple of 64 bits wide: two signals to access in a cycle, however many copies of
+a unit the bench holds.
 """
 
 from __future__ import annotations
@@ -11,10 +11,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from amaranth.lib import data
+from amaranth.lib import data, wiring
 from cocotb.triggers import Timer
 
+from speq.hw.verilog import convert_unit
+
 WORD_BITS = 64
+
+
+def bench_verilog(bench: wiring.Component, top: str) -> str:
+    """Verilog of a bench and, around it, the module `top`, whose ports are its only signals.
+
+    The simulator can leave out all signals inside, then.
+    """
+    inputs, outputs = (len(port.as_value()) for port in (bench.stimulus, bench.observed))
+    return (
+        f"module {top} (input clk, input [{inputs - 1}:0] stimulus, "
+        f"output [{outputs - 1}:0] observed);\n"
+        "  bench bench (.clk(clk), .stimulus(stimulus), .observed(observed));\nendmodule\n"
+    ) + convert_unit(bench, "bench", reset=False)
 
 
 async def play(dut: object, stimulus: np.ndarray) -> np.ndarray:
@@ -23,7 +38,7 @@ async def play(dut: object, stimulus: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     dut : cocotb handle
-        The top module, see this module's description.
+        The top module of `bench_verilog`.
     stimulus : uint64 array [cycles, words]
         The first word is in the lowest bits.
 

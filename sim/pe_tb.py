@@ -31,11 +31,11 @@ from speq.hw.unit import Unit
 from speq.hw.verilog import convert_unit
 from speq.model.format import SCALE_NUMERATORS, FormatConfig, draft_levels
 from speq.sim.compare import assert_equal_bits
-from speq.sim.cycles import WORD_BITS, pack, play
+from speq.sim.cycles import WORD_BITS, bench_verilog, pack, play
 from speq.sim.runner import seed, simulate
 
 _MAX_K = 4096
-_PES = 64
+_PES = 32
 #: Words of stimulus per PE (weight; activation and controls) and for all PEs (result bus).
 _PE_WORDS, _BUS_WORDS = 2, 2
 #: Words observed per PE: `drain_out` in two, `weight_out` in one.
@@ -145,7 +145,7 @@ def run(*, draft: bool, split: int = 2, macs: int = 1_000_000) -> None:
     """Check the PE, with or without draft hardware, with at least `macs` MACs in each mode."""
     pe = _pe(draft=draft, split=split)
     environment = {"SPEQ_SPLIT": str(split), "SPEQ_DRAFT": str(int(draft)), "SPEQ_MACS": str(macs)}
-    verilog = convert_unit(_Bench(pe), "pe_tb", reset=False)
+    verilog = bench_verilog(_Bench(pe), "pe_tb")
     verilog += convert_unit(pe, "pe", reset=False)
     simulate(verilog, "pe_tb", __name__, environment=environment)
 

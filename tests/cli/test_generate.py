@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`speq generate`: lossless text, what goes where, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from rich.text import Text
+
+import speq.cli
+from speq.cli.generate import TextStream, encode_model, origins, show, summary
+from speq.model.checkpoint import load_model
+from speq.model.format import FormatConfig
+from speq.model.speculation import Statistics, Step, pass_costs
+from tests.model.small_models import random_weights, small_config, write_gguf
+
+SEED = int(os.environ.get("SPEQ_SEED", "0"))
+COUNT = 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """A GGUF file with a random model of 264 tokens."""
+    config = small_config(tied_head=False, context=64)
+    path = tmp_path_factory.mktemp("model") / "random.gguf"
+    write_gguf(path, config, random_weights(config, SEED))
+    return str(path)
+
+
+@pytest.fixture
+def speq_generate(checkpoint, monkeypatch, capsys):
+    """Call `speq generate` with a prompt and arguments: exit code, output, errors."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
+    monkeypatch.delenv("SPEQ_DEBUG", raising=False)
+
+    def call(*arguments: object, model: str = checkpoint) -> SimpleNamespace:
+        command = ["speq", "generate", model, "--prompt", "hello", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            speq.cli.main()
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=stop.value.code or 0, out=captured.out, err=captured.err)
+
+    return call
+
+
+def test_speculative_text_is_that_of_fp16(speq_generate):
+    plain = speq_generate("--mode", "fp16", "--max-tokens", COUNT)
+    assert plain.code == 0, plain.err
+    assert plain.out.endswith("\n") and len(plain.out) > COUNT / 2
+    assert re.fullmatch(rf"{COUNT} tokens in .* \(golden model, FP16 token by token\)\n", plain.err)
+    for options in (
+        (),
+        ("--rows", 16, "--threshold", 0.5, "--choices", 2),
+        ("--width", 5, "--head-width", 6, "--draft-length", 2),
+        ("--group", 32, "--split", 0),
+    ):
+        made = speq_generate("--max-tokens", COUNT, *options)
+        assert made.code == 0, made.err
+        assert made.out == plain.out
+        assert f"{COUNT} tokens in" in made.err
+        assert re.search(r"acceptance: .*% of \d+ compared draft tokens", made.err)
+        assert re.search(r"modelled speedup over FP16: \d\.\d\d \(\d+ draft passes at", made.err)
+    short = speq_generate("--max-tokens", 4)
+    assert plain.out.startswith(short.out[:-1])
+
+
+def test_sampled_text_depends_on_the_seed(speq_generate):
+    def text(seed: int) -> str:
+        made = speq_generate(
+            *("--temperature", 1.5, "--top-k", 50, "--top-p", 0.95, "--seed", seed),
+            *("--max-tokens", COUNT),
+        )
+        assert made.code == 0, made.err
+        assert f"seed {seed}" in made.err
+        return made.out
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_wrong_requests_are_refused_in_one_line(speq_generate, tmp_path):
+    for options, message in (
+        (("--top-k", 5), "top-k and top-p need sampling"),
+        (("--top-p", 0.5), "top-k and top-p need sampling"),
+        (("--temperature", -1), "temperature is -1.0"),
+        (("--temperature", 1, "--top-p", 0), "top-p is 0.0"),
+        (("--rows", 0), "rows is 0"),
+        (("--rows", 4, "--draft-length", 4), "draft length is 4; expected 0 to rows - 1 = 3"),
+        (("--head-width", 7), "draft width is 7; allowed values are 4, 5, 6"),
+        (("--prompt", "x" * 70, "--raw"), "prompt has 70 tokens; expected 1 to 63"),
+        (("--prompt", "", "--raw"), "prompt has 0 tokens"),
+    ):
+        made = speq_generate(*options)
+        assert made.code == 1
+        assert made.err.startswith("speq: error: ") and message in made.err
+        assert made.err.count("\n") == 1 and not made.out
+    missing = speq_generate(model=str(tmp_path / "none.gguf"))
+    assert missing.code == 1 and "none.gguf" in missing.err
+    assert speq_generate("--mode", "int8").code == 2
+
+
+def test_every_linear_layer_is_encoded_and_counted(checkpoint):
+    model = load_model(checkpoint)
+    encoded = encode_model(model, FormatConfig(), FormatConfig(width=6))
+    assert encoded["head"].config.width == 6
+    assert {t.config.width for name, t in encoded.items() if name != "head"} == {4}
+    assert len(encoded) == 2 * 7 + 1
+    for name, tensor in encoded.items():
+        assert torch.equal(tensor.decode(), model.linear_weight(name))
+    c = model.config
+    layers = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)] * c.blocks
+    plain = sum(o * k for o, k in layers) + c.vocab_size * 64
+    rows = 272  # the head's 264 in whole tiles
+    groups = sum(o * -(-k // 64) for o, k in layers) + rows
+    draft_bits = sum(4 * o * k for o, k in layers) + 6 * rows * 64 + 8 * groups
+    stored_bits = sum(16 * o * k for o, k in layers) + 16 * rows * 64 + 8 * groups
+    assert pass_costs(encoded) == (draft_bits / (16 * plain), stored_bits / (16 * plain))
+
+
+def test_text_is_streamed_in_whole_characters(checkpoint):
+    tokenizer = load_model(checkpoint).tokenizer
+    text = "hello, tëst → 😀 hello\n\ndone"
+    prompt, ids = tokenizer.encode("héllo "), tokenizer.encode(text)
+    stream = TextStream(tokenizer, prompt)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) == text and stream.flush() == ""
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+    smile = tokenizer.encode("😀")
+    assert [stream.push(token) for token in smile[:-1]] == [""] * 3
+    assert stream.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_origins_of_tokens():
+    logits = torch.zeros(4, 1)
+
+    def kinds(tokens: list[int], accepted: int, hit: bool) -> list[tuple[int, str]]:
+        step = Step(tokens, logits[: len(tokens)], 3, accepted, 4, hit, [0.0] * 3)
+        return list(origins(step))
+
+    assert kinds([5, 6, 7], 2, False) == [(5, "draft"), (6, "draft"), (7, "target")]
+    assert kinds([5, 6, 7], 1, True) == [(5, "draft"), (6, "alternate"), (7, "target")]
+    assert kinds([5], 0, False) == [(5, "target")]
+    assert kinds([5, 6], 2, False) == [(5, "draft"), (6, "draft")]  # cut by a stop token
+
+
+def test_terminals_get_colours_and_no_escape_codes_of_the_model():
+    def shown(text: str, origin: str | None) -> str:
+        file = io.StringIO()
+        terminal = {"force_terminal": True, "color_system": "standard", "width": 20}
+        show(Console(file=file, soft_wrap=True, highlight=False, **terminal), text, origin)
+        return file.getvalue()
+
+    outputs = {shown("word", origin) for origin in ("draft", "alternate", "target", None)}
+    assert len(outputs) == 4 and "word" in outputs
+    assert all(Text.from_ansi(output).plain == "word" for output in outputs)
+    hostile = shown("a\x1b[2Jb [red]c", None)
+    assert "\x1b" not in hostile and "[red]c" in hostile
+    long = "x " * 50
+    assert shown(long, None) == long  # no line breaks of its own
+
+
+def test_summary_of_short_runs():
+    statistics = Statistics()
+    statistics.add(Step([3], torch.zeros(1, 1), 0, 0, 0, False, []))
+    lines = summary(statistics, 2.0, (0.25, 1.0))
+    assert lines[0].startswith("1 tokens in 2.0 s, 0.50 tokens/s")
+    assert len(lines) == 2 and "modelled speedup over FP16: 1.00" in lines[1]

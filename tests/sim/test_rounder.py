@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rounder against integer arithmetic."""
+
+import pytest
+
+from speq.hw.config import AcceleratorConfig
+from speq.model.format import FormatConfig
+from speq.sim import rounder_tb
+
+CONFIGS = {
+    "reference": AcceleratorConfig(),
+    "narrowest": AcceleratorConfig(draft_rows=0, max_k=1),
+    "widest": AcceleratorConfig(format=FormatConfig(split=0), max_k=2**16),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_cycle(config: AcceleratorConfig) -> None:
+    rounder_tb.run(config)
