@@ -154,7 +154,7 @@ class GemmEngine(wiring.Component):
         m.d.comb += [
             first.eq(index == 0),
             last.eq(index + 1 == job.steps),
-            final.eq(job.o <= config.cols),
+            final.eq(1 if config.max_o <= config.cols else job.o <= config.cols),
             ready.eq(loaded & (~last | may_end)),
             step.eq(self.weights.valid & self.weights.ready),
         ]

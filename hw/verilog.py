@@ -92,9 +92,13 @@ def write_verilog(config: AcceleratorConfig, path: Path) -> tuple[Path, Path]:
 
     Raises
     ------
+    ValueError
+        If the path ends in .json.
     OSError
         If the folder does not exist or cannot be written.
     """
+    if path.suffix == ".json":
+        raise ValueError(f"{path}: the description gets this name; name the Verilog file .v")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
     text, description = generate_verilog(config)

@@ -175,7 +175,7 @@ def test_a_large_array_has_each_unit_once_and_is_small() -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+    with pytest.raises(FileNotFoundError, match="absent: no such folder"):
         write_verilog(SMALL, tmp_path / "absent" / "engine.v")
     assert list(tmp_path.iterdir()) == []
 
@@ -219,4 +219,10 @@ def test_wider_drafts_are_refused_on_the_command_line(width: int, tmp_path: Path
     assert done.stdout.count("\n") == 1
     message = f"speq: error: draft width is {width}; the RTL supports width 4 only"
     assert done.stdout.startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_description_never_replaces_the_verilog(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"engine\.json"):
+        write_verilog(SMALL, tmp_path / "engine.json")
     assert list(tmp_path.iterdir()) == []
