@@ -26,7 +26,7 @@ ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo verilog sim test lint bench clean simulator-tools smollm2
+.PHONY: help setup demo verilog sim test slow lint bench clean simulator-tools smollm2
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -45,8 +45,11 @@ verilog: $(STAMP)  ## write the engine's Verilog and JSON to build/ (ROWS=8 COLS
 sim: simulator-tools $(STAMP)  ## run the RTL regression (cocotb on Verilator)
 	@$(PY) -m pytest tests/sim -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-test: simulator-tools $(STAMP)  ## run every test, golden model and RTL
-	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+test: simulator-tools $(STAMP)  ## run the tests, golden model and RTL
+	@$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+slow: $(STAMP) smollm2  ## run the slow sweeps that `make test` leaves out
+	@$(PY) -m pytest -m slow -s $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## check style and formatting with ruff
 	@$(PY) -m ruff check
