@@ -92,11 +92,12 @@ class GemmResult:
     ----------
     output : numpy.uint32 [T, O]
         Bit patterns, FP16 zero-extended.
-    start, end : int
-        Cycles in which the first weight word and the last result were taken.
+    command, start, end : int
+        Cycles in which the command, the first weight word and the last result were taken.
     """
 
     output: np.ndarray
+    command: int
     start: int
     end: int
 
@@ -265,7 +266,9 @@ module gemm_bench (
     cycle <= cycle + 1;
     results_random <= results_random[0] ? (results_random >> 1) ^ 32'h80200003
                                         : results_random >> 1;
-    if (!rst && weights_valid && weights_ready && {first}) $fwrite(starts_file, "%h\\n", cycle);
+    if (!rst && command_valid && command_ready) $fwrite(starts_file, "command %h\\n", cycle);
+    if (!rst && weights_valid && weights_ready && {first})
+      $fwrite(starts_file, "weights %h\\n", cycle);
     if (!rst && results_valid && results_ready) begin
       $fwrite(results_file, "%h %h\\n", cycle, results_data);
       results_left <= results_left - 1;
@@ -377,9 +380,10 @@ def run_gemms(
         report = json.loads((run / "report.json").read_text())
         if not (report["done"] and report["idle"]) or report["rejected"] != bool(impossible):
             raise SimulationError(f"the engine stopped after {report['cycles']} cycles: {report}")
-        starts = [int(line, 16) for line in (files / "starts").read_text().split()]
+        starts = _cycles(files / "starts", "weights")
+        commands = _cycles(files / "starts", "command")[len(impossible) :]
         beats = (files / "results").read_text().splitlines()
-    results = _collect(config, gemms, starts, beats)
+    results = _collect(config, gemms, commands, starts, beats)
     speed = report["cycles_per_second"]
     return RunResult(results, report["cycles"], speed, report["nonfinite"], latencies)
 
@@ -442,8 +446,18 @@ def _to_bytes(beats: list[int], bits: int) -> bytes:
     return b"".join(beat.to_bytes(-(-bits // 8), "big") for beat in beats)
 
 
+def _cycles(path: Path, event: str) -> list[int]:
+    """The cycles of one kind of event in a file of lines "event cycle"."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return [int(cycle, 16) for kind, cycle in lines if kind == event]
+
+
 def _collect(
-    config: AcceleratorConfig, gemms: Sequence[Gemm], starts: list[int], beats: list[str]
+    config: AcceleratorConfig,
+    gemms: Sequence[Gemm],
+    commands: list[int],
+    starts: list[int],
+    beats: list[str],
 ) -> list[GemmResult]:
     """Put the result beats together, checking that each is the one that is due."""
     layout = result_layout(config)
@@ -451,7 +465,7 @@ def _collect(
     data_bytes = 4 * config.cols
     results = []
     position = 0
-    for gemm, start in zip(gemms, starts, strict=True):
+    for gemm, command, start in zip(gemms, commands, starts, strict=True):
         tokens, _, o = gemm.size
         tiles = _tiles(gemm, config)
         output = np.empty((tokens, tiles, config.cols), np.uint32)
@@ -475,7 +489,7 @@ def _collect(
                 output[row, tile] = np.frombuffer(data, np.uint32)
                 position += 1
         output = output.reshape(tokens, -1)[:, :o]
-        results.append(GemmResult(output, start, int(cycle, 16)))
+        results.append(GemmResult(output, command, start, int(cycle, 16)))
     if position != len(beats):
         raise SimulationError(f"{len(beats)} result beats; expected {position}")
     return results

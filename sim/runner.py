@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cocotb_tools.runner
@@ -95,8 +98,6 @@ def simulate(
     build.mkdir(parents=True, exist_ok=True)
     source = build / f"{top}.v"
     visible = build / "visible.vlt"
-    _write_if_changed(source, verilog)
-    _write_if_changed(visible, f'`verilator_config\npublic_flat_rw -module "{top}" -var "*"\n')
 
     saved = {name: os.environ.get(name) for name in ("PATH", "MAKEFLAGS")}
     os.environ["PATH"] = f"{VERILATOR_BIN}{os.pathsep}{os.environ['PATH']}"
@@ -105,17 +106,20 @@ def simulate(
     run = build / f"run-{os.getpid()}"
     run.mkdir(exist_ok=True)
     try:
-        if not (build / "built").exists():
-            runner.build(
-                sources=[visible, source],
-                hdl_toplevel=top,
-                build_dir=build,
-                build_args=["-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert"],
-                waves=waves,
-                timescale=("1ns", "1ps"),
-                log_file=build / "build.log",
-            )
-            (build / "built").touch()
+        with _exclusive(build / "lock"):
+            if not (build / "built").exists():
+                source.write_text(verilog)
+                visible.write_text(f'`verilator_config\npublic_flat_rw -module "{top}" -var "*"\n')
+                runner.build(
+                    sources=[visible, source],
+                    hdl_toplevel=top,
+                    build_dir=build,
+                    build_args=["-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert"],
+                    waves=waves,
+                    timescale=("1ns", "1ps"),
+                    log_file=build / "build.log",
+                )
+                (build / "built").touch()
         results = runner.test(
             hdl_toplevel=top,
             hdl_toplevel_lang="verilog",
@@ -145,6 +149,9 @@ def simulate(
     return run
 
 
-def _write_if_changed(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Keep other processes that want the same file out, so that they do not build the same."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

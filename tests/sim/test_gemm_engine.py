@@ -134,6 +134,8 @@ def test_cycles_without_stalls() -> None:
     pairs = [gemm(rng, config, mode, size) for mode, size in sizes]
     outcome = check(config, pairs)
     overhead = outcome.latencies["engine_overhead"]
+    first = outcome.results[0]
+    assert first.start - first.command == outcome.latencies["engine_fill"]
     previous_last_word = None
     for (job, _), result in zip(pairs, outcome.results, strict=True):
         tokens, _, o = job.size
