@@ -58,7 +58,6 @@ def simulate(
     top: str,
     test_module: str,
     *,
-    test: str | None = None,
     environment: dict[str, str] | None = None,
     plusargs: list[str] | None = None,
     waves: bool = False,
@@ -74,8 +73,6 @@ def simulate(
     top : str
     test_module : str
         Import name of the cocotb test module.
-    test : str, optional
-        Run only this test of the module.
     environment : dict, optional
         Environment variables for the test.
     plusargs : list of str, optional
@@ -126,7 +123,6 @@ def simulate(
             build_dir=build,
             test_dir=run,
             test_module=test_module,
-            test_filter=None if test is None else rf"{test}$",
             results_xml=str(run / "results.xml"),
             extra_env=(environment or {}) | {"PYTHONPATH": os.pathsep.join(sys.path)},
             plusargs=plusargs or [],
