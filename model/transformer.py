@@ -36,6 +36,9 @@ from speq.model.vector_ops import (
 )
 
 Capture = Callable[[str, torch.Tensor], None]
+Linear = Callable[[str, torch.Tensor], torch.Tensor]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+RotaryTable = tuple[torch.Tensor, torch.Tensor]
 
 
 class KVCache:
@@ -140,14 +143,52 @@ def forward(
     tokens, positions, mask = _checked_arguments(c, tokens, cache, positions, mask)
     cache.positions[cache.length : cache.length + len(tokens)] = positions
 
+    tables = rotary_tables(model, positions)
+    window_mask = _sliding_window(c, cache, positions, mask)
+
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         if capture is not None:
             capture(name, x)
         if draft is not None and name in draft:
             layer = draft[name]
-            y = draft_gemm(quantize_activations(x, layer.block), layer.operand)
-        else:
-            y = verify_gemm(x, model.operands[name])
+            return draft_gemm(quantize_activations(x, layer.block), layer.operand)
+        return verify_gemm(x, model.operands[name])
+
+    def attend(block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = cache.store(block, k, v)
+        seen = mask if c.is_global(block) else window_mask
+        return attention(q, keys, values, seen, c.attention_scale)
+
+    logits = run_blocks(model, tokens, tables, linear, attend, logit_rows)
+    cache.length += len(tokens)
+    return logits
+
+
+def run_blocks(
+    model: Model,
+    tokens: torch.Tensor,
+    tables: Sequence[RotaryTable],
+    linear: Linear,
+    attend: Attend,
+    logit_rows: slice = slice(None),
+) -> torch.Tensor:
+    """The transformer around its linear layers and its attention: logits float32 [rows, V].
+
+    Parameters
+    ----------
+    tokens : torch.int64 [T]
+    tables : cosines and sines of the rows' positions
+        From `rotary_tables`.
+    linear : (name, x float16 [T, K]) -> float32 [T, O]
+        A linear layer without its bias.
+    attend : (block, queries [T, heads, D], keys, values [T, kv_heads, D]) -> [T, heads * D]
+        Attention of a block, float16 in and out; queries and keys are rotated. It stores the keys
+        and values.
+    """
+    c = model.config
+
+    def biased(name: str, x: torch.Tensor) -> torch.Tensor:
+        y = linear(name, x)
         bias = model.weights.get(name + ".bias")
         return y if bias is None else y + bias.to(torch.float32)
 
@@ -157,29 +198,30 @@ def forward(
     h = model.weights["embedding"][tokens].to(torch.float32)  # residual stream [T, H]
     if c.embedding_scale != 1.0:
         h = h * c.embedding_scale
-    tables = [rotary_table(positions, frequencies) for frequencies in model.rotary_frequencies]
-    window_mask = _sliding_window(c, cache, positions, mask)
     for i in range(c.blocks):
         block = f"block.{i}."
         x = to_float16(norm(block + "attn_norm", h))
-        q, k, v = (linear(block + name, x).unflatten(1, (-1, c.head_dim)) for name in LINEARS[:3])
+        q, k, v = (biased(block + name, x).unflatten(1, (-1, c.head_dim)) for name in LINEARS[:3])
         if block + "q_norm" in model.weights:
             q, k = norm(block + "q_norm", q), norm(block + "k_norm", k)
-        table, seen = (tables[0], mask) if c.is_global(i) else (tables[1], window_mask)
-        keys, values = cache.store(i, rotate(k, *table), to_float16(v))
-        x = attention(rotate(q, *table), keys, values, seen, c.attention_scale)
-        y = linear(block + "o_proj", x)
+        table = tables[0] if c.is_global(i) else tables[1]
+        x = attend(i, rotate(q, *table), rotate(k, *table), to_float16(v))
+        y = biased(block + "o_proj", x)
         if block + "post_attn_norm" in model.weights:
             y = norm(block + "post_attn_norm", y)
         h = h + y
         x = to_float16(norm(block + "ffn_norm", h))
-        gate, up = (linear(block + name, x) for name in LINEARS[4:6])
-        y = linear(block + "down_proj", gated(gate, up, c.activation))
+        gate, up = (biased(block + name, x) for name in LINEARS[4:6])
+        y = biased(block + "down_proj", gated(gate, up, c.activation))
         if block + "post_ffn_norm" in model.weights:
             y = norm(block + "post_ffn_norm", y)
         h = h + y
-    cache.length += len(tokens)
-    return linear("head", to_float16(norm("final_norm", h[logit_rows])))
+    return biased("head", to_float16(norm("final_norm", h[logit_rows])))
+
+
+def rotary_tables(model: Model, positions: torch.Tensor) -> list[RotaryTable]:
+    """Cosines and sines of positions [T], one pair for each of the model's rotary bases."""
+    return [rotary_table(positions, frequencies) for frequencies in model.rotary_frequencies]
 
 
 def attention(
