@@ -26,7 +26,7 @@ ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo verilog sim test slow lint bench clean simulator-tools smollm2
+.PHONY: help setup demo verilog sim test slow lint bench tiny clean simulator-tools smollm2
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -57,6 +57,9 @@ lint: $(STAMP)  ## check style and formatting with ruff
 
 bench: simulator-tools $(STAMP) smollm2  ## measure speeds and sizes and compare them with their targets
 	@$(SPEQ) bench
+
+tiny: $(STAMP)  ## train the model that comes with the project once more, into build/tiny
+	@$(PY) -m speq.model.train_tiny -o $(BUILD)/tiny
 
 clean:  ## remove build/ and caches, but not .venv
 	@rm -rf $(BUILD) dist *.egg-info .pytest_cache .ruff_cache .hypothesis

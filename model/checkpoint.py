@@ -234,13 +234,18 @@ def smollm2_path() -> Path:
     return files[0]
 
 
-ALIASES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_path}
+def tiny_path() -> Path:
+    """The folder of the model that comes with this package (trained by `speq.model.train_tiny`)."""
+    return Path(__file__).parent / "tiny"
+
+
+ALIASES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_path, "tiny": tiny_path}
 
 
 def load_model(name_or_path: str | Path, tokenizer: str | Path | None = None) -> Model:
-    """Loads a model by alias ("smollm2") or path: a .gguf file, a Hugging Face folder (config.json,
-    model*.safetensors, tokenizer.json) or a llama2.c .bin file, whose tokenizer is the file
-    `tokenizer`, by default tokenizer.bin or tok<vocabulary size>.bin beside it.
+    """Loads a model by alias ("smollm2", "tiny") or path: a .gguf file, a Hugging Face folder
+    (config.json, model*.safetensors, tokenizer.json) or a llama2.c .bin file, whose tokenizer is
+    the file `tokenizer`, by default tokenizer.bin or tok<vocabulary size>.bin beside it.
 
     Raises CheckpointError with one line that names the file and what is wrong with it.
     """

@@ -22,6 +22,13 @@ come next in the draft's value come first:
 Everything that the hardware needs to know about the format (`remap_table`, `draft_levels`,
 `SCALE_NUMERATORS`, field widths) is defined here once and the RTL is generated from it.
 
+Two further freedoms leave every bit of the weights alone and only change what the draft makes of
+them. Input channels may be *permuted*, because an exact sum has no order: position j of a row then
+holds the weight of input channel order[j]. And they may be *scaled* by powers of two: shift[j] is
+added (mod 32) to the exponent field that is remapped, so that the draft multiplies weights that are
+2^shift[j] times as large with activations that are as much smaller. The decoder subtracts it again:
+verify mode multiplies the original weight with the original activation.
+
 Memory layout
 -------------
 O is cut into tiles of `columns` output rows (the array's width C) and K is padded to a multiple of
@@ -43,6 +50,8 @@ residual plane, uint16 [tiles, words, columns]
     it restarts at each tile: 3 words per 4 weights (width 4), 11 per 16 (5), 5 per 8 (6).
 group bytes, uint8 [tiles, groups, columns]
     Base exponent in bits 4..0, scale code of the draft levels in bits 7..5.
+order, uint16 [K], and shift, uint8 [K]
+    Only of tensors whose channels are permuted or scaled.
 
 Source: "From Quarter to All" (arXiv 2510.18525) for the idea of remapping exponents so that 4 of
 the 16 bits are a usable draft; the table with split exponents, the base exponent per group and
@@ -74,6 +83,8 @@ SCALE_DENOMINATOR = 16
 UNIT_SCALE_CODE = SCALE_NUMERATORS.index(SCALE_DENOMINATOR)
 #: The base exponent of a group that holds an infinity or a NaN.
 NONFINITE_BASE = 31
+#: Largest power of two by which an input channel's weights are scaled in the draft.
+MAX_SHIFT = 7
 #: Weights in one 16-bit word of draft nibbles.
 NIBBLES_PER_WORD = 4
 
@@ -539,6 +550,13 @@ class EncodedTensor:
         Output rows in a tile.
     draft_plane, residual_plane : numpy.uint16 [tiles, words, columns]
     group_bytes : numpy.uint8 [tiles, groups, columns]
+    order : numpy.uint16 [K], optional
+        The input channel at each position of a row; as they come when not given.
+    shift : numpy.uint8 [K], optional
+        Exponent of two that scales the weights at each position in the draft, 0 to `MAX_SHIFT`.
+    draft_rows : int, optional
+        Draft passes compute only the first so many outputs (of a large vocabulary, say), and read
+        only their tiles; all when not given.
     """
 
     name: str
@@ -548,9 +566,15 @@ class EncodedTensor:
     draft_plane: np.ndarray = field(repr=False)
     residual_plane: np.ndarray = field(repr=False)
     group_bytes: np.ndarray = field(repr=False)
+    order: np.ndarray | None = field(default=None, repr=False)
+    shift: np.ndarray | None = field(default=None, repr=False)
+    draft_rows: int | None = None
 
     def __post_init__(self) -> None:
         o, k = self.shape
+        _check_channels(self.order, self.shift, k, self.name)
+        if self.draft_rows is not None and not 1 <= self.draft_rows <= o:
+            raise ValueError(f"draft_rows of {self.name!r} is {self.draft_rows}; expected 1..{o}")
         tiles = -(-o // self.columns)
         expected = {
             "draft_plane": (np.uint16, draft_words(k, self.config)),
@@ -575,18 +599,21 @@ class EncodedTensor:
             words = self._stored_words(tiles)
             grouped = _grouped(words, self.config.group)
             base = _untile(self.group_bytes[tiles]) & np.uint8(31)
-            patterns = _translate(grouped, base, table)
-            out[start:stop] = patterns.reshape(len(words), -1)[:, : self.shape[1]]
+            patterns = _translate(grouped, base, table).reshape(len(words), -1)[:, : self.shape[1]]
+            if self.shift is not None:
+                patterns = _add_to_exponents(patterns, -self.shift.astype(np.int16))
+            out[start:stop, slice(None) if self.order is None else self.order] = patterns
 
         self._for_tiles(work)
         return torch.from_numpy(out.view(np.float16)[: self.shape[0]])
 
     def draft(self) -> torch.Tensor:
-        """The values that draft mode multiplies with, torch.float32 [O, K], each exact.
+        """The values that draft mode multiplies with, torch.float32 [draft_rows, K], each exact.
 
-        A group that holds an infinity or a NaN gives NaN for all its weights.
+        Permuted and scaled as they are stored (see `arranged`). A group that holds an infinity or a
+        NaN gives NaN for all its weights.
         """
-        o, k = self.shape
+        o, k = self.draft_rows or self.shape[0], self.shape[1]
         out = np.empty((self._padded_rows, k), np.float32)
         levels, scales = _signed_levels(self.config), _group_scales(self.config)
 
@@ -604,14 +631,26 @@ class EncodedTensor:
         """The words that the array takes in verify mode, uint16 [tiles, K, columns].
 
         Bits 15..12 hold sign and q, bits 11..0 the rest of the stored word: both planes joined.
+        Positions are permuted and exponents shifted as they are stored.
         """
         words = self._stored_words(slice(None))[:, : self.shape[1]]
         return _tile(words, self.columns)
 
     def storage_bits(self) -> int:
-        """Bits in memory: both planes and the group bytes, padding included."""
+        """Bits in memory: both planes, group bytes, order and shift, padding included."""
         planes = (self.draft_plane, self.residual_plane, self.group_bytes)
-        return 8 * sum(plane.nbytes for plane in planes)
+        return 8 * (sum(plane.nbytes for plane in planes) + self._channel_bytes)
+
+    def draft_bits(self) -> int:
+        """Bits that a draft pass reads: of the tiles that it computes, draft plane and group bytes;
+        order and shift."""
+        tiles = -(-(self.draft_rows or self.shape[0]) // self.columns)
+        planes = (self.draft_plane[:tiles], self.group_bytes[:tiles])
+        return 8 * (sum(plane.nbytes for plane in planes) + self._channel_bytes)
+
+    @property
+    def _channel_bytes(self) -> int:
+        return sum(array.nbytes for array in (self.order, self.shift) if array is not None)
 
     def _stored_words(self, tiles: slice) -> np.ndarray:
         """Stored words, uint16 [rows of the tiles, K]."""
@@ -631,6 +670,59 @@ class EncodedTensor:
             self.columns * self.shape[1],
             lambda start, stop: work(start * self.columns, stop * self.columns),
         )
+
+
+def _check_channels(order: np.ndarray | None, shift: np.ndarray | None, k: int, name: str) -> None:
+    if order is not None and (
+        order.dtype != np.uint16
+        or order.shape != (k,)
+        or not np.array_equal(np.sort(order), np.arange(k))
+    ):
+        raise ValueError(f"order of {name!r} is no uint16 permutation of its {k} input channels")
+    if shift is not None and (
+        shift.dtype != np.uint8 or shift.shape != (k,) or int(shift.max()) > MAX_SHIFT
+    ):
+        raise ValueError(f"shift of {name!r} is no uint8 [{k}] of values up to {MAX_SHIFT}")
+
+
+def _add_to_exponents(patterns: np.ndarray, amount: np.ndarray) -> np.ndarray:
+    """FP16 patterns uint16 [rows, K] with amounts [K] added to their exponent fields, mod 32."""
+    added = patterns + (amount.astype(np.uint16) << np.uint16(10))
+    return (added & np.uint16(0x7C00)) | (patterns & np.uint16(0x83FF))
+
+
+def _shift_nonfinite(patterns: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """What `arranged` leaves out: infinities and NaNs with the shift added to their exponents."""
+    nonfinite = (patterns & np.uint16(0x7C00)) == 0x7C00
+    return np.where(nonfinite, _add_to_exponents(patterns, shift), patterns)
+
+
+def arranged(
+    weights: torch.Tensor,
+    order: np.ndarray | None = None,
+    shift: np.ndarray | None = None,
+    name: str = "tensor",
+) -> torch.Tensor:
+    """FP16 weights [O, K] permuted and scaled as `encode` with this order and shift remaps them.
+
+    Infinities and NaNs keep their exponent field, so that they still mark their group.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtype or shape of an argument is wrong, or if a scaled weight leaves FP16's range.
+    """
+    patterns = _as_patterns(weights, name)
+    _check_channels(order, shift, patterns.shape[1], name)
+    if order is not None:
+        patterns = patterns[:, order]
+    if shift is not None:
+        fields = patterns >> np.uint16(10) & np.uint16(31)
+        if ((fields + shift > 30) & (fields < 31)).any():
+            raise ValueError(f"shift takes weights of {name!r} out of FP16's range: use less")
+        scaled = _add_to_exponents(patterns, shift)
+        patterns = np.where(fields == 31, patterns, scaled)
+    return torch.from_numpy(np.ascontiguousarray(patterns).view(np.float16))
 
 
 def _tile(rows: np.ndarray, columns: int) -> np.ndarray:
@@ -663,6 +755,10 @@ def encode(
     scale_codes: np.ndarray | torch.Tensor | None = None,
     name: str = "tensor",
     columns: int = 16,
+    *,
+    order: np.ndarray | None = None,
+    shift: np.ndarray | None = None,
+    draft_rows: int | None = None,
 ) -> EncodedTensor:
     """Encode FP16 weights; `EncodedTensor.decode` gives the same bits back.
 
@@ -671,11 +767,14 @@ def encode(
     weights : torch.float16 [O, K]
     config : FormatConfig
     scale_codes : integers [O, ceil(K / group)], 0 to 7, optional
-        Scale codes of the draft levels; `fit_scale_codes(weights, config)` when not given.
+        Scale codes of the draft levels; `fit_scale_codes(arranged(weights, order, shift), config)`
+        when not given.
     name : str
         The tensor's name, for messages.
     columns : int
         Columns of the array that the planes are laid out for.
+    order, shift, draft_rows : optional
+        As in `EncodedTensor`.
 
     Returns
     -------
@@ -684,7 +783,7 @@ def encode(
     Raises
     ------
     TypeError, ValueError
-        If dtype, shape or range of an argument is wrong.
+        If dtype, shape or range of an argument is wrong, or a scaled weight leaves FP16's range.
 
     Warns
     -----
@@ -702,12 +801,16 @@ def encode(
     residual = np.empty((tiles, residual_words(k, config), columns), np.uint16)
     group_bytes = np.empty((tiles, groups, columns), np.uint8)
     table = _code_tables(config)[0]
+    marked = _as_patterns(arranged(weights, order, shift, name), name)
+    remapped = marked if shift is None else _shift_nonfinite(marked, shift)
 
     def work(start: int, stop: int) -> None:
         first, last = start * columns, min(stop * columns, o)
-        grouped = _grouped(patterns[first:last], config.group)
+        grouped = _grouped(marked[first:last], config.group)
         base = _base_exponents(grouped)
         scale = _fit_groups(grouped, k, config) if codes is None else codes[first:last]
+        if remapped is not marked:
+            grouped = _grouped(remapped[first:last], config.group)
         stored = _translate(grouped, base, table).reshape(last - first, -1)[:, :k]
         padding = ((0, stop * columns - last), (0, 0))
         stored = np.pad(stored, padding)
@@ -718,7 +821,8 @@ def encode(
 
     _parallel_blocks(tiles, columns * k, work)
     _warn_nonfinite(patterns, _untile(group_bytes)[:o], config.group, name)
-    return EncodedTensor(name, (o, k), config, columns, draft, residual, group_bytes)
+    planes = (draft, residual, group_bytes)
+    return EncodedTensor(name, (o, k), config, columns, *planes, order, shift, draft_rows)
 
 
 def _check_scale_codes(

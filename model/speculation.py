@@ -217,7 +217,7 @@ def pass_costs(encoded: Mapping[str, EncodedTensor]) -> tuple[float, float]:
     """Costs of a draft and of a verify pass for `Statistics.speedup`: the bytes of the layers that
     it streams (the draft plane or both, group bytes, padding) over those of the FP16 weights."""
     plain = sum(2 * math.prod(tensor.shape) for tensor in encoded.values())
-    drafted = sum(t.draft_plane.nbytes + t.group_bytes.nbytes for t in encoded.values())
+    drafted = sum(tensor.draft_bits() // 8 for tensor in encoded.values())
     verified = sum(tensor.storage_bits() // 8 for tensor in encoded.values())
     return drafted / plain, verified / plain
 

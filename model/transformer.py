@@ -11,12 +11,16 @@ block activations; attention's own products (queries with keys, weights with val
 verify mode on FP16 operands, as on the array.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from speq.model.arith import (
+    BlockActivations,
     WeightOperand,
     draft_gemm,
     prepare_draft,
@@ -89,10 +93,26 @@ class KVCache:
 
 @dataclass(frozen=True)
 class DraftLinear:
-    """A linear layer prepared for draft passes: its weights and the activations' block size."""
+    """A linear layer [O, K] prepared for draft passes.
+
+    Members: the weights of the outputs that are drafted, the activations' block size, the order
+    int64 [K] and the shift int32 [K] of input channels if there are any, and O.
+    """
 
     operand: WeightOperand
     block: int
+    order: torch.Tensor | None
+    shift: torch.Tensor | None
+    outputs: int
+
+    def quantize(self, x: torch.Tensor) -> BlockActivations:
+        """Activations float16 [T, K] as this layer multiplies them."""
+        return quantize_activations(x, self.block, order=self.order, shift=self.shift)
+
+    def pad(self, y: torch.Tensor) -> torch.Tensor:
+        """Products [T, drafted outputs] -> [T, O]: outputs that are not drafted are -inf."""
+        missing = self.outputs - y.shape[1]
+        return F.pad(y, (0, missing), value=-math.inf) if missing else y
 
 
 def prepare_draft_linears(encoded: Mapping[str, EncodedTensor]) -> dict[str, DraftLinear]:
@@ -100,10 +120,19 @@ def prepare_draft_linears(encoded: Mapping[str, EncodedTensor]) -> dict[str, Dra
 
     The result takes 4 bytes per weight. Activation blocks are aligned with the weight groups.
     """
-    return {
-        name: DraftLinear(prepare_draft(tensor), tensor.config.group)
-        for name, tensor in encoded.items()
-    }
+    return {name: prepare_draft_linear(tensor) for name, tensor in encoded.items()}
+
+
+def prepare_draft_linear(tensor: EncodedTensor) -> DraftLinear:
+    """Prepares one encoded linear layer."""
+    order, shift = tensor.order, tensor.shift
+    return DraftLinear(
+        prepare_draft(tensor),
+        tensor.config.group,
+        None if order is None else torch.from_numpy(order.astype(np.int64)),
+        None if shift is None else torch.from_numpy(shift.astype(np.int32)),
+        tensor.shape[0],
+    )
 
 
 def forward(
@@ -151,7 +180,7 @@ def forward(
             capture(name, x)
         if draft is not None and name in draft:
             layer = draft[name]
-            return draft_gemm(quantize_activations(x, layer.block), layer.operand)
+            return layer.pad(draft_gemm(layer.quantize(x), layer.operand))
         return verify_gemm(x, model.operands[name])
 
     def attend(block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
