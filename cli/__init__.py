@@ -52,18 +52,62 @@ def encode_command(
     model: Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The safetensors file to write.")],
     group: Group = 64,
-    split: Split = 2,
-    width: Width = 4,
     columns: Annotated[int, typer.Option(min=1, help="Columns of the array that reads it.")] = 16,
-    tensors: Annotated[
-        str, typer.Option(help="Only tensors whose name this regular expression finds.")
-    ] = "",
+    rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
+    choices: Annotated[int, typer.Option(help="Candidates per position for spare rows.")] = 4,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Calibration prompts (JSON: kind -> list).", show_default="shipped"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of a calibration text.")] = 96,
     verify: Annotated[bool, typer.Option("--verify", help="Read back and compare bits.")] = False,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="One format for all tensors, no calibration.")
+    ] = False,
+    split: Annotated[
+        int | None, typer.Option(help="With --fixed: 0 to 3.", show_default="2")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="With --fixed: 4, 5 or 6.", show_default="4")
+    ] = None,
+    tensors: Annotated[
+        str | None,
+        typer.Option(help="With --fixed: only tensors that this regular expression finds."),
+    ] = None,
 ) -> None:
-    """Encode a model's linear layers into draft planes, residual planes and group bytes."""
-    from speq.cli.encode import run
+    """Encode a model's linear layers so that the draft inside them is as good as can be."""
+    from speq.cli.encode import Request, run
 
-    run(model, output, group, split, width, columns, tensors, verify)
+    run(
+        Request(
+            model=model,
+            output=output,
+            group=group,
+            columns=columns,
+            fixed=fixed,
+            split=split,
+            width=width,
+            pattern=tensors,
+            rows=rows,
+            choices=choices,
+            prompts=prompts,
+            max_tokens=max_tokens,
+            verify=verify,
+        )
+    )
+
+
+@app.command("verify-file")
+def verify_file_command(
+    file: Annotated[Path, typer.Argument(help="A file that speq encode has written.")],
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint.", show_default="the one the file names")
+    ] = None,
+) -> None:
+    """Check that an encoded file decodes to its checkpoint's weights bit for bit."""
+    from speq.cli.encode import verify
+
+    verify(file, model)
 
 
 @app.command("demo")
@@ -98,22 +142,30 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest of this sum.")] = 1.0,
-    rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
+    encoded: Annotated[
+        Path | None, typer.Option(help="The model as speq encode has written it.")
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows of the array: tokens in a verify pass.", show_default="8"),
+    ] = None,
     draft_length: Annotated[
         int | None, typer.Option(help="Most tokens to draft.", show_default="rows - 1")
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="Stop drafting below this margin of the best logit.")
-    ] = 2.0,
+        float | None,
+        typer.Option(help="Stop drafting below this margin of the best logit.", show_default="2"),
+    ] = None,
     choices: Annotated[
-        int, typer.Option(help="Candidates per position for spare rows; 1: none.")
-    ] = 4,
+        int | None,
+        typer.Option(help="Candidates per position for spare rows; 1: none.", show_default="4"),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt: no chat format.")
     ] = False,
-    group: Group = 64,
-    split: Split = 2,
-    width: Width = 4,
+    group: Annotated[int | None, typer.Option(help="As of encode.", show_default="64")] = None,
+    split: Annotated[int | None, typer.Option(help="As of encode.", show_default="2")] = None,
+    width: Annotated[int | None, typer.Option(help="As of encode.", show_default="4")] = None,
     head_width: Annotated[
         int | None, typer.Option(help="Draft bits of the head.", show_default="width")
     ] = None,
@@ -131,6 +183,7 @@ def generate_command(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            encoded=encoded,
             rows=rows,
             draft_length=draft_length,
             threshold=threshold,
@@ -140,6 +193,62 @@ def generate_command(
             split=split,
             width=width,
             head_width=head_width,
+        )
+    )
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the report and the plots.")
+    ] = Path("build/eval"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON file of prompts: kind to list.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue prompts (story openings): no chat format.")
+    ] = False,
+    prompts_per_kind: Annotated[
+        int | None, typer.Option(min=1, help="Only so many prompts of each kind.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per prompt.")] = 64,
+    rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
+    choices: Annotated[int, typer.Option(help="Candidates per position of the tree.")] = 4,
+    group: Annotated[int | None, typer.Option(help="As of encode.", show_default="64")] = None,
+    split: Annotated[int | None, typer.Option(help="As of encode.", show_default="2")] = None,
+    width: Annotated[int | None, typer.Option(help="As of encode.", show_default="4")] = None,
+    head_width: Annotated[
+        int | None, typer.Option(help="Draft bits of the head.", show_default="width")
+    ] = None,
+    encoded: Annotated[
+        Path | None, typer.Option(help="Evaluate this file, written by speq encode.")
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Also compare formats and competitors.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Measure a model's draft on prompts of five kinds, with modelled speedups and plots."""
+    from speq.cli.evaluate import Request, run
+
+    run(
+        Request(
+            model=model,
+            output=output,
+            prompts=prompts,
+            raw=raw,
+            prompts_per_kind=prompts_per_kind,
+            max_tokens=max_tokens,
+            rows=rows,
+            choices=choices,
+            group=group,
+            split=split,
+            width=width,
+            head_width=head_width,
+            encoded=encoded,
+            ablation=ablation,
+            seed=seed,
         )
     )
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
-from speq.cli.encode import block_linears
+from speq.cli.encode import linear_weights
 from speq.hw import AcceleratorConfig
 from speq.hw.verilog import write_verilog
 from speq.model.arith import quantize_activations, verify_gemm
@@ -120,7 +120,9 @@ def block_weights(seed: int) -> tuple[list[torch.Tensor], str]:
         shapes = SMOLLM2_BLOCK * SMOLLM2_BLOCKS
         weights = [normal_weights(*shape, generator) for shape in shapes]
         return weights, f"random weights in SmolLM2-135M's shapes, seed {seed}"
-    return list(block_linears(load_model("smollm2")).values()), "SmolLM2-135M's blocks"
+    return list(
+        linear_weights(load_model("smollm2"), r"^block\.").values()
+    ), "SmolLM2-135M's blocks"
 
 
 def codec(settings: Settings) -> list[Figure]:

@@ -1,21 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`speq encode`: a model's linear layers as one file of draft planes, residual planes, group bytes.
+"""`speq encode` and `speq verify-file`: a model's linear layers as one file, and its check.
 
-The file is a safetensors file. Each tensor NAME of the model becomes three arrays as they lie in
-memory (see speq.model.format for the layout):
-
-    NAME.draft      uint16 [tiles, words, columns]
-    NAME.residual   uint16 [tiles, words, columns]
-    NAME.groups     uint8  [tiles, groups, columns]
-
-and the entry `speq` of the file's metadata is a JSON object:
-
-    version   1
-    source    the model's name, as given
-    format    group, split and width
-    columns   columns of a tile
-    tensors   for each NAME its `shape` [O, K] and the `sha256` of its FP16 weights, row by row,
-              little-endian
+The file is described in speq.model.encoded_file, what the optimiser does in speq.model.encoder. An
+interrupted run leaves what it has found in a journal beside the output, OUTPUT.journal, from which
+the same command goes on; a finished one removes it.
 """
 
 from __future__ import annotations
@@ -26,34 +14,66 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
+from speq.model.encoder import Journal, Outcome, optimise
 from speq.model.format import EncodedTensor, FormatConfig
 from speq.model.format import encode as encode_tensor
-
-VERSION = 1
-
-
-def sha256(weights: torch.Tensor) -> str:
-    """Hex digest of the bits of a tensor, torch.float16, row by row."""
-    return hashlib.sha256(weights.contiguous().numpy().astype("<f2", copy=False)).hexdigest()
+from speq.model.prompts import Prompts, read_prompts, shipped_prompts
+from speq.model.speculation import Settings, pass_costs
 
 
-def block_linears(model: Model, pattern: str = "") -> dict[str, torch.Tensor]:
-    """The weights of the linear layers of all blocks, those whose name `pattern` finds.
+@dataclass(frozen=True)
+class Request:
+    """The options of `speq encode`; `speq encode --help` explains them."""
 
-    Returns torch.float16 [O, K] by name.
+    model: str
+    output: Path
+    group: int
+    columns: int
+    fixed: bool
+    split: int | None
+    width: int | None
+    pattern: str | None
+    rows: int
+    choices: int
+    prompts: Path | None
+    max_tokens: int
+    verify: bool
+
+    def check(self) -> None:
+        """Raises ValueError if options contradict each other or are out of range."""
+        FormatConfig(group=self.group)
+        Settings(rows=self.rows, choices=self.choices)
+        if self.fixed:
+            self.config()
+            return
+        given = {"split": self.split, "width": self.width, "tensors": self.pattern}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"--{name} needs --fixed: else the optimiser chooses")
+        if self.rows < 2 or self.choices < 2:
+            raise ValueError("the optimiser needs at least 2 rows and 2 choices")
+
+    def config(self) -> FormatConfig:
+        """The format of all tensors with --fixed."""
+        defaults = FormatConfig()
+        split = defaults.split if self.split is None else self.split
+        width = defaults.width if self.width is None else self.width
+        return FormatConfig(self.group, split, width)
+
+
+def linear_weights(model: Model, pattern: str = "") -> dict[str, torch.Tensor]:
+    """The weights of the linear layers whose name `pattern` finds, torch.float16 [O, K] by name.
 
     Raises
     ------
@@ -64,7 +84,7 @@ def block_linears(model: Model, pattern: str = "") -> dict[str, torch.Tensor]:
         expression = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-    names = [name for name in linear_names(model.config) if name.startswith("block.")]
+    names = linear_names(model.config)
     found = {name: model.linear_weight(name) for name in names if expression.search(name)}
     if not found:
         raise ValueError(f"{pattern!r} finds none of the tensors {names[0]} to {names[-1]}")
@@ -98,144 +118,98 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_encoded(
-    path: Path, source: str, encoded: dict[str, EncodedTensor], digests: dict[str, str]
-) -> None:
-    """Write encoded tensors, all of one configuration, to a file as this module describes it.
-
-    Parameters
-    ----------
-    path : Path
-    source : str
-        The model's name.
-    encoded : tensors by name, at least one
-    digests : SHA-256 of the original weights by name
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
-    """
-    first = next(iter(encoded.values()))
-    header = {
-        "version": VERSION,
-        "source": source,
-        "format": asdict(first.config),
-        "columns": first.columns,
-        "tensors": {
-            name: {"shape": list(tensor.shape), "sha256": digests[name]}
-            for name, tensor in encoded.items()
-        },
-    }
-    arrays = {}
-    for name, tensor in encoded.items():
-        arrays[f"{name}.draft"] = tensor.draft_plane
-        arrays[f"{name}.residual"] = tensor.residual_plane
-        arrays[f"{name}.groups"] = tensor.group_bytes
-    try:
-        save_file(arrays, path, {"speq": json.dumps(header)})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def read_encoded(path: Path) -> tuple[dict[str, Any], Iterator[EncodedTensor]]:
-    """The header of an encoded file, and its tensors, each read when it is its turn.
-
-    Raises
-    ------
-    ValueError
-        If the file is not of this module's making or is damaged; the iterator, too.
-    OSError
-        If it cannot be read.
-    """
-    with _naming(path), safe_open(path, "numpy") as file:
-        header = json.loads(file.metadata()["speq"])
-        if header["version"] != VERSION:
-            raise ValueError(f"version is {header['version']!r}, expected {VERSION}")
-    return header, _read_tensors(path, header)
-
-
-def _read_tensors(path: Path, header: dict[str, Any]) -> Iterator[EncodedTensor]:
-    with _naming(path), safe_open(path, "numpy") as file:
-        config = FormatConfig(**header["format"])
-        for name, entry in header["tensors"].items():
-            planes = [file.get_tensor(f"{name}.{part}") for part in ("draft", "residual", "groups")]
-            yield EncodedTensor(name, tuple(entry["shape"]), config, header["columns"], *planes)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Report a file's damage as a ValueError that names the file."""
-    try:
-        yield
-    # What a header of the wrong structure can cause, and what EncodedTensor says about its planes.
-    except (
-        SafetensorError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
-        raise ValueError(f"{path} is no intact encoded model: {error}") from error
-
-
-def check_encoded(path: Path) -> int:
-    """Decode a file and compare every tensor with the digest of its original weights.
-
-    Returns the number of tensors.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged or a tensor differs, with the name of the first that does.
-    OSError
-        If the file cannot be read.
-    """
-    header, tensors = read_encoded(path)
-    for tensor in tensors:
-        if sha256(tensor.decode()) != header["tensors"][tensor.name]["sha256"]:
-            raise ValueError(f"{path}: {tensor.name} does not decode to its original bits")
-    return len(header["tensors"])
-
-
-def _encode_all(
-    weights: dict[str, torch.Tensor], config: FormatConfig, columns: int
-) -> tuple[dict[str, EncodedTensor], float]:
-    """Encoded tensors by name and the seconds that encoding took, with a progress bar."""
-    encoded, seconds = {}, 0.0
-    shown = (
-        TextColumn("encoding"),
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        console=Console(stderr=True),
     )
-    with Progress(*shown, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(weights))
+
+
+def _encode_fixed(request: Request, model: Model) -> dict[str, EncodedTensor]:
+    """All wanted tensors in one format, scale codes fitted to the weights alone."""
+    weights = linear_weights(model, request.pattern or "")
+    with _bar() as progress:
+        task = progress.add_task("encoding", total=len(weights))
+        encoded = {}
         for name, weight in weights.items():
-            progress.update(task, description=name)
-            start = time.perf_counter()
-            encoded[name] = encode_tensor(weight, config, name=name, columns=columns)
-            seconds += time.perf_counter() - start
+            options = {"name": name, "columns": request.columns}
+            encoded[name] = encode_tensor(weight, request.config(), **options)
             progress.advance(task)
-        progress.update(task, description="")
-    return encoded, seconds
+    return encoded
 
 
-def run(
-    model_name: str,
-    output: Path,
-    group: int,
-    split: int,
-    width: int,
-    columns: int,
-    pattern: str,
-    verify: bool,
-) -> None:
-    """Encode a model to `output` and print storage, time and, with `verify`, the comparison.
+def _calibration_prompts(request: Request, model: Model) -> list[list[int]]:
+    """Token ids of the calibration prompts, in chat format if the model has one."""
+    tokenizer = model.tokenizer
+    raw = tokenizer.chat("a") == "a"
+    prompts: Prompts = (
+        read_prompts(request.prompts) if request.prompts else shipped_prompts("calibration", raw)
+    )
+    texts = (text for group in prompts.values() for text in group)
+    return [tokenizer.encode(text if raw else tokenizer.chat(text)) for text in texts]
 
-    `output` appears only when it is complete and, with `verify`, found right.
+
+def _optimise(request: Request, model: Model, digests: Mapping[str, str], path: Path) -> Outcome:
+    """Run the optimiser with a progress bar and the journal at `path`."""
+    prompts = _calibration_prompts(request, model)
+    key = _journal_key(request, digests, prompts)
+    journal = _read_journal(path, key)
+
+    def save(content: Journal) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"key": key, "journal": content}), encoding="utf-8")
+
+    with _bar() as progress:
+        tasks = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+                for other in list(tasks)[:-1]:
+                    progress.update(tasks[other], completed=progress.tasks[tasks[other]].total)
+            progress.update(tasks[what], completed=done)
+
+        return optimise(
+            model,
+            prompts,
+            group=request.group,
+            columns=request.columns,
+            rows=request.rows,
+            choices=request.choices,
+            max_tokens=request.max_tokens,
+            journal=journal,
+            save=save,
+            progress=show,
+        )
+
+
+def _journal_key(request: Request, digests: Mapping[str, str], prompts: list[list[int]]) -> str:
+    """Digest of all that an optimiser's results depend on."""
+    numbers = [request.group, request.columns, request.rows, request.choices, request.max_tokens]
+    content = json.dumps([numbers, dict(digests), prompts])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _read_journal(path: Path, key: str) -> Journal:
+    """The journal of an interrupted run of the same command; an empty one if there is none."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["key"] == key:
+            return dict(stored["journal"])
+    except FileNotFoundError:
+        pass
+    except (ValueError, LookupError, TypeError, RecursionError):
+        Console(stderr=True).print(f"note: {path} is damaged: starting anew")
+    return {}
+
+
+def run(request: Request) -> None:
+    """Encode a model and print what it takes and, with `verify`, the comparison.
+
+    The output appears only when it is complete and, with `verify`, found right.
 
     Raises
     ------
@@ -244,25 +218,91 @@ def run(
     OSError
         If a file cannot be read or written.
     """
-    config = FormatConfig(group=group, split=split, width=width)
-    with replacing(output) as temporary:
-        with Console(stderr=True).status(f"loading {model_name}"):
-            model = load_model(model_name)
-        weights = block_linears(model, pattern)
-        encoded, seconds = _encode_all(weights, config, columns)
-        digests = {name: sha256(weight) for name, weight in weights.items()}
-        write_encoded(temporary, model.name, encoded, digests)
-        if verify:
-            count = check_encoded(temporary)
-            print(f"verified: {count} of {len(weights)} tensors decode to their original bits")
+    request.check()
+    journal = request.output.with_name(request.output.name + ".journal")
+    with replacing(request.output) as temporary:
+        with Console(stderr=True).status(f"loading {request.model}"):
+            model = load_model(request.model)
+        start = time.perf_counter()
+        if request.fixed:
+            outcome, tensors = None, _encode_fixed(request, model)
+        else:
+            weights = linear_weights(model)
+            digests = {name: sha256(weight) for name, weight in weights.items()}
+            outcome = _optimise(request, model, digests, journal)
+            tensors = outcome.tensors
+        seconds = time.perf_counter() - start
+        digests = {name: sha256(model.linear_weight(name)) for name in tensors}
+        settings = {"chain": outcome.chain, "tree": outcome.tree} if outcome else {}
+        report = _report(outcome) if outcome else {}
+        write_encoded(temporary, EncodedModel(model.name, tensors, digests, settings, report))
+        if request.verify:
+            read_encoded(temporary).check_bits()
+            print(f"verified: all {len(tensors)} tensors decode to their original bits")
+    journal.unlink(missing_ok=True)
 
-    total = sum(weight.numel() for weight in weights.values())
-    stored = sum(tensor.storage_bits() for tensor in encoded.values())
-    drafted = sum(8 * (t.draft_plane.nbytes + t.group_bytes.nbytes) for t in encoded.values())
-    print(f"weights:  {total / 1e6:.2f} M in {len(weights)} tensors of {model.name}")
+    total = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors.values())
+    stored = sum(tensor.storage_bits() for tensor in tensors.values())
+    cost = pass_costs(tensors)[0]
+    print(f"weights:  {total / 1e6:.2f} M in {len(tensors)} tensors of {model.name}")
     print(
         f"storage:  {stored / total:.4f} bits per weight, {stored / total / 16 - 1:.2%} over FP16"
     )
-    print(f"draft:    {drafted / total:.4f} bits per weight read in a draft pass")
-    print(f"encoding: {seconds:.2f} s, {total / 1e6 / seconds:.1f} M weights/s")
-    print(f"written:  {output}, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"draft:    {16 * cost:.4f} bits per weight read in a draft pass, {cost:.2%} of FP16")
+    if outcome:
+        print(_summary(outcome))
+    print(f"encoding: {seconds:.1f} s")
+    print(f"written:  {request.output}, {request.output.stat().st_size / 1e6:.1f} MB")
+
+
+def _summary(outcome: Outcome) -> str:
+    """Lines on what the optimiser chose."""
+    widths: dict[int, int] = {}
+    for tensor in outcome.tensors.values():
+        widths[tensor.config.width] = widths.get(tensor.config.width, 0) + 1
+    shares = ", ".join(f"{count} at {width} bits" for width, count in sorted(widths.items()))
+    head = outcome.tensors["head"]
+    lines = [f"tensors:  {shares}; head drafts {head.draft_rows or head.shape[0]} tokens"]
+    for name, value, settings in zip(
+        ("chain", "tree"), outcome.speedups, (outcome.chain, outcome.tree), strict=True
+    ):
+        lines.append(
+            f"{name + ':':<9} modelled speedup {value:.3f} on the calibration texts, "
+            f"draft length {settings.length}, threshold {settings.threshold:g}"
+        )
+    return "\n".join(lines)
+
+
+def _report(outcome: Outcome) -> dict[str, object]:
+    """What the file's header says about the optimiser's run."""
+    return {
+        "calibration_speedup": dict(zip(("chain", "tree"), outcome.speedups, strict=True)),
+        "tried": [dict(zip(("cost", "chain", "tree"), t, strict=True)) for t in outcome.tried],
+        "formats": {name: asdict(t.config) for name, t in outcome.tensors.items()},
+    }
+
+
+def verify(path: Path, model_name: str | None) -> None:
+    """Check an encoded file: every tensor decodes to the bits of the checkpoint.
+
+    Parameters
+    ----------
+    path : Path
+    model_name : the checkpoint, or None for the one that the file names
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, the model cannot be used or a tensor differs.
+    OSError
+        If a file cannot be read.
+    """
+    encoded = read_encoded(path)
+    model = load_model(model_name or encoded.source)
+    try:
+        encoded.check_source(model)
+        encoded.check_bits()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    count = len(encoded.tensors)
+    print(f"verified: all {count} tensors of {path} decode to the bits of {model.name}")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.progress import track
 from rich.text import Text
 
 from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.encoded_file import EncodedModel, read_encoded
 from speq.model.format import EncodedTensor, FormatConfig
 from speq.model.format import encode as encode_tensor
 from speq.model.speculation import (
@@ -33,6 +35,8 @@ from speq.model.tokenizer import Tokenizer
 from speq.model.transformer import prepare_draft_linears
 
 STYLES = {"draft": "green", "alternate": "cyan", "target": "bold yellow"}
+#: Early exit of models that are not calibrated.
+DEFAULT_THRESHOLD = 2.0
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a tokenizer shows the first bytes of a character
 
 
@@ -48,14 +52,15 @@ class Request:
     temperature: float
     top_k: int
     top_p: float
-    rows: int
+    encoded: Path | None
+    rows: int | None
     draft_length: int | None
-    threshold: float
-    choices: int
+    threshold: float | None
+    choices: int | None
     raw: bool
-    group: int
-    split: int
-    width: int
+    group: int | None
+    split: int | None
+    width: int | None
     head_width: int | None
 
 
@@ -72,6 +77,58 @@ def sampling_of(request: Request) -> Sampling | None:
     if request.top_k != 0 or request.top_p != 1:
         raise ValueError("top-k and top-p need sampling: give a --temperature above 0")
     return None
+
+
+def formats_of(request: Request) -> tuple[FormatConfig, FormatConfig]:
+    """Formats of the blocks and of the head, of a model that is encoded here.
+
+    Raises
+    ------
+    ValueError
+        If a value is impossible, or if one is given beside an encoded file.
+    """
+    given = {"group": request.group, "split": request.split, "width": request.width}
+    given = {name: value for name, value in given.items() if value is not None}
+    if request.encoded and (given or request.head_width is not None):
+        name = next(iter(given), "head-width")
+        raise ValueError(f"--{name} and --encoded exclude each other: the file says the formats")
+    config = FormatConfig(**given)
+    if request.head_width is None:
+        return config, config
+    return config, replace(config, width=request.head_width)
+
+
+def settings_of(request: Request, file: EncodedModel | None) -> Settings:
+    """Settings of speculation: an encoded file's, if it has any, but for what the options say.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+    options = {
+        "rows": request.rows,
+        "draft_length": request.draft_length,
+        "threshold": request.threshold,
+        "choices": request.choices,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    base = Settings(threshold=DEFAULT_THRESHOLD)
+    if file and "tree" in file.settings:
+        # An alternate needs a row, a shorter chain does not: other rows, their own longest chain.
+        base = file.settings["chain" if given.get("choices") == 1 else "tree"]
+        if given.get("rows", base.rows) != base.rows:
+            base = replace(base, rows=given["rows"], draft_length=None)
+    return replace(base, **given)
+
+
+def read_tensors(path: Path, file: EncodedModel, model: Model) -> Mapping[str, EncodedTensor]:
+    """The tensors of an encoded file, which must be this model's. Raises ValueError if not."""
+    try:
+        file.check_source(model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return file.tensors
 
 
 def encode_model(
@@ -150,18 +207,18 @@ def run(request: Request) -> None:
     ValueError
         If an option is impossible or the model cannot be used.
     """
-    settings = Settings(request.rows, request.draft_length, request.threshold, request.choices)
     sampling = sampling_of(request)
-    config = FormatConfig(request.group, request.split, request.width)
-    head_width = request.width if request.head_width is None else request.head_width
-    head_config = FormatConfig(request.group, request.split, head_width)
-
+    formats = formats_of(request)
+    file = read_encoded(request.encoded) if request.encoded else None
+    settings = settings_of(request, file)
     model = load_model(request.model)
     text = request.prompt if request.raw else model.tokenizer.chat(request.prompt)
     prompt = model.tokenizer.encode(text)
     layers, costs = None, None
     if request.speculative:
-        encoded = encode_model(model, config, head_config)
+        encoded = (
+            read_tensors(request.encoded, file, model) if file else encode_model(model, *formats)
+        )
         layers, costs = prepare_draft_linears(encoded), pass_costs(encoded)
 
     statistics = Statistics()

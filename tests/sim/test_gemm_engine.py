@@ -11,6 +11,7 @@ import torch
 
 from speq.hw import AcceleratorConfig, Mode
 from speq.model.arith import draft_gemm, quantize_activations, to_float16, verify_gemm
+from speq.model.cycles import Engine, gemm_cycles, gemm_latency
 from speq.model.format import FormatConfig, encode
 from speq.sim.compare import assert_equal_bits
 from speq.sim.gemm_bench import Gemm, RunResult, command_word, run_gemms
@@ -136,6 +137,9 @@ def test_cycles_without_stalls() -> None:
     overhead = outcome.latencies["engine_overhead"]
     first = outcome.results[0]
     assert first.start - first.command == outcome.latencies["engine_fill"]
+    model = Engine(config.rows, config.cols)
+    steps, (tokens, _, o) = pairs[0][0].steps, pairs[0][0].size
+    assert first.end - first.command == gemm_latency(steps, o, tokens, model)
     previous_last_word = None
     for (job, _), result in zip(pairs, outcome.results, strict=True):
         tokens, _, o = job.size
@@ -144,6 +148,8 @@ def test_cycles_without_stalls() -> None:
         words = job.steps * tiles + max(0, tokens - job.steps) * (tiles - 1)
         last_word = result.end - overhead - (tokens - 1)
         assert last_word - result.start + 1 == words, job.name
+        # The analytic model counts the wait for the last tile's results too.
+        assert gemm_cycles(job.steps, o, tokens, model) == words + max(0, tokens - job.steps)
         if previous_last_word is not None and job.size[1] < 400:
             assert result.start == previous_last_word + 1, f"a gap before {job.name}"
         previous_last_word = last_word

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `speq eval` reports: `report.json` and the tables on the terminal.
+
+`report.json` is an object of
+
+    version       1
+    model         name, as given, and its configuration
+    settings      of the run: rows, choices, max_tokens, seed, raw, draft (the encoded file if there
+                  is one, formats and how many layers have each, the head's and its drafted rows)
+    prompts       for "calibration" and "evaluation": the number of prompts of each kind
+    versions      of speq, Python, torch and numpy
+    costs         bytes of weights and group bytes of a `plain`, `draft` and `verify` pass, the
+                  `relative` costs of the latter two, and `cycles` of each on an array of `rows` x
+                  16 (verify: with as many tokens as rows), all without earlier context
+    results       for "chain" and "tree": the `settings` that are best on the calibration prompts,
+                  and with them the `figures` of each kind of evaluation prompts and of "all"
+                  (speq.model.evaluation.Figures)
+    acceptance    by draft position (speq.model.evaluation.Acceptance)
+    curves        for "chain" and "tree": speedup against each setting, on the evaluation prompts
+                  (speq.model.evaluation.Curve)
+    exponents     `counts`, 32 pairs: weights of all drafted layers by t and by top mantissa bit,
+                  and group and split of most layers
+    ablation      null, or `rows` and `lossy` (speq.model.ablation.RowResult, LossyResult)
+
+What could not be measured (a ratio whose denominator is 0) is null.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from speq.model.ablation import Ablation, LossyResult, RowResult
+from speq.model.checkpoint import Model
+from speq.model.cycles import Engine, draft_pass, plain_pass, verify_pass
+from speq.model.evaluation import Acceptance, Costs, Curve, Estimate, Figures
+from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.speculation import Settings
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command; `speq eval --help` explains them."""
+
+    model: str
+    output: Path
+    prompts: Path | None
+    raw: bool
+    prompts_per_kind: int | None
+    max_tokens: int
+    rows: int
+    choices: int
+    group: int | None
+    split: int | None
+    width: int | None
+    head_width: int | None
+    encoded: Path | None
+    ablation: bool
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What the report and the plots show.
+
+    Attributes
+    ----------
+    prompts : numbers of prompts of each kind, for "calibration" and "evaluation"
+    encoded : the drafted layers
+    costs : Costs
+    settings : of "chain" and "tree"
+    figures : of "chain" and "tree", by kind
+    acceptance : Acceptance
+    curves : of "chain" and "tree"
+    exponents : numpy.int64 [32, 2]
+    ablation : Ablation, if it was asked for
+    """
+
+    prompts: dict[str, dict[str, int]]
+    encoded: Mapping[str, EncodedTensor]
+    costs: Costs
+    settings: dict[str, Settings]
+    figures: dict[str, dict[str, Figures]]
+    acceptance: Acceptance
+    curves: dict[str, list[Curve]]
+    exponents: np.ndarray
+    ablation: Ablation | None
+
+
+def as_json(value: object) -> Any:
+    """A value of dataclasses, arrays and containers for `json.dumps`; NaN becomes null."""
+    if hasattr(value, "__dataclass_fields__"):
+        return as_json(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): as_json(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def usual_format(done: Study) -> FormatConfig:
+    """The format that most layers have, which the plot of exponents shows."""
+    return Counter(tensor.config for tensor in done.encoded.values()).most_common(1)[0][0]
+
+
+def report(request: Request, model: Model, raw: bool, done: Study) -> dict[str, Any]:
+    """The content of report.json, as this module describes it."""
+    engine = Engine(rows=request.rows)
+    formats = {name: tensor.config for name, tensor in done.encoded.items()}
+    head_rows = done.encoded["head"].draft_rows if "head" in done.encoded else None
+    passes = {
+        "plain": plain_pass(model.config, engine),
+        "draft": draft_pass(model.config, engine, formats, head_rows=head_rows),
+        "verify": verify_pass(model.config, engine, formats, request.rows),
+    }
+    usual = usual_format(done)
+    return as_json(
+        {
+            "version": VERSION,
+            "model": {"name": model.name, "config": model.config},
+            "settings": {
+                "rows": request.rows,
+                "choices": request.choices,
+                "max_tokens": request.max_tokens,
+                "seed": request.seed,
+                "raw": raw,
+                "draft": {
+                    "encoded": None if request.encoded is None else str(request.encoded),
+                    "formats": [
+                        {"format": form, "tensors": count}
+                        for form, count in Counter(formats.values()).items()
+                    ],
+                    "head": formats.get("head"),
+                    "head_rows": head_rows,
+                },
+            },
+            "prompts": done.prompts,
+            "versions": {
+                "speq": version("speq"),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+            "costs": {
+                "plain": done.costs.plain,
+                "draft": done.costs.draft,
+                "verify": done.costs.verify,
+                "relative": done.costs.relative,
+                "cycles": {name: cost.cycles for name, cost in passes.items()},
+            },
+            "results": {
+                name: {"settings": done.settings[name], "figures": done.figures[name]}
+                for name in done.settings
+            },
+            "acceptance": done.acceptance,
+            "curves": done.curves,
+            "exponents": {"group": usual.group, "split": usual.split, "counts": done.exponents},
+            "ablation": done.ablation,
+        }
+    )
+
+
+def shown(estimate: Estimate) -> str:
+    """A speedup with its confidence interval."""
+    return f"{estimate.value:.2f} ({estimate.low:.2f}-{estimate.high:.2f})"
+
+
+def percent(share: float | None) -> str:
+    """A share in percent; a dash if there is none."""
+    return "-" if share is None or math.isnan(share) else f"{share:.1%}"
+
+
+def number(value: float | None) -> str:
+    """Two decimals; a dash if there is no such figure."""
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def _table(title: str, *headings: str) -> Table:
+    """A table whose columns, but the first, are figures; narrow enough for 80 characters."""
+    spacing = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=title, title_justify="left", **spacing)
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) -> Table:
+    """Figures by kind."""
+    table = _table(
+        f"{name}: L = {settings.length}, threshold {settings.threshold:g}, "
+        f"{settings.choices} choices, {settings.rows} rows",
+        *("kind", "\nmatch", "draft\n/pass", "accept\n/pass", "tokens\n/pass"),
+        *("early\nexits", "tree\nhits", "speedup\nover FP16", "with\nKV"),
+    )
+    for kind, f in figures.items():
+        if kind == "all":
+            table.add_section()
+        table.add_row(
+            *(kind, percent(f.match_rate), number(f.drafted), number(f.acceptance_length)),
+            number(f.tokens_per_pass),
+            *(percent(f.early_exits), percent(f.alternate_hits)),
+            *(shown(f.speedup), number(f.speedup_kv.value)),
+        )
+    return table
+
+
+def ablation_table(rows: Sequence[RowResult]) -> Table:
+    """The ablation's rows, the design study's figures beside ours."""
+    table = _table(
+        *("ablation", "draft", "match\n", "study\n", "speedup\n", "study\n"),
+        *("everything\ncounted", "storage\nadded"),
+    )
+    for result in rows:
+        match, speedup = result.row.prototype
+        table.add_row(
+            *(result.row.name, percent(result.match_rate), percent(match)),
+            *(shown(result.speedup), number(speedup), number(result.counted_speedup.value)),
+            percent(result.storage_added),
+        )
+    return table
+
+
+def lossy_table(decoders: Sequence[LossyResult]) -> Table:
+    """Competitors as decoders of their own."""
+    table = _table(
+        "as lossy decoders: tokens that differ from FP16's",
+        *("scheme", "own\ntext", "behind\nFP16's text", "\nperplexity", "\nFP16's", "\nspeedup"),
+    )
+    for d in decoders:
+        table.add_row(
+            *(d.name, percent(d.differing), percent(d.differing_next)),
+            *(number(d.perplexity), number(d.perplexity_fp16), number(d.speedup)),
+        )
+    return table
+
+
+def print_study(done: Study, console: Console) -> None:
+    """All tables."""
+    for name, settings in done.settings.items():
+        console.print(result_table(name, settings, done.figures[name]), "")
+    tokens = done.figures["chain"]["all"].tokens
+    evaluated, tried = (sum(done.prompts[p].values()) for p in ("evaluation", "calibration"))
+    draft, verify = done.costs.relative
+    console.print(
+        f"{tokens} tokens of {evaluated} prompts; intervals: 95 %, bootstrap over prompts.\n"
+        f"L and threshold are the best on {tried} calibration prompts that are not among them.\n"
+        f"A draft pass costs {draft:.4f} and a verify pass {verify:.4f} of a plain FP16 pass, LM "
+        "head and group bytes counted."
+    )
+    if done.ablation:
+        console.print("", ablation_table(done.ablation.rows), "", lossy_table(done.ablation.lossy))

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The analytic model of speed: cycles and memory traffic of a pass, from dimensions alone.
+
+Cycles are those of the generated engine (`speq.hw.gemm_engine`): a tile of `cols` outputs takes one
+cycle per weight word of a column, which is K in verify mode and the words of the draft plane in
+draft mode (4, 3.2 and 2.67 weights per word for widths 4, 5 and 6), but at least as many cycles as
+there are tokens. GEMMs that do not depend on each other follow without a gap; a GEMM whose inputs
+are another's outputs waits until those have drained.
+
+Memory traffic is counted in three parts: weights (the planes that the pass touches), group bytes,
+and the KV cache: FP16 keys and values of every position before the pass, read once per KV head, and
+the entries of the pass's own tokens, written once. Norm weights, biases, the embedding's row and
+activations are left out: together they are below 0.1 % of the weights.
+
+Decoding is limited by bandwidth, so a pass costs the bytes that it streams. `relative_costs` gives
+a draft and a verify pass in units of a plain FP16 pass; with KV traffic the ratio depends on the
+context, and speeds follow from the sums of `PassCost.bytes`.
+
+A linear layer that has no entry in `formats` is stored as plain FP16 and read whole by every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from speq.model.checkpoint import ModelConfig, linear_names, tensor_shapes
+from speq.model.format import FormatConfig, draft_words, residual_words
+
+Formats = Mapping[str, FormatConfig]
+
+# GEMMs of a block that wait for another's results: q/k/v, scores, weighted values, o, gate/up, down
+_STAGES_PER_BLOCK = 6
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the cycle counts depend on.
+
+    Attributes
+    ----------
+    rows, cols : int
+        Of the array; `cols` is also what planes and group bytes are padded to.
+    fill : int
+        Cycles from a command to its first weight word (`GemmEngine.FILL`).
+    overhead : int
+        Cycles from a tile's last weight word to its first result (`GemmEngine.OVERHEAD`; that of
+        an engine that can draft).
+
+    Raises
+    ------
+    ValueError
+        If there is no row or no column.
+    """
+
+    rows: int = 8
+    cols: int = 16
+    fill: int = 2
+    overhead: int = 12
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Cost of one pass.
+
+    Attributes
+    ----------
+    weights, groups, kv : int
+        Bytes of weights, group bytes and KV entries that are moved.
+    linear_cycles, attention_cycles : int
+        Cycles in which the linear layers and attention take weight words.
+    drain_cycles : int
+        Cycles of waiting for the results of one GEMM as the next one's inputs.
+    """
+
+    weights: int
+    groups: int
+    kv: int
+    linear_cycles: int
+    attention_cycles: int
+    drain_cycles: int
+
+    @property
+    def bytes(self) -> int:
+        """All bytes moved."""
+        return self.weights + self.groups + self.kv
+
+    @property
+    def cycles(self) -> int:
+        """All cycles of the array."""
+        return self.linear_cycles + self.attention_cycles + self.drain_cycles
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Shape (O, K) of every linear layer by name, "head" included."""
+    shapes = dict(tensor_shapes(config))
+    shapes.setdefault("head", shapes["embedding"])
+    return {name: shapes[name] for name in linear_names(config)}
+
+
+def uniform_formats(
+    config: ModelConfig, body: FormatConfig, head: FormatConfig | None = None
+) -> dict[str, FormatConfig]:
+    """One format for all blocks, and another for the head (by default the same)."""
+    formats = dict.fromkeys(linear_names(config), body)
+    return formats | {"head": head or body}
+
+
+def gemm_cycles(steps: int, outputs: int, tokens: int, engine: Engine) -> int:
+    """Cycles of a GEMM among others: `steps` weight words per column and tile, `outputs` O.
+
+    More tokens than the array has rows take several GEMMs.
+    """
+    tiles = -(-outputs // engine.cols)
+    batches, rest = divmod(tokens, engine.rows)
+    return tiles * (batches * max(steps, engine.rows) + (max(steps, rest) if rest else 0))
+
+
+def gemm_latency(steps: int, outputs: int, tokens: int, engine: Engine) -> int:
+    """Cycles from the command of a GEMM, alone on the engine, to its last result.
+
+    Raises ValueError if there are more tokens than rows.
+    """
+    if tokens > engine.rows:
+        raise ValueError(f"{tokens} tokens do not fit into {engine.rows} rows")
+    tiles = -(-outputs // engine.cols)
+    # The first tile need not wait for the results of an earlier one.
+    words = steps * tiles + max(0, tokens - steps) * (tiles - 1)
+    return engine.fill + words - 1 + engine.overhead + tokens - 1
+
+
+def kv_bytes(config: ModelConfig, context: int, tokens: int) -> int:
+    """Bytes of keys and values that a pass of `tokens` rows behind `context` positions moves.
+
+    Blocks with a sliding window read no more than its positions.
+    """
+    entry = 2 * 2 * config.kv_heads * config.head_dim  # a key and a value of FP16 each
+    return entry * sum(_visible(config, block, context) + tokens for block in range(config.blocks))
+
+
+def _visible(config: ModelConfig, block: int, context: int) -> int:
+    """Earlier positions that a block's attention reads."""
+    return context if config.is_global(block) else min(context, config.sliding_window - 1)
+
+
+def plain_pass(config: ModelConfig, engine: Engine, context: int = 0, tokens: int = 1) -> PassCost:
+    """A pass over plain FP16 weights: the baseline, with one token per pass.
+
+    `context` is the number of positions before the pass's `tokens`.
+    """
+    return verify_pass(config, engine, {}, tokens, context)
+
+
+def verify_pass(
+    config: ModelConfig, engine: Engine, formats: Formats, tokens: int, context: int = 0
+) -> PassCost:
+    """A pass of `tokens` rows over both planes and the group bytes, behind `context` positions."""
+    weights = groups = cycles = 0
+    for name, (o, k) in linear_shapes(config).items():
+        if name in formats:
+            padded = _padded(o, engine)
+            words = draft_words(k, formats[name]) + residual_words(k, formats[name])
+            weights += 2 * words * padded
+            groups += -(-k // formats[name].group) * padded
+        else:
+            weights += 2 * k * o
+        cycles += gemm_cycles(k, o, tokens, engine)
+    return _with_attention(config, engine, (weights, groups, cycles), tokens, context)
+
+
+def draft_pass(
+    config: ModelConfig,
+    engine: Engine,
+    formats: Formats,
+    context: int = 0,
+    head_rows: int | None = None,
+) -> PassCost:
+    """A pass of one token over the draft planes and their group bytes, behind `context` positions.
+
+    With `head_rows` only the head's first so many rows are drafted, that is, only the lowest token
+    ids can be proposed.
+
+    Raises
+    ------
+    ValueError
+        If head_rows is not within 1 and the vocabulary's size.
+    """
+    if head_rows is not None and not 1 <= head_rows <= config.vocab_size:
+        raise ValueError(f"head rows are {head_rows}; expected 1 to {config.vocab_size}")
+    weights = groups = cycles = 0
+    for name, (o, k) in linear_shapes(config).items():
+        if name == "head" and head_rows is not None:
+            o = head_rows
+        if name in formats:
+            padded, words = _padded(o, engine), draft_words(k, formats[name])
+            weights += 2 * words * padded
+            groups += -(-k // formats[name].group) * padded
+        else:
+            words = k
+            weights += 2 * k * o
+        cycles += gemm_cycles(words, o, 1, engine)
+    return _with_attention(config, engine, (weights, groups, cycles), 1, context)
+
+
+def relative_costs(
+    config: ModelConfig,
+    formats: Formats,
+    engine: Engine | None = None,
+    head_rows: int | None = None,
+) -> tuple[float, float]:
+    """Costs of a draft and of a verify pass in units of a plain pass: weights and group bytes.
+
+    KV traffic is left out, so that the costs do not depend on the context.
+    """
+    engine = engine or Engine()
+    plain = plain_pass(config, engine).weights
+    draft = draft_pass(config, engine, formats, head_rows=head_rows)
+    verify = verify_pass(config, engine, formats, 1)
+    return (draft.weights + draft.groups) / plain, (verify.weights + verify.groups) / plain
+
+
+def _padded(outputs: int, engine: Engine) -> int:
+    """Output rows of an encoded tensor with the padding of its last tile."""
+    return -(-outputs // engine.cols) * engine.cols
+
+
+def _with_attention(
+    config: ModelConfig,
+    engine: Engine,
+    linear: tuple[int, int, int],
+    tokens: int,
+    context: int,
+) -> PassCost:
+    """The cost of a pass from (weight bytes, group bytes, cycles) of its linear layers.
+
+    The query heads that share a KV head go through the array together, as tokens * sharing rows;
+    the weight stream is the KV cache, in plain FP16.
+    """
+    weights, groups, cycles = linear
+    c = config
+    rows = tokens * (c.heads // c.kv_heads)
+    attention = 0
+    for block in range(c.blocks):
+        seen = _visible(c, block, context) + tokens
+        scores = gemm_cycles(c.head_dim, seen, rows, engine)
+        values = gemm_cycles(seen, c.head_dim, rows, engine)
+        attention += c.kv_heads * (scores + values)
+    stages = _STAGES_PER_BLOCK * c.blocks + 1  # and the head
+    drain = stages * (engine.fill + engine.overhead + min(tokens, engine.rows) - 1)
+    return PassCost(weights, groups, kv_bytes(c, context, tokens), cycles, attention, drain)

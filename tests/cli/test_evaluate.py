@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`speq eval`: the report, the plots, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import speq.cli
+from speq.cli import evaluate, plots
+from speq.cli.eval_report import as_json, number, percent, print_study
+from speq.cli.evaluate import staged
+from speq.model import ablation
+from speq.model.checkpoint import linear_names, load_model
+from speq.model.cycles import relative_costs, uniform_formats
+from speq.model.encoded_file import EncodedModel, sha256, write_encoded
+from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate
+from speq.model.format import FormatConfig, encode
+from speq.model.prompts import shipped_prompts
+from speq.model.speculation import Settings, Statistics, generate, pass_costs
+from speq.model.transformer import prepare_draft_linears
+from tests.model.small_models import VOCABULARY, random_weights, small_config, write_gguf
+
+SEED = int(os.environ.get("SPEQ_SEED", "0"))
+PLOTS = ("acceptance", "exponents", "speedup")
+QUICK = ("--prompts-per-kind", 1, "--max-tokens", 6, "--rows", 4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """A GGUF file with a random model of 264 tokens and a chat format."""
+    config = small_config(tied_head=False, context=512)
+    path = tmp_path_factory.mktemp("model") / "random.gguf"
+    write_gguf(path, config, random_weights(config, SEED))
+    return str(path)
+
+
+@pytest.fixture
+def speq_command(monkeypatch, capsys):
+    """Call `speq` with arguments: exit code, output, errors."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
+    monkeypatch.delenv("SPEQ_DEBUG", raising=False)
+
+    def call(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["speq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            speq.cli.main()
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=stop.value.code or 0, out=captured.out, err=captured.err)
+
+    return call
+
+
+@pytest.fixture
+def speq_eval(speq_command, checkpoint):
+    """Call `speq eval` on the small model."""
+
+    def call(*arguments: object, model: str = checkpoint) -> SimpleNamespace:
+        return speq_command("eval", model, *arguments)
+
+    return call
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_report_and_plots(speq_eval, tmp_path):
+    made = speq_eval(*QUICK, "--head-width", 6, "--seed", 3, "-o", tmp_path / "out")
+    assert made.code == 0, made.err
+    names = {f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg")} | {"report.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
+    for plot in PLOTS:
+        with Image.open(tmp_path / "out" / f"{plot}.png") as image:
+            image.load()
+            assert min(image.size) > 300
+        ElementTree.parse(tmp_path / "out" / f"{plot}.svg")
+
+    report = read(tmp_path / "out")
+    assert report["version"] == 1
+    assert report["settings"]["seed"] == 3 and report["settings"]["draft"]["head"]["width"] == 6
+    one_each = dict.fromkeys(shipped_prompts("evaluation"), 1)
+    assert report["prompts"] == {"calibration": one_each, "evaluation": one_each}
+    config = small_config(tied_head=False, context=512)
+    formats = uniform_formats(config, FormatConfig(), FormatConfig(width=6))
+    assert report["costs"]["relative"] == list(relative_costs(config, formats))
+    for name, choices in (("chain", 1), ("tree", 4)):
+        assert report["results"][name]["settings"]["choices"] == choices
+        figures = report["results"][name]["figures"]
+        assert list(figures) == [*one_each, "all"]
+        assert figures["all"]["prompts"] == 5
+        assert figures["all"]["tokens"] == sum(figures[kind]["tokens"] for kind in one_each)
+        speed = figures["all"]["speedup"]
+        assert speed["low"] <= speed["value"] <= speed["high"]
+        for kind in [*one_each, "all"]:
+            assert kind in made.out
+        assert f"{speed['value']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})" in made.out
+        assert report["curves"][name][0]["values"] == [1, 2, 3]
+        assert report["curves"][name][1]["values"] == list(THRESHOLDS)
+    assert (
+        np.sum(report["exponents"]["counts"])
+        == sum(o * k for o, k in [(264, 64)] + 2 * [(64, 64), (64, 64), (32, 64), (32, 64)])
+        + 2 * 3 * 96 * 64
+    )
+    assert report["ablation"] is None
+    assert "best on 5 calibration prompts" in made.out
+
+
+def test_the_same_options_give_the_same_files(speq_eval, tmp_path):
+    for folder in ("a", "b"):
+        assert speq_eval(*QUICK, "-o", tmp_path / folder).code == 0
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path):
+    """The exact golden model decodes the same prompts with the chosen settings."""
+    prompts = {"chat": ["hello hell", "the hello"], "other": ["a b c d"]}
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(prompts))
+    arguments = ("--prompts", file, "--max-tokens", 12, "--width", 6, "--prompts-per-kind", 2)
+    made = speq_eval(*arguments, "-o", tmp_path / "out")
+    assert made.code == 0, made.err
+    report = read(tmp_path / "out")
+    model = load_model(checkpoint)
+    encoded = {
+        name: encode(model.linear_weight(name), FormatConfig(width=6), name=name)
+        for name in linear_names(model.config)
+    }
+    layers = prepare_draft_linears(encoded)
+    for name in ("chain", "tree"):
+        settings = Settings(**report["results"][name]["settings"])
+        total = Statistics()
+        for prompt in (prompt for texts in prompts.values() for prompt in texts):
+            ids = model.tokenizer.encode(model.tokenizer.chat(prompt))
+            stop_ids = model.tokenizer.stop_ids
+            for step in generate(
+                model, ids, layers, max_tokens=12, settings=settings, stop_ids=stop_ids
+            ):
+                total.add(step)
+        figures = report["results"][name]["figures"]["all"]
+        assert figures["tokens"] == total.committed
+        assert figures["tokens_per_pass"] == pytest.approx(total.tokens_per_pass)
+        assert figures["acceptance_length"] == total.accepted / total.verify_passes
+        relative = report["costs"]["relative"]
+        assert figures["speedup"]["value"] == pytest.approx(total.speedup(*relative))
+
+
+def test_raw_prompts_are_story_openings(speq_eval, tmp_path):
+    made = speq_eval("--raw", *QUICK, "-o", tmp_path / "out")
+    assert made.code == 0, made.err
+    report = read(tmp_path / "out")
+    assert report["settings"]["raw"] is True
+    assert report["prompts"] == {"calibration": {"opening": 1}, "evaluation": {"opening": 1}}
+
+
+def test_models_without_a_chat_format_get_story_openings(speq_eval, tmp_path):
+    config = small_config(tied_head=False, context=512, vocab_size=VOCABULARY["pieces"])
+    path = tmp_path / "base.gguf"
+    write_gguf(path, config, random_weights(config, SEED), pieces=True)
+    made = speq_eval(*QUICK, "-o", tmp_path / "out", model=path)
+    assert made.code == 0, made.err
+    assert read(tmp_path / "out")["settings"]["raw"] is True
+
+
+def test_encoded_file(speq_eval, checkpoint, tmp_path):
+    """With what the optimiser may do: a scaled channel, and a head of which half is drafted."""
+    model = load_model(checkpoint)
+    weights = {name: model.linear_weight(name) for name in linear_names(model.config)}
+    wide = FormatConfig(width=5)
+    shift = np.arange(64, dtype=np.uint8) % 2
+    encoded = {name: encode(weight, wide, name=name) for name, weight in weights.items()}
+    encoded["block.0.q_proj"] = encode(weights["block.0.q_proj"], wide, shift=shift)
+    encoded["head"] = encode(weights["head"], FormatConfig(), draft_rows=128)
+    digests = {name: sha256(weight) for name, weight in weights.items()}
+    file = tmp_path / "model.safetensors"
+    write_encoded(file, EncodedModel(model.name, encoded, digests))
+
+    made = speq_eval(*QUICK, "--encoded", file, "-o", tmp_path / "out")
+    assert made.code == 0, made.err
+    report = read(tmp_path / "out")
+    draft = report["settings"]["draft"]
+    assert draft["head"]["width"] == 4 and draft["head_rows"] == 128
+    assert [entry["tensors"] for entry in draft["formats"]] == [14, 1]
+    assert report["costs"]["relative"] == list(pass_costs(encoded))
+
+    other = tmp_path / "other.gguf"
+    write_gguf(other, model.config, random_weights(model.config, SEED + 1))
+    made = speq_eval(*QUICK, "--encoded", file, "-o", tmp_path / "new", model=other)
+    assert made.code == 1
+    assert f"{file}: it is not of {other}" in made.err
+    made = speq_eval(*QUICK, "--encoded", file, "--width", 5, "-o", tmp_path / "new")
+    assert made.code == 1 and "--width and --encoded exclude each other" in made.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_ablation(speq_eval, tmp_path, monkeypatch):
+    """A few of its rows, one of each sort; the others are as many more drafts."""
+    rows = [row for row in ablation.ROWS if row.draft in ("split 2", "5 bits", "INT4", "tender4")]
+    monkeypatch.setattr(ablation.run_ablation, "__defaults__", (rows, ("tender4",), lambda _: None))
+    made = speq_eval(*QUICK, "--ablation", "-o", tmp_path / "out")
+    assert made.code == 0, made.err
+    assert {f"ablation.{kind}" for kind in ("png", "svg")} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    report = read(tmp_path / "out")["ablation"]
+    assert [entry["row"]["name"] for entry in report["rows"]] == [row.name for row in rows]
+    assert report["rows"][0]["row"]["prototype"] == [0.718, 1.55]
+    assert [entry["name"] for entry in report["lossy"]] == ["tender4"]
+    assert "71.8%" in made.out and "1.55" in made.out and "tender4" in made.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rows", 1), "rows is 1; speculation needs at least 2"),
+        (("--choices", 0), "choices is 0"),
+        (("--choices", 265), "choices is 265; the model has 264 tokens"),
+        (("--width", 7), "draft width is 7"),
+        (("--head-width", 3), "draft width is 3"),
+        (("--group", 65), "group is 65"),
+        (("--prompts", "missing.json"), "missing.json: No such file"),
+        (("--encoded", "missing.safetensors"), "missing.safetensors"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_nothing(
+    speq_eval, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    made = speq_eval(*QUICK, *arguments, "-o", tmp_path / "some" / "out")
+    assert made.code == 1
+    assert made.err.startswith("speq: error: ") and made.err.count("\n") == 1
+    assert message in made.err
+    assert made.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_prompts_are_not_evaluated(speq_eval, tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps({"chat": [shipped_prompts("calibration")["math"][2]]}))
+    made = speq_eval(*QUICK, "--prompts", file, "-o", tmp_path / "out")
+    assert made.code == 1
+    assert "is one of the prompts on which settings are chosen: take it out" in made.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_must_be_a_folder(speq_eval, tmp_path):
+    (tmp_path / "out").write_text("kept")
+    made = speq_eval(*QUICK, "-o", tmp_path / "out")
+    assert made.code == 1 and "out is not a folder" in made.err
+    assert (tmp_path / "out").read_text() == "kept"
+
+
+def test_staged_files_appear_together_or_not_at_all(tmp_path):
+    folder = tmp_path / "some" / "out"
+    with pytest.raises(RuntimeError), staged(folder) as inside:
+        (inside / "a").write_text("1")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with staged(folder) as inside:
+        (inside / "a").write_text("2")
+        assert not folder.exists()
+    (folder / "other").write_text("3")
+    with staged(folder) as inside:
+        (inside / "a").write_text("4")
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {"a": "4", "other": "3"}
+    assert [file.name for file in tmp_path.iterdir()] == ["some"]
+    assert [file.name for file in folder.parent.iterdir()] == ["out"]
+
+
+def test_any_name_makes_a_title(tmp_path):
+    """A name that would be a broken formula, in a long path."""
+    acceptance = Acceptance([2, 1], [0.5, 0.5], {2: [1.0, 1.0]}, [0.5, float("nan")])
+    figure = plots.acceptance_plot(acceptance, "/some/folder/a$b_{$")
+    for file in plots.save(figure, tmp_path, "plot"):
+        assert file.stat().st_size > 1000
+    assert "folder" not in (tmp_path / "plot.svg").read_text()
+
+
+def test_values_for_json():
+    value = {"a": (1, float("nan")), 2: np.arange(3), "e": Estimate(1.0, float("inf"), 2.0)}
+    assert as_json(value) == {
+        "a": [1, None],
+        "2": [0, 1, 2],
+        "e": {"value": 1.0, "low": None, "high": 2.0},
+    }
+    assert (percent(float("nan")), percent(0.1234), percent(None)) == ("-", "12.3%", "-")
+    assert (number(None), number(float("nan")), number(1.234)) == ("-", "-", "1.23")
+
+
+def test_tables_fit_a_terminal(speq_eval, tmp_path, monkeypatch):
+    """No figure is cut off in 80 columns."""
+    kept = []
+    monkeypatch.setattr(evaluate, "print_study", lambda done, console: kept.append(done))
+    assert speq_eval(*QUICK, "-o", tmp_path / "out").code == 0
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_study(kept[0], console)
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
