@@ -219,7 +219,7 @@ def run(request: Request) -> None:
         If a file cannot be read or written.
     """
     request.check()
-    journal = request.output.with_name(request.output.name + ".journal")
+    journal = Path(f"{request.output}.journal")
     with replacing(request.output) as temporary:
         with Console(stderr=True).status(f"loading {request.model}"):
             model = load_model(request.model)

@@ -188,6 +188,7 @@ def study(request: Request, model: Model, raw: bool, progress: Progress) -> Stud
         materials = Materials(
             model=model,
             target=target,
+            encoded=encoded,
             stats=collect_stats(model, texts),
             calibration=calibration,
             evaluation=evaluation,

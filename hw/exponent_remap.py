@@ -8,7 +8,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.config import DRAFT_LANES, FP16_BITS, LANE_BITS, AcceleratorConfig
-from speq.model.format import BASE_BITS, draft_levels, remap_table
+from speq.model.format import BASE_BITS, draft_levels, remap_table, smallest_owned
 
 _NIBBLE_BITS = FP16_BITS // DRAFT_LANES
 
@@ -20,7 +20,8 @@ class ExponentRemap(wiring.Component):
 
     - verify, word = {sign, q, r, m[8:0]}: ``fp16 = {sign, base - t, half, m[8:0]}`` with (t,
       half) the half-exponent that `remap_table` maps to (q, r): a 64-entry table and one 5-bit
-      subtraction (modulo 32);
+      subtraction (modulo 32). Where base is larger than `smallest_owned`, zero and the power of two
+      with t = `smallest_owned` have changed places;
     - draft, word = four draft codes, the first in the low bits: ``levels[i]`` is the sign and the
       level of code i from `draft_levels`.
 
@@ -60,7 +61,19 @@ class ExponentRemap(wiring.Component):
         half = Signal()
         offset = Signal(BASE_BITS)  # t, how far the weight's exponent is below the base
         exponent = (self.base - offset)[:BASE_BITS]
-        m.d.comb += self.fp16.eq(Cat(mantissa, half, exponent, sign))
+        owned = smallest_owned(self.config.format.split)
+        is_power = Signal()  # of two: half and mantissa are 0
+        swapped = Signal(BASE_BITS)
+        m.d.comb += [
+            is_power.eq(Cat(mantissa, half) == 0),
+            swapped.eq(exponent),
+            self.fp16.eq(Cat(mantissa, half, swapped, sign)),
+        ]
+        with m.If(is_power & (self.base > owned)):
+            with m.If(offset == owned):
+                m.d.comb += swapped.eq(0)
+            with m.Elif(exponent == 0):
+                m.d.comb += swapped.eq(self.base - owned)
         with m.Switch(code):
             for half_exponent, stored in enumerate(remap_table(self.config.format.split)):
                 with m.Case(stored):

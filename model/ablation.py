@@ -16,7 +16,7 @@ with a KV cache of their own and the storage that they add, and as lossy decoder
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -31,6 +31,7 @@ from speq.model.emulation import (
     Text,
     decode,
     draft_chains,
+    draft_linear,
     logits,
     recache,
 )
@@ -41,9 +42,11 @@ from speq.model.evaluation import (
     best_settings,
     by_kind,
     counted_costs,
+    encoded_costs,
 )
 from speq.model.format import (
     UNIT_SCALE_CODE,
+    EncodedTensor,
     FormatConfig,
     encode,
     fit_scale_codes,
@@ -63,6 +66,7 @@ class Materials:
     ----------
     model : Model
     target : the FP16 model's linear layers
+    encoded : the encoding that is evaluated
     stats : of the inputs of every linear layer on the calibration texts
     calibration, evaluation : (kind, text) of each text
     stop_ids : tokens that end a text
@@ -71,6 +75,7 @@ class Materials:
 
     model: Model
     target: Linear
+    encoded: Mapping[str, EncodedTensor]
     stats: dict[str, ActivationStats]
     calibration: list[tuple[str, Text]]
     evaluation: list[tuple[str, Text]]
@@ -191,8 +196,7 @@ def channel_shifts(
     They follow a power of the inputs' mean square, so that inputs and weights share the range; the
     power, perhaps 0, is the one with the least relative error of the outputs on calibration inputs,
     as in "AWQ: Activation-aware Weight Quantization" (arXiv 2306.00978). They are not negative, so
-    that scaling is exact for subnormal weights as well, and as small as possible: zeros are not
-    scaled, so the farther a group's base rises above them, the larger their draft class.
+    that scaling is exact for subnormal weights as well, and as small as possible.
     """
     magnitude = stats.mean_square.clamp(min=1e-12).log2()
     half = _LARGEST_CHANNEL_SHIFT / 2
@@ -211,6 +215,12 @@ def channel_shifts(
         relative = difference.norm(dim=1) / exact.norm(dim=1).clamp(min=1e-12)
         options.append((float(relative.square().mean()), shifts))
     return min(options, key=lambda option: option[0])[1]
+
+
+def encoded_draft(materials: Materials) -> Draft:
+    """The draft of the encoding that is evaluated."""
+    linear = draft_linear(materials.encoded, materials.target)
+    return Draft(linear, encoded_costs(materials.model.config, materials.encoded))
 
 
 def scheme_draft(name: str, head: bool, external: bool, materials: Materials) -> Draft:
@@ -245,6 +255,7 @@ DRAFTS: dict[str, Callable[[Materials], Draft]] = {
     "head 4": partial(shared_draft, replace(_CODES, head=FormatConfig())),
     "head 6": partial(shared_draft, replace(_CODES, head=_HEAD)),
     "5 bits": partial(shared_draft, replace(_CODES, body=_WIDE, head=_HEAD)),
+    "encoded": encoded_draft,
     "INT4": partial(scheme_draft, "int4", False, True),
     "NF4": partial(scheme_draft, "nf4", False, True),
 } | {name: partial(scheme_draft, name, True, True) for name in COMPETITORS}
@@ -302,9 +313,15 @@ TREE_ROWS = tuple(
     )
 )
 
+#: The new rows: what `speq encode` has written, or the fixed format that was asked for.
+ENCODED_ROWS = tuple(
+    Row(f"as encoded, R = 8: {label}", "encoded", counted=True, choices=choices)
+    for label, choices in (("chain only", 1), ("2 choices", 2), ("4 choices", 4))
+)
+
 EXTERNAL_ROWS = tuple(Row(f"external draft: {name}", name, counted=True) for name in COMPETITORS)
 
-ROWS = FORMAT_ROWS + TREE_ROWS + EXTERNAL_ROWS
+ROWS = FORMAT_ROWS + TREE_ROWS + ENCODED_ROWS + EXTERNAL_ROWS
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ and the entry `speq` of the file's metadata is a JSON object:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -124,6 +126,8 @@ def read_encoded(path: Path) -> EncodedModel:
     OSError
         If it cannot be read.
     """
+    if path.is_dir():  # the library's own error does not name it
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with _naming(path), safe_open(path, "numpy") as file:
         header = json.loads(file.metadata()["speq"])
         if header["version"] != VERSION:
@@ -134,8 +138,8 @@ def read_encoded(path: Path) -> EncodedModel:
             name: _tensor(file, name, entry, header["columns"])
             for name, entry in header["tensors"].items()
         }
-        if not tensors:
-            raise ValueError("it holds no tensors")
+        if not tensors or not isinstance(header["source"], str):
+            raise ValueError("it holds no tensors or names no model")
         return EncodedModel(
             header["source"],
             tensors,
@@ -146,6 +150,9 @@ def read_encoded(path: Path) -> EncodedModel:
 
 
 def _tensor(file: Any, name: str, entry: Mapping[str, Any], columns: int) -> EncodedTensor:
+    sizes = [columns, *entry["shape"], entry["draft_rows"] or 0]
+    if any(type(size) is not int for size in sizes):
+        raise ValueError(f"sizes of {name} are {sizes!r:.80}; expected integers")
     planes = [file.get_tensor(f"{name}.{part}") for part in ("draft", "residual", "groups")]
     channels = {part: file.get_tensor(f"{name}.{part}") for part in entry["channels"]}
     config = FormatConfig(**entry["format"])
@@ -168,5 +175,6 @@ def _naming(path: Path) -> Iterator[None]:
         ValueError,
         AttributeError,
         ArithmeticError,
+        RecursionError,
     ) as error:
         raise ValueError(f"{path} is no intact encoded model: {error}") from error

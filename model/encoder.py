@@ -90,15 +90,21 @@ class Calibration:
     Attributes
     ----------
     texts : the target's greedy continuations of calibration prompts
-    inputs : float16 [T, K] by linear layer, of all texts
+    inputs : float16 [T, K] by linear layer
+        Of all passes that a draft could have made: not of the prompts, whose first token has
+        activations in many models that are hundreds of times larger than all others.
     """
 
     texts: list[Text]
     inputs: dict[str, torch.Tensor] = field(repr=False)
 
     def moment(self, name: str) -> torch.Tensor:
-        """Second moment float32 [K, K] of a layer's inputs, its off-diagonal shrunk."""
-        x = self.inputs[_shared_input(name)].to(torch.float32)
+        """Second moment float32 [K, K] of a layer's inputs, its off-diagonal shrunk.
+
+        Every input counts alike, whatever its size.
+        """
+        x = self.inputs[_shared_input(name)].to(torch.float32).nan_to_num(0.0, 0.0, 0.0)
+        x = x / x.square().mean(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo().tiny)
         moment = (x.T @ x) / len(x)
         diagonal = torch.diagonal(moment).clone()
         moment *= 1 - _DIAGONAL_SHARE
@@ -169,14 +175,14 @@ def calibrate(
         decoded = decode(model, prompts, max_tokens, target, model.tokenizer.stop_ids)
         texts = [text.tokens for text in decoded]
     inputs: dict[str, list[torch.Tensor]] = {}
-
-    def collect(name: str, x: torch.Tensor) -> torch.Tensor:
-        if _shared_input(name) == name:
-            inputs.setdefault(name, []).append(x)
-        return target(name, x)
-
     result = []
     for prompt, tokens in zip(prompts, texts, strict=True):
+
+        def collect(name: str, x: torch.Tensor, skip: int = len(prompt) - 1) -> torch.Tensor:
+            if _shared_input(name) == name:
+                inputs.setdefault(name, []).append(x[skip:])
+            return target(name, x)
+
         _, keys, values = prefill(model, [*prompt, *tokens[:-1]], collect)
         result.append(Text(list(prompt), list(tokens), keys, values))
     return Calibration(result, {name: torch.cat(rows) for name, rows in inputs.items()})

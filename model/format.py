@@ -22,12 +22,18 @@ come next in the draft's value come first:
 Everything that the hardware needs to know about the format (`remap_table`, `draft_levels`,
 `SCALE_NUMERATORS`, field widths) is defined here once and the RTL is generated from it.
 
+An exact zero would spill as well (t = b), into a class that is far too large for it, and
+checkpoints that were once quantised have many zeros. So in groups with b beyond the last exponent
+that class 0 owns, the pattern of zero changes places with that exponent's power of two
+(`smallest_owned`), which is as rare as any single pattern.
+
 Two further freedoms leave every bit of the weights alone and only change what the draft makes of
 them. Input channels may be *permuted*, because an exact sum has no order: position j of a row then
 holds the weight of input channel order[j]. And they may be *scaled* by powers of two: shift[j] is
 added (mod 32) to the exponent field that is remapped, so that the draft multiplies weights that are
 2^shift[j] times as large with activations that are as much smaller. The decoder subtracts it again:
-verify mode multiplies the original weight with the original activation.
+verify mode multiplies the original weight with the original activation. Exponent field 0, that of
+zero and of subnormals, stays as it is; the one field that would become 0 takes its place.
 
 Memory layout
 -------------
@@ -176,6 +182,12 @@ def remap_table(split: int) -> tuple[int, ...]:
     return tuple(codes[t, half] for t in range(32) for half in (0, 1))
 
 
+def smallest_owned(split: int) -> int:
+    """The largest t that class 0 owns: a half of it is drafted as the smallest level."""
+    _check_member("split", split, SPLITS)
+    return 10 - split
+
+
 @dataclass(frozen=True)
 class Level:
     """One draft magnitude: ``significand << shift`` units of 2^(b - 15 + level_unit_exponent)."""
@@ -268,6 +280,28 @@ def _translate(patterns: np.ndarray, base: np.ndarray, table: np.ndarray) -> np.
     return out
 
 
+def _swap_zeros(patterns: np.ndarray, base: np.ndarray, split: int) -> np.ndarray:
+    """Patterns [..., group] with zeros and the power of two 2^(base - 15 - smallest_owned) swapped,
+    sign by sign, where base [...] is larger than that."""
+    exponent = base.astype(np.int16) - smallest_owned(split)
+    power = (np.maximum(exponent, 0).astype(np.uint16) << np.uint16(10))[..., None]
+    magnitude = patterns & np.uint16(0x7FFF)
+    swapped = (magnitude == 0) | (magnitude == power)
+    return np.bitwise_xor(patterns, power, out=patterns.copy(), where=swapped)
+
+
+def _store(patterns: np.ndarray, base: np.ndarray, config: FormatConfig) -> np.ndarray:
+    """Stored words of patterns uint16 [..., group] with base exponents [...]."""
+    patterns = _swap_zeros(patterns, base, config.split)
+    return _translate(patterns, base, _code_tables(config)[0])
+
+
+def _restore(words: np.ndarray, base: np.ndarray, config: FormatConfig) -> np.ndarray:
+    """The inverse of `_store`."""
+    patterns = _translate(words, base, _code_tables(config)[1])
+    return _swap_zeros(patterns, base, config.split)
+
+
 def remap(patterns: np.ndarray, base: np.ndarray, config: FormatConfig) -> np.ndarray:
     """Stored words of FP16 bit patterns, elementwise.
 
@@ -284,13 +318,13 @@ def remap(patterns: np.ndarray, base: np.ndarray, config: FormatConfig) -> np.nd
     uint16 array [...]
     """
     base = np.broadcast_to(base, patterns.shape)
-    return _translate(patterns[..., None], base, _code_tables(config)[0])[..., 0]
+    return _store(patterns[..., None], base, config)[..., 0]
 
 
 def unmap(words: np.ndarray, base: np.ndarray, config: FormatConfig) -> np.ndarray:
     """FP16 bit patterns of stored words, elementwise: the inverse of `remap`."""
     base = np.broadcast_to(base, words.shape)
-    return _translate(words[..., None], base, _code_tables(config)[1])[..., 0]
+    return _restore(words[..., None], base, config)[..., 0]
 
 
 @cache
@@ -394,7 +428,7 @@ def _fit_groups(
 ) -> np.ndarray:
     """Scale codes, uint8 [rows, groups], of zero-padded FP16 patterns [rows, groups, group]."""
     base = _base_exponents(grouped)
-    stored = _translate(grouped, base, _code_tables(config)[0])
+    stored = _store(grouped, base, config)
     level = _signed_levels(config).take(stored >> config.residual_bits)
     level.reshape(len(level), -1)[:, k:] = 0  # padding is not an error to be minimised
     value = grouped.view(np.float16).astype(np.float32)
@@ -592,16 +626,16 @@ class EncodedTensor:
     def decode(self) -> torch.Tensor:
         """The original weights, torch.float16 [O, K], bit for bit."""
         out = np.empty((self._padded_rows, self.shape[1]), np.uint16)
-        table = _code_tables(self.config)[1]
 
         def work(start: int, stop: int) -> None:
             tiles = slice(start // self.columns, stop // self.columns)
             words = self._stored_words(tiles)
             grouped = _grouped(words, self.config.group)
             base = _untile(self.group_bytes[tiles]) & np.uint8(31)
-            patterns = _translate(grouped, base, table).reshape(len(words), -1)[:, : self.shape[1]]
+            patterns = _restore(grouped, base, self.config)
+            patterns = patterns.reshape(len(words), -1)[:, : self.shape[1]]
             if self.shift is not None:
-                patterns = _add_to_exponents(patterns, -self.shift.astype(np.int16))
+                patterns = _lower_exponents(patterns, self.shift)
             out[start:stop, slice(None) if self.order is None else self.order] = patterns
 
         self._for_tiles(work)
@@ -685,16 +719,27 @@ def _check_channels(order: np.ndarray | None, shift: np.ndarray | None, k: int, 
         raise ValueError(f"shift of {name!r} is no uint8 [{k}] of values up to {MAX_SHIFT}")
 
 
-def _add_to_exponents(patterns: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """FP16 patterns uint16 [rows, K] with amounts [K] added to their exponent fields, mod 32."""
-    added = patterns + (amount.astype(np.uint16) << np.uint16(10))
-    return (added & np.uint16(0x7C00)) | (patterns & np.uint16(0x83FF))
+def _raise_exponents(patterns: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """FP16 patterns uint16 [rows, K] with shift [K] added to their exponent fields, mod 32; but
+    field 0 stays, and what would become 0 becomes `shift`."""
+    fields = patterns >> np.uint16(10) & np.uint16(31)
+    added = (fields + shift) & np.uint16(31)
+    added = np.where(fields == 0, 0, np.where(added == 0, shift, added))
+    return (added << np.uint16(10)).astype(np.uint16) | (patterns & np.uint16(0x83FF))
+
+
+def _lower_exponents(patterns: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """The inverse of `_raise_exponents`."""
+    fields = patterns >> np.uint16(10) & np.uint16(31)
+    wrapped = np.where(fields == shift, 0, fields)  # becomes 32 - shift
+    lowered = np.where(fields == 0, 0, (wrapped - shift.astype(np.int16)) & 31)
+    return (lowered << 10).astype(np.uint16) | (patterns & np.uint16(0x83FF))
 
 
 def _shift_nonfinite(patterns: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """What `arranged` leaves out: infinities and NaNs with the shift added to their exponents."""
     nonfinite = (patterns & np.uint16(0x7C00)) == 0x7C00
-    return np.where(nonfinite, _add_to_exponents(patterns, shift), patterns)
+    return np.where(nonfinite, _raise_exponents(patterns, shift), patterns)
 
 
 def arranged(
@@ -705,7 +750,8 @@ def arranged(
 ) -> torch.Tensor:
     """FP16 weights [O, K] permuted and scaled as `encode` with this order and shift remaps them.
 
-    Infinities and NaNs keep their exponent field, so that they still mark their group.
+    Zeros and subnormals keep their exponent field, which has no scale, and infinities and NaNs
+    theirs, so that they still mark their group.
 
     Raises
     ------
@@ -720,7 +766,7 @@ def arranged(
         fields = patterns >> np.uint16(10) & np.uint16(31)
         if ((fields + shift > 30) & (fields < 31)).any():
             raise ValueError(f"shift takes weights of {name!r} out of FP16's range: use less")
-        scaled = _add_to_exponents(patterns, shift)
+        scaled = _raise_exponents(patterns, shift)
         patterns = np.where(fields == 31, patterns, scaled)
     return torch.from_numpy(np.ascontiguousarray(patterns).view(np.float16))
 
@@ -800,7 +846,6 @@ def encode(
     draft = np.empty((tiles, draft_words(k, config), columns), np.uint16)
     residual = np.empty((tiles, residual_words(k, config), columns), np.uint16)
     group_bytes = np.empty((tiles, groups, columns), np.uint8)
-    table = _code_tables(config)[0]
     marked = _as_patterns(arranged(weights, order, shift, name), name)
     remapped = marked if shift is None else _shift_nonfinite(marked, shift)
 
@@ -811,7 +856,7 @@ def encode(
         scale = _fit_groups(grouped, k, config) if codes is None else codes[first:last]
         if remapped is not marked:
             grouped = _grouped(remapped[first:last], config.group)
-        stored = _translate(grouped, base, table).reshape(last - first, -1)[:, :k]
+        stored = _store(grouped, base, config).reshape(last - first, -1)[:, :k]
         padding = ((0, stop * columns - last), (0, 0))
         stored = np.pad(stored, padding)
         draft[start:stop] = _tile(pack_draft(stored >> config.residual_bits, config), columns)

@@ -27,7 +27,7 @@ from speq.model.ablation import (
     shared_draft,
 )
 from speq.model.arith import quantize_activations
-from speq.model.checkpoint import load_model
+from speq.model.checkpoint import linear_names, load_model
 from speq.model.competitors import SCHEMES, activation_stats, collect_stats
 from speq.model.cycles import uniform_formats
 from speq.model.emulation import decode, float_linear, float_weights
@@ -49,7 +49,11 @@ def materials(tmp_path_factory) -> Materials:
     prompts = [random_tokens(config, 6, SEED + i) for i in range(4)]
     texts = [("kind", text) for text in decode(model, prompts, 8, target)]
     stats = collect_stats(model, [[*text.prompt, *text.tokens] for _, text in texts[:2]])
-    return Materials(model, target, stats, texts[:2], texts[2:], frozenset(), 8)
+    encoded = {
+        name: encode(model.linear_weight(name), FormatConfig(), name=name)
+        for name in linear_names(model.config)
+    }
+    return Materials(model, target, encoded, stats, texts[:2], texts[2:], frozenset(), 8)
 
 
 @pytest.fixture
@@ -62,9 +66,9 @@ def test_rows_are_complete():
     """All of the design study's figures, once each, and every draft exists."""
     assert len({row.name for row in ROWS}) == len(ROWS)
     assert {row.draft for row in ROWS} == set(DRAFTS)
-    assert [row.prototype for row in ROWS].count((None, None)) == len(COMPETITORS)
+    assert [row.prototype for row in ROWS].count((None, None)) == len(COMPETITORS) + 3
     assert sum(row.prototype[0] is not None for row in ROWS) == 15
-    assert sum(row.choices > 1 for row in ROWS) == 6
+    assert sum(row.choices > 1 for row in ROWS) == 8
     assert set(COMPETITORS) <= set(SCHEMES)
 
 
