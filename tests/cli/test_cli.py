@@ -21,18 +21,17 @@ from safetensors.numpy import load_file, save_file
 
 import speq.cli
 from speq.cli import bench, encode
-from speq.model.checkpoint import LINEARS, Model, linear_names
+from speq.model import encoder
+from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.encoded_file import read_encoded
 from speq.model.format import FormatConfig
 from speq.model.format import encode as encode_tensor
+from tests.model.small_models import random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
-SHAPES = dict(
-    zip(
-        LINEARS,
-        [(44, 44), (20, 44), (20, 44), (44, 44), (172, 44), (172, 44), (44, 172)],
-        strict=True,
-    )
-)
+#: One prompt of a kind, as short as can be.
+PROMPTS = {"greeting": ["hello"], "letters": ["a b"]}
+QUICK = ("--max-tokens", 6, "--rows", 4, "--choices", 2)
 
 Speq = Callable[..., SimpleNamespace]
 
@@ -56,19 +55,28 @@ def speq_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     return call
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file with a random model of one block and 264 tokens."""
+    config = small_config(tied_head=False, blocks=1, hidden=32, ffn_hidden=44, heads=2, kv_heads=1)
+    path = tmp_path_factory.mktemp("model") / "random.gguf"
+    write_gguf(path, config, random_weights(config, SEED))
+    return path
+
+
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """A model of two blocks with random weights that `speq encode` finds under any name."""
-    generator = torch.Generator().manual_seed(SEED)
-    weights = {
-        f"block.{i}.{linear}": torch.randn(shape, generator=generator).half()
-        for i in range(2)
-        for linear, shape in SHAPES.items()
-    }
-    # Only the number of blocks matters for the names of the linear layers.
-    model = Model("two-blocks", SimpleNamespace(blocks=2), weights, tokenizer=None)
+def model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The checkpoint's model, which `speq encode` finds under any name."""
+    model = load_model(checkpoint)
     monkeypatch.setattr(encode, "load_model", lambda name: replace(model, name=name))
     return model
+
+
+@pytest.fixture
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    path.write_text(json.dumps(PROMPTS))
+    return path
 
 
 def test_help_does_not_import_the_heavy_packages() -> None:
@@ -83,7 +91,7 @@ def test_installed_command_lists_its_commands() -> None:
         [Path(sys.executable).with_name("speq"), "--help"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    for command in ("verilog", "encode", "demo", "bench"):
+    for command in ("verilog", "encode", "verify-file", "demo", "generate", "eval", "bench"):
         assert f" {command} " in result.stdout
 
 
@@ -146,69 +154,87 @@ def test_error_text_has_no_line_breaks() -> None:
 
 
 @pytest.mark.parametrize("group, split, width", [(64, 2, 4), (32, 0, 5), (128, 3, 6)])
-def test_encode_writes_planes_and_header(
+def test_fixed_encoding_writes_planes_and_header(
     speq_command: Speq, model: Model, tmp_path: Path, group: int, split: int, width: int
 ) -> None:
     path = tmp_path / "model.safetensors"
     options = ("--group", group, "--split", split, "--width", width, "--columns", 8)
-    result = speq_command("encode", "two-blocks", "-o", path, "--verify", *options)
+    result = speq_command("encode", "one-block", "-o", path, "--fixed", "--verify", *options)
     assert result.code == 0, result.err
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
     config = FormatConfig(group, split, width)
-    arrays = load_file(path)
-    bits = 0
-    for name, weight in model.weights.items():
+    names = linear_names(model.config)
+    file = read_encoded(path)
+    assert (file.source, file.settings, file.report) == ("one-block", {}, {})
+    assert list(file.tensors) == names and len(names) == 8
+    stored = drafted = weights = 0
+    for name, tensor in file.tensors.items():
+        weight = model.linear_weight(name)
         expected = encode_tensor(weight, config, name=name, columns=8)
-        bits += expected.storage_bits()
-        np.testing.assert_array_equal(arrays.pop(f"{name}.draft"), expected.draft_plane)
-        np.testing.assert_array_equal(arrays.pop(f"{name}.residual"), expected.residual_plane)
-        np.testing.assert_array_equal(arrays.pop(f"{name}.groups"), expected.group_bytes)
-    assert arrays == {}
-
-    header, tensors = encode.read_encoded(path)
-    assert header["source"] == "two-blocks"
-    assert header["format"] == {"group": group, "split": split, "width": width}
-    assert header["columns"] == 8
-    decoded = {tensor.name: tensor.decode() for tensor in tensors}
-    assert list(decoded) == linear_names(model.config)[:-1] == list(header["tensors"])
-    for name, weight in model.weights.items():
-        assert torch.equal(decoded[name].view(torch.int16), weight.view(torch.int16)), name
-
-    weights = sum(weight.numel() for weight in model.weights.values())
-    assert f"{bits / weights:.4f} bits per weight" in result.out
-    assert f"{bits / weights / 16 - 1:.2%} over FP16" in result.out
-    assert "M weights/s" in result.out
-    assert "verified: 14 of 14 tensors" in result.out
+        for plane in ("draft_plane", "residual_plane", "group_bytes"):
+            np.testing.assert_array_equal(getattr(tensor, plane), getattr(expected, plane))
+        assert tensor.config == config and tensor.order is tensor.shift is None
+        stored += expected.storage_bits()
+        drafted += expected.draft_bits()
+        weights += weight.numel()
+    assert f"{stored / weights:.4f} bits per weight" in result.out
+    assert f"{stored / weights / 16 - 1:.2%} over FP16" in result.out
+    assert f"{drafted / weights:.4f} bits per weight read in a draft pass" in result.out
+    assert "verified: all 8 tensors decode to their original bits" in result.out
 
 
-def test_encode_selects_tensors(speq_command: Speq, model: Model, tmp_path: Path) -> None:
+def test_fixed_encoding_selects_tensors(speq_command: Speq, model: Model, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    pattern = r"\.1\.(up|down)"
-    assert speq_command("encode", "m", "-o", path, "--tensors", pattern).code == 0
-    assert list(encode.read_encoded(path)[0]["tensors"]) == ["block.1.up_proj", "block.1.down_proj"]
+    result = speq_command("encode", "m", "-o", path, "--fixed", "--tensors", r"\.0\.(up|down)")
+    assert result.code == 0, result.err
+    assert list(read_encoded(path).tensors) == ["block.0.up_proj", "block.0.down_proj"]
 
 
 @pytest.mark.parametrize("pattern", ["nowhere", "("])
 def test_encode_refuses_a_wrong_pattern(
     speq_command: Speq, model: Model, tmp_path: Path, pattern: str
 ) -> None:
-    result = speq_command("encode", "m", "-o", tmp_path / "x", "--tensors", pattern)
+    result = speq_command("encode", "m", "-o", tmp_path / "x", "--fixed", "--tensors", pattern)
     assert result.code == 1
     assert len(result.err) == 1 and repr(pattern) in result.err[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--split", 1), "--split needs --fixed"),
+        (("--width", 4), "--width needs --fixed"),
+        (("--tensors", "up"), "--tensors needs --fixed"),
+        (("--rows", 1), "at least 2 rows and 2 choices"),
+        (("--choices", 1), "at least 2 rows and 2 choices"),
+        (("--rows", 0), "rows is 0"),
+        (("--group", 48), "group is 48"),
+        (("--fixed", "--split", 4), "split is 4"),
+        (("--fixed", "--width", 7), "draft width is 7"),
+        (("--prompts", "absent.json"), "absent.json"),
+    ],
+)
+def test_encode_refuses_conflicting_options(
+    speq_command: Speq, model: Model, tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    result = speq_command("encode", "m", "-o", tmp_path / "x", *options)
+    assert result.code == 1
+    assert len(result.err) == 1 and message in result.err[0], result.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_encode_warns_of_infinities_in_one_line(
     speq_command: Speq, model: Model, tmp_path: Path
 ) -> None:
-    model.weights["block.1.o_proj"][3, 5] = float("inf")
-    result = speq_command("encode", "m", "-o", tmp_path / "x", "--verify")
+    model.weights["block.0.o_proj"][3, 5] = float("inf")
+    result = speq_command("encode", "m", "-o", tmp_path / "x", "--fixed", "--verify")
     assert result.code == 0, result.err
     (line,) = [line for line in result.err if "warning" in line]
-    assert line.startswith("speq: warning: tensor 'block.1.o_proj'") and "[3, 5]" in line
+    assert line.startswith("speq: warning: tensor 'block.0.o_proj'") and "[3, 5]" in line
 
 
 @pytest.mark.parametrize("earlier", [None, b"an earlier file"])
@@ -230,7 +256,7 @@ def test_failed_encode_leaves_nothing_behind(
         raise failure
 
     monkeypatch.setattr(encode, "write_encoded", write_a_part)
-    assert speq_command("encode", "m", "-o", path).code != 0
+    assert speq_command("encode", "m", "-o", path, "--fixed").code != 0
     left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert left == ({} if earlier is None else {path.name: earlier})
 
@@ -241,42 +267,139 @@ def test_verify_finds_one_wrong_bit(
 ) -> None:
     def encode_wrongly(*arguments: object, **options: object) -> object:
         tensor = encode_tensor(*arguments, **options)
-        if tensor.name == "block.1.k_proj":
+        if tensor.name == "block.0.k_proj":
             getattr(tensor, plane)[0, 0, 0] ^= 1
         return tensor
 
     monkeypatch.setattr(encode, "encode_tensor", encode_wrongly)
-    result = speq_command("encode", "m", "-o", tmp_path / "x", "--verify")
+    result = speq_command("encode", "m", "-o", tmp_path / "x", "--fixed", "--verify")
     assert result.code == 1
-    assert "block.1.k_proj does not decode to its original bits" in result.err[-1]
+    assert "block.0.k_proj does not decode to its original bits" in result.err[-1]
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign", "version", "columns", "shape", "plane"])
-def test_damaged_file_is_a_value_error(
-    speq_command: Speq, model: Model, tmp_path: Path, damage: str
+def optimised_encoding(
+    speq_command: Speq, checkpoint: Path, prompts: Path, path: Path
+) -> SimpleNamespace:
+    return speq_command("encode", checkpoint, "-o", path, "--prompts", prompts, "--verify", *QUICK)
+
+
+def test_optimised_encoding_is_resumed_after_an_interruption(
+    speq_command: Speq,
+    checkpoint: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The whole run, then one that stops in the middle and goes on, then damaged journals."""
+    path, journal = tmp_path / "model.safetensors", tmp_path / "model.safetensors.journal"
+    result = optimised_encoding(speq_command, checkpoint, prompts, path)
+    assert result.code == 0, result.err
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    file, model = read_encoded(path), load_model(checkpoint)
+    file.check_source(model)
+    file.check_bits()
+    assert file.source == str(checkpoint)
+    assert list(file.tensors) == linear_names(model.config)
+    assert file.settings.keys() == {"chain", "tree"}
+    chain, tree = file.settings["chain"], file.settings["tree"]
+    assert (chain.rows, chain.choices, tree.rows, tree.choices) == (4, 1, 4, 2)
+    for name, value in file.report["calibration_speedup"].items():
+        assert f"{name + ':':<9} modelled speedup {value:.3f}" in result.out
+    assert len(file.report["tried"]) == len(encoder.BUDGETS)
+    assert "verified: all 8 tensors" in result.out
+    whole = path.read_bytes()
+    path.unlink()
+
+    trial, calls = encoder._trial, []
+
+    def stop_at_the_second(*arguments: object) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return trial(*arguments)
+
+    monkeypatch.setattr(encoder, "_trial", stop_at_the_second)
+    assert optimised_encoding(speq_command, checkpoint, prompts, path).code != 0
+    assert [p.name for p in tmp_path.iterdir()] == [journal.name]
+    kept = journal.read_text()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("work that the journal has")
+
+    with monkeypatch.context() as patched:
+        for name in ("decode", "options"):
+            patched.setattr(encoder, name, refuse)
+        calls[:] = [1, 1]
+        result = optimised_encoding(speq_command, checkpoint, prompts, path)
+    assert result.code == 0, result.err
+    assert len(calls) == 2 + len(encoder.BUDGETS) - 1
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == whole
+
+    # The journal of another command, and one that is damaged, are not used.
+    for text, note in ((kept.replace('"key": "', '"key": "0'), False), (kept[:-9], True)):
+        journal.write_text(text)
+        calls[:] = [1, 1]
+        result = optimised_encoding(speq_command, checkpoint, prompts, path)
+        assert result.code == 0
+        assert len(calls) == 2 + len(encoder.BUDGETS)
+        assert ("damaged: starting anew" in " ".join(result.err)) == note
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+        assert path.read_bytes() == whole
+
+
+@pytest.fixture
+def fixed_file(speq_command: Speq, checkpoint: Path, tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
-    assert speq_command("encode", "m", "-o", path).code == 0
-    assert encode.check_encoded(path) == 14
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        arrays = load_file(path)
-        with safe_open(path, "numpy") as file:
-            header = json.loads(file.metadata()["speq"])
-        if damage == "version":
-            header["version"] = 2
-        elif damage == "columns":
-            header["columns"] = 0
-        elif damage == "shape":
-            header["tensors"]["block.0.q_proj"]["shape"] = [44, 999]
-        elif damage == "plane":
-            del arrays["block.0.q_proj.draft"]
-        metadata = None if damage == "foreign" else {"speq": json.dumps(header)}
-        save_file(arrays, path, metadata)
-    with pytest.raises(ValueError, match="no intact encoded model"):
-        encode.check_encoded(path)
+    result = speq_command("encode", checkpoint, "-o", path, "--fixed")
+    assert result.code == 0, result.err
+    return path
+
+
+def test_verify_file_compares_with_the_checkpoint(
+    speq_command: Speq, checkpoint: Path, fixed_file: Path, tmp_path: Path
+) -> None:
+    for options in ((), ("--model", checkpoint)):
+        result = speq_command("verify-file", fixed_file, *options)
+        assert result.code == 0, result.err
+        assert f"verified: all 8 tensors of {fixed_file} decode" in result.out
+    config = load_model(checkpoint).config
+    write_gguf(tmp_path / "other.gguf", config, random_weights(config, SEED + 1))
+    result = speq_command("verify-file", fixed_file, "--model", tmp_path / "other.gguf")
+    assert result.code == 1 and not result.out
+    assert len(result.err) == 1 and "block.0.q_proj differs" in result.err[0]
+    assert str(fixed_file) in result.err[0]
+    result = speq_command("verify-file", fixed_file, "--model", "absent.gguf")
+    assert result.code == 1 and "absent.gguf" in result.err[0]
+
+
+@pytest.mark.parametrize("part", ["draft", "residual", "groups"])
+def test_verify_file_finds_one_flipped_bit(speq_command: Speq, fixed_file: Path, part: str) -> None:
+    arrays = {name: array.copy() for name, array in load_file(fixed_file).items()}
+    with safe_open(fixed_file, "numpy") as file:
+        metadata = file.metadata()
+    arrays[f"block.0.gate_proj.{part}"][0, 0, 3] ^= 1
+    save_file(arrays, fixed_file, metadata)
+    result = speq_command("verify-file", fixed_file)
+    assert result.code == 1
+    assert len(result.err) == 1
+    assert "block.0.gate_proj does not decode to its original bits" in result.err[0]
+
+
+def test_verify_file_refuses_what_is_no_encoded_model(
+    speq_command: Speq, fixed_file: Path, tmp_path: Path
+) -> None:
+    fixed_file.write_bytes(fixed_file.read_bytes()[:-1])
+    for path, message in (
+        (fixed_file, "is no intact encoded model"),
+        (tmp_path / "absent", "absent"),
+        (tmp_path, "directory"),
+    ):
+        result = speq_command("verify-file", path)
+        assert result.code == 1
+        assert len(result.err) == 1 and message in result.err[0], result.err
+        assert str(path) in result.err[0]
 
 
 def test_verilog_writes_both_files(speq_command: Speq, tmp_path: Path) -> None:

@@ -8,18 +8,22 @@ import os
 import re
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from rich.text import Text
 
 import speq.cli
-from speq.cli.generate import TextStream, encode_model, origins, show, summary
+from speq.cli.generate import TextStream, encode_model, origins, settings_of, show, summary
 from speq.model.checkpoint import load_model
+from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.format import FormatConfig
-from speq.model.speculation import Statistics, Step, pass_costs
+from speq.model.speculation import Settings, Statistics, Step, generate, pass_costs
+from tests.model.drafted import rearranged
 from tests.model.small_models import random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -105,6 +109,90 @@ def test_wrong_requests_are_refused_in_one_line(speq_generate, tmp_path):
     missing = speq_generate(model=str(tmp_path / "none.gguf"))
     assert missing.code == 1 and "none.gguf" in missing.err
     assert speq_generate("--mode", "int8").code == 2
+
+
+FILE_SETTINGS = {
+    "chain": Settings(6, 3, 0.5, choices=1),
+    "tree": Settings(6, 4, 0.25, choices=3),
+}
+
+
+@pytest.fixture(scope="module")
+def encoded_file(checkpoint, tmp_path_factory) -> Path:
+    """The checkpoint with permuted and scaled channels, a head of 200 outputs, and settings."""
+    model = load_model(checkpoint)
+    tensors = rearranged(model, np.random.default_rng(SEED), FormatConfig(32), head_rows=200)
+    digests = {name: sha256(model.linear_weight(name)) for name in tensors}
+    path = tmp_path_factory.mktemp("encoded") / "model.safetensors"
+    write_encoded(path, EncodedModel(model.name, tensors, digests, FILE_SETTINGS))
+    return path
+
+
+def test_text_of_an_encoded_file_is_that_of_fp16(speq_generate, encoded_file, monkeypatch):
+    plain = speq_generate("--mode", "fp16", "--max-tokens", COUNT)
+    used = []
+
+    def watched(*arguments, settings, **options):
+        used.append(settings)
+        return generate(*arguments, settings=settings, **options)
+
+    monkeypatch.setattr("speq.cli.generate.generate", watched)
+    costs = pass_costs(read_encoded(encoded_file).tensors)
+    for options, settings in (
+        ((), FILE_SETTINGS["tree"]),
+        (("--choices", 1), FILE_SETTINGS["chain"]),
+        (("--threshold", 1, "--rows", 8), Settings(8, None, 1.0, choices=3)),
+    ):
+        made = speq_generate("--encoded", encoded_file, "--max-tokens", COUNT, *options)
+        assert made.code == 0, made.err
+        assert made.out == plain.out
+        assert used.pop() == settings
+        assert f"at {costs[0]:.4f}, " in made.err and f"at {costs[1]:.4f} of a" in made.err
+    sampled = ("--temperature", 1.0, "--max-tokens", 8)
+    assert speq_generate("--encoded", encoded_file, *sampled).code == 0
+    plainly = speq_generate("--encoded", encoded_file, "--mode", "fp16", "--max-tokens", COUNT)
+    assert plainly.out == plain.out and "FP16 token by token" in plainly.err
+
+
+def test_settings_come_from_the_file_and_the_options():
+    def settings(file: bool = True, **given: object) -> Settings:
+        options = dict.fromkeys(("rows", "draft_length", "threshold", "choices")) | given
+        contents = SimpleNamespace(settings=FILE_SETTINGS) if file else None
+        return settings_of(SimpleNamespace(**options), contents)
+
+    assert settings() == FILE_SETTINGS["tree"]
+    assert settings(choices=1) == FILE_SETTINGS["chain"]
+    assert settings(choices=2) == Settings(6, 4, 0.25, choices=2)
+    assert settings(rows=6) == FILE_SETTINGS["tree"]
+    assert settings(rows=3) == Settings(3, None, 0.25, choices=3)
+    assert settings(draft_length=0, threshold=2.5) == Settings(6, 0, 2.5, choices=3)
+    assert settings(file=False) == Settings(8, None, 2.0, choices=4)
+    assert settings(file=False, rows=4, threshold=0.0) == Settings(4, None, 0.0, choices=4)
+    uncalibrated = SimpleNamespace(settings={})
+    request = SimpleNamespace(rows=5, draft_length=None, threshold=None, choices=None)
+    assert settings_of(request, uncalibrated) == Settings(5, None, 2.0, choices=4)
+    with pytest.raises(ValueError, match="draft length is 6"):
+        settings(draft_length=6)
+
+
+def test_encoded_files_that_cannot_be_used_are_refused(
+    speq_generate, encoded_file, checkpoint, tmp_path
+):
+    for option in ("group", "split", "width", "head-width"):
+        made = speq_generate("--encoded", encoded_file, f"--{option}", 5)
+        assert made.code == 1 and f"--{option} and --encoded exclude each other" in made.err
+        assert made.err.count("\n") == 1 and not made.out
+    config = load_model(checkpoint).config
+    other = tmp_path / "other.gguf"
+    write_gguf(other, config, random_weights(config, SEED + 1))
+    made = speq_generate("--encoded", encoded_file, model=str(other))
+    assert made.code == 1 and "block.0.q_proj differs" in made.err and str(encoded_file) in made.err
+    part = tmp_path / "part.safetensors"
+    part.write_bytes(encoded_file.read_bytes()[:1000])
+    for path in (part, tmp_path / "absent.safetensors"):
+        made = speq_generate("--encoded", path)
+        assert made.code == 1 and str(path) in made.err
+        assert made.err.count("\n") == 1 and not made.out
 
 
 def test_every_linear_layer_is_encoded_and_counted(checkpoint):

@@ -21,18 +21,22 @@ from hypothesis import strategies as st
 from speq.model.format import (
     DRAFT_WIDTHS,
     GROUP_SIZES,
+    MAX_SHIFT,
     SCALE_NUMERATORS,
     SPLITS,
     UNIT_SCALE_CODE,
     EncodedTensor,
     FormatConfig,
+    arranged,
     draft_levels,
     encode,
     fit_scale_codes,
     remap,
     remap_table,
+    smallest_owned,
     unmap,
 )
+from tests.model.drafted import random_channels, room_of
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 EVERY_PATTERN = np.arange(1 << 16, dtype=np.uint16)
@@ -118,6 +122,10 @@ CODES = {split: codes_of(split) for split in SPLITS}
 
 def stored_word(pattern: int, base: int, split: int, width: int) -> str:
     """The stored word as sixteen characters, the draft code first."""
+    # Zero changes places with the power of two at the end of class 0.
+    power = max(0, base - max(t for t, _ in OWNED[split][7])) << 10
+    if pattern & 0x7FFF in (0, power):
+        pattern ^= power
     text = f"{pattern:016b}"
     sign, exponent, mantissa = text[0], int(text[1:6], 2), text[6:]
     q, r = CODES[split][(base - exponent) % 32, int(mantissa[0])]
@@ -200,6 +208,9 @@ def test_draft_levels_lie_in_the_middle_of_what_their_codes_leave_open(config):
     base = 29
     patterns = EVERY_PATTERN[1 << 10 : 30 << 10]  # normal and positive
     codes = remap(patterns, base, config) >> config.residual_bits
+    # One power of two is drafted like the zero whose place it takes.
+    power = base - max(t for t, _ in OWNED[config.split][7]) << 10
+    codes[patterns == power] = codes[patterns == power + 1]
     owned = [key for keys in OWNED[config.split] for key in keys]
     spilled = np.array([(base - (p >> 10), p >> 9 & 1) not in owned for p in patterns.tolist()])
     values = patterns.view(np.float16).astype(np.float64)
@@ -214,6 +225,29 @@ def test_draft_levels_lie_in_the_middle_of_what_their_codes_leave_open(config):
         if code >> config.extension_bits or config.width == 6:
             assert lv.value * unit == (low + high) / 2
         assert lv.significand < 1 << config.significand_bits
+
+
+@pytest.mark.parametrize("config", TABLES, ids=str)
+def test_zeros_are_drafted_as_the_smallest_level(config):
+    """Where they would be spilled, and in exchange for a single power of two."""
+    smallest = min(level.value for level in draft_levels(config))
+    levels = [level.value for level in draft_levels(config)]
+    reach = smallest_owned(config.split)
+    assert reach == max(t for t, _ in OWNED[config.split][7])
+    for base in range(32):
+        words = remap(EVERY_PATTERN, base, config)
+        plain = np.array([(base - (p >> 10 & 31)) % 32 << 1 | p >> 9 & 1 for p in (0, 0x8000)])
+        classes = np.array(remap_table(config.split))[plain] >> 3
+        zeros = words[[0, 0x8000]]
+        assert (zeros >> 15 == [0, 1]).all()
+        if base <= reach:  # in reach of class 0 already, or it is the largest there is
+            assert (zeros >> 12 & 7 == classes).all()
+            continue
+        codes = (zeros & 0x7FFF) >> config.residual_bits
+        assert [levels[code] for code in codes] == [smallest] * 2
+        # The power of two has what would have been the zero's class.
+        power = (base - reach) << 10
+        assert (words[[power, power | 0x8000]] >> 12 & 7 == classes).all()
 
 
 # Every pattern.
@@ -394,6 +428,25 @@ def test_draft_values_against_the_oracle(config, rng):
                 assert Fraction(draft[row, j].item()) == expected, f"[{row}, {j}] {pattern:04x}"
 
 
+@pytest.mark.parametrize("config", TABLES, ids=str)
+def test_zeros_of_scaled_channels_are_drafted_as_the_smallest_level(config):
+    """Beside any base exponent, at any shift: no exact zero becomes one of the large levels."""
+    for base in range(31):
+        patterns = np.full((1, 32), 0x8000, np.uint16)
+        patterns[0, 0], patterns[0, 1::2] = base << 10 | 0x3FF, 0
+        codes = np.full((1, 1), UNIT_SCALE_CODE)
+        for shift in (0, 1, min(MAX_SHIFT, 30 - base)):
+            channels = {"shift": np.full(32, min(shift, 30 - base), np.uint8)}
+            draft = encode(half(patterns), config, codes, **channels).draft()[0].abs()
+            zeros, top = draft[1:], draft[0]
+            smallest = min(level.value for level in draft_levels(config))
+            largest = max(level.value for level in draft_levels(config))
+            assert len(zeros.unique()) == 1
+            if base + shift > 10 - config.split:
+                assert zeros[0] / top == pytest.approx(smallest / largest)
+            assert zeros[0] <= top
+
+
 def test_draft_values_are_multiples_of_the_draft_unit(rng):
     for config in TABLES:
         patterns = mixed_patterns(rng, 4, 64)
@@ -472,6 +525,211 @@ def test_finite_tensors_do_not_warn(rng):
         warnings.simplefilter("error")
         for patterns in (mixed_patterns(rng, 5, 70), [[0x7BFF, 0xFBFF]], [[0, 0x8000]], [[1]]):
             encode(half(patterns), FormatConfig())
+
+
+# Permuted and scaled channels, and drafts of some rows only.
+
+
+def with_shift(pattern: int, shift: int) -> int:
+    """The pattern with its exponent field shifted, mod 32; field 0 stays, and what would become 0
+    takes the place of what 0 would have become."""
+    field = pattern >> 10 & 31
+    moved = 0 if field == 0 else (field + shift) % 32 or shift
+    return pattern & 0x83FF | moved << 10
+
+
+def arranged_by_hand(patterns: np.ndarray, order: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    rows = [
+        [
+            p if p >> 10 & 31 in (0, 31) else with_shift(p, s)
+            for p, s in zip(row, shift.tolist(), strict=True)
+        ]
+        for row in patterns[:, order].tolist()
+    ]
+    return np.array(rows, np.uint16)
+
+
+def patterns_with_every_shift() -> tuple[np.ndarray, np.ndarray]:
+    """Every pattern that a shift accepts in a column of that shift: uint16 [65536, 9], shift."""
+    shift = np.array([3, 0, 6, 1, 7, 2, 5, 4, 7], np.uint8)
+    columns = []
+    for j, s in enumerate(shift.tolist()):
+        field = EVERY_PATTERN >> 10 & 31
+        accepted = EVERY_PATTERN[(field + s <= 30) | (field == 31)]
+        columns.append(np.resize(np.roll(accepted, 7919 * j), 1 << 16))
+    return np.stack(columns, axis=1), shift
+
+
+# Every split and width; a group is longer than these rows, whatever its size.
+@pytest.mark.parametrize("config", TABLES, ids=str)
+def test_every_pattern_survives_every_shift(config, rng):
+    patterns, shift = patterns_with_every_shift()
+    for s in range(MAX_SHIFT + 1):
+        kept = np.unique(patterns[:, shift == s])
+        assert len(kept) == 2 * ((31 - s) + 1) << 10  # finite ones that have room, inf and NaN
+    order = rng.permutation(9).astype(np.uint16)
+    original = np.empty_like(patterns)
+    original[:, order] = patterns
+    codes = rng.integers(0, 8, (1 << 16, 1))
+    tensor = encode_quietly(half(original), config, codes, order=order, shift=shift)
+    assert (bits(tensor.decode()) == original).all()
+
+
+@seed(SEED)
+@settings(max_examples=150, deadline=None, derandomize=False, database=None)
+@given(
+    o=st.integers(1, 60),
+    k=st.integers(1, 300),
+    columns=st.integers(1, 20),
+    config=st.sampled_from(FORMATS),
+    kind=st.sampled_from(["arbitrary", "near", "low"]),
+    fitted=st.booleans(),
+    given=st.sampled_from(["order", "shift", "both"]),
+    number=st.integers(0, 2**32 - 1),
+)
+def test_any_channels_survive(o, k, columns, config, kind, fitted, given, number):
+    rng = np.random.default_rng(number)
+    patterns = mixed_patterns(rng, o, k)
+    if kind != "near":
+        patterns = rng.integers(0, 1 << 16, (o, k)).astype(np.uint16)
+    if kind == "low":  # room for every shift, subnormal numbers and zeros, infinities and NaNs
+        field = patterns >> 10 & 31
+        patterns = np.where((field > 23) & (field < 31), patterns & 0x9FFF, patterns)
+        assert room_of(patterns).min() >= MAX_SHIFT
+    order, shift = random_channels(rng, patterns)
+    if given == "shift":
+        shift = shift[np.argsort(order)]
+        order = np.arange(k, dtype=np.uint16)
+    elif given == "order":
+        shift = np.zeros(k, np.uint8)
+    chosen = {"order": order, "shift": shift}
+    chosen = chosen if given == "both" else {given: chosen[given]}
+    rows = int(rng.integers(1, o + 1))
+    codes = None if fitted else rng.integers(0, 8, (o, -(-k // config.group)), dtype=np.uint8)
+
+    stored = arranged(half(patterns), **chosen)
+    assert (bits(stored) == arranged_by_hand(patterns, order, shift)).all()
+    tensor = encode_quietly(half(patterns), config, codes, columns=columns, **chosen)
+    assert (bits(tensor.decode()) == patterns).all()
+    plain = encode_quietly(stored, config, codes, columns=columns)
+    # Infinities and NaNs mark the same groups, whose scales do not matter.
+    drafts = tensor.draft(), plain.draft()
+    assert torch.equal(*(d.view(torch.int32) for d in drafts))
+    if not (patterns >> 10 & 31 == 31).any():
+        for plane in ("draft_plane", "residual_plane", "group_bytes"):
+            assert (getattr(tensor, plane) == getattr(plain, plane)).all()
+
+    part = encode_quietly(half(patterns), config, codes, columns=columns, draft_rows=rows, **chosen)
+    assert (bits(part.decode()) == patterns).all()
+    assert torch.equal(part.draft().view(torch.int32), drafts[0][:rows].view(torch.int32))
+
+
+@pytest.mark.parametrize("config", TABLES, ids=str)
+def test_drafts_and_stored_words_of_arranged_channels_against_the_oracle(config, rng):
+    o, k = 3, 150
+    patterns = mixed_patterns(rng, o, k)
+    patterns[2] = rng.integers(0, 24 << 10, k)  # every exponent: many weights are spilled
+    patterns[0, 100] = 0xFC00
+    order, shift = random_channels(rng, patterns)
+    assert shift.max() == MAX_SHIFT and len(set(shift)) > 4
+    codes = rng.integers(0, 8, (o, 3))
+    tensor = encode_quietly(half(patterns), config, codes, columns=2, order=order, shift=shift)
+    draft, words = tensor.draft(), tensor.verify_words()
+    stored = arranged_by_hand(patterns, order, shift)
+    for row in range(o):
+        for j in range(k):
+            first = j // 64 * 64
+            base = base_of(stored[row, first : first + 64])
+            # The remap sees the shift of infinities, too: the decoder subtracts it from all.
+            pattern = with_shift(int(patterns[row, order[j]]), int(shift[j]))
+            word = f"{words[row // 2, j, row % 2]:016b}"
+            assert word == stored_word(pattern, base, config.split, config.width)
+            if base == 31:
+                assert draft[row, j].isnan()
+            else:
+                expected = draft_value(pattern, base, codes[row, first // 64], config)
+                assert Fraction(draft[row, j].item()) == expected, f"[{row}, {j}] {pattern:04x}"
+    assert draft.isnan().sum() in (64, 150 - 128)
+
+
+def test_scales_are_fitted_to_arranged_channels(rng):
+    weights = torch.from_numpy(rng.standard_normal((20, 130)).astype(np.float16))
+    order, shift = random_channels(rng, bits(weights))
+    tensor = encode(weights, FormatConfig(), order=order, shift=shift)
+    stored = arranged(weights, order, shift)
+    codes = fit_scale_codes(stored, FormatConfig())
+    assert torch.equal(tensor.draft(), encode(stored, FormatConfig(), codes).draft())
+    # Scaling by a power of two scales the draft: the same channel order, all exponents raised.
+    raised = encode(weights, FormatConfig(), order=order, shift=np.full(130, 5, np.uint8))
+    assert torch.equal(raised.draft(), 32 * encode(weights, FormatConfig(), order=order).draft())
+
+
+def test_shifts_that_leave_the_range_are_refused(rng):
+    patterns = mixed_patterns(rng, 6, 70)
+    patterns[:, ::9] |= 0x7C00  # infinities and NaNs have no range to leave
+    room = room_of(patterns)
+    encode_quietly(half(patterns), FormatConfig(), shift=np.minimum(room, 7).astype(np.uint8))
+    for j in np.flatnonzero(room < MAX_SHIFT)[:8]:
+        shift = np.zeros(70, np.uint8)
+        shift[j] = room[j] + 1
+        for make in (lambda **a: arranged(half(patterns), **a), encode_of(patterns)):
+            with pytest.raises(ValueError, match=r"shift takes weights of 'q' out of FP16's range"):
+                make(shift=shift, name="q")
+
+
+def encode_of(patterns: np.ndarray):
+    return lambda **named: encode_quietly(half(patterns), FormatConfig(), **named)
+
+
+def test_nonfinite_weights_of_permuted_channels_are_named_by_their_own_index(rng):
+    patterns = mixed_patterns(rng, 4, 130)
+    patterns[2, 7], patterns[2, 11] = 0x7C00, 0x7E00
+    order = np.roll(np.arange(130), 5)[::-1].astype(np.uint16).copy()
+    with pytest.warns(RuntimeWarning, match=r"'q' .*index \[2, 7\]"):
+        tensor = encode(half(patterns), FormatConfig(32), name="q", order=order)
+    lost = torch.zeros(4, 130, dtype=torch.bool)
+    for column in (7, 11):
+        group = int(np.flatnonzero(order == column)[0]) // 32 * 32
+        lost[2, group : group + 32] = True
+    assert (tensor.draft().isnan() == lost).all()
+
+
+def test_what_a_draft_pass_reads_is_counted():
+    """40 rows of 100 weights at width 5 in groups of 32, tiles of 16 columns."""
+    weights = torch.ones(40, 100, dtype=torch.float16)
+    order, shift = np.arange(100, dtype=np.uint16), np.zeros(100, np.uint8)
+    draft = 25 + 7  # words of nibbles, words of extensions
+    residual = 69  # 100 residuals of 11 bits
+    for rows, tiles in ((None, 3), (1, 1), (16, 1), (17, 2), (40, 3)):
+        for channels, extra in (
+            ({}, 0),
+            ({"order": order}, 100 * 16),
+            ({"shift": shift}, 100 * 8),
+            ({"order": order, "shift": shift}, 100 * 24),
+        ):
+            config = FormatConfig(group=32, width=5)
+            tensor = encode(weights, config, draft_rows=rows, **channels)
+            assert tensor.draft_bits() == tiles * 16 * (draft * 16 + 4 * 8) + extra
+            assert tensor.storage_bits() == 3 * 16 * ((draft + residual) * 16 + 4 * 8) + extra
+            assert tensor.draft().shape == (rows or 40, 100)
+
+
+def test_wrong_channels_are_refused():
+    weights = torch.ones(3, 65, dtype=torch.float16)
+    order, shift = np.arange(65, dtype=np.uint16), np.zeros(65, np.uint8)
+    twice = order.copy()
+    twice[3] = 4
+    for bad in (twice, order[:-1], order.astype(np.int64), order + 1, order[None]):
+        with pytest.raises(ValueError, match="order of 'q' is no uint16 permutation of its 65"):
+            encode(weights, FormatConfig(), name="q", order=bad)
+        with pytest.raises(ValueError, match="order of 'q'"):
+            arranged(weights, order=bad, name="q")
+    for bad in (shift[:-1], shift.astype(int), shift + np.uint8(MAX_SHIFT + 1), shift[None]):
+        with pytest.raises(ValueError, match=r"shift of 'q' is no uint8 \[65\] of values up to 7"):
+            encode(weights, FormatConfig(), name="q", shift=bad)
+    for rows in (0, -1, 4):
+        with pytest.raises(ValueError, match=rf"draft_rows of 'q' is {rows}; expected 1\.\.3"):
+            encode(weights, FormatConfig(), name="q", draft_rows=rows)
 
 
 # Bad arguments.
