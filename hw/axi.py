@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AXI4 masters: parameters, signatures, and what readers and writers of memory have in common.
+
+The names are those of the AMBA AXI4 specification (ARM IHI 0022).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from amaranth.hdl import Elaboratable, Module, unsigned
+from amaranth.lib import data, enum, wiring
+from amaranth.lib.wiring import In, Out
+
+#: Bits of transaction IDs. All transactions of a master have ID 0, so responses come in order.
+ID_BITS = 1
+#: Bits of a command's number of beats.
+BEATS_BITS = 24
+#: Bits of AxLEN, the beats of a burst less one.
+LENGTH_BITS = 8
+#: AxBURST of bursts with increasing addresses.
+BURST_INCR = 0b01
+#: AxCACHE: normal, not cached, may be buffered.
+CACHE = 0b0011
+#: AxPROT: unprivileged, secure, data.
+PROTECTION = 0b000
+
+#: No burst may cross a multiple of this many bytes.
+PAGE_BYTES = 4096
+_MIN_DATA_BITS = 64
+_MAX_DATA_BITS = 1024
+_MIN_ADDRESS_BITS = 16
+_MAX_ADDRESS_BITS = 64
+_MAX_BURST = 2**LENGTH_BITS
+_MAX_OUTSTANDING = 64
+_MAX_DEPTH = 2**16
+
+
+def _check_power_of_two(name: str, value: int, low: int, high: int) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    if not valid or value & (value - 1):
+        raise ValueError(f"{name} is {value!r}; allowed are powers of two from {low} to {high}")
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; allowed are integers from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class AxiConfig:
+    """Parameters of an AXI4 master.
+
+    Parameters
+    ----------
+    data_bits : int
+        Bits of a beat: a power of two from 64 to 1024, AXI4's maximum.
+    address_bits : int
+        Bits of a byte address: 16 to 64.
+    burst : int
+        Largest number of beats of a burst: a power of two up to 256. Where 4 KiB hold fewer beats,
+        those are the limit.
+    outstanding : int
+        Largest number of bursts without a (last) response: 2 to 64.
+    depth : int
+        Beats in the buffer of a reader or writer, a power of two that holds a burst. A reader
+        sustains one beat per cycle if `depth` and the beats of `outstanding` bursts are at least
+        the memory's latency in cycles + `burst` + 8; a writer needs two bursts' depth.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of its range.
+    """
+
+    data_bits: int = 256
+    address_bits: int = 40
+    burst: int = 16
+    outstanding: int = 8
+    depth: int = 128
+
+    def __post_init__(self) -> None:
+        _check_power_of_two("data_bits", self.data_bits, _MIN_DATA_BITS, _MAX_DATA_BITS)
+        _check_range("address_bits", self.address_bits, _MIN_ADDRESS_BITS, _MAX_ADDRESS_BITS)
+        _check_power_of_two("burst", self.burst, 1, _MAX_BURST)
+        _check_range("outstanding", self.outstanding, 2, _MAX_OUTSTANDING)
+        _check_power_of_two("depth", self.depth, max(2, self.burst_beats), _MAX_DEPTH)
+
+    @property
+    def beat_bytes(self) -> int:
+        """Bytes of a beat."""
+        return self.data_bits // 8
+
+    @property
+    def offset_bits(self) -> int:
+        """Address bits within a beat, 0 in every address on the bus; also AxSIZE."""
+        return self.beat_bytes.bit_length() - 1
+
+    @property
+    def word_bits(self) -> int:
+        """Bits of an address in beats."""
+        return self.address_bits - self.offset_bits
+
+    @property
+    def burst_beats(self) -> int:
+        """Largest number of beats of a burst on the bus."""
+        return min(self.burst, PAGE_BYTES // self.beat_bytes)
+
+    @property
+    def command_layout(self) -> data.StructLayout:
+        """A transfer of `beats` (1 to 2^24 - 1) from byte address `address` upwards, which must
+        be a multiple of `beat_bytes`."""
+        return data.StructLayout({"address": self.address_bits, "beats": BEATS_BITS})
+
+    @property
+    def read_signature(self) -> wiring.Signature:
+        """Address and data channel of a master that reads, as the master sees them."""
+        return wiring.Signature(
+            self._address_channel("ar")
+            | {
+                "rid": In(ID_BITS),
+                "rdata": In(self.data_bits),
+                "rresp": In(2),
+                "rlast": In(1),
+                "rvalid": In(1),
+                "rready": Out(1),
+            }
+        )
+
+    @property
+    def write_signature(self) -> wiring.Signature:
+        """Address, data and response channel of a master that writes, as the master sees them."""
+        return wiring.Signature(
+            self._address_channel("aw")
+            | {
+                "wdata": Out(self.data_bits),
+                "wstrb": Out(self.beat_bytes),
+                "wlast": Out(1),
+                "wvalid": Out(1),
+                "wready": In(1),
+                "bid": In(ID_BITS),
+                "bresp": In(2),
+                "bvalid": In(1),
+                "bready": Out(1),
+            }
+        )
+
+    def _address_channel(self, prefix: str) -> dict[str, wiring.Member]:
+        return {
+            f"{prefix}id": Out(ID_BITS),
+            f"{prefix}addr": Out(self.address_bits),
+            f"{prefix}len": Out(LENGTH_BITS),
+            f"{prefix}size": Out(3),
+            f"{prefix}burst": Out(2),
+            f"{prefix}cache": Out(4),
+            f"{prefix}prot": Out(3),
+            f"{prefix}valid": Out(1),
+            f"{prefix}ready": In(1),
+        }
+
+
+class Fault(enum.Enum, shape=unsigned(2)):
+    """Why a reader or writer of memory stopped."""
+
+    NONE = 0
+    #: A command was malformed or left the region; it never reached the bus.
+    REFUSED = 1
+    #: The response SLVERR, under its code on the bus.
+    SLAVE = 2
+    #: The response DECERR, under its code on the bus.
+    DECODE = 3
+
+
+class FaultState(wiring.Component):
+    """The first fault of a reader or writer, and when it may go on.
+
+    A bad response stops the unit in the next cycle, a refused command does not: what came before
+    it is finished. `clear` forgets the fault and stops the unit for as long as transactions are
+    outstanding. Of faults in the same cycle the response is kept, which is for an older command.
+
+    Parameters
+    ----------
+    config : AxiConfig
+
+    Members
+    -------
+    refused : In(1)
+    refused_address : In(address_bits)
+    response_valid : In(1)
+    response : In(2)
+        xRESP of the response.
+    response_address : In(address_bits)
+        Address of the burst that it belongs to.
+    drained : In(1)
+        No transaction is outstanding.
+    clear : In(1)
+    error : Out(Fault)
+        Sticky, until `clear`.
+    error_address : Out(address_bits)
+        Of the refused command or the failed burst; undefined while there is no error.
+    stopped : Out(1)
+        Nothing new may start, responses are to be thrown away.
+    restart : Out(1)
+        The last cycle in which it is stopped.
+    """
+
+    def __init__(self, config: AxiConfig) -> None:
+        super().__init__(
+            {
+                "refused": In(1),
+                "refused_address": In(config.address_bits),
+                "response_valid": In(1),
+                "response": In(2),
+                "response_address": In(config.address_bits),
+                "drained": In(1),
+                "clear": In(1),
+                "error": Out(Fault),
+                "error_address": Out(config.address_bits),
+                "stopped": Out(1),
+                "restart": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        no_error = self.error == Fault.NONE
+        m.d.comb += self.restart.eq(self.stopped & self.drained & no_error & ~self.clear)
+        with m.If(no_error & self.refused):
+            m.d.sync += [self.error.eq(Fault.REFUSED), self.error_address.eq(self.refused_address)]
+        # The upper bit tells SLVERR and DECERR from OKAY and EXOKAY.
+        with m.If(self.response_valid & self.response[1] & ~self.stopped):
+            m.d.sync += self.stopped.eq(1)
+            with m.If(no_error):
+                m.d.sync += [
+                    self.error.eq(self.response),
+                    self.error_address.eq(self.response_address),
+                ]
+        with m.If(self.restart):
+            m.d.sync += self.stopped.eq(0)
+        with m.If(self.clear):
+            m.d.sync += [self.error.eq(Fault.NONE), self.stopped.eq(1)]
+        return m

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading memory: commands in, a stream of beats out, through an AXI4 master."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.fifo import SyncFIFO
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.axi import BURST_INCR, CACHE, PROTECTION, AxiConfig, Fault, FaultState
+from speq.hw.burst_splitter import BurstSplitter
+from speq.hw.ram_fifo import RamFifo
+
+
+class MemoryReader(wiring.Component):
+    """For each command, the beats of memory from its address upwards, in order.
+
+    A burst is requested only when the buffer has room for all its beats, so the read data channel
+    is always ready, whatever the consumer does: readers that share an interconnect cannot block
+    one another.
+
+    Flow control: the command and the data stream may stall in any cycle. A command's request is on
+    the bus `LATENCY` cycles after the command was taken, a beat is offered `RamFifo.LATENCY`
+    cycles after it was received. Without stalls there is one beat per cycle, also from command to
+    command (see `AxiConfig` for the depth that this needs).
+
+    Faults: a command that is malformed or leaves the region never reaches the bus and sets `error`;
+    the beats of the commands before it are delivered. A bad response sets `error`, too; the beats
+    before it remain to be taken, it and all that come after it are thrown away, and no burst is
+    requested any more. With `error` set no command is taken. `clear` ends this at any time, also
+    without an error, as an abort: commands and beats in the unit are dropped (`data.valid` falls),
+    and the unit takes commands again when all its transactions have been answered.
+
+    Parameters
+    ----------
+    config : AxiConfig
+
+    Members
+    -------
+    axi : Out(config.read_signature)
+    command : In(stream of config.command_layout)
+    data : Out(stream of data_bits)
+    base, limit : In(address_bits)
+        First and last byte of the region; to be kept while busy.
+    busy : Out(1)
+        There are commands, beats not taken, or transactions without an answer, or the unit waits
+        for `clear` after a bad response.
+    error : Out(Fault)
+    error_address : Out(address_bits)
+        Of the refused command or the burst with the bad response.
+    clear : In(1)
+    """
+
+    #: Cycles from taking a command to its first request on the bus.
+    LATENCY = 3
+
+    def __init__(self, config: AxiConfig) -> None:
+        self.config = config
+        super().__init__(
+            {
+                "axi": Out(config.read_signature),
+                "command": In(stream.Signature(config.command_layout)),
+                "data": Out(stream.Signature(config.data_bits)),
+                "base": In(config.address_bits),
+                "limit": In(config.address_bits),
+                "busy": Out(1),
+                "error": Out(Fault),
+                "error_address": Out(config.address_bits),
+                "clear": In(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        config = self.config
+        axi = self.axi
+        m.submodules.splitter = splitter = BurstSplitter(config)
+        m.submodules.faults = faults = FaultState(config)
+        m.submodules.buffer = buffer = RamFifo(config.data_bits, config.depth)
+        # Addresses of outstanding bursts, for the report of a bad response.
+        m.submodules.requested = requested = SyncFIFO(
+            width=config.word_bits, depth=config.outstanding
+        )
+        wiring.connect(m, wiring.flipped(self.command), splitter.command)
+        wiring.connect(m, wiring.flipped(self.data), buffer.read)
+
+        room = Signal(range(config.depth + 1), init=config.depth)  # beats not yet promised
+        outstanding = Signal(range(config.outstanding + 1))
+        burst = splitter.bursts.payload
+        request = Signal()
+        finish = Signal()
+        taken = Signal()
+        m.d.comb += [
+            splitter.bursts.ready.eq(
+                (room > burst.length)
+                & (outstanding != config.outstanding)
+                & (~axi.arvalid | axi.arready)
+                & ~faults.stopped
+            ),
+            request.eq(splitter.bursts.valid & splitter.bursts.ready),
+            finish.eq(axi.rvalid & axi.rlast),
+            taken.eq(self.data.valid & self.data.ready),
+        ]
+        m.d.sync += outstanding.eq(outstanding + request - finish)
+        with m.If(faults.restart):
+            m.d.sync += room.eq(config.depth)
+        with m.Else():
+            m.d.sync += room.eq(room + taken - Mux(request, burst.length + 1, 0))
+
+        m.d.comb += [
+            axi.arsize.eq(config.offset_bits),
+            axi.arburst.eq(BURST_INCR),
+            axi.arcache.eq(CACHE),
+            axi.arprot.eq(PROTECTION),
+            axi.rready.eq(1),
+        ]
+        with m.If(request):
+            m.d.sync += [
+                axi.arvalid.eq(1),
+                axi.araddr.eq(Cat(Const(0, config.offset_bits), burst.word)),
+                axi.arlen.eq(burst.length),
+            ]
+        with m.Elif(axi.arready):
+            m.d.sync += axi.arvalid.eq(0)
+        m.d.comb += [
+            requested.w_data.eq(burst.word),
+            requested.w_en.eq(request),
+            requested.r_en.eq(finish),
+            buffer.write.payload.eq(axi.rdata),
+            buffer.write.valid.eq(axi.rvalid & ~axi.rresp[1] & ~faults.stopped),
+            buffer.clear.eq(self.clear),
+        ]
+
+        m.d.comb += [
+            splitter.base.eq(self.base),
+            splitter.limit.eq(self.limit),
+            splitter.hold.eq(faults.error != Fault.NONE),
+            splitter.clear.eq(self.clear | faults.stopped),
+            faults.refused.eq(splitter.refused),
+            faults.refused_address.eq(splitter.refused_address),
+            faults.response_valid.eq(axi.rvalid),
+            faults.response.eq(axi.rresp),
+            faults.response_address.eq(Cat(Const(0, config.offset_bits), requested.r_data)),
+            faults.drained.eq(outstanding == 0),
+            faults.clear.eq(self.clear),
+            self.error.eq(faults.error),
+            self.error_address.eq(faults.error_address),
+            self.busy.eq(splitter.busy | (room != config.depth) | faults.stopped),
+        ]
+        return m
