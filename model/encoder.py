@@ -64,7 +64,7 @@ THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 #: Parts of the vocabulary that the head may draft.
 HEAD_PARTS = (1.0, 0.75, 0.5, 0.375, 0.25)
 #: Sizes of the draft that are tried, as a share of the FP16 weights.
-BUDGETS = (0.22, 0.23, 0.24, 0.255, 0.27, 0.29)
+BUDGETS = (0.23, 0.26, 0.29, 0.31, 0.34)
 
 _SPLITS = (1, 2, 3)
 _SCALING_STRENGTHS = (0.0, 0.25, 0.5)
@@ -628,10 +628,11 @@ def _trial(
 def _best_trial(trials: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
     """Budget and part of the vocabulary with the best speedup, smoothed.
 
-    Speedups carry the noise of a finite text: a parabola through them decides.
+    Speedups carry the noise of a finite text: a parabola through them decides, where it has a peak.
     """
     budgets = np.array([float(budget) for budget in trials])
     speeds = np.array([trial["tree"] for trial in trials.values()])
-    smooth = np.polynomial.Polynomial.fit(np.log(budgets), speeds, 2)(np.log(budgets))
-    best = int(np.argmax(smooth))
+    parabola = np.polynomial.Polynomial.fit(np.log(budgets), speeds, 2)
+    has_peak = parabola.coef[2] < 0
+    best = int(np.argmax(parabola(np.log(budgets)) if has_peak else speeds))
     return float(budgets[best]), list(trials.values())[best]["part"]
