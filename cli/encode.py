@@ -56,6 +56,8 @@ class Request:
         Settings(rows=self.rows, choices=self.choices)
         if self.fixed:
             self.config()
+            if self.prompts:
+                raise ValueError("--prompts and --fixed exclude each other: nothing is calibrated")
             return
         given = {"split": self.split, "width": self.width, "tensors": self.pattern}
         for name, value in given.items():

@@ -54,6 +54,9 @@ def check_lossless(model: Model, prompts: list[list[int]], tokens: int, settings
         for step in steps:
             statistics.add(step)
         compared += len(same)
+        print(
+            f"{model.name}, prompt {number + 1} of {len(prompts)}: {len(same)} tokens", flush=True
+        )
     print(f"{model.name}: {compared} tokens and their logits are bit-identical; {statistics}")
     # Speculation took place, and not everything was accepted.
     assert statistics.tree_hits > 0
