@@ -626,13 +626,6 @@ def _trial(
 
 
 def _best_trial(trials: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
-    """Budget and part of the vocabulary with the best speedup, smoothed.
-
-    Speedups carry the noise of a finite text: a parabola through them decides, where it has a peak.
-    """
-    budgets = np.array([float(budget) for budget in trials])
-    speeds = np.array([trial["tree"] for trial in trials.values()])
-    parabola = np.polynomial.Polynomial.fit(np.log(budgets), speeds, 2)
-    has_peak = parabola.coef[2] < 0
-    best = int(np.argmax(parabola(np.log(budgets)) if has_peak else speeds))
-    return float(budgets[best]), list(trials.values())[best]["part"]
+    """Budget and part of the vocabulary with the best speedup."""
+    budget = max(trials, key=lambda budget: trials[budget]["tree"])
+    return float(budget), trials[budget]["part"]
