@@ -43,8 +43,8 @@ from speq.model.emulation import (
     float_linear,
     float_weights,
     prefill,
-    replay,
 )
+from speq.model.evaluation import Costs, Sample, best_settings, encoded_costs, speedup
 from speq.model.format import (
     DRAFT_WIDTHS,
     MAX_SHIFT,
@@ -57,10 +57,10 @@ from speq.model.format import (
     draft_words,
     encode,
 )
-from speq.model.speculation import Settings, Statistics, pass_costs
+from speq.model.speculation import Settings
 
-#: Early-exit thresholds among which the best is chosen.
-THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+# Early-exit thresholds among which the best is chosen.
+_THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 #: Parts of the vocabulary that the head may draft.
 HEAD_PARTS = (1.0, 0.75, 0.5, 0.375, 0.25)
 #: Sizes of the draft that are tried, as a share of the FP16 weights.
@@ -443,37 +443,14 @@ def restrict_vocabulary(chains: Chains, count: int, choices: int) -> Chains:
     return Chains(candidates, scores)
 
 
-def settings_grid(rows: int, choices: int) -> Iterator[Settings]:
-    """Settings to choose from: lengths that matter and all thresholds."""
-    for length, threshold in product(range(max(1, rows // 2), rows), THRESHOLDS):
-        yield Settings(rows, length, threshold, choices)
-
-
-def speedup(
-    texts: Sequence[Text], chains: Sequence[Chains], settings: Settings, costs: tuple[float, float]
-) -> float:
-    """Modelled speedup of greedy speculation along the texts."""
-    statistics = Statistics()
-    for text, some in zip(texts, chains, strict=True):
-        for step in replay(text, some, settings):
-            statistics.add(step)
-    return statistics.speedup(*costs)
-
-
 def best_speedup(
-    texts: Sequence[Text],
-    chains: Sequence[Chains],
-    costs: tuple[float, float],
-    rows: int,
-    choices: int,
+    texts: Sequence[Text], chains: Sequence[Chains], costs: Costs, rows: int, choices: int
 ) -> tuple[float, Settings]:
-    """The largest speedup over the grid of settings, and the first settings that reach it."""
-    best = (0.0, Settings(rows, threshold=1.0, choices=choices))
-    for settings in settings_grid(rows, choices):
-        value = speedup(texts, chains, settings, costs)
-        if value > best[0]:
-            best = (value, settings)
-    return best
+    """The largest modelled speedup of greedy speculation along the texts, and its settings."""
+    samples = [Sample("calibration", *pair) for pair in zip(texts, chains, strict=True)]
+    shortest = max(1, rows // 2)  # shorter drafts never were the best
+    settings = best_settings(samples, costs, rows, choices, _THRESHOLDS, shortest)
+    return speedup(samples, settings, costs), settings
 
 
 def optimise(
@@ -579,7 +556,7 @@ def optimise(
         tensors["head"] = replace(head, draft_rows=max(rows, count // columns * columns))
     progress("choosing settings", 0, 1)
     chains = draft_chains(model, calibration.texts, draft_linear(tensors), rows - 1, choices)
-    costs = pass_costs(tensors)
+    costs = encoded_costs(model.config, tensors)
     chain, tree = (best_speedup(calibration.texts, chains, costs, rows, n) for n in (1, choices))
     results = [(entry["cost"], entry["chain"], entry["tree"]) for entry in trials.values()]
     return Outcome(tensors, chain[1], tree[1], (chain[0], tree[0]), results)
@@ -616,12 +593,12 @@ def _trial(
     best = {"tree": 0.0}
     for part in HEAD_PARTS:
         head = replace(tensors["head"], draft_rows=max(1, round(vocabulary * part)))
-        costs = pass_costs({**tensors, "head": head})
+        costs = encoded_costs(model.config, {**tensors, "head": head})
         some = [restrict_vocabulary(c, head.draft_rows, choices) for c in chains]
         tree = best_speedup(texts, some, costs, rows, choices)[0]
         if tree > best["tree"]:
             chain = best_speedup(texts, some, costs, rows, 1)[0]
-            best = {"cost": costs[0], "part": part, "chain": chain, "tree": tree}
+            best = {"cost": costs.relative[0], "part": part, "chain": chain, "tree": tree}
     return best
 
 

@@ -184,18 +184,19 @@ def best_settings(
     rows: int = 8,
     choices: int = 4,
     thresholds: Sequence[float] = THRESHOLDS,
+    shortest: int = 1,
 ) -> Settings:
     """Longest draft and threshold with the highest speedup on these (calibration) samples.
 
-    Drafts of 1 to rows - 1 tokens, but no longer than the samples' chains, are tried; of equal
-    ones the first wins. Raises ValueError if there are no samples.
+    Drafts of `shortest` to rows - 1 tokens, but no longer than the samples' chains, are tried; of
+    equal ones the first wins. Raises ValueError if there are no samples.
     """
     if not samples:
         raise ValueError("no texts to choose settings on")
     longest = min(rows - 1, samples[0].chains.candidates.shape[1])
     options = [
         Settings(rows, length, threshold, choices)
-        for length, threshold in product(range(1, longest + 1), thresholds)
+        for length, threshold in product(range(shortest, longest + 1), thresholds)
     ]
     return max(options, key=lambda settings: speedup(samples, settings, costs))
 

@@ -37,9 +37,9 @@ from speq.model.encoder import (
     restrict_vocabulary,
     segments,
     sensitivities,
-    speedup,
     unit_levels,
 )
+from speq.model.evaluation import Sample, encoded_costs, speedup
 from speq.model.format import (
     MAX_SHIFT,
     SCALE_NUMERATORS,
@@ -48,7 +48,7 @@ from speq.model.format import (
     arranged,
     encode,
 )
-from speq.model.speculation import Settings, pass_costs
+from speq.model.speculation import pass_costs
 from speq.model.transformer import KVCache, forward, prepare_draft_linears
 from tests.model.drafted import drafted_model
 from tests.model.small_models import random_tokens
@@ -483,9 +483,11 @@ def test_optimised_model_decodes_to_its_bits(model, optimised):
 def test_reported_speedups_are_those_of_the_outcome(model, optimised, calibration):
     outcome = optimised.outcome
     chains = draft_chains(model, calibration.texts, draft_linear(outcome.tensors), 5, 3)
-    costs = pass_costs(outcome.tensors)
+    costs = encoded_costs(model.config, outcome.tensors)
+    assert costs.relative == pass_costs(outcome.tensors)
+    samples = [Sample("", *pair) for pair in zip(calibration.texts, chains, strict=True)]
     for settings, value in zip((outcome.chain, outcome.tree), outcome.speedups, strict=True):
-        assert speedup(calibration.texts, chains, settings, costs) == value
+        assert speedup(samples, settings, costs) == value
         best, _ = best_speedup(calibration.texts, chains, costs, 6, settings.choices)
         assert best == value
 
@@ -496,7 +498,8 @@ def test_optimised_draft_is_better_than_the_fixed_format(model, optimised, calib
     for name in linear_names(model.config):
         fixed[name] = encode(model.linear_weight(name), FormatConfig(32), columns=8)
     chains = draft_chains(model, calibration.texts, draft_linear(fixed), 5, 3)
-    plain, _ = best_speedup(calibration.texts, chains, pass_costs(fixed), 6, 3)
+    costs = encoded_costs(model.config, fixed)
+    plain, _ = best_speedup(calibration.texts, chains, costs, 6, 3)
     print(f"fixed {plain:.3f}, optimised {optimised.outcome.speedups[1]:.3f}")
     assert optimised.outcome.speedups[1] >= plain
 
@@ -591,9 +594,5 @@ def test_impossible_settings_are_refused(model):
         optimise(model, random_prompts(model, 1), group=48, max_tokens=2)
 
 
-def test_settings_tried_are_within_reach():
+def test_parts_of_the_vocabulary_that_are_tried():
     assert HEAD_PARTS[0] == 1.0 and all(0 < part <= 1 for part in HEAD_PARTS)
-    tried = list(encoder.settings_grid(8, 4))
-    assert {s.length for s in tried} == {4, 5, 6, 7}
-    assert all(isinstance(s, Settings) and s.rows == 8 and s.choices == 4 for s in tried)
-    assert 0.0 in {s.threshold for s in tried}
