@@ -146,7 +146,7 @@ def _encode_fixed(request: Request, model: Model) -> dict[str, EncodedTensor]:
 def _calibration_prompts(request: Request, model: Model) -> list[list[int]]:
     """Token ids of the calibration prompts, in chat format if the model has one."""
     tokenizer = model.tokenizer
-    raw = tokenizer.chat("a") == "a"
+    raw = not tokenizer.has_chat_format
     prompts: Prompts = (
         read_prompts(request.prompts) if request.prompts else shipped_prompts("calibration", raw)
     )

@@ -265,7 +265,7 @@ def run(request: Request) -> None:
             loading = progress.add_task(f"loading {request.model}", total=None)
             model = load_model(request.model)
             progress.remove_task(loading)
-            raw = request.raw or model.tokenizer.chat("") == ""
+            raw = request.raw or not model.tokenizer.has_chat_format
             done = study(request, model, raw, progress)
         content = json.dumps(report(request, model, raw, done), indent=1, allow_nan=False)
         (folder / "report.json").write_text(content + "\n", encoding="utf-8")

@@ -448,7 +448,7 @@ def best_speedup(
 ) -> tuple[float, Settings]:
     """The largest modelled speedup of greedy speculation along the texts, and its settings."""
     samples = [Sample("calibration", *pair) for pair in zip(texts, chains, strict=True)]
-    shortest = max(1, rows // 2)  # shorter drafts never were the best
+    shortest = max(1, rows // 2)  # to save time: the threshold ends drafts that should be short
     settings = best_settings(samples, costs, rows, choices, _THRESHOLDS, shortest)
     return speedup(samples, settings, costs), settings
 

@@ -63,8 +63,7 @@ class Tokenizer:
         """The prompt text for one user message, ready for `encode`: turns in the model's chat
         format up to the start of its reply. A model without a known chat format gets `user`
         unchanged."""
-        known = (m for m in _CHAT_FORMATS if self.backend.token_to_id(m) is not None)
-        marker = next(known, None)
+        marker = self._chat_marker()
         if marker is None:
             return user
         turn = _CHAT_FORMATS[marker]
@@ -77,6 +76,15 @@ class Tokenizer:
         system = system or self._default_system_prompt()
         prompt = turn.format(role="system", text=system) if system else ""
         return prompt + turn.format(role="user", text=user) + opening
+
+    @property
+    def has_chat_format(self) -> bool:
+        """Whether `chat` knows the model's chat format."""
+        return self._chat_marker() is not None
+
+    def _chat_marker(self) -> str | None:
+        known = (m for m in _CHAT_FORMATS if self.backend.token_to_id(m) is not None)
+        return next(known, None)
 
     def _default_system_prompt(self) -> str | None:
         found = re.search(
