@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator's registers: the one source of the RTL, the driver, the C header and the tables.
+
+Registers are 32 bits wide, at multiples of four bytes, on an AXI4-Lite port. Numbers of more bits
+take two, the lower half first. What is not named reads as 0 and ignores writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from speq.hw.system import ErrorCode, PassKind, SystemConfig
+
+#: "SPEQ", little-endian.
+IDENTIFICATION = 0x51455053
+#: Of this map: major version in the upper half, minor in the lower.
+VERSION = 0x0001_0000
+#: Bits of a register's address.
+ADDRESS_BITS = 12
+
+_COUNTERS = 0x100
+_ROW_TOKENS = 0x400
+_ROW_DEPTHS = 0x600
+
+
+@dataclass(frozen=True)
+class Field:
+    """Bits `low` .. low + bits - 1 of a register."""
+
+    name: str
+    low: int
+    bits: int
+    about: str
+
+
+@dataclass(frozen=True)
+class Register:
+    """One register, or one that takes several words.
+
+    Attributes
+    ----------
+    name : str
+    offset : int
+        Byte offset of its first word.
+    access : str
+        "ro" read only, "rw" read and write, "wo" write only (reads as 0), "w1c" writing ones clears
+        bits.
+    about : str
+    bits : int
+        Bits in use; more than 32 take two words, the lower half first.
+    fields : tuple of Field
+        Its parts, if it has several.
+    count : int
+        Elements, of an array of registers.
+    """
+
+    name: str
+    offset: int
+    access: str
+    about: str
+    bits: int = 32
+    fields: tuple[Field, ...] = ()
+    count: int = 1
+
+    @property
+    def words(self) -> int:
+        """32-bit words of an element."""
+        return -(-self.bits // 32)
+
+
+#: Values of the register STATUS.
+STATES = {
+    "IDLE": (0, "ready for start"),
+    "RUNNING": (1, "running, or waiting for memory"),
+    "HOST": (2, "waiting for the host's answer to a HOST descriptor"),
+    "STEP": (3, "waiting for the host's answer to a committed step"),
+    "STOPPING": (4, "waiting for outstanding transactions, then ERROR"),
+    "ERROR": (5, "stopped; ERROR says why, writing STOP returns to IDLE"),
+}
+
+#: Values to write to HOST_ANSWER.
+ANSWERS = {
+    "CONTINUE": (0, "go on"),
+    "FINISH": (1, "after a step: end the run"),
+    "FAIL": (2, "end the run with the error HOST_REFUSED"),
+}
+
+#: What the values of the register ERROR mean.
+ERRORS = {
+    ErrorCode.NONE: "no error",
+    ErrorCode.UNKNOWN_KIND: "a descriptor is of no known kind or mode",
+    ErrorCode.RESERVED: "a descriptor field that its kind does not use is not 0",
+    ErrorCode.BAD_SIZE: "a size of a descriptor is 0 or more than the configuration allows",
+    ErrorCode.MISALIGNED: "an address of a descriptor is not a multiple of a beat, or has more "
+    "bits than the ports",
+    ErrorCode.NO_END: "a program has no END within PROGRAM_LENGTH descriptors",
+    ErrorCode.READ_OUTSIDE: "a read would leave the read region",
+    ErrorCode.READ_SLVERR: "memory answered a read with SLVERR",
+    ErrorCode.READ_DECERR: "memory answered a read with DECERR",
+    ErrorCode.WRITE_OUTSIDE: "a write would leave the write region",
+    ErrorCode.WRITE_SLVERR: "memory answered a write with SLVERR",
+    ErrorCode.WRITE_DECERR: "memory answered a write with DECERR",
+    ErrorCode.HOST_TIMEOUT: "the host gave no answer within HOST_TIMEOUT cycles",
+    ErrorCode.HOST_REFUSED: "the host answered FAIL",
+    ErrorCode.STOPPED: "the host wrote STOP",
+    ErrorCode.BAD_REGISTER: "start was written with an impossible value in a register",
+}
+
+#: Counters of 64 bits. They count from reset or CLEAR_COUNTERS on, while a run is under way.
+COUNTERS = {
+    "CYCLES": "cycles of runs",
+    "HOST_CYCLES": "cycles of waiting for the host",
+    "COMPUTE_CYCLES": "cycles in which the array took weight words",
+    "WEIGHT_STALLS": "cycles in which the array had work but no weight words",
+    "GROUP_STALLS": "the same, but no group bytes",
+    "ACTIVATION_STALLS": "the same, but no activations",
+    "RESULT_STALLS": "the same, but no room for results",
+    "VERIFY_CYCLES": "cycles with the oldest unfinished descriptor a GEMM in verify mode",
+    "DRAFT_CYCLES": "the same, GEMM in draft mode",
+    "BYPASS_CYCLES": "the same, GEMM in bypass mode",
+    "ATTENTION_CYCLES": "the same, ATTENTION",
+    "ARGMAX_CYCLES": "the same, ARGMAX",
+    "DESCRIPTORS": "descriptors started",
+    "DRAFT_PASSES": "draft passes finished, each of which drafted a token",
+    "VERIFY_PASSES": "verify passes finished",
+    "ALTERNATES": "leaf alternates verified",
+    "ACCEPTED": "drafted tokens of the chain that were accepted",
+    "TREE_HITS": "alternates that were accepted",
+    "COMMITTED": "tokens committed",
+}
+
+
+def _address(name: str, offset: int, about: str, access: str = "rw") -> Register:
+    return Register(name, offset, access, about, bits=64)
+
+
+def registers(config: SystemConfig) -> tuple[Register, ...]:
+    """All registers of a configuration, by rising offset."""
+    rows = config.engine.rows
+    states = ", ".join(f"{value} {name}" for name, (value, _) in STATES.items())
+    answers = ", ".join(f"{value} {name}" for name, (value, _) in ANSWERS.items())
+    kinds = ", ".join(f"{kind.value} {kind.name}" for kind in PassKind)
+    interrupts = (
+        Field("host", 0, 1, "the accelerator waits for HOST_ANSWER; cleared by the answer"),
+        Field("done", 1, 1, "a run has ended without an error"),
+        Field("error", 2, 1, "the state ERROR has been entered"),
+    )
+    plain = (
+        Register("ID", 0x000, "ro", f"0x{IDENTIFICATION:08x}, 'SPEQ'"),
+        Register("VERSION", 0x004, "ro", f"0x{VERSION:08x}, of the register map"),
+        Register(
+            "ARRAY",
+            0x008,
+            "ro",
+            "the array",
+            fields=(
+                Field("rows", 0, 8, "rows R: tokens of a pass"),
+                Field("cols", 8, 16, "columns C: outputs of a tile"),
+                Field("draft_rows", 24, 8, "rows that can draft"),
+            ),
+        ),
+        Register("MAX_K", 0x00C, "ro", "largest reduction dimension"),
+        Register("MAX_O", 0x010, "ro", "largest output dimension"),
+        Register(
+            "FORMAT",
+            0x014,
+            "ro",
+            "the number format",
+            fields=(
+                Field("group", 0, 8, "weights that share a base exponent"),
+                Field("split", 8, 4, "exponents told apart by their top mantissa bit"),
+                Field("width", 12, 4, "bits of a draft weight"),
+            ),
+        ),
+        Register(
+            "BUS",
+            0x018,
+            "ro",
+            "the ports",
+            fields=(
+                Field("weights_bytes", 0, 8, "bytes of a beat of the weights port"),
+                Field("data_bytes", 8, 8, "bytes of a beat of the data port"),
+                Field("activation_bytes", 16, 8, "bytes of an activation word"),
+                Field("address_bits", 24, 8, "bits of an address"),
+            ),
+        ),
+        Register(
+            "CONTROL",
+            0x020,
+            "wo",
+            "commands; each bit is one",
+            fields=(
+                Field("start", 0, 1, "start a run; ignored unless IDLE"),
+                Field("stop", 1, 1, "end the run with the error STOPPED, or leave ERROR for IDLE"),
+                Field("clear_counters", 2, 1, "set all counters to 0"),
+            ),
+        ),
+        Register("STATUS", 0x024, "ro", f"state: {states}", bits=3),
+        Register("ERROR", 0x028, "ro", "error code of the last run; see the table", bits=5),
+        _address(
+            "ERROR_ADDRESS",
+            0x030,
+            "of the malformed descriptor, the refused transfer or the burst that failed",
+            "ro",
+        ),
+        Register("IRQ_ENABLE", 0x038, "rw", "interrupts that raise irq", 3, interrupts),
+        Register("IRQ_STATUS", 0x03C, "w1c", "interrupts that are pending", 3, interrupts),
+        _address("READ_BASE", 0x040, "first byte that may be read"),
+        _address("READ_LIMIT", 0x048, "last byte that may be read"),
+        _address("WRITE_BASE", 0x050, "first byte that may be written"),
+        _address("WRITE_LIMIT", 0x058, "last byte that may be written"),
+        _address("PASS_PROGRAM", 0x060, "program of single passes"),
+        _address("DRAFT_PROGRAM", 0x068, "program of draft passes; ends with a ranking"),
+        _address("VERIFY_PROGRAM", 0x070, "program of verify passes; ends with a ranking"),
+        Register("PROGRAM_LENGTH", 0x078, "rw", "most descriptors of a program", bits=16),
+        Register("HOST_TIMEOUT", 0x07C, "rw", "cycles that the host may take to answer, 0: any"),
+        Register(
+            "RUN",
+            0x080,
+            "rw",
+            "what a run is",
+            bits=1,
+            fields=(Field("speculate", 0, 1, "0: one pass of PASS_PROGRAM, 1: decode"),),
+        ),
+        Register("PASS_ROWS", 0x084, "rw", "rows of a single pass, 1 to R", bits=8),
+        Register("POSITION", 0x088, "rw", "entries in the KV cache; a run moves it on", bits=17),
+        Register("ROOT", 0x08C, "rw", "last committed token; a run moves it on", bits=24),
+        Register("DRAFT_LENGTH", 0x090, "rw", "longest chain L, 0 to R - 1; 0: plain", bits=8),
+        Register("THRESHOLD", 0x094, "rw", "FP32: a smaller logit margin ends the chain"),
+        Register("CHOICES", 0x098, "rw", "candidates of a chain position, 1 to 4", bits=3),
+        Register("TOKEN_LIMIT", 0x09C, "rw", "tokens after which a run ends, at least 1", bits=32),
+        _address("RING", 0x0A0, "ring of committed tokens, uint32 each"),
+        Register("RING_LOG2", 0x0A8, "rw", "log2 of the ring's tokens, 1 to 24", bits=5),
+        Register("RING_INDEX", 0x0AC, "ro", "tokens written to the ring since the run started"),
+        Register("HOST_ARGUMENT", 0x0B0, "ro", "argument of the HOST descriptor"),
+        Register("HOST_ANSWER", 0x0B4, "wo", f"the host's answer: {answers}", bits=2),
+        Register(
+            "PASS",
+            0x0B8,
+            "ro",
+            "the pass under way",
+            fields=(
+                Field("kind", 0, 2, kinds),
+                Field("rows", 8, 8, "rows in use"),
+                Field("index", 16, 8, "of a draft pass in its chain, from 0"),
+            ),
+        ),
+        Register("PASS_POSITION", 0x0BC, "ro", "KV entries before the pass's rows", bits=17),
+        Register(
+            "STEP",
+            0x0C0,
+            "ro",
+            "the last committed step",
+            fields=(
+                Field("committed", 0, 8, "tokens committed"),
+                Field("accepted", 8, 8, "of the chain"),
+                Field("hit_row", 16, 8, "row of the accepted alternate, 0: none"),
+                Field("chain", 24, 8, "length of the chain"),
+            ),
+        ),
+    )
+    counters = tuple(
+        Register(name, _COUNTERS + 8 * i, "ro", about, bits=64)
+        for i, (name, about) in enumerate(COUNTERS.items())
+    )
+    arrays = (
+        Register("ROW_TOKEN", _ROW_TOKENS, "ro", "token of each row of the pass", 24, count=rows),
+        Register(
+            "ROW_DEPTH",
+            _ROW_DEPTHS,
+            "ro",
+            "place of each row in the pass",
+            9,
+            (
+                Field("depth", 0, 8, "position less PASS_POSITION"),
+                Field("leaf", 8, 1, "an alternate: no row but itself attends to it"),
+            ),
+            rows,
+        ),
+    )
+    return plain + counters + arrays

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole accelerator's configuration, and the records that its units exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from amaranth.hdl import unsigned
+from amaranth.lib import data, enum
+
+from speq.hw.axi import AxiConfig
+from speq.hw.config import FP16_BITS, AcceleratorConfig, Mode
+
+#: Bits of a token id.
+TOKEN_BITS = 24
+#: Ranked entries of a row: the best and three alternates.
+CHOICES = 4
+
+_MIN_COLS = 4
+
+
+class ErrorCode(enum.Enum, shape=unsigned(5)):
+    """Why a run ended early. `register_map` explains them to users."""
+
+    NONE = 0
+    UNKNOWN_KIND = 1
+    RESERVED = 2
+    BAD_SIZE = 3
+    MISALIGNED = 4
+    NO_END = 5
+    READ_OUTSIDE = 6
+    READ_SLVERR = 7
+    READ_DECERR = 8
+    WRITE_OUTSIDE = 9
+    WRITE_SLVERR = 10
+    WRITE_DECERR = 11
+    HOST_TIMEOUT = 12
+    HOST_REFUSED = 13
+    STOPPED = 14
+    BAD_REGISTER = 15
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << (value - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """Everything that determines the RTL of the accelerator.
+
+    Parameters
+    ----------
+    engine : AcceleratorConfig
+        Its cols must be a power of two from 4, and it must be able to draft.
+    weights : AxiConfig
+        Of the port that reads weights and the KV cache. By default as wide as the array consumes
+        (16 bits per column, but at most AXI4's 1024); a narrower one limits the speed.
+    data : AxiConfig
+        Of the port for everything else. By default as wide.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of its range or two do not fit together.
+    """
+
+    engine: AcceleratorConfig = field(default_factory=AcceleratorConfig)
+    weights: AxiConfig | None = None
+    data: AxiConfig | None = None
+
+    def __post_init__(self) -> None:
+        cols = self.engine.cols
+        if cols < _MIN_COLS or cols & (cols - 1):
+            raise ValueError(
+                f"cols is {cols}; the accelerator needs a power of two from {_MIN_COLS}"
+            )
+        if not self.engine.draft_rows:
+            raise ValueError("draft_rows is 0; the accelerator needs at least 1")
+        for name in ("weights", "data"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, AxiConfig(data_bits=min(FP16_BITS * cols, 1024)))
+            bits = getattr(self, name).data_bits
+            if bits > FP16_BITS * cols:
+                raise ValueError(
+                    f"the {name} port's data width is {bits}; {cols} columns allow at most "
+                    f"{FP16_BITS * cols}"
+                )
+        if self.weights.address_bits != self.data.address_bits:
+            raise ValueError(
+                f"address bits are {self.weights.address_bits} (weights) and "
+                f"{self.data.address_bits} (data); expected the same"
+            )
+
+    @property
+    def address_bits(self) -> int:
+        """Bits of a byte address."""
+        return self.data.address_bits
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of one word of the activation store in memory: a power of two."""
+        return _power_of_two(self.engine.activation_layout.size) // 8
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that the address of every buffer must be a multiple of: a beat of either port, or a
+        descriptor."""
+        return max(self.weights.beat_bytes, self.data.beat_bytes, 64)
+
+    @property
+    def job_layout(self) -> data.StructLayout:
+        """One GEMM on memory, checked: what the controller asks of the datapath.
+
+        `plane` is the draft plane (verify, draft) or the plain FP16 words (bypass), `residual` and
+        `groups` the rest of an encoded tensor, each [tile][word][column]. `stride` is the distance
+        of the plane's tiles in bytes, 0 if they follow each other. `activations` are `k` words
+        (draft: ceil(k / 4)) of `activation_bytes`. Results go to `results` as [tile][token][column]
+        in FP32 (FP16 if `half`); with `discard` they are not written. With `rank` they are ranked.
+        """
+        engine, address = self.engine, self.address_bits
+        return data.StructLayout(
+            {
+                "mode": Mode,
+                "k": engine.k_bits,
+                "o": engine.o_bits,
+                "tokens": engine.token_bits,
+                "half": 1,
+                "discard": 1,
+                "rank": 1,
+                "plane": address,
+                "residual": address,
+                "groups": address,
+                "activations": address,
+                "results": address,
+                "stride": address,
+            }
+        )
+
+    @property
+    def ranked_layout(self) -> data.StructLayout:
+        """One of the best outputs of a row: token id and FP32 logit; `valid` if there is one."""
+        return data.StructLayout({"token": TOKEN_BITS, "logit": 32, "valid": 1})
+
+
+class PassKind(enum.Enum, shape=unsigned(2)):
+    """Which program a pass runs."""
+
+    SINGLE = 0
+    DRAFT = 1
+    VERIFY = 2
+
+
+def pass_layout(config: SystemConfig) -> data.StructLayout:
+    """One walk through a program: `rows` tokens behind `position` entries of the KV cache."""
+    return data.StructLayout(
+        {"kind": PassKind, "rows": config.engine.token_bits, "position": config.engine.k_bits}
+    )
