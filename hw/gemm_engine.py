@@ -42,6 +42,12 @@ def result_layout(config: AcceleratorConfig) -> data.StructLayout:
     )
 
 
+#: Why the array stands still although there is a command whose last word it has not taken, one bit
+#: each and never two: its activations, weight words or group bytes are not there, or there is no
+#: room for the tile's results.
+STALLS = data.StructLayout({"activations": 1, "weights": 1, "groups": 1, "results": 1})
+
+
 class GemmEngine(wiring.Component):
     """Matrix multiplication of streams, in verify, draft or bypass mode.
 
@@ -82,6 +88,9 @@ class GemmEngine(wiring.Component):
     results : Out(stream of result_layout(config))
     busy : Out(1)
         A command is being worked on or results have not been taken.
+    step : Out(1)
+        A weight word is taken in this cycle.
+    stalls : Out(STALLS)
     rejected : Out(1)
         Sticky: a command was dropped.
     nonfinite : Out(1)
@@ -108,6 +117,8 @@ class GemmEngine(wiring.Component):
             "weights": In(stream.Signature(data.ArrayLayout(FP16_BITS, config.cols))),
             "results": Out(stream.Signature(result_layout(config))),
             "busy": Out(1),
+            "step": Out(1),
+            "stalls": Out(STALLS),
             "rejected": Out(1),
             "nonfinite": Out(1),
             "clear": In(1),
@@ -145,7 +156,7 @@ class GemmEngine(wiring.Component):
         spacing = Signal(config.token_bits)  # cycles until a tile may end
 
         ready = Signal()
-        step = Signal()
+        step = self.step
         first = Signal()
         last = Signal()
         final = Signal()
@@ -174,6 +185,15 @@ class GemmEngine(wiring.Component):
                 m.d.sync += array.groups.eq(self.groups.payload)
         else:
             m.d.comb += self.weights.ready.eq(ready)
+        with m.If(occupied.bit_select(running, 1)):
+            with m.If(~loaded):
+                m.d.comb += self.stalls.activations.eq(1)
+            with m.Elif(~ready):
+                m.d.comb += self.stalls.results.eq(1)
+            with m.Elif(~self.weights.valid):
+                m.d.comb += self.stalls.weights.eq(1)
+            with m.Elif(~step):
+                m.d.comb += self.stalls.groups.eq(1)
 
         taken = self.results.valid & self.results.ready
         m.d.sync += credits.eq(credits - Mux(step & last, job.tokens, 0) + taken)

@@ -12,9 +12,11 @@ from amaranth.hdl import ClockDomain, Shape
 from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow
 
+from speq.hw.accelerator import Accelerator
 from speq.hw.config import AcceleratorConfig
 from speq.hw.gemm_engine import GemmEngine
 from speq.hw.ram import RAM_VERILOG
+from speq.hw.system import SystemConfig
 
 TOP = "speq_gemm_engine"
 
@@ -41,6 +43,15 @@ def convert_unit(component: wiring.Component, name: str, *, reset: bool = True) 
         emit_src=False,
         missing_domain=lambda domain: ClockDomain(domain, reset_less=not reset),
     )
+
+
+def generate_top(config: SystemConfig) -> str:
+    """Verilog of the whole accelerator, top module `speq_top`."""
+    accelerator = Accelerator(config)
+    units = accelerator.datapath.engine.array.modules
+    modules = [convert_unit(accelerator, "speq_top")]
+    modules += [convert_unit(unit, name, reset=False) for name, unit in units.items()]
+    return f"// SPDX-License-Identifier: Apache-2.0\n// {config}\n" + RAM_VERILOG + "".join(modules)
 
 
 def generate_verilog(config: AcceleratorConfig) -> tuple[str, dict]:

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator's top: registers, control, speculation loop, programs and the datapath."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from amaranth.hdl import Elaboratable, Module, Mux
+from amaranth.lib import wiring
+from amaranth.lib.wiring import Flow, Member, Out
+
+from speq.hw.config import Mode
+from speq.hw.datapath import Datapath
+from speq.hw.descriptor import Kind
+from speq.hw.program_walker import ProgramWalker
+from speq.hw.register_file import RegisterFile, lite_signature
+from speq.hw.run_control import RunControl, run_status_layout
+from speq.hw.speculation_controller import SpeculationController, speculation_events_layout
+from speq.hw.system import ErrorCode, PassKind, SystemConfig
+
+#: The counters that the datapath drives by kind of descriptor.
+_MODE_COUNTERS = {
+    Mode.VERIFY: "verify_cycles",
+    Mode.DRAFT: "draft_cycles",
+    Mode.BYPASS: "bypass_cycles",
+}
+
+
+class Accelerator(wiring.Component):
+    """Decodes a model from memory, driven by a host through registers and an interrupt.
+
+    Ports, all with AMBA names behind a prefix:
+
+    - ``s_axi_control_``: AXI4-Lite slave of 32 bits with the registers of `speq.hw.register_map`;
+    - ``m_axi_weights_``: AXI4 master that reads weights and the KV cache;
+    - ``m_axi_data_``: AXI4 master that reads programs, group bytes and activations, and writes
+      results, rankings and tokens;
+    - ``irq``: level, high while an enabled interrupt is pending.
+
+    Flow control is AXI's; every channel may stall. Reset (synchronous, active high) may come at any
+    time, but only together with that of the interconnect: transactions are forgotten.
+
+    Parameters
+    ----------
+    config : SystemConfig
+    """
+
+    def __init__(self, config: SystemConfig) -> None:
+        self.config = config
+        self.walker = ProgramWalker(config)
+        self.datapath = Datapath(config)
+        members = {"irq": Out(1)}
+        for prefix, signature in self._ports():
+            for name, member in signature.members.items():
+                members[prefix + name] = member
+        super().__init__(members)
+
+    def _ports(self) -> Iterator[tuple[str, wiring.Signature]]:
+        """Prefix and signature of the AXI ports, as the accelerator sees them."""
+        yield "s_axi_control_", lite_signature().flip()
+        yield "m_axi_weights_", self.config.weights.read_signature
+        yield "m_axi_data_", self.config.data.read_signature
+        yield "m_axi_data_", self.config.data.write_signature
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        config = self.config
+        m.submodules.registers = registers = RegisterFile(config)
+        m.submodules.control = control = RunControl(config)
+        m.submodules.speculation = speculation = SpeculationController(config)
+        m.submodules.walker = walker = self.walker
+        m.submodules.datapath = datapath = self.datapath
+        values = registers.values
+        inner = (
+            registers.bus,
+            datapath.weights_axi,
+            datapath.data_read_axi,
+            datapath.data_write_axi,
+        )
+        for port, (prefix, signature) in zip(inner, self._ports(), strict=True):
+            for name, member in signature.members.items():
+                self._pass(m, getattr(self, prefix + name), getattr(port, name), member)
+
+        m.d.comb += [
+            control.values.eq(values),
+            control.control_write.eq(registers.control_write),
+            control.host_answer_write.eq(registers.host_answer_write),
+            control.irq_status_write.eq(registers.irq_status_write),
+            control.write_data.eq(registers.write_data),
+            self.irq.eq(control.irq),
+            # The run.
+            speculation.begin.eq(control.begin),
+            speculation.values.eq(values),
+            speculation.clear.eq(control.clear),
+            control.finished.eq(speculation.finished),
+            control.step_request.eq(speculation.step_request),
+            speculation.step_answer.eq(control.step_answer),
+            speculation.step_finish.eq(control.step_finish),
+            # Its passes.
+            walker.walk.valid.eq(speculation.passes.valid),
+            speculation.passes.ready.eq(walker.walk.ready),
+            walker.walk.payload.rows.eq(speculation.passes.payload.rows),
+            walker.walk.payload.position.eq(speculation.passes.payload.position),
+            speculation.pass_done.eq(walker.done),
+            walker.length.eq(values.program_length),
+            walker.base.eq(values.read_base),
+            walker.limit.eq(values.read_limit),
+            walker.clear.eq(control.clear),
+            control.host_request.eq(walker.host_request),
+            control.host_address.eq(walker.error_address),
+            walker.host_answer.eq(control.host_answer),
+            # Their jobs.
+            datapath.kind.eq(walker.kind),
+            walker.idle.eq(datapath.idle),
+            walker.rank_idle.eq(datapath.rank_idle),
+            datapath.rank_row.eq(speculation.row),
+            speculation.entries.eq(datapath.rank_entries),
+            speculation.write_done.eq(datapath.ring_done),
+            datapath.read_base.eq(values.read_base),
+            datapath.read_limit.eq(values.read_limit),
+            datapath.write_base.eq(values.write_base),
+            datapath.write_limit.eq(values.write_limit),
+            datapath.clear.eq(control.clear),
+            control.drained.eq(datapath.drained & ~walker.busy),
+        ]
+        with m.Switch(speculation.passes.payload.kind):
+            for kind, program in (
+                (PassKind.SINGLE, values.pass_program),
+                (PassKind.DRAFT, values.draft_program),
+                (PassKind.VERIFY, values.verify_program),
+            ):
+                with m.Case(kind):
+                    m.d.comb += walker.walk.payload.program.eq(program)
+        wiring.connect(m, walker.jobs, datapath.jobs)
+        wiring.connect(m, walker.rank_command, datapath.rank_command)
+        wiring.connect(m, walker.axi, datapath.program_axi)
+        wiring.connect(m, speculation.write_command, datapath.ring_command)
+        wiring.connect(m, speculation.write_data, datapath.ring_data)
+
+        # A memory fault is the cause of what the walker may find later.
+        datapath_failed = datapath.error != ErrorCode.NONE
+        m.d.comb += [
+            control.error.eq(Mux(datapath_failed, datapath.error, walker.error)),
+            control.error_address.eq(
+                Mux(datapath_failed, datapath.error_address, walker.error_address)
+            ),
+        ]
+        self._report(m, registers, control, speculation)
+        return m
+
+    def _pass(self, m: Module, outer: object, inner: object, member: Member) -> None:
+        """Connect a port with a unit's."""
+        target, source = (outer, inner) if member.flow is Flow.Out else (inner, outer)
+        m.d.comb += target.eq(source)
+
+    def _report(
+        self,
+        m: Module,
+        registers: RegisterFile,
+        control: RunControl,
+        speculation: SpeculationController,
+    ) -> None:
+        """What the host sees: status registers and the counters' events."""
+        walker, datapath = self.walker, self.datapath
+        status, events = registers.status, control.events
+        for name in run_status_layout(self.config).members:
+            m.d.comb += status[name].eq(control.status[name])
+        for name in ("row_token", "row_depth", "pass_position", "step", "ring_index"):
+            m.d.comb += status[name].eq(getattr(speculation, name))
+        m.d.comb += [
+            status["pass"].eq(speculation.pass_status),
+            status.host_argument.eq(walker.host_argument),
+            registers.position_update.eq(speculation.update),
+            registers.position_value.eq(speculation.position),
+            registers.root_update.eq(speculation.update),
+            registers.root_value.eq(speculation.root),
+        ]
+        for name in speculation_events_layout().members:
+            m.d.comb += events[name].eq(speculation.events[name])
+        current = datapath.current
+        m.d.comb += [
+            events.compute_cycles.eq(datapath.step),
+            events.weight_stalls.eq(datapath.stalls.weights),
+            events.group_stalls.eq(datapath.stalls.groups),
+            events.activation_stalls.eq(datapath.stalls.activations),
+            events.result_stalls.eq(datapath.stalls.results),
+            events.descriptors.eq(walker.started),
+            events.attention_cycles.eq(current.kind == Kind.ATTENTION),
+            events.argmax_cycles.eq(current.kind == Kind.ARGMAX),
+        ]
+        for mode, name in _MODE_COUNTERS.items():
+            m.d.comb += events[name].eq((current.kind == Kind.GEMM) & (current.mode == mode))

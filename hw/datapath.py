@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GEMMs on memory: the engine between its readers and its writer."""
+
+from __future__ import annotations
+
+from amaranth.hdl import (
+    Cat,
+    Const,
+    Elaboratable,
+    Module,
+    Mux,
+    ResetInserter,
+    Signal,
+    Value,
+)
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.activation_reader import ActivationReader
+from speq.hw.axi import Fault
+from speq.hw.config import Mode
+from speq.hw.gemm_engine import STALLS, GemmEngine
+from speq.hw.group_reader import GroupReader
+from speq.hw.memory_writer import MemoryWriter, write_layout
+from speq.hw.program_walker import read_error
+from speq.hw.ranker import Ranker
+from speq.hw.ranking_writer import RankingWriter, ranking_command_layout
+from speq.hw.read_arbiter import ReadArbiter
+from speq.hw.result_writer import ResultWriter
+from speq.hw.system import CHOICES, ErrorCode, SystemConfig
+from speq.hw.weight_reader import WeightReader
+from speq.hw.write_mux import WriteMux
+
+#: Jobs that are taken before the first of them has finished.
+_JOBS = 8
+_RESULTS, _RANKING, _RING = range(3)
+_LABEL = data.StructLayout({"kind": 4, "mode": 2})
+
+
+class Datapath(wiring.Component):
+    """Carry out jobs: weights, group bytes and activations are read from memory, results are
+    written to it and ranked.
+
+    A job goes to all units at once. Each works through its own queue, so that the readers run
+    ahead of the array, from job to job as well, and the writer follows behind.
+
+    Faults: the first bad response or refused transfer of any unit sets `error`, and what depends on
+    it does not happen; `clear` drops all work. Outstanding transactions are then waited for.
+
+    Parameters
+    ----------
+    config : SystemConfig
+
+    Members
+    -------
+    weights_axi : Out(config.weights.read_signature)
+    data_read_axi : Out(config.data.read_signature)
+    data_write_axi : Out(config.data.write_signature)
+    program_axi : In(config.data.read_signature)
+        A further reader of the data port.
+    jobs : In(stream of config.job_layout)
+        GEMMs that the engine can run, with aligned addresses; of those with `rank` only one at a
+        time.
+    kind : In(8)
+        Kind of the descriptor that the job is from.
+    rank_command, rank_idle
+        Transfers of the last ranking to memory, and whether none is under way.
+    rank_row : In, rank_entries : Out
+        The last ranking, for reading.
+    ring_command, ring_data, ring_done
+        A further writer.
+    idle : Out(1)
+        No job is under way, all results are in memory.
+    current : Out({kind: 4, mode: 2})
+        Of the oldest job that is under way; kind is 0 if there is none.
+    step : Out(1)
+        The array takes a weight word.
+    stalls : Out(STALLS)
+    nonfinite : Out(1)
+        Sticky, until `clear`: a result was NaN because of an infinite or NaN operand.
+    read_base, read_limit, write_base, write_limit : In(address_bits)
+        First and last byte of the regions.
+    error : Out(ErrorCode)
+    error_address : Out(address_bits)
+    clear : In(1)
+        Level of one cycle or more.
+    drained : Out(1)
+        From the second cycle of `clear` on: no transaction is outstanding any more.
+    """
+
+    def __init__(self, config: SystemConfig) -> None:
+        self.config = config
+        address = config.address_bits
+        super().__init__(
+            {
+                "weights_axi": Out(config.weights.read_signature),
+                "data_read_axi": Out(config.data.read_signature),
+                "data_write_axi": Out(config.data.write_signature),
+                "program_axi": In(config.data.read_signature),
+                "jobs": In(stream.Signature(config.job_layout)),
+                "kind": In(8),
+                "rank_command": In(stream.Signature(ranking_command_layout(config))),
+                "rank_idle": Out(1),
+                "rank_row": In(config.engine.row_bits),
+                "rank_entries": Out(data.ArrayLayout(config.ranked_layout, CHOICES)),
+                "ring_command": In(stream.Signature(config.data.command_layout)),
+                "ring_data": In(stream.Signature(write_layout(config.data))),
+                "ring_done": Out(1),
+                "idle": Out(1),
+                "current": Out(_LABEL),
+                "step": Out(1),
+                "stalls": Out(STALLS),
+                "nonfinite": Out(1),
+                "read_base": In(address),
+                "read_limit": In(address),
+                "write_base": In(address),
+                "write_limit": In(address),
+                "error": Out(ErrorCode),
+                "error_address": Out(address),
+                "clear": In(1),
+                "drained": Out(1),
+            }
+        )
+        self.engine = GemmEngine(config.engine)
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        config = self.config
+        engine = self.engine
+        cleared = Signal()
+        m.d.sync += cleared.eq(self.clear)
+        drop = self.clear & ~cleared  # the memory units drain by themselves behind a pulse
+        resettable = ResetInserter(self.clear)
+
+        weights = WeightReader(config)
+        groups = GroupReader(config)
+        activations = ActivationReader(config)
+        m.submodules.engine = resettable(engine)
+        m.submodules.weight_reader = weights
+        m.submodules.group_reader = groups
+        m.submodules.activation_reader = activations
+        readers = (weights, groups, activations)
+        for reader in readers:
+            m.d.comb += [
+                reader.base.eq(self.read_base),
+                reader.limit.eq(self.read_limit),
+                reader.clear.eq(drop),
+            ]
+        wiring.connect(m, weights.weights, engine.weights)
+        wiring.connect(m, groups.groups, engine.groups)
+        wiring.connect(m, activations.activations, engine.activations)
+        wiring.connect(m, weights.axi, wiring.flipped(self.weights_axi))
+        m.submodules.arbiter = arbiter = ReadArbiter(config.data, 3)
+        wiring.connect(m, wiring.flipped(self.program_axi), arbiter.ports[0])
+        wiring.connect(m, groups.axi, arbiter.ports[1])
+        wiring.connect(m, activations.axi, arbiter.ports[2])
+        wiring.connect(m, arbiter.axi, wiring.flipped(self.data_read_axi))
+
+        result_writer = ResultWriter(config)
+        writer = self._connect_writers(m, result_writer, resettable, drop)
+        self._dispatch(m, readers, result_writer)
+        self._report(m, readers, writer)
+        return m
+
+    def _connect_writers(
+        self, m: Module, results: ResultWriter, resettable: ResetInserter, drop: Value
+    ) -> MemoryWriter:
+        """All that is written, through one writer."""
+        config = self.config
+        m.submodules.writer = writer = MemoryWriter(config.data)
+        m.submodules.result_writer = resettable(results)
+        mux = WriteMux(config.data, 3)
+        m.submodules.write_mux = resettable(mux)
+        ranker = Ranker(config)
+        m.submodules.ranker = resettable(ranker)
+        ranking = RankingWriter(config)
+        m.submodules.ranking_writer = resettable(ranking)
+        wiring.connect(m, self.engine.results, results.results)
+        wiring.connect(m, results.ranked, ranker.results)
+        wiring.connect(m, results.write_command, mux.sources[_RESULTS].command)
+        wiring.connect(m, results.write_data, mux.sources[_RESULTS].data)
+        wiring.connect(m, ranking.write_command, mux.sources[_RANKING].command)
+        wiring.connect(m, ranking.write_data, mux.sources[_RANKING].data)
+        wiring.connect(m, wiring.flipped(self.ring_command), mux.sources[_RING].command)
+        wiring.connect(m, wiring.flipped(self.ring_data), mux.sources[_RING].data)
+        wiring.connect(m, mux.command, writer.command)
+        wiring.connect(m, mux.data, writer.data)
+        wiring.connect(m, writer.axi, wiring.flipped(self.data_write_axi))
+        wiring.connect(m, wiring.flipped(self.rank_command), ranking.command)
+        m.d.comb += [
+            writer.base.eq(self.write_base),
+            writer.limit.eq(self.write_limit),
+            writer.clear.eq(drop),
+            mux.done_in.eq(writer.done),
+            self.ring_done.eq(mux.sources[_RING].done),
+            ranker.row.eq(Mux(ranking.busy, ranking.row, self.rank_row)),
+            ranking.entries.eq(ranker.entries),
+            self.rank_entries.eq(ranker.entries),
+        ]
+        self._ranker, self._ranking, self._mux = ranker, ranking, mux
+        return writer
+
+    def _dispatch(self, m: Module, readers: tuple, results: ResultWriter) -> None:
+        """Hand each job to all units that take part in it, each as soon as it is ready."""
+        config = self.config
+        weights, groups, activations = readers
+        job = self.jobs.payload
+        tiles = (job.o + config.engine.cols - 1) >> (config.engine.cols.bit_length() - 1)
+        takers = (
+            (self.engine.command, Const(1), {}),
+            (weights.command, Const(1), {"tiles": tiles}),
+            (groups.command, job.mode != Mode.BYPASS, {"tiles": tiles}),
+            (activations.command, Const(1), {"address": job.activations}),
+            (results.command, Const(1), {"tiles": tiles, "address": job.results}),
+            (self._ranker.start, job.rank, {}),
+        )
+        labels = SyncFIFO(width=_LABEL.size, depth=_JOBS)
+        m.submodules.labels = ResetInserter(self.clear)(labels)
+        handed = Signal(len(takers))
+        taken = Signal(len(takers))
+        accept = Signal()
+        for i, (taker, needed, other) in enumerate(takers):
+            m.d.comb += [
+                taker.valid.eq(self.jobs.valid & labels.w_rdy & ~handed[i] & needed),
+                taken[i].eq((taker.valid & taker.ready) | handed[i] | ~needed),
+            ]
+            for name, _ in taker.payload.shape():
+                m.d.comb += taker.payload[name].eq(other[name] if name in other else job[name])
+        m.d.comb += [
+            self.jobs.ready.eq(taken.all() & labels.w_rdy),
+            accept.eq(self.jobs.valid & self.jobs.ready),
+            labels.w_data.eq(Cat(self.kind[:4], job.mode)),
+            labels.w_en.eq(accept),
+            labels.r_en.eq(results.done),
+        ]
+        with m.If(self.jobs.valid & labels.w_rdy):
+            m.d.sync += handed.eq(Mux(accept, 0, taken))
+        with m.If(self.clear):
+            m.d.sync += handed.eq(0)
+
+        # Writes that have not been answered, and the label of what they belong to.
+        unanswered = Signal(16)
+        asked = Signal()
+        last_label = Signal(_LABEL.size)
+        m.d.comb += asked.eq(results.write_command.valid & results.write_command.ready)
+        m.d.sync += unanswered.eq(unanswered + asked - self._mux.sources[_RESULTS].done)
+        with m.If(self.clear):
+            m.d.sync += unanswered.eq(0)
+        with m.If(labels.r_rdy):
+            m.d.sync += last_label.eq(labels.r_data)
+        under_way = labels.r_rdy | (unanswered != 0) | self._ranker.busy
+        m.d.comb += [
+            self.idle.eq(~under_way),
+            self.current.eq(Mux(labels.r_rdy, labels.r_data, Mux(under_way, last_label, 0))),
+            self.step.eq(self.engine.step),
+            self.stalls.eq(self.engine.stalls),
+            self.nonfinite.eq(self.engine.nonfinite),
+        ]
+        transfer = Signal()
+        with m.If(self.rank_command.valid & self.rank_command.ready):
+            m.d.sync += transfer.eq(1)
+        with m.Elif(self._mux.sources[_RANKING].done | self.clear):
+            m.d.sync += transfer.eq(0)
+        m.d.comb += self.rank_idle.eq(~transfer)
+
+    def _report(self, m: Module, readers: tuple, writer: MemoryWriter) -> None:
+        """The first error, and whether all transactions are over."""
+        units = [(reader, read_error(reader.error)) for reader in readers]
+        units.append((writer, write_error(writer.error)))
+        for unit, code in reversed(units):
+            with m.If(unit.error != Fault.NONE):
+                m.d.comb += [self.error.eq(code), self.error_address.eq(unit.error_address)]
+        busy = Cat(unit.busy for unit, _ in units).any()
+        m.d.comb += self.drained.eq(~busy)
+
+
+def write_error(fault: Value) -> Value:
+    """The error code of a fault of a writer, which is not NONE."""
+    return Mux(
+        fault == Fault.REFUSED,
+        ErrorCode.WRITE_OUTSIDE,
+        Mux(fault == Fault.SLAVE, ErrorCode.WRITE_SLVERR, ErrorCode.WRITE_DECERR),
+    )

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walking through a program: descriptors are fetched, checked and carried out in order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, Signal, Value
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.axi import Fault
+from speq.hw.config import Mode
+from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.memory_reader import MemoryReader
+from speq.hw.ram_fifo import RamFifo
+from speq.hw.system import ErrorCode, SystemConfig
+
+#: Descriptors that are fetched ahead.
+_AHEAD = 4
+_PROGRAM_LENGTH_BITS = 16
+_FP16_BYTES = 2
+
+#: Fields that must be 0, by kind; those of a mode come on top.
+_UNUSED = {
+    Kind.GEMM: ("reserved", "discard", "values", "sharing", "argument", "extra"),
+    Kind.ARGMAX: ("reserved", "half", "values", "sharing", "argument"),
+    Kind.ATTENTION: (*("reserved", "mode", "discard", "tokens", "argument", "residual", "groups"),),
+    Kind.HOST: tuple(name for name, _ in DESCRIPTOR if name not in ("kind", "argument")),
+    Kind.END: tuple(name for name, _ in DESCRIPTOR if name != "kind"),
+}
+_UNUSED_IN_MODE = {Mode.VERIFY: (), Mode.DRAFT: ("residual",), Mode.BYPASS: ("residual", "groups")}
+
+
+def walk_layout(config: SystemConfig) -> data.StructLayout:
+    """A walk: the program's address, the pass's rows, and KV entries before them."""
+    return data.StructLayout(
+        {
+            "program": config.address_bits,
+            "rows": config.engine.token_bits,
+            "position": config.engine.k_bits,
+        }
+    )
+
+
+class ProgramWalker(wiring.Component):
+    """Carry out the descriptors of a program, from its first to END (see `speq.hw.descriptor`).
+
+    Descriptors are fetched up to four ahead. Each is checked before it has any effect: its kind and
+    mode, fields that must be 0, sizes, and the alignment of addresses, in this order. GEMM and
+    ATTENTION become one job or more on `jobs` and overlap with their successors, as far as the
+    taker of the jobs allows; HOST, END, ARGMAX and a descriptor with `wait` start when `idle` says
+    that all jobs are finished. ARGMAX also waits for its own end, and for that of the ranking's
+    transfer to memory, if it asks for one.
+
+    Latency: the first job is offered 2 cycles after its descriptor has arrived.
+
+    Faults: a descriptor that fails its checks, a program without END within `length` descriptors,
+    and a failed fetch of a descriptor that is needed set `error`, for good; only `clear` ends it.
+
+    Parameters
+    ----------
+    config : SystemConfig
+
+    Members
+    -------
+    axi : Out(config.data.read_signature)
+    walk : In(stream of walk_layout(config))
+    done : Out(1)
+        Pulse: the walk has reached END.
+    jobs : Out(stream of config.job_layout)
+    kind : Out(8)
+        Of the descriptor that the job on offer comes from.
+    idle : In(1)
+        All jobs taken are finished, with all their effects on memory.
+    rank_command : Out(stream of {address, tokens})
+        Asks for the transfer of the ranking of the last ARGMAX.
+    rank_idle : In(1)
+        No such transfer is under way.
+    host_request : Out(1)
+        Level, until `host_answer`: a HOST descriptor waits.
+    host_argument : Out(32)
+    host_answer : In(1)
+        Pulse.
+    length : In(16)
+        Most descriptors of a program.
+    base, limit : In(address_bits)
+        First and last byte that may be read.
+    started : Out(1)
+        Pulse: a descriptor has passed its checks.
+    error : Out(ErrorCode)
+    error_address : Out(address_bits)
+        Of the descriptor, or of the failed read.
+    clear : In(1)
+        Pulse: drop everything.
+    busy : Out(1)
+        A walk or a transaction is under way.
+    """
+
+    def __init__(self, config: SystemConfig) -> None:
+        self.config = config
+        self._beats = max(1, DESCRIPTOR_BYTES // config.data.beat_bytes)  # of a descriptor
+        burst = self._beats
+        self._axi = replace(
+            config.data, burst=burst, outstanding=_AHEAD, depth=max(2, _AHEAD * burst)
+        )
+        address = config.address_bits
+        super().__init__(
+            {
+                "axi": Out(self._axi.read_signature),
+                "walk": In(stream.Signature(walk_layout(config))),
+                "done": Out(1),
+                "jobs": Out(stream.Signature(config.job_layout)),
+                "kind": Out(8),
+                "idle": In(1),
+                "rank_command": Out(
+                    stream.Signature(
+                        data.StructLayout({"address": address, "tokens": config.engine.token_bits})
+                    )
+                ),
+                "rank_idle": In(1),
+                "host_request": Out(1),
+                "host_argument": Out(32),
+                "host_answer": In(1),
+                "length": In(_PROGRAM_LENGTH_BITS),
+                "base": In(address),
+                "limit": In(address),
+                "started": Out(1),
+                "error": Out(ErrorCode),
+                "error_address": Out(address),
+                "clear": In(1),
+                "busy": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        top = Module()
+        config = self.config
+        top.submodules.reader = reader = MemoryReader(self._axi)
+        wiring.connect(top, reader.axi, wiring.flipped(self.axi))
+        # The reader must not forget its transactions.
+        m = Module()
+        top.submodules.walk = ResetInserter(self.clear)(m)
+        walk = Signal(walk_layout(config), reset_less=True)
+        walking = Signal()
+        drop = Signal()  # what has been fetched ahead
+        m.d.comb += [
+            reader.base.eq(self.base),
+            reader.limit.eq(self.limit),
+            reader.clear.eq(drop | self.clear),
+            self.walk.ready.eq(~walking & ~reader.busy),
+            self.busy.eq(walking | reader.busy),
+        ]
+        descriptor = Signal(DESCRIPTOR, reset_less=True)
+        arrived = Signal()
+        next_one = Signal()  # the descriptor has been carried out
+        address = Signal(config.address_bits, reset_less=True)  # of the descriptor
+        with m.If(self.walk.valid & self.walk.ready):
+            m.d.sync += [
+                walk.eq(self.walk.payload),
+                address.eq(self.walk.payload.program),
+                walking.eq(1),
+            ]
+        self._fetch(m, reader, walk, walking, descriptor, arrived, next_one)
+
+        # The number of this descriptor, of which `length` is the first that there must not be.
+        number = Signal(_PROGRAM_LENGTH_BITS)
+        with m.If(next_one):
+            m.d.sync += [number.eq(number + 1), address.eq(address + DESCRIPTOR_BYTES)]
+
+        kind = descriptor.kind
+        job = Signal(config.job_layout, reset_less=True)
+        rows_left = Signal(config.engine.token_bits + 8, reset_less=True)
+        failed = Signal(ErrorCode)
+        code = self._check(m, descriptor, walk)
+        m.d.comb += [
+            self.jobs.payload.eq(job),
+            self.kind.eq(kind),
+            self.host_argument.eq(descriptor.argument),
+            self.rank_command.payload.address.eq(descriptor.extra),
+            self.rank_command.payload.tokens.eq(job.tokens),
+            self.error.eq(failed),
+        ]
+        m.d.sync += self.error_address.eq(address)
+        # A fault of the reader matters when all that came before it has been used: nothing is on
+        # its way to the reader or through its buffer.
+        still = Signal(range(RamFifo.LATENCY + 1))
+        refused = reader.error == Fault.REFUSED
+        with m.If((reader.error == Fault.NONE) | reader.data.valid | (refused & reader.busy)):
+            m.d.sync += still.eq(0)
+        with m.Elif(still != RamFifo.LATENCY):
+            m.d.sync += still.eq(still + 1)
+        with m.FSM(name="state"):
+            with m.State("FETCH"):
+                with m.If(walking & (number == self.length)):
+                    m.d.sync += failed.eq(ErrorCode.NO_END)
+                    m.next = "FAILED"
+                with m.Elif(arrived):
+                    m.next = "CHECK"
+                with m.Elif(walking & (still == RamFifo.LATENCY)):
+                    m.d.sync += [
+                        failed.eq(read_error(reader.error)),
+                        self.error_address.eq(reader.error_address),
+                    ]
+                    m.next = "FAILED"
+            with m.State("CHECK"):
+                m.d.sync += failed.eq(code)
+                self._make_job(m, job, rows_left, descriptor, walk)
+                with m.If(code != ErrorCode.NONE):
+                    m.next = "FAILED"
+                with m.Else():
+                    m.d.comb += self.started.eq(1)
+                    m.next = "WAIT"
+            with m.State("WAIT"):
+                may_overlap = (kind == Kind.GEMM) | (kind == Kind.ATTENTION)
+                with m.If((may_overlap & ~descriptor.wait) | self.idle):
+                    with m.Switch(kind):
+                        with m.Case(Kind.HOST):
+                            m.next = "HOST"
+                        with m.Case(Kind.END):
+                            m.d.comb += [self.done.eq(1), drop.eq(1)]
+                            m.d.sync += [walking.eq(0), number.eq(0)]
+                            m.next = "FETCH"
+                        with m.Default():
+                            # The first job goes at once.
+                            m.d.comb += self.jobs.valid.eq(1)
+                            self._send(m, job, rows_left, descriptor, next_one)
+            with m.State("JOB"):
+                m.d.comb += self.jobs.valid.eq(1)
+                self._send(m, job, rows_left, descriptor, next_one)
+            with m.State("RANKED"):  # the job may not be known as unfinished yet
+                m.next = "RANKING"
+            with m.State("RANKING"):
+                with m.If(self.idle):
+                    with m.If(descriptor.extra == 0):
+                        m.d.comb += next_one.eq(1)
+                        m.next = "FETCH"
+                    with m.Else():
+                        m.d.comb += self.rank_command.valid.eq(1)
+                        with m.If(self.rank_command.ready):
+                            m.next = "TRANSFER"
+            with m.State("TRANSFER"):
+                with m.If(self.rank_idle):
+                    m.d.comb += next_one.eq(1)
+                    m.next = "FETCH"
+            with m.State("HOST"):
+                m.d.comb += self.host_request.eq(1)
+                with m.If(self.host_answer):
+                    m.d.comb += next_one.eq(1)
+                    m.next = "FETCH"
+            with m.State("FAILED"):
+                m.d.sync += self.error_address.eq(self.error_address)
+        return top
+
+    def _fetch(
+        self,
+        m: Module,
+        reader: MemoryReader,
+        walk: data.View,
+        walking: Signal,
+        descriptor: data.View,
+        arrived: Signal,
+        next_one: Signal,
+    ) -> None:
+        """Request descriptors ahead and put the beats of each together."""
+        config = self.config
+        beat_bytes = config.data.beat_bytes
+        asked = Signal(config.address_bits, reset_less=True)  # address of the next to ask for
+        asked_number = Signal(_PROGRAM_LENGTH_BITS)
+        ahead = Signal(range(_AHEAD + 1))
+        ask = Signal()
+        m.d.comb += [
+            reader.command.valid.eq(walking & (ahead != _AHEAD) & (asked_number != self.length)),
+            reader.command.payload.address.eq(
+                Cat(Const(0, config.data.offset_bits), asked[config.data.offset_bits :])
+            ),
+            reader.command.payload.beats.eq(self._beats),
+            ask.eq(reader.command.valid & reader.command.ready),
+        ]
+        with m.If(walking):
+            m.d.sync += ahead.eq(ahead + ask - next_one)
+        with m.Else():
+            m.d.sync += [ahead.eq(0), asked_number.eq(0)]
+        with m.If(ask):
+            m.d.sync += [
+                asked.eq(asked + DESCRIPTOR_BYTES),
+                asked_number.eq(asked_number + 1),
+            ]
+        with m.If(self.walk.valid & self.walk.ready):
+            m.d.sync += asked.eq(self.walk.payload.program)
+
+        beats = Signal(range(self._beats + 1))
+        complete = beats == self._beats
+        m.d.comb += [
+            reader.data.ready.eq(walking & ~complete),
+            arrived.eq(complete),
+        ]
+        content = descriptor.as_value()
+        payload = reader.data.payload
+        if beat_bytes <= DESCRIPTOR_BYTES:
+            filled = Cat(content[config.data.data_bits :], payload)
+        else:
+            # A beat holds several: the one that the address says.
+            place = Signal(range(beat_bytes // DESCRIPTOR_BYTES))
+            with m.If(self.walk.valid & self.walk.ready):
+                m.d.sync += place.eq(self.walk.payload.program // DESCRIPTOR_BYTES)
+            with m.Elif(next_one):
+                m.d.sync += place.eq(place + 1)
+            filled = payload.word_select(place, 8 * DESCRIPTOR_BYTES)
+        with m.If(reader.data.valid & reader.data.ready):
+            m.d.sync += [beats.eq(beats + 1), content.eq(filled)]
+        with m.If(next_one | ~walking):
+            m.d.sync += beats.eq(0)
+
+    def _check(self, m: Module, d: data.View, walk: data.View) -> Signal:
+        """The first thing that is wrong with a descriptor."""
+        engine = self.config.engine
+        code = Signal(ErrorCode)
+        kind, mode = d.kind, d.mode
+        is_gemm = (kind == Kind.GEMM) | (kind == Kind.ARGMAX)
+        is_attention = kind == Kind.ATTENTION
+        is_product = is_gemm | is_attention
+        known = Cat(kind == value for value in Kind).any() & ~(is_gemm & (mode == 3))
+
+        used = Signal()  # a field that must be 0
+        with m.Switch(kind):
+            for value, names in _UNUSED.items():
+                with m.Case(value):
+                    m.d.comb += used.eq(Cat(Value.cast(d[name]) for name in names).any())
+        used_in_mode = Signal()
+        with m.Switch(mode):
+            for value, names in _UNUSED_IN_MODE.items():
+                with m.Case(value):
+                    fields = Cat(Value.cast(d[name]) for name in names)
+                    m.d.comb += used_in_mode.eq(is_gemm & fields.any())
+        counted = Mux(d.values, d.k, d.o)  # what the KV entries take the place of
+        reserved = used | used_in_mode | (is_attention & (counted != 0))
+
+        # In attention the KV entries are an inner or an outer dimension.
+        seen = Signal(engine.k_bits + 1)
+        m.d.comb += seen.eq(walk.position + walk.rows)
+        by_entries = is_attention & d.values
+        tokens = Mux(d.tokens == 0, walk.rows, d.tokens)
+        most_tokens = Mux(is_gemm & (mode == Mode.DRAFT), engine.draft_rows, engine.rows)
+        bad_size = is_product & (
+            _is_outside(Mux(by_entries, seen, d.k), engine.max_k)
+            | _is_outside(Mux(is_attention & ~d.values, seen, d.o), engine.max_o)
+            | (is_gemm & _is_outside(tokens, most_tokens))
+            | (is_attention & ((d.sharing == 0) | (walk.rows == 0)))
+        )
+
+        config = self.config
+        stride = Mux(is_attention, d.extra, 0)
+        ranking = Mux(is_attention, 0, d.extra)
+        misaligned = (
+            is_product
+            & Cat(
+                _is_misaligned(value, port.offset_bits, config.address_bits)
+                for port, values in (
+                    (config.weights, (d.plane, d.residual, stride)),
+                    (config.data, (d.groups, d.activations, d.results, ranking)),
+                )
+                for value in values
+            ).any()
+        )
+
+        with m.If(~known):
+            m.d.comb += code.eq(ErrorCode.UNKNOWN_KIND)
+        with m.Elif(reserved):
+            m.d.comb += code.eq(ErrorCode.RESERVED)
+        with m.Elif(bad_size):
+            m.d.comb += code.eq(ErrorCode.BAD_SIZE)
+        with m.Elif(misaligned):
+            m.d.comb += code.eq(ErrorCode.MISALIGNED)
+        return code
+
+    def _make_job(
+        self, m: Module, job: data.View, rows_left: Signal, d: data.View, walk: data.View
+    ) -> None:
+        """The descriptor's first job."""
+        rows = self.config.engine.rows
+        is_attention = d.kind == Kind.ATTENTION
+        seen = walk.position + walk.rows
+        all_rows = walk.rows * d.sharing
+        first_batch = Mux(all_rows > rows, rows, all_rows)
+        tokens = Mux(d.tokens == 0, walk.rows, d.tokens)
+        m.d.sync += [
+            job.mode.eq(Mux(is_attention, Mode.BYPASS, d.mode)),
+            job.k.eq(Mux(is_attention & d.values, seen, d.k)),
+            job.o.eq(Mux(is_attention & ~d.values, seen, d.o)),
+            job.tokens.eq(Mux(is_attention, first_batch, tokens)),
+            job.half.eq(d.half),
+            job.discard.eq(d.discard),
+            job.rank.eq(d.kind == Kind.ARGMAX),
+            job.plane.eq(d.plane),
+            job.residual.eq(d.residual),
+            job.groups.eq(d.groups),
+            job.activations.eq(d.activations),
+            job.results.eq(d.results),
+            job.stride.eq(Mux(is_attention, d.extra, 0)),
+            rows_left.eq(Mux(is_attention, all_rows - first_batch, 0)),
+        ]
+
+    def _send(
+        self, m: Module, job: data.View, rows_left: Signal, d: data.View, next_one: Signal
+    ) -> None:
+        """When the job is taken, go on with the descriptor's next batch or the next descriptor."""
+        engine, port = self.config.engine, self.config.data
+        with m.If(self.jobs.ready):
+            with m.If(d.kind == Kind.ARGMAX):
+                m.next = "RANKED"
+            with m.Elif(rows_left == 0):
+                m.d.comb += next_one.eq(1)
+                m.next = "FETCH"
+            with m.Else():
+                beats = (job.k * self.config.activation_bytes + port.beat_bytes - 1) >> (
+                    port.offset_bits
+                )
+                tiles = (job.o + engine.cols - 1) >> (engine.cols.bit_length() - 1)
+                half_bytes = tiles * (engine.rows * engine.cols * _FP16_BYTES)
+                tokens = Mux(rows_left > engine.rows, engine.rows, rows_left)
+                m.d.sync += [
+                    job.activations.eq(job.activations + (beats << port.offset_bits)),
+                    job.results.eq(job.results + Mux(job.half, half_bytes, half_bytes << 1)),
+                    job.tokens.eq(tokens),
+                    rows_left.eq(rows_left - tokens),
+                ]
+                m.next = "JOB"
+        with m.Else():
+            m.next = "JOB"
+
+
+def read_error(fault: Value) -> Value:
+    """The error code of a fault of a reader, which is not NONE."""
+    return Mux(
+        fault == Fault.REFUSED,
+        ErrorCode.READ_OUTSIDE,
+        Mux(fault == Fault.SLAVE, ErrorCode.READ_SLVERR, ErrorCode.READ_DECERR),
+    )
+
+
+def _is_outside(value: Value, most: Value | int) -> Value:
+    """Whether a size is 0 or larger than allowed."""
+    return (value == 0) | (value > most)
+
+
+def _is_misaligned(value: Value, offset_bits: int, address_bits: int) -> Value:
+    """Whether an address is no multiple of 2^offset_bits or has too many bits."""
+    value = Value.cast(value)
+    return value[:offset_bits].any() | value[address_bits:].any()

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program walker: jobs of random programs against their definition, and every refusal."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+import pytest
+from amaranth.sim import Simulator
+
+from speq.hw.axi import AxiConfig
+from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.program_walker import ProgramWalker
+from speq.hw.system import ErrorCode, SystemConfig
+from speq.sim.runner import seed
+
+pytestmark = pytest.mark.usefixtures("simulable_ram")
+
+ROWS, COLS, MAX_K, MAX_O = 3, 8, 64, 200
+BASE, LIMIT = 0x1000, 0x8FFF
+PROGRAM = 0x2000
+_LATENCY = 5
+_JOB_FIELDS = ("mode", "k", "o", "tokens", "half", "discard", "rank", "stride")
+_ADDRESSES = ("plane", "residual", "groups", "activations", "results")
+
+
+def system(data_bits: int = 128) -> SystemConfig:
+    engine = AcceleratorConfig(rows=ROWS, cols=COLS, draft_rows=1, max_k=MAX_K, max_o=MAX_O)
+    axi = AxiConfig(data_bits=data_bits, address_bits=32)
+    if data_bits > 16 * COLS:
+        engine = replace(engine, cols=64)
+    return SystemConfig(engine, weights=axi, data=axi)
+
+
+@dataclass
+class Outcome:
+    """What a walk did."""
+
+    events: list = field(default_factory=list)
+    error: ErrorCode = ErrorCode.NONE
+    error_address: int = 0
+    done: bool = False
+
+
+def walk(
+    config: SystemConfig,
+    program: list[Descriptor] | bytes,
+    *,
+    rows: int = 2,
+    position: int = 5,
+    length: int = 100,
+    address: int = PROGRAM,
+    bad_read: int | None = None,
+    trial: int = 0,
+    cycles: int = 4000,
+) -> Outcome:
+    """Run a program; jobs end at random times, in order. `bad_read` answers SLVERR there."""
+    content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
+    memory = dict(enumerate(content, start=address))
+    dut = ProgramWalker(config)
+    outcome = Outcome()
+    rng = random.Random(trial)
+
+    async def read_port(ctx):
+        axi, waiting = dut.axi, []
+        ctx.set(axi.arready, 1)
+        async for *_, valid, start, beats, ready in ctx.tick().sample(
+            axi.arvalid, axi.araddr, axi.arlen, axi.rready
+        ):
+            assert ready
+            if valid:
+                assert start % config.data.beat_bytes == 0
+                for i in range(beats + 1):
+                    place = start + i * config.data.beat_bytes
+                    assert BASE <= place <= LIMIT
+                    waiting.append([_LATENCY, place, i == beats])
+            for entry in waiting:
+                entry[0] -= 1
+            now = waiting.pop(0) if waiting and waiting[0][0] <= 0 else None
+            ctx.set(axi.rvalid, now is not None)
+            if now:
+                _, place, last = now
+                data = bytes(memory.get(place + i, 0) for i in range(config.data.beat_bytes))
+                ctx.set(axi.rdata, int.from_bytes(data, "little"))
+                ctx.set(axi.rlast, last)
+                ctx.set(axi.rresp, 2 if place == bad_read else 0)
+
+    async def taker(ctx):
+        left = []
+        transfer = host = 0
+        ctx.set(dut.idle, 1)
+        ctx.set(dut.rank_idle, 1)
+        for _ in range(cycles):
+            ctx.set(dut.jobs.ready, rng.random() < 0.5)
+            ctx.set(dut.rank_command.ready, rng.random() < 0.5)
+            ctx.set(dut.host_answer, host == 1)
+            job = ctx.get(dut.jobs.payload)
+            taken = ctx.get(dut.jobs.valid) and ctx.get(dut.jobs.ready)
+            ranking = ctx.get(dut.rank_command.valid) and ctx.get(dut.rank_command.ready)
+            if taken:
+                names = _JOB_FIELDS + _ADDRESSES
+                values = {n: int(getattr(job[n], "value", job[n])) for n in names}
+                outcome.events.append(("job", values, bool(left)))
+                left.append(rng.randrange(2, 30))
+            if ranking:
+                payload = ctx.get(dut.rank_command.payload)
+                outcome.events.append(("ranking", payload.address, payload.tokens, bool(left)))
+                transfer = rng.randrange(2, 20)
+            if ctx.get(dut.host_request):
+                if host == 0:
+                    outcome.events.append(("host", ctx.get(dut.host_argument), bool(left)))
+                    host = rng.randrange(2, 20)
+                host -= 1
+            else:
+                host = 0
+            if ctx.get(dut.done):
+                outcome.events.append(("end", bool(left), transfer > 0))
+                outcome.done = True
+                return
+            code = ctx.get(dut.error)
+            if code != ErrorCode.NONE:
+                outcome.error = ErrorCode(code)
+                outcome.error_address = ctx.get(dut.error_address)
+                return
+            await ctx.tick()
+            if left:
+                left[0] -= 1
+                if left[0] == 0:
+                    left.pop(0)
+            transfer = max(0, transfer - 1)
+            ctx.set(dut.idle, not left)
+            ctx.set(dut.rank_idle, transfer == 0)
+
+    async def start(ctx):
+        ctx.set(dut.base, BASE)
+        ctx.set(dut.limit, LIMIT)
+        ctx.set(dut.length, length)
+        ctx.set(dut.walk.payload, {"program": address, "rows": rows, "position": position})
+        ctx.set(dut.walk.valid, 1)
+        await ctx.tick().until(dut.walk.ready)
+        ctx.set(dut.walk.valid, 0)
+
+    simulator = Simulator(dut)
+    simulator.add_clock(1e-9)
+    simulator.add_process(read_port)
+    simulator.add_testbench(taker)
+    simulator.add_testbench(start, background=True)
+    simulator.run()
+    return outcome
+
+
+def jobs_of(config: SystemConfig, d: Descriptor, rows: int, position: int) -> list[dict]:
+    """The jobs that a descriptor means, by its definition."""
+    engine = config.engine
+    job = {
+        "mode": d.mode.value, "k": d.k, "o": d.o, "tokens": d.tokens or rows, "half": int(d.half),
+        "discard": int(d.discard), "rank": int(d.kind is Kind.ARGMAX), "stride": 0,
+        **{name: getattr(d, name) for name in _ADDRESSES},
+    }  # fmt: skip
+    if d.kind is not Kind.ATTENTION:
+        return [job]
+    job |= {"mode": Mode.BYPASS.value, "stride": d.extra}
+    job["k" if d.values else "o"] = position + rows
+    jobs = []
+    left = rows * d.sharing
+    while left:
+        batch = min(left, engine.rows)
+        jobs.append(job | {"tokens": batch})
+        beat = config.data.beat_bytes
+        job["activations"] += -(-job["k"] * config.activation_bytes // beat) * beat
+        tiles = -(-job["o"] // engine.cols)
+        job["results"] += tiles * batch * engine.cols * (2 if d.half else 4)
+        left -= batch
+    return jobs
+
+
+def random_descriptor(rng: random.Random) -> Descriptor:
+    addresses = {name: rng.randrange(1 << 20) * 128 for name in _ADDRESSES}
+    kind = rng.choice([Kind.GEMM, Kind.GEMM, Kind.ATTENTION, Kind.ARGMAX, Kind.HOST])
+    if kind is Kind.HOST:
+        return Descriptor(kind, argument=rng.randrange(1 << 32))
+    wait, k, o = rng.random() < 0.3, rng.randint(1, MAX_K), rng.randint(1, MAX_O)
+    if kind is Kind.ATTENTION:
+        values = rng.random() < 0.5
+        return Descriptor(
+            kind, wait=wait, half=rng.random() < 0.5, values=values, sharing=rng.randint(1, 5),
+            k=0 if values else k, o=o if values else 0, plane=addresses["plane"],
+            activations=addresses["activations"], results=addresses["results"],
+            extra=rng.randrange(3) * 128,
+        )  # fmt: skip
+    mode = rng.choice(list(Mode))
+    if mode is not Mode.VERIFY:
+        addresses["residual"] = 0
+    if mode is Mode.BYPASS:
+        addresses["groups"] = 0
+    d = Descriptor(
+        kind, mode, wait=wait, k=k, o=o, tokens=1 if mode is Mode.DRAFT else rng.randint(0, ROWS),
+        **addresses,
+    )  # fmt: skip
+    if kind is Kind.ARGMAX:
+        return replace(d, discard=rng.random() < 0.5, extra=rng.randrange(2) * 128)
+    return replace(d, half=rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("data_bits", [64, 128, 1024])
+def test_random_programs(data_bits):
+    config = system(data_bits)
+    rng = random.Random(1000 * seed() + data_bits)
+    for trial in range(3):
+        program = [random_descriptor(rng) for _ in range(20)]
+        rows, position = rng.randint(1, ROWS), rng.randint(0, MAX_K - ROWS)
+        got = walk(
+            config, [*program, Descriptor(Kind.END)], rows=rows, position=position, trial=trial
+        )
+        events = iter(got.events)
+        for d in program:
+            if d.kind is Kind.HOST:
+                assert next(events) == ("host", d.argument, False)
+                continue
+            for i, job in enumerate(jobs_of(config, d, rows, position)):
+                name, values, overlaps = next(events)
+                assert (name, values) == ("job", job)
+                first_alone = d.wait or d.kind is Kind.ARGMAX
+                assert not (overlaps and first_alone and i == 0)
+            if d.kind is Kind.ARGMAX and d.extra:
+                assert next(events) == ("ranking", d.extra, d.tokens or rows, False)
+        assert next(events) == ("end", False, False)
+        assert got.error is ErrorCode.NONE
+    assert any(event[0] == "job" and event[2] for event in got.events), "nothing overlapped"
+
+
+GEMM = Descriptor(Kind.GEMM, k=8, o=8, plane=128, residual=128, groups=128)
+ATTENTION = Descriptor(Kind.ATTENTION, k=8, sharing=2)
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "expected"),
+    [
+        (replace(GEMM, tokens=ROWS + 1), ErrorCode.BAD_SIZE),
+        (replace(GEMM, k=0), ErrorCode.BAD_SIZE),
+        (replace(GEMM, k=MAX_K + 1), ErrorCode.BAD_SIZE),
+        (replace(GEMM, k=1 << 31), ErrorCode.BAD_SIZE),
+        (replace(GEMM, o=0), ErrorCode.BAD_SIZE),
+        (replace(GEMM, o=MAX_O + 1), ErrorCode.BAD_SIZE),
+        (replace(GEMM, mode=Mode.DRAFT, residual=0), ErrorCode.BAD_SIZE),  # two rows
+        (replace(ATTENTION, sharing=0), ErrorCode.BAD_SIZE),
+        (replace(GEMM, plane=8), ErrorCode.MISALIGNED),
+        (replace(GEMM, residual=64 + 8), ErrorCode.MISALIGNED),
+        (replace(GEMM, groups=4), ErrorCode.MISALIGNED),
+        (replace(GEMM, activations=1), ErrorCode.MISALIGNED),
+        (replace(GEMM, results=1 << 32), ErrorCode.MISALIGNED),
+        (replace(ATTENTION, extra=8), ErrorCode.MISALIGNED),
+        (replace(GEMM, kind=Kind.ARGMAX, extra=8), ErrorCode.MISALIGNED),
+        (replace(GEMM, argument=1), ErrorCode.RESERVED),
+        (replace(GEMM, sharing=1), ErrorCode.RESERVED),
+        (replace(GEMM, extra=128), ErrorCode.RESERVED),
+        (replace(GEMM, mode=Mode.BYPASS, residual=0), ErrorCode.RESERVED),
+        (replace(GEMM, kind=Kind.ARGMAX, half=True), ErrorCode.RESERVED),
+        (replace(ATTENTION, o=1), ErrorCode.RESERVED),
+        (replace(ATTENTION, values=True, o=1), ErrorCode.RESERVED),
+        (replace(ATTENTION, tokens=1), ErrorCode.RESERVED),
+        (Descriptor(Kind.HOST, k=1), ErrorCode.RESERVED),
+        (Descriptor(Kind.END, argument=1), ErrorCode.RESERVED),
+        (b"\0" * DESCRIPTOR_BYTES, ErrorCode.UNKNOWN_KIND),
+        (b"\6" + b"\0" * (DESCRIPTOR_BYTES - 1), ErrorCode.UNKNOWN_KIND),
+        (b"\1\3" + b"\1" * (DESCRIPTOR_BYTES - 2), ErrorCode.UNKNOWN_KIND),
+    ],
+)
+def test_refusal(descriptor, expected):
+    content = descriptor if isinstance(descriptor, bytes) else descriptor.pack()
+    program = Descriptor(Kind.HOST).pack() + content + Descriptor(Kind.END).pack()
+    got = walk(system(), program)
+    assert got.events == [("host", 0, False)]
+    assert (got.error, got.error_address) == (expected, PROGRAM + DESCRIPTOR_BYTES)
+
+
+def test_entries_beyond_the_largest_dimension():
+    got = walk(system(), [replace(ATTENTION, values=True, k=0, o=8)], position=MAX_K - 1)
+    assert got.error is ErrorCode.BAD_SIZE
+
+
+def test_no_end():
+    got = walk(system(), [Descriptor(Kind.HOST)] * 8, length=3)
+    assert [event[0] for event in got.events] == ["host"] * 3
+    assert (got.error, got.error_address) == (ErrorCode.NO_END, PROGRAM + 3 * DESCRIPTOR_BYTES)
+
+
+def test_prefetch_beyond_the_region_does_no_harm():
+    address = LIMIT + 1 - 2 * DESCRIPTOR_BYTES
+    got = walk(system(), [Descriptor(Kind.HOST), Descriptor(Kind.END)], address=address)
+    assert got.done
+    got = walk(system(), [Descriptor(Kind.HOST)] * 2, address=address)
+    assert [event[0] for event in got.events] == ["host"] * 2
+    assert (got.error, got.error_address) == (ErrorCode.READ_OUTSIDE, LIMIT + 1)
+
+
+def test_failed_fetch():
+    bad = PROGRAM + 2 * DESCRIPTOR_BYTES
+    got = walk(system(), [Descriptor(Kind.HOST)] * 3 + [Descriptor(Kind.END)], bad_read=bad)
+    assert [event[0] for event in got.events] == ["host"] * 2
+    assert (got.error, got.error_address) == (ErrorCode.READ_SLVERR, bad)
