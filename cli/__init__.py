@@ -40,11 +40,33 @@ def verilog_command(
     group: Group = 64,
     split: Split = 2,
     width: Width = 4,
+    weights_bits: Annotated[
+        int | None,
+        typer.Option(help="Data width of the weights port.", show_default="16 per column"),
+    ] = None,
+    data_bits: Annotated[
+        int | None,
+        typer.Option(help="Data width of the data port.", show_default="16 per column"),
+    ] = None,
+    address_bits: Annotated[int, typer.Option(help="Bits of an address in memory.")] = 40,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
+    ] = False,
 ) -> None:
-    """Write the engine as one Verilog-2005 file, and its parameters and ports as JSON."""
-    from speq.cli.verilog import run
+    """Write the accelerator as one Verilog-2005 file, with its register map, C header, FuseSoC core
+    and an example of its use."""
+    from speq.cli.verilog import Ports, run
+    from speq.hw import AcceleratorConfig
+    from speq.model.format import FormatConfig
 
-    run(output, rows, cols, draft_rows, max_k, group, split, width)
+    config = AcceleratorConfig(
+        rows=rows,
+        cols=cols,
+        format=FormatConfig(group=group, split=split, width=width),
+        draft_rows=draft_rows,
+        max_k=max_k,
+    )
+    run(output, config, None if engine else Ports(weights_bits, data_bits, address_bits))
 
 
 @app.command("encode")
@@ -130,6 +152,13 @@ class Decoding(StrEnum):
     FP16 = "fp16"
 
 
+class Backend(StrEnum):
+    """What `speq generate` decodes with."""
+
+    GOLDEN = "golden"
+    RTL = "rtl"
+
+
 @app.command("generate")
 def generate_command(
     model: Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")],
@@ -169,6 +198,12 @@ def generate_command(
     head_width: Annotated[
         int | None, typer.Option(help="Draft bits of the head.", show_default="width")
     ] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="The golden model, or the accelerator's RTL, simulated.")
+    ] = Backend.GOLDEN,
+    cols: Annotated[
+        int | None, typer.Option(help="With rtl: columns of the array.", show_default="16")
+    ] = None,
 ) -> None:
     """Generate text losslessly with the draft model inside the weights, and report the speedup."""
     from speq.cli.generate import Request, run
@@ -193,6 +228,8 @@ def generate_command(
             split=split,
             width=width,
             head_width=head_width,
+            rtl=backend is Backend.RTL,
+            cols=cols,
         )
     )
 

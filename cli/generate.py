@@ -4,6 +4,9 @@
 The text goes to standard output and nothing else does. On a terminal, the tokens that the draft got
 right, those that an alternate got right and the target's own are told apart by colour. Progress and
 the figures at the end go to standard error.
+
+The steps come from the golden model, or from the accelerator's RTL in the simulator, which gives
+the same ones, with every cycle counted.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
+from speq.hw.config import AcceleratorConfig
+from speq.hw.system import SystemConfig
 from speq.model.checkpoint import Model, linear_names, load_model
 from speq.model.encoded_file import EncodedModel, read_encoded
 from speq.model.format import EncodedTensor, FormatConfig
@@ -33,10 +39,16 @@ from speq.model.speculation import (
 )
 from speq.model.tokenizer import Tokenizer
 from speq.model.transformer import prepare_draft_linears
+from speq.sim.board import Board
+from speq.sim.host import Host, check_encoded
+from speq.sim.layout import MemoryLayout
 
 STYLES = {"draft": "green", "alternate": "cyan", "target": "bold yellow"}
 #: Early exit of models that are not calibrated.
 DEFAULT_THRESHOLD = 2.0
+#: Columns of the array.
+DEFAULT_COLS = 16
+_MIN_MAX_K = 256
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a tokenizer shows the first bytes of a character
 
 
@@ -62,6 +74,8 @@ class Request:
     split: int | None
     width: int | None
     head_width: int | None
+    rtl: bool = False
+    cols: int | None = None
 
 
 def sampling_of(request: Request) -> Sampling | None:
@@ -180,13 +194,18 @@ def origins(step: Step) -> Iterator[tuple[int, str]]:
             yield token, "alternate" if step.tree_hit and i == step.accepted else "target"
 
 
-def summary(statistics: Statistics, seconds: float, costs: tuple[float, float] | None) -> list[str]:
+def summary(
+    statistics: Statistics,
+    seconds: float,
+    costs: tuple[float, float] | None,
+    backend: str = "golden model",
+) -> list[str]:
     """Lines with the figures of a run; `costs` as of `pass_costs`, None after plain decoding."""
     s = statistics
     speed = f"{s.committed} tokens in {seconds:.1f} s, {s.committed / seconds:.2f} tokens/s"
     if costs is None:
-        return [f"{speed} (golden model, FP16 token by token)"]
-    lines = [f"{speed} (golden model)"]
+        return [f"{speed} ({backend}, FP16 token by token)"]
+    lines = [f"{speed} ({backend})"]
     if s.compared:
         lines.append(
             f"acceptance: {s.match_rate:.1%} of {s.compared} compared draft tokens; "
@@ -199,6 +218,87 @@ def summary(statistics: Statistics, seconds: float, costs: tuple[float, float] |
     return lines
 
 
+def system_for(
+    model: Model, encoded: Mapping[str, EncodedTensor], rows: int, cols: int, capacity: int
+) -> SystemConfig:
+    """An accelerator for a model with a KV cache of so many entries.
+
+    Raises
+    ------
+    ValueError
+        If there can be none, or it could not read the encoding.
+    """
+    first = next(iter(encoded.values()), None)
+    # Whatever the width: `check_encoded` says which tensor has another one.
+    number_format = replace(first.config, width=4) if first else FormatConfig()
+    c = model.config
+    max_k = max(c.hidden, c.ffn_hidden, c.heads * c.head_dim, capacity, _MIN_MAX_K)
+    engine = AcceleratorConfig(
+        rows=rows,
+        cols=cols,
+        format=number_format,
+        # Powers of two, so that one simulation serves prompts of many lengths.
+        max_k=1 << (max_k - 1).bit_length(),
+    )
+    system = SystemConfig(replace(engine, max_o=max(engine.max_o, c.vocab_size)))
+    check_encoded(system, encoded)
+    return system
+
+
+@contextmanager
+def simulated_board(system: SystemConfig, size: int) -> Iterator[Board]:
+    """The accelerator in the simulator, with so many bytes of memory."""
+    # Only this backend needs the simulator.
+    from speq.hw.verilog import generate_top
+    from speq.sim.simulated_board import MemoryOptions, SimulatedBoard
+
+    console = Console(stderr=True)
+    with console.status("building the simulation") if console.is_terminal else nullcontext():
+        board = SimulatedBoard(generate_top(system), system, MemoryOptions(size))
+    with board:
+        yield board
+
+
+@contextmanager
+def rtl_steps(
+    request: Request,
+    model: Model,
+    encoded: Mapping[str, EncodedTensor],
+    prompt: Sequence[int],
+    settings: Settings,
+    figures: list[str],
+) -> Iterator[Iterator[Step]]:
+    """Steps of the accelerator's RTL; at the end, its cycles are added to `figures`."""
+    c = model.config
+    capacity = min(c.context, len(prompt) + request.max_tokens) + settings.rows
+    cols = request.cols or DEFAULT_COLS
+    system = system_for(model, encoded, settings.rows, cols, capacity)
+    size = MemoryLayout(system, c, encoded, capacity).size
+    with simulated_board(system, size) as board:
+        host = Host(board, model, encoded, capacity=capacity)
+        yield host.generate(
+            prompt,
+            max_tokens=request.max_tokens,
+            settings=settings,
+            stop_ids=model.tokenizer.stop_ids,
+        )
+        figures += cycle_figures(host.counters(), system.engine)
+
+
+def cycle_figures(counters: Mapping[str, int], engine: AcceleratorConfig) -> list[str]:
+    """Lines with what the accelerator has counted since the prompt was in."""
+    tokens = counters["COMMITTED"]
+    if not tokens:
+        return []
+    cycles = counters["CYCLES"] - counters["HOST_CYCLES"]
+    kinds = ("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX")
+    parts = (f"{kind.lower()} {counters[kind + '_CYCLES'] / tokens:,.0f}" for kind in kinds)
+    return [
+        f"{cycles / tokens:,.0f} cycles per token on {engine.rows} x {engine.cols} PEs, beside "
+        f"{counters['HOST_CYCLES'] / tokens:,.0f} of waiting for the host ({', '.join(parts)})",
+    ]
+
+
 def run(request: Request) -> None:
     """Generate text and print it and its figures.
 
@@ -208,39 +308,53 @@ def run(request: Request) -> None:
         If an option is impossible or the model cannot be used.
     """
     sampling = sampling_of(request)
+    if request.rtl and sampling is not None:
+        raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
+    if not request.rtl and request.cols is not None:
+        raise ValueError("--cols is of the simulated array: give --backend rtl")
     formats = formats_of(request)
     file = read_encoded(request.encoded) if request.encoded else None
     settings = settings_of(request, file)
     model = load_model(request.model)
     text = request.prompt if request.raw else model.tokenizer.chat(request.prompt)
     prompt = model.tokenizer.encode(text)
-    layers, costs = None, None
+    encoded: Mapping[str, EncodedTensor] = {}
     if request.speculative:
         encoded = (
             read_tensors(request.encoded, file, model) if file else encode_model(model, *formats)
         )
-        layers, costs = prepare_draft_linears(encoded), pass_costs(encoded)
+    costs = pass_costs(encoded) if encoded else None
+    figures: list[str] = []
+    if request.rtl:
+        source = rtl_steps(request, model, encoded, prompt, settings, figures)
+    else:
+        source = nullcontext(
+            generate(
+                model,
+                prompt,
+                prepare_draft_linears(encoded) if encoded else None,
+                max_tokens=request.max_tokens,
+                settings=settings,
+                sampling=sampling,
+                generator=torch.Generator().manual_seed(request.seed),
+                stop_ids=model.tokenizer.stop_ids,
+            )
+        )
 
     statistics = Statistics()
     stream = TextStream(model.tokenizer, prompt)
     output = Console(soft_wrap=True, highlight=False)
-    started = time.perf_counter()
-    for step in generate(
-        model,
-        prompt,
-        layers,
-        max_tokens=request.max_tokens,
-        settings=settings,
-        sampling=sampling,
-        generator=torch.Generator().manual_seed(request.seed),
-        stop_ids=model.tokenizer.stop_ids,
-    ):
-        statistics.add(step)
-        for token, origin in origins(step):
-            show(output, stream.push(token), origin if request.speculative else None)
+    with source as steps:
+        started = time.perf_counter()
+        for step in steps:
+            statistics.add(step)
+            for token, origin in origins(step):
+                show(output, stream.push(token), origin if request.speculative else None)
+        seconds = time.perf_counter() - started
     show(output, stream.flush(), None)
     print(flush=True)
-    lines = summary(statistics, time.perf_counter() - started, costs)
+    backend = "RTL simulation" if request.rtl else "golden model"
+    lines = summary(statistics, seconds, costs, backend) + figures
     if sampling is not None:
         lines.append(f"sampled with seed {request.seed}")
     print(*lines, sep="\n", file=sys.stderr)

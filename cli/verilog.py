@@ -1,26 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`speq verilog`: write the engine's Verilog and the JSON that describes it."""
+"""`speq verilog`: write the accelerator's Verilog, or the engine's, and the files beside it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from speq.hw import AcceleratorConfig
+from speq.hw.axi import AxiConfig
+from speq.hw.system import SystemConfig
 from speq.hw.verilog import write_verilog
-from speq.model.format import FormatConfig
 
 
-def run(
-    output: Path,
-    rows: int,
-    cols: int,
-    draft_rows: int,
-    max_k: int,
-    group: int,
-    split: int,
-    width: int,
-) -> None:
-    """Write `output` and, with the suffix .json, its description, and print what was written.
+@dataclass(frozen=True)
+class Ports:
+    """Widths in bits of the accelerator's AXI ports; None is the default of `SystemConfig`."""
+
+    weights: int | None
+    data: int | None
+    address: int
+
+
+def system_config(engine: AcceleratorConfig, ports: Ports) -> SystemConfig:
+    """The accelerator's configuration. Raises ValueError if a parameter is not allowed."""
+    default = SystemConfig(engine)
+    weights, data = (
+        AxiConfig(data_bits=given or port.data_bits, address_bits=ports.address)
+        for given, port in ((ports.weights, default.weights), (ports.data, default.data))
+    )
+    return SystemConfig(engine, weights=weights, data=data)
+
+
+def run(output: Path, engine: AcceleratorConfig, ports: Ports | None) -> None:
+    """Write `output` and what goes with it, and print what was written.
+
+    Without `ports` it is the engine alone.
 
     Raises
     ------
@@ -29,12 +43,6 @@ def run(
     OSError
         If a file cannot be written.
     """
-    config = AcceleratorConfig(
-        rows=rows,
-        cols=cols,
-        format=FormatConfig(group=group, split=split, width=width),
-        draft_rows=draft_rows,
-        max_k=max_k,
-    )
+    config = engine if ports is None else system_config(engine, ports)
     for path in write_verilog(config, output):
         print(f"{path}  {path.stat().st_size:,} bytes")

@@ -12,8 +12,9 @@ from amaranth.hdl import Elaboratable, Module, unsigned
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.wiring import In, Out
 
-#: Bits of transaction IDs. All transactions of a master have ID 0, so responses come in order.
-ID_BITS = 1
+#: Bits of transaction IDs. All transactions of a reader or writer have one ID, so that responses
+#: come in order: 0, or the number of the reader where several share a master (`ReadArbiter`).
+ID_BITS = 2
 #: Bits of a command's number of beats.
 BEATS_BITS = 24
 #: Bits of AxLEN, the beats of a burst less one.

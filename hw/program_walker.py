@@ -140,7 +140,7 @@ class ProgramWalker(wiring.Component):
         wiring.connect(top, reader.axi, wiring.flipped(self.axi))
         # The reader must not forget its transactions.
         m = Module()
-        top.submodules.walk = ResetInserter(self.clear)(m)
+        top.submodules.steps = ResetInserter(self.clear)(m)
         walk = Signal(walk_layout(config), reset_less=True)
         walking = Signal()
         drop = Signal()  # what has been fetched ahead

@@ -2,11 +2,16 @@
 """The accelerator's registers: the one source of the RTL, the driver, the C header and the tables.
 
 Registers are 32 bits wide, at multiples of four bytes, on an AXI4-Lite port. Numbers of more bits
-take two, the lower half first. What is not named reads as 0 and ignores writes.
+take two, the lower half first. What is not named reads as 0 and ignores writes. After reset
+everything that can be written is 0.
+
+The halves of a counter are read one after the other: while a run is under way, read the upper half,
+the lower and the upper again until both upper ones are the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
@@ -17,6 +22,8 @@ IDENTIFICATION = 0x51455053
 VERSION = 0x0001_0000
 #: Bits of a register's address.
 ADDRESS_BITS = 12
+#: Largest value of RING_LOG2.
+MAX_RING_LOG2 = 24
 
 _COUNTERS = 0x100
 _ROW_TOKENS = 0x400
@@ -51,7 +58,9 @@ class Register:
     fields : tuple of Field
         Its parts, if it has several.
     count : int
-        Elements, of an array of registers.
+        Elements, of an array of registers; 0: it is none.
+    updated : bool
+        Of an "rw" register: the hardware changes it as well.
     """
 
     name: str
@@ -60,12 +69,41 @@ class Register:
     about: str
     bits: int = 32
     fields: tuple[Field, ...] = ()
-    count: int = 1
+    count: int = 0
+    updated: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in the RTL's structures of registers."""
+        return self.name.lower()
 
     @property
     def words(self) -> int:
         """32-bit words of an element."""
         return -(-self.bits // 32)
+
+    @property
+    def offsets(self) -> range:
+        """Byte offsets of all its words; those of an array's elements follow each other."""
+        return range(self.offset, self.offset + 4 * self.words * max(1, self.count), 4)
+
+    def pack(self, value: int | Mapping[str, int]) -> int:
+        """The register's content, from a number or from values of all its fields.
+
+        Raises ValueError if a value is too large.
+        """
+        if not isinstance(value, Mapping):
+            return self._fitting(self.name, value, self.bits)
+        return sum(
+            self._fitting(f"{self.name}.{field.name}", value[field.name], field.bits) << field.low
+            for field in self.fields
+        )
+
+    @staticmethod
+    def _fitting(name: str, value: int, bits: int) -> int:
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name} is {value}; the register holds {bits} bits of it")
+        return value
 
 
 #: Values of the register STATUS.
@@ -101,9 +139,10 @@ ERRORS = {
     ErrorCode.WRITE_SLVERR: "memory answered a write with SLVERR",
     ErrorCode.WRITE_DECERR: "memory answered a write with DECERR",
     ErrorCode.HOST_TIMEOUT: "the host gave no answer within HOST_TIMEOUT cycles",
-    ErrorCode.HOST_REFUSED: "the host answered FAIL",
+    ErrorCode.HOST_REFUSED: "the host answered FAIL, or FINISH to a HOST descriptor",
     ErrorCode.STOPPED: "the host wrote STOP",
-    ErrorCode.BAD_REGISTER: "start was written with an impossible value in a register",
+    ErrorCode.BAD_REGISTER: "start was written with an impossible value in the register whose "
+    "offset ERROR_ADDRESS holds",
 }
 
 #: Counters of 64 bits. They count from reset or CLEAR_COUNTERS on, while a run is under way.
@@ -128,6 +167,29 @@ COUNTERS = {
     "TREE_HITS": "alternates that were accepted",
     "COMMITTED": "tokens committed",
 }
+
+
+def constants(config: SystemConfig) -> dict[str, int | dict[str, int]]:
+    """Values of the registers that never change; of those with fields, the fields' values."""
+    engine, number_format = config.engine, config.engine.format
+    return {
+        "ID": IDENTIFICATION,
+        "VERSION": VERSION,
+        "ARRAY": {"rows": engine.rows, "cols": engine.cols, "draft_rows": engine.draft_rows},
+        "MAX_K": engine.max_k,
+        "MAX_O": engine.max_o,
+        "FORMAT": {
+            "group": number_format.group,
+            "split": number_format.split,
+            "width": number_format.width,
+        },
+        "BUS": {
+            "weights_bytes": config.weights.beat_bytes,
+            "data_bytes": config.data.beat_bytes,
+            "activation_bytes": config.activation_bytes,
+        },
+        "ADDRESS_BITS": config.address_bits,
+    }
 
 
 def _address(name: str, offset: int, about: str, access: str = "rw") -> Register:
@@ -180,15 +242,16 @@ def registers(config: SystemConfig) -> tuple[Register, ...]:
             fields=(
                 Field("weights_bytes", 0, 8, "bytes of a beat of the weights port"),
                 Field("data_bytes", 8, 8, "bytes of a beat of the data port"),
-                Field("activation_bytes", 16, 8, "bytes of an activation word"),
-                Field("address_bits", 24, 8, "bits of an address"),
+                Field("activation_bytes", 16, 16, "bytes of an activation word"),
             ),
         ),
+        Register("ADDRESS_BITS", 0x01C, "ro", "bits of an address in memory", bits=8),
         Register(
             "CONTROL",
             0x020,
             "wo",
             "commands; each bit is one",
+            bits=3,
             fields=(
                 Field("start", 0, 1, "start a run; ignored unless IDLE"),
                 Field("stop", 1, 1, "end the run with the error STOPPED, or leave ERROR for IDLE"),
@@ -200,7 +263,8 @@ def registers(config: SystemConfig) -> tuple[Register, ...]:
         _address(
             "ERROR_ADDRESS",
             0x030,
-            "of the malformed descriptor, the refused transfer or the burst that failed",
+            "of the malformed descriptor, the refused transfer, the burst that failed, the "
+            "descriptor that the host did not answer, or the register; 0 for STOPPED",
             "ro",
         ),
         Register("IRQ_ENABLE", 0x038, "rw", "interrupts that raise irq", 3, interrupts),
@@ -223,14 +287,18 @@ def registers(config: SystemConfig) -> tuple[Register, ...]:
             fields=(Field("speculate", 0, 1, "0: one pass of PASS_PROGRAM, 1: decode"),),
         ),
         Register("PASS_ROWS", 0x084, "rw", "rows of a single pass, 1 to R", bits=8),
-        Register("POSITION", 0x088, "rw", "entries in the KV cache; a run moves it on", bits=17),
-        Register("ROOT", 0x08C, "rw", "last committed token; a run moves it on", bits=24),
+        Register(
+            "POSITION", 0x088, "rw", "entries in the KV cache; a run moves it on", 17, updated=True
+        ),
+        Register("ROOT", 0x08C, "rw", "last committed token; a run moves it on", 24, updated=True),
         Register("DRAFT_LENGTH", 0x090, "rw", "longest chain L, 0 to R - 1; 0: plain", bits=8),
         Register("THRESHOLD", 0x094, "rw", "FP32: a smaller logit margin ends the chain"),
         Register("CHOICES", 0x098, "rw", "candidates of a chain position, 1 to 4", bits=3),
         Register("TOKEN_LIMIT", 0x09C, "rw", "tokens after which a run ends, at least 1", bits=32),
         _address("RING", 0x0A0, "ring of committed tokens, uint32 each"),
-        Register("RING_LOG2", 0x0A8, "rw", "log2 of the ring's tokens, 1 to 24", bits=5),
+        Register(
+            "RING_LOG2", 0x0A8, "rw", f"log2 of the ring's tokens, 1 to {MAX_RING_LOG2}", bits=5
+        ),
         Register("RING_INDEX", 0x0AC, "ro", "tokens written to the ring since the run started"),
         Register("HOST_ARGUMENT", 0x0B0, "ro", "argument of the HOST descriptor"),
         Register("HOST_ANSWER", 0x0B4, "wo", f"the host's answer: {answers}", bits=2),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
@@ -97,7 +98,7 @@ class SystemConfig:
         """Bits of a byte address."""
         return self.data.address_bits
 
-    @property
+    @cached_property
     def activation_bytes(self) -> int:
         """Bytes of one word of the activation store in memory: a power of two."""
         return _power_of_two(self.engine.activation_layout.size) // 8

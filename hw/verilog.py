@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verilog-2005 of the accelerator, with a JSON description of it."""
+"""Verilog-2005 of the accelerator or of its engine, and the files that go with it."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,14 +17,19 @@ from amaranth.lib.wiring import Flow
 from speq.hw.accelerator import Accelerator
 from speq.hw.config import AcceleratorConfig
 from speq.hw.gemm_engine import GemmEngine
+from speq.hw.package import axi_example, fusesoc_core
 from speq.hw.ram import RAM_VERILOG
+from speq.hw.register_docs import c_header, markdown
 from speq.hw.system import SystemConfig
 
+#: The engine's module.
 TOP = "speq_gemm_engine"
-
+#: The accelerator's module.
+ACCELERATOR_TOP = "speq_top"
 
 #: Verilator lint messages of `-Wall` that do not apply to generated Verilog, and why.
 LINT_WAIVERS = {
+    "CASEINCOMPLETE": "numbers that an enumeration does not use leave the default value",
     "DECLFILENAME": "all modules are in one file",
     "PROCASSINIT": "registers have their reset value as initial value too, for FPGAs",
     "UNUSEDSIGNAL": "results that are cut to their width keep names for the bits cut off",
@@ -31,27 +38,75 @@ LINT_WAIVERS = {
 }
 
 
+#: A block without inputs, which simulators never run; and a vector of no bits, which has two.
+_MISTRANSLATED = re.compile(
+    r"always @\*\n\s+\S+( \[[^\]]*\])? = \d+'\S+;|^\s*(?:wire|reg) \[-1:0\].*", re.MULTILINE
+)
+
+
 def convert_unit(component: wiring.Component, name: str, *, reset: bool = True) -> str:
     """Verilog of one component as the module `name`, the same bytes for the same component.
 
     Without `reset` the module's clock domain has no reset port.
+
+    Raises
+    ------
+    ValueError
+        If the component has a signal without bits, or a signal of which one part is constant and
+        another assigned conditionally: Verilog takes both for something else.
     """
-    return verilog.convert(
+    text = verilog.convert(
         component,
         name=name,
         strip_internal_attrs=True,
         emit_src=False,
         missing_domain=lambda domain: ClockDomain(domain, reset_less=not reset),
     )
+    if found := _MISTRANSLATED.search(text):
+        raise ValueError(f"{name}: Verilog has another meaning for {found[0].strip()!r}")
+    return text
 
 
 def generate_top(config: SystemConfig) -> str:
-    """Verilog of the whole accelerator, top module `speq_top`."""
+    """Verilog of the accelerator, top module `ACCELERATOR_TOP`."""
+    return _accelerator_verilog(Accelerator(config))
+
+
+def _accelerator_verilog(accelerator: Accelerator) -> str:
+    return _file(
+        accelerator.config,
+        convert_unit(accelerator, ACCELERATOR_TOP),
+        accelerator.datapath.engine.array.modules,
+    )
+
+
+def _file(config: object, top: str, units: Mapping[str, wiring.Component]) -> str:
+    """A Verilog file: the top module, the memory primitive, and units that are instantiated."""
+    header = f"// SPDX-License-Identifier: Apache-2.0\n// {config}\n"
+    modules = [convert_unit(unit, name, reset=False) for name, unit in units.items()]
+    return header + RAM_VERILOG + top + "".join(modules)
+
+
+def accelerator_files(config: SystemConfig, stem: str) -> dict[str, str]:
+    """All files of an accelerator by name: Verilog, description (JSON), register map (Markdown), C
+    header, FuseSoC core, and an example of its use. Their names begin with `stem`."""
     accelerator = Accelerator(config)
-    units = accelerator.datapath.engine.array.modules
-    modules = [convert_unit(accelerator, "speq_top")]
-    modules += [convert_unit(unit, name, reset=False) for name, unit in units.items()]
-    return f"// SPDX-License-Identifier: Apache-2.0\n// {config}\n" + RAM_VERILOG + "".join(modules)
+    engine = accelerator.datapath.engine
+    description = {
+        "top": ACCELERATOR_TOP,
+        "parameters": asdict(config),
+        "ports": _ports(accelerator),
+        "latencies": _latencies(engine),
+        "verilator_lint_waivers": LINT_WAIVERS,
+    }
+    return {
+        f"{stem}.v": _accelerator_verilog(accelerator),
+        f"{stem}.json": json.dumps(description, indent=2) + "\n",
+        f"{stem}.md": markdown(config),
+        f"{stem}.h": c_header(config),
+        f"{stem}.core": fusesoc_core(ACCELERATOR_TOP, stem),
+        f"{stem}_example.v": axi_example(accelerator, ACCELERATOR_TOP),
+    }
 
 
 def generate_verilog(config: AcceleratorConfig) -> tuple[str, dict]:
@@ -60,10 +115,6 @@ def generate_verilog(config: AcceleratorConfig) -> tuple[str, dict]:
     The description has the parameters, ports and latencies, ready for JSON.
     """
     engine = GemmEngine(config)
-    units = engine.array.modules
-    modules = [convert_unit(engine, TOP)]
-    modules += [convert_unit(unit, name, reset=False) for name, unit in units.items()]
-    header = f"// SPDX-License-Identifier: Apache-2.0\n// {config}\n"
     description = {
         "top": TOP,
         "parameters": asdict(config)
@@ -72,15 +123,19 @@ def generate_verilog(config: AcceleratorConfig) -> tuple[str, dict]:
             "accumulator_unit_exponent": config.accumulator_unit_exponent,
         },
         "ports": _ports(engine),
-        "latencies": {
-            "engine_fill": engine.FILL,
-            "engine_overhead": engine.OVERHEAD,
-            "array": engine.array.LATENCY,
-        }
-        | {name: unit.LATENCY for name, unit in units.items() if hasattr(unit, "LATENCY")},
+        "latencies": _latencies(engine),
         "verilator_lint_waivers": LINT_WAIVERS,
     }
-    return header + RAM_VERILOG + "".join(modules), description
+    return _file(config, convert_unit(engine, TOP), engine.array.modules), description
+
+
+def _latencies(engine: GemmEngine) -> dict[str, int]:
+    units = engine.array.modules
+    return {
+        "engine_fill": engine.FILL,
+        "engine_overhead": engine.OVERHEAD,
+        "array": engine.array.LATENCY,
+    } | {name: unit.LATENCY for name, unit in units.items() if hasattr(unit, "LATENCY")}
 
 
 def _ports(component: wiring.Component) -> list[dict]:
@@ -96,29 +151,37 @@ def _ports(component: wiring.Component) -> list[dict]:
     return ports
 
 
-def write_verilog(config: AcceleratorConfig, path: Path) -> tuple[Path, Path]:
-    """Write the Verilog to `path` and its description beside it, as .json.
+def write_verilog(config: AcceleratorConfig | SystemConfig, path: Path) -> tuple[Path, ...]:
+    """Write the Verilog to `path` and what goes with it beside it.
 
-    Returns both paths. Either file appears complete or not at all.
+    That is, of an engine (AcceleratorConfig) its description, and of an accelerator (SystemConfig)
+    all of `accelerator_files`. Returns the paths, the Verilog's first. Each file appears complete
+    or not at all.
 
     Raises
     ------
     ValueError
-        If the path ends in .json.
+        If the path does not end in .v.
     OSError
         If the folder does not exist or cannot be written.
     """
-    if path.suffix == ".json":
-        raise ValueError(f"{path}: the description gets this name; name the Verilog file .v")
+    if path.suffix != ".v":
+        raise ValueError(f"{path}: name the Verilog file .v; the files beside it get its name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
-    text, description = generate_verilog(config)
-    contents = {path: text, path.with_suffix(".json"): json.dumps(description, indent=2) + "\n"}
-    for target, content in contents.items():
-        partial = target.with_name(target.name + ".partial")
+    if isinstance(config, SystemConfig):
+        contents = accelerator_files(config, path.stem)
+    else:
+        text, description = generate_verilog(config)
+        contents = {
+            path.name: text,
+            path.with_suffix(".json").name: json.dumps(description, indent=2) + "\n",
+        }
+    for name, content in contents.items():
+        partial = path.with_name(name + ".partial")
         try:
             partial.write_text(content)
-            partial.replace(target)
+            partial.replace(path.with_name(name))
         finally:
             partial.unlink(missing_ok=True)
-    return tuple(contents)
+    return tuple(path.with_name(name) for name in contents)

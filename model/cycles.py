@@ -4,8 +4,10 @@
 Cycles are those of the generated engine (`speq.hw.gemm_engine`): a tile of `cols` outputs takes one
 cycle per weight word of a column, which is K in verify mode and the words of the draft plane in
 draft mode (4, 3.2 and 2.67 weights per word for widths 4, 5 and 6), but at least as many cycles as
-there are tokens. GEMMs that do not depend on each other follow without a gap; a GEMM whose inputs
-are another's outputs waits until those have drained.
+there are tokens. A pass is a sequence of *stages*, between which the host computes: the GEMMs of a
+stage do not depend on each other and overlap (`stage_cycles`), the next stage starts when all
+results are in memory. The host's own time is not counted. The constants are those of the generated
+accelerator (`speq.hw.accelerator`), measured with its counters.
 
 Memory traffic is counted in three parts: weights (the planes that the pass touches), group bytes,
 and the KV cache: FP16 keys and values of every position before the pass, read once per KV head, and
@@ -21,16 +23,26 @@ A linear layer that has no entry in `formats` is stored as plain FP16 and read w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from speq.model.checkpoint import ModelConfig, linear_names, tensor_shapes
+from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes
 from speq.model.format import FormatConfig, draft_words, residual_words
 
 Formats = Mapping[str, FormatConfig]
 
-# GEMMs of a block that wait for another's results: q/k/v, scores, weighted values, o, gate/up, down
-_STAGES_PER_BLOCK = 6
+#: Cycles from the host's answer, or from the job before, to the next job.
+_DISPATCH = 5
+#: From a job to its first weight word, and from a stage's last weight word to the host's turn,
+#: each without the memory's latency; the latter also without the results' way to memory.
+_LOAD = 8
+_STORE = 14
+#: Beats by which the second plane's first words come later than the first plane's.
+_BURST = 16
+#: From a pass's last stage to its successor's first, without the latency: ranking, decision, fetch.
+_DRAFT_END = 40
+_VERIFY_END = 55
 
 
 @dataclass(frozen=True)
@@ -46,20 +58,26 @@ class Engine:
     overhead : int
         Cycles from a tile's last weight word to its first result (`GemmEngine.OVERHEAD`; that of
         an engine that can draft).
+    latency : int
+        Cycles from a request to memory to its first response.
+    result_beats : int
+        Beats of the data port that a row of `cols` FP32 results takes.
 
     Raises
     ------
     ValueError
-        If there is no row or no column.
+        If there is no row, no column, no latency or no beat.
     """
 
     rows: int = 8
     cols: int = 16
     fill: int = 2
     overhead: int = 12
+    latency: int = 16
+    result_beats: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("rows", "cols"):
+        for name in ("rows", "cols", "latency", "result_beats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
@@ -74,8 +92,8 @@ class PassCost:
         Bytes of weights, group bytes and KV entries that are moved.
     linear_cycles, attention_cycles : int
         Cycles in which the linear layers and attention take weight words.
-    drain_cycles : int
-        Cycles of waiting for the results of one GEMM as the next one's inputs.
+    overhead_cycles : int
+        All other cycles: loading, draining and storing around each stage, starting the pass.
     """
 
     weights: int
@@ -83,7 +101,7 @@ class PassCost:
     kv: int
     linear_cycles: int
     attention_cycles: int
-    drain_cycles: int
+    overhead_cycles: int
 
     @property
     def bytes(self) -> int:
@@ -92,8 +110,44 @@ class PassCost:
 
     @property
     def cycles(self) -> int:
-        """All cycles of the array."""
-        return self.linear_cycles + self.attention_cycles + self.drain_cycles
+        """All cycles of the accelerator, without the host's."""
+        return self.linear_cycles + self.attention_cycles + self.overhead_cycles
+
+
+@dataclass(frozen=True)
+class Job:
+    """A GEMM of a stage.
+
+    Attributes
+    ----------
+    words : int
+        Weight words per column and tile.
+    outputs, tokens : int
+        Of the product; the tokens fit into the array's rows.
+    planes : int
+        From which the words are put together: 1, or 2 in verify mode.
+    """
+
+    words: int
+    outputs: int
+    tokens: int
+    planes: int = 1
+
+
+def stage_cycles(jobs: Sequence[Job], engine: Engine) -> int:
+    """Cycles from the host's answer to its next turn, when all results are in memory.
+
+    The engine holds two jobs: while one computes, the activations of the next are loaded.
+    """
+    issue, ends = 0, [0, 0]
+    for job in jobs:
+        issue = max(issue + _DISPATCH, ends[-2])
+        late = min(_BURST, job.words) - 1 if job.planes > 1 else 0
+        start = max(issue + _LOAD + engine.latency + late, ends[-1])
+        ends.append(start + gemm_cycles(job.words, job.outputs, job.tokens, engine))
+    # The last tile's results are collected, then sent.
+    stored = 2 * engine.result_beats * jobs[-1].tokens if jobs else 0
+    return ends[-1] + _STORE + engine.latency + stored
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -160,7 +214,8 @@ def verify_pass(
     config: ModelConfig, engine: Engine, formats: Formats, tokens: int, context: int = 0
 ) -> PassCost:
     """A pass of `tokens` rows over both planes and the group bytes, behind `context` positions."""
-    weights = groups = cycles = 0
+    weights = groups = 0
+    jobs = {}
     for name, (o, k) in linear_shapes(config).items():
         if name in formats:
             padded = _padded(o, engine)
@@ -169,8 +224,8 @@ def verify_pass(
             groups += -(-k // formats[name].group) * padded
         else:
             weights += 2 * k * o
-        cycles += gemm_cycles(k, o, tokens, engine)
-    return _with_attention(config, engine, (weights, groups, cycles), tokens, context)
+        jobs[name] = _jobs(k, o, tokens, engine, planes=2 if name in formats else 1)
+    return _pass_cost(config, engine, (weights, groups), jobs, tokens, context, _VERIFY_END)
 
 
 def draft_pass(
@@ -192,7 +247,8 @@ def draft_pass(
     """
     if head_rows is not None and not 1 <= head_rows <= config.vocab_size:
         raise ValueError(f"head rows are {head_rows}; expected 1 to {config.vocab_size}")
-    weights = groups = cycles = 0
+    weights = groups = 0
+    jobs = {}
     for name, (o, k) in linear_shapes(config).items():
         if name == "head" and head_rows is not None:
             o = head_rows
@@ -203,8 +259,8 @@ def draft_pass(
         else:
             words = k
             weights += 2 * k * o
-        cycles += gemm_cycles(words, o, 1, engine)
-    return _with_attention(config, engine, (weights, groups, cycles), 1, context)
+        jobs[name] = _jobs(words, o, 1, engine)
+    return _pass_cost(config, engine, (weights, groups), jobs, 1, context, _DRAFT_END)
 
 
 def relative_costs(
@@ -229,27 +285,47 @@ def _padded(outputs: int, engine: Engine) -> int:
     return -(-outputs // engine.cols) * engine.cols
 
 
-def _with_attention(
+def _jobs(words: int, outputs: int, tokens: int, engine: Engine, planes: int = 1) -> list[Job]:
+    """A product as jobs of no more tokens than the array has rows."""
+    batches = range(0, tokens, engine.rows)
+    return [Job(words, outputs, min(engine.rows, tokens - first), planes) for first in batches]
+
+
+def _pass_cost(
     config: ModelConfig,
     engine: Engine,
-    linear: tuple[int, int, int],
+    traffic: tuple[int, int],
+    linears: Mapping[str, list[Job]],
     tokens: int,
     context: int,
+    end: int,
 ) -> PassCost:
-    """The cost of a pass from (weight bytes, group bytes, cycles) of its linear layers.
+    """The cost of a pass from its (weight bytes, group bytes) and the jobs of its linear layers.
 
     The query heads that share a KV head go through the array together, as tokens * sharing rows;
     the weight stream is the KV cache, in plain FP16.
     """
-    weights, groups, cycles = linear
     c = config
     rows = tokens * (c.heads // c.kv_heads)
-    attention = 0
+    attention = []
+    stages = []
     for block in range(c.blocks):
         seen = _visible(c, block, context) + tokens
-        scores = gemm_cycles(c.head_dim, seen, rows, engine)
-        values = gemm_cycles(seen, c.head_dim, rows, engine)
-        attention += c.kv_heads * (scores + values)
-    stages = _STAGES_PER_BLOCK * c.blocks + 1  # and the head
-    drain = stages * (engine.fill + engine.overhead + min(tokens, engine.rows) - 1)
-    return PassCost(weights, groups, kv_bytes(c, context, tokens), cycles, attention, drain)
+        scores = c.kv_heads * _jobs(c.head_dim, seen, rows, engine)
+        values = c.kv_heads * _jobs(seen, c.head_dim, rows, engine)
+        attention += scores + values
+        q, k, v, o, gate, up, down = (linears[f"block.{block}.{name}"] for name in LINEARS)
+        stages += [q + k + v, scores, values, o, gate + up, down]
+    stages.append(linears["head"])
+    linear_cycles, attention_cycles = (
+        sum(gemm_cycles(job.words, job.outputs, job.tokens, engine) for job in jobs)
+        for jobs in (chain.from_iterable(linears.values()), attention)
+    )
+    cycles = sum(stage_cycles(stage, engine) for stage in stages) + end + engine.latency
+    return PassCost(
+        *traffic,
+        kv_bytes(c, context, tokens),
+        linear_cycles,
+        attention_cycles,
+        cycles - linear_cycles - attention_cycles,
+    )

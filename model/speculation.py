@@ -123,7 +123,8 @@ class Proposal:
     Attributes
     ----------
     candidates : for each chain position the chain's token, then its alternates
-    margins : for each chain position the draft's best logit minus its second best
+    margins : for each chain position the draft's best logit minus its second best; +infinity where
+        that is NaN
     distributions : for each chain position the draft's distribution that the candidates were drawn
         from, float64 [V]; empty in greedy decoding
     """
@@ -368,7 +369,9 @@ def draft(
         logits = forward(model, [token], cache, draft=layers)[0]
         tokens, q = propose(logits, settings.choices, sampling, generator)
         best = logits[ranked(logits, max(2, settings.choices))]
-        gaps.append((best[0] - best).tolist())
+        gap = best[0] - best
+        # Infinities and NaN have no distance to others.
+        gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
         candidates.append(tokens)
         if q is not None:
             distributions.append(q)
@@ -480,11 +483,7 @@ def generate(
     settings = settings or Settings()
     if sampling is not None and generator is None:
         raise ValueError("sampled decoding needs a generator")
-    remaining = min(max_tokens, model.config.context - len(prompt))
-    if not prompt or (remaining < 1 <= max_tokens):
-        raise ValueError(
-            f"the prompt has {len(prompt)} tokens; expected 1 to {model.config.context - 1}"
-        )
+    remaining = token_limit(model, prompt, max_tokens)
     cache = KVCache(model.config, len(prompt) + max(0, remaining) + settings.rows)
     if len(prompt) > 1 and remaining > 0:
         forward(model, prompt[:-1], cache, logit_rows=slice(-1, None))
@@ -504,6 +503,19 @@ def generate(
         yield step
         root = step.tokens[-1]
         remaining = 0 if root in stop_ids else remaining - len(step.tokens)
+
+
+def token_limit(model: Model, prompt: Sequence[int], max_tokens: int) -> int:
+    """How many tokens, at most `max_tokens`, the model's context leaves behind a prompt.
+
+    Raises ValueError if the prompt is empty or leaves none.
+    """
+    limit = min(max_tokens, model.config.context - len(prompt))
+    if not prompt or (limit < 1 <= max_tokens):
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens; expected 1 to {model.config.context - 1}"
+        )
+    return limit
 
 
 def committed_step(

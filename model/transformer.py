@@ -12,7 +12,7 @@ verify mode on FP16 operands, as on the array.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,6 +193,28 @@ def forward(
     return logits
 
 
+@dataclass(frozen=True, eq=False)
+class Linears:
+    """Linear layers to compute, without their biases: names, and their input x float16 [T, K]."""
+
+    names: tuple[str, ...]
+    x: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention of a block to compute: queries float16 [T, heads, D], keys and values float16
+    [T, kv_heads, D], which are to be stored first; queries and keys are rotated."""
+
+    block: int
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+BlockSteps = Generator[Linears | Attention, list[torch.Tensor] | torch.Tensor, torch.Tensor]
+
+
 def run_blocks(
     model: Model,
     tokens: torch.Tensor,
@@ -214,12 +236,39 @@ def run_blocks(
         Attention of a block, float16 in and out; queries and keys are rotated. It stores the keys
         and values.
     """
+    steps = block_steps(model, tokens, tables, logit_rows)
+    answer = None
+    try:
+        while True:
+            match steps.send(answer):
+                case Linears(names, x):
+                    answer = [linear(name, x) for name in names]
+                case Attention(block, queries, keys, values):
+                    answer = attend(block, queries, keys, values)
+    except StopIteration as end:
+        return end.value
+
+
+def block_steps(
+    model: Model,
+    tokens: torch.Tensor,
+    tables: Sequence[RotaryTable],
+    logit_rows: slice = slice(None),
+) -> BlockSteps:
+    """The vector work of a pass, which yields what the array is to compute and returns the logits.
+
+    For `Linears` it expects their products, a list of float32 [T, O]; for `Attention` its output,
+    float16 [T, heads * D]. Parameters and result are those of `run_blocks`.
+    """
     c = model.config
 
-    def biased(name: str, x: torch.Tensor) -> torch.Tensor:
-        y = linear(name, x)
-        bias = model.weights.get(name + ".bias")
-        return y if bias is None else y + bias.to(torch.float32)
+    def linears(x: torch.Tensor, *names: str) -> Generator[Linears, list[torch.Tensor], list]:
+        products = yield Linears(names, x)
+        biases = (model.weights.get(name + ".bias") for name in names)
+        return [
+            y if bias is None else y + bias.to(torch.float32)
+            for y, bias in zip(products, biases, strict=True)
+        ]
 
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, model.weights[name], c.norm_eps)
@@ -229,23 +278,27 @@ def run_blocks(
         h = h * c.embedding_scale
     for i in range(c.blocks):
         block = f"block.{i}."
+        names = [block + name for name in LINEARS]
         x = to_float16(norm(block + "attn_norm", h))
-        q, k, v = (biased(block + name, x).unflatten(1, (-1, c.head_dim)) for name in LINEARS[:3])
+        products = yield from linears(x, *names[:3])
+        q, k, v = (y.unflatten(1, (-1, c.head_dim)) for y in products)
         if block + "q_norm" in model.weights:
             q, k = norm(block + "q_norm", q), norm(block + "k_norm", k)
         table = tables[0] if c.is_global(i) else tables[1]
-        x = attend(i, rotate(q, *table), rotate(k, *table), to_float16(v))
-        y = biased(block + "o_proj", x)
+        x = yield Attention(i, rotate(q, *table), rotate(k, *table), to_float16(v))
+        (y,) = yield from linears(x, names[3])
         if block + "post_attn_norm" in model.weights:
             y = norm(block + "post_attn_norm", y)
         h = h + y
         x = to_float16(norm(block + "ffn_norm", h))
-        gate, up = (biased(block + name, x) for name in LINEARS[4:6])
-        y = biased(block + "down_proj", gated(gate, up, c.activation))
+        gate, up = yield from linears(x, *names[4:6])
+        (y,) = yield from linears(gated(gate, up, c.activation), names[6])
         if block + "post_ffn_norm" in model.weights:
             y = norm(block + "post_ffn_norm", y)
         h = h + y
-    return biased("head", to_float16(norm("final_norm", h[logit_rows])))
+    x = to_float16(norm("final_norm", h[logit_rows]))
+    (logits,) = yield from linears(x, "head")
+    return logits
 
 
 def rotary_tables(model: Model, positions: torch.Tensor) -> list[RotaryTable]:
@@ -267,11 +320,35 @@ def attention(
     allowed = mask.repeat_interleave(sharing, dim=0)
     outputs = []
     for q, k, v in zip(queries.split(sharing, dim=1), keys, values, strict=True):
-        scores = verify_gemm(q.flatten(0, 1), k)
-        weights, denominators = softmax_weights(scores, allowed, scale)
-        y = normalize(_weighted_values(weights, v, allowed), denominators)
+        steps = attention_steps(q.flatten(0, 1), allowed, scale)
+        weights = steps.send(verify_gemm(next(steps), k))
+        y = finish(steps, _weighted_values(weights, v, allowed))
         outputs.append(y.unflatten(0, (rows, sharing)))
     return torch.cat(outputs, dim=1).flatten(1)
+
+
+def attention_steps(
+    queries: torch.Tensor, allowed: torch.Tensor, scale: float
+) -> Generator[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The vector work of attention, which yields the left operands of its two products.
+
+    First the queries, float16 [..., N, D]: it expects their products with the keys, float32
+    [..., N, S]. Then the softmax weights, float16 [..., N, S]: it expects their products with the
+    values, float32 [..., N, D], and returns the attention, float16 of this shape. Row n attends to
+    the slots where allowed [..., N, S] is True.
+    """
+    scores = yield queries
+    weights, denominators = softmax_weights(scores, allowed, scale)
+    return normalize((yield weights), denominators)
+
+
+def finish(steps: Generator, answer: object) -> torch.Tensor:
+    """What a generator that needs just this answer returns."""
+    try:
+        steps.send(answer)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("the generator has more steps")
 
 
 def _weighted_values(

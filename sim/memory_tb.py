@@ -113,7 +113,7 @@ class _Failing:
         self.memory[address % _SIZE : address % _SIZE + len(data)] = data
 
 
-class _Source:
+class Source:
     """Offers the items of `queue` on a stream, in random cycles if `pause` is not 0."""
 
     def __init__(self, ports: tuple[object, object, object], rng: np.random.Generator) -> None:
@@ -142,7 +142,7 @@ class _Source:
         self.valid.value = 0
 
 
-class _Sink:
+class Sink:
     """Takes a stream, in random cycles if `pause` is not 0, and sees that offers stay."""
 
     def __init__(self, ports: tuple[object, object, object], rng: np.random.Generator) -> None:
@@ -357,8 +357,8 @@ def _store(memory: bytearray, address: int, data: int, strobe: int, size: int) -
 class _Unit:
     """The reader or the writer and what is around it."""
 
-    command: _Source
-    data: _Sink | _Source
+    command: Source
+    data: Sink | Source
     monitor: _Monitor
     done: list[int]
 
@@ -451,14 +451,14 @@ class _World:
             await RisingEdge(dut.clk)
         dut.rst.value = 0
         self.reader = _Unit(
-            _Source(self._stream("reader", "command"), rng),
-            _Sink(self._stream("reader", "data"), rng),
+            Source(self._stream("reader", "command"), rng),
+            Sink(self._stream("reader", "data"), rng),
             _Monitor(self, "reader"),
             [],
         )
         self.writer = _Unit(
-            _Source(self._stream("writer", "command"), rng),
-            _Source(self._stream("writer", "data"), rng),
+            Source(self._stream("writer", "command"), rng),
+            Source(self._stream("writer", "data"), rng),
             _Monitor(self, "writer"),
             [],
         )
@@ -517,12 +517,12 @@ class _World:
         port = self.port(unit, "clear")
         agents = getattr(self, unit)
         agents.command.withdraw()
-        if isinstance(agents.data, _Source):
+        if isinstance(agents.data, Source):
             agents.data.withdraw()
         port.value = 1
         await self.step()
         port.value = 0
-        if isinstance(agents.data, _Sink):
+        if isinstance(agents.data, Sink):
             agents.data.offer = None  # the clear withdraws it
         await self.step()
         await self.until(f"{unit} is cleared", self.idle)

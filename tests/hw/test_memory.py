@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from amaranth.lib import wiring
 
-from speq.hw.axi import AxiConfig
+from speq.hw.axi import ID_BITS, AxiConfig
 from speq.hw.memory_reader import MemoryReader
 from speq.hw.memory_writer import MemoryWriter
 from speq.hw.ram import RAM_VERILOG
@@ -79,17 +79,17 @@ def test_ports_have_the_names_and_widths_of_axi4(config: AxiConfig) -> None:
     def widths(signature: wiring.Signature) -> dict[str, int]:
         return {"_".join(map(str, p)): len(v) for p, _, v in signature.flatten(signature.create())}
 
-    address = {"id": 1, "addr": config.address_bits, "len": 8, "size": 3, "burst": 2}
+    address = {"id": ID_BITS, "addr": config.address_bits, "len": 8, "size": 3, "burst": 2}
     address |= {"cache": 4, "prot": 3, "valid": 1, "ready": 1}
     size = config.data_bits
     assert widths(config.read_signature) == {
         **{f"ar{name}": width for name, width in address.items()},
-        **{"rid": 1, "rdata": size, "rresp": 2, "rlast": 1, "rvalid": 1, "rready": 1},
+        **{"rid": ID_BITS, "rdata": size, "rresp": 2, "rlast": 1, "rvalid": 1, "rready": 1},
     }
     assert widths(config.write_signature) == {
         **{f"aw{name}": width for name, width in address.items()},
         **{"wdata": size, "wstrb": size // 8, "wlast": 1, "wvalid": 1, "wready": 1},
-        **{"bid": 1, "bresp": 2, "bvalid": 1, "bready": 1},
+        **{"bid": ID_BITS, "bresp": 2, "bvalid": 1, "bready": 1},
     }
 
 

@@ -14,9 +14,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from amaranth.hdl import Elaboratable, Module
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
 
 from speq.hw import AcceleratorConfig
-from speq.hw.verilog import LINT_WAIVERS, TOP, generate_verilog, write_verilog
+from speq.hw.axi import AxiConfig
+from speq.hw.system import SystemConfig
+from speq.hw.verilog import (
+    ACCELERATOR_TOP,
+    LINT_WAIVERS,
+    TOP,
+    convert_unit,
+    generate_verilog,
+    write_verilog,
+)
 from speq.model.format import FormatConfig
 from speq.sim.runner import VERILATOR_BIN
 
@@ -36,6 +48,17 @@ CONFIGS = {
     "8x16": AcceleratorConfig(),
 }
 
+SYSTEMS = {
+    "smallest accelerator": SystemConfig(AcceleratorConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    "accelerator 2x8, narrow ports": SystemConfig(
+        AcceleratorConfig(rows=2, cols=8, draft_rows=2, max_k=300),
+        weights=AxiConfig(data_bits=64, address_bits=64),
+        data=AxiConfig(data_bits=128, address_bits=64),
+    ),
+    "accelerator 3x64": SystemConfig(AcceleratorConfig(rows=3, cols=64)),
+}
+TOPS = CONFIGS | SYSTEMS
+
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -50,14 +73,22 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
     )
 
 
-def lint(source: Path, waivers: list[str]) -> subprocess.CompletedProcess[str]:
+each_top = pytest.mark.parametrize("config", TOPS.values(), ids=TOPS)
+
+
+def top_of(config: AcceleratorConfig | SystemConfig) -> str:
+    """Name of the top module."""
+    return ACCELERATOR_TOP if isinstance(config, SystemConfig) else TOP
+
+
+def lint(source: Path, waivers: list[str], top: str = TOP) -> subprocess.CompletedProcess[str]:
     """Verilator's lint with all warnings but the waived ones."""
     options = (
         "--lint-only",
         "--quiet",
         "-Wall",
         "--top-module",
-        TOP,
+        top,
         *(f"-Wno-{name}" for name in waivers),
     )
     return run(VERILATOR_BIN / "verilator", *options, source)
@@ -72,50 +103,58 @@ def yosys(folder: Path, script: str) -> str:
     return done.stdout
 
 
-def generate(config: AcceleratorConfig, folder: Path) -> tuple[Path, dict]:
+def generate(config: AcceleratorConfig | SystemConfig, folder: Path) -> tuple[Path, dict]:
     """The Verilog file and its description, read back."""
-    verilog, description = write_verilog(config, folder / "engine.v")
+    verilog, description, *_ = write_verilog(config, folder / "engine.v")
     return verilog, json.loads(description.read_text())
 
 
-@pytest.mark.parametrize("name", ["2x3", "2x3, FP16 only"])
+@pytest.mark.parametrize("name", ["2x3", "2x3, FP16 only", "accelerator 2x8, narrow ports"])
 def test_the_same_configuration_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from speq.hw import AcceleratorConfig; from speq.hw.verilog import write_verilog\n"
+        "from speq.hw.axi import AxiConfig\n"
+        "from speq.hw.system import SystemConfig\n"
         "from speq.model.format import FormatConfig\n"
-        f"write_verilog({CONFIGS[name]!r}, Path(sys.argv[1]))"
+        f"write_verilog({TOPS[name]!r}, Path(sys.argv[1]))"
     )
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         (tmp_path / seed).mkdir()
         done = run(sys.executable, "-c", code, tmp_path / seed / "engine.v", env=environment)
         assert done.returncode == 0, done.stdout
-    for file in ("engine.v", "engine.json"):
-        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
+    for file in (tmp_path / "1").iterdir():
+        assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
 
 
-@each_config
-def test_verilator_lints_it_without_a_warning(config: AcceleratorConfig, tmp_path: Path) -> None:
+@each_top
+def test_verilator_lints_it_without_a_warning(
+    config: AcceleratorConfig | SystemConfig, tmp_path: Path
+) -> None:
     source, _ = generate(config, tmp_path)
-    done = lint(source, list(LINT_WAIVERS))
+    done = lint(source, list(LINT_WAIVERS), top_of(config))
     assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("waiver", LINT_WAIVERS)
 def test_every_lint_waiver_is_needed(waiver: str, tmp_path: Path) -> None:
-    source, description = generate(SMALL, tmp_path)
+    source, description = generate(SYSTEMS["smallest accelerator"], tmp_path)
     assert description["verilator_lint_waivers"] == LINT_WAIVERS
-    done = lint(source, [name for name in LINT_WAIVERS if name != waiver])
+    waivers = [name for name in LINT_WAIVERS if name != waiver]
+    done = lint(source, waivers, ACCELERATOR_TOP)
     assert f"%Warning-{waiver}:" in done.stdout
 
 
-@each_config
-def test_icarus_compiles_it_without_a_warning(config: AcceleratorConfig, tmp_path: Path) -> None:
+@each_top
+def test_icarus_compiles_it_without_a_warning(
+    config: AcceleratorConfig | SystemConfig, tmp_path: Path
+) -> None:
     if shutil.which("iverilog") is None:
         pytest.skip("iverilog is not installed")
     source, _ = generate(config, tmp_path)
-    done = run("iverilog", "-g2005", "-Wall", "-s", TOP, "-o", tmp_path / "engine.vvp", source)
+    top = top_of(config)
+    done = run("iverilog", "-g2005", "-Wall", "-s", top, "-o", tmp_path / "engine.vvp", source)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -129,6 +168,65 @@ def test_yosys_synthesises_it_without_latches(draft_rows: int, tmp_path: Path) -
     )
     reports = re.findall(r"Found and reported (\d+) problems", log)
     assert reports and set(reports) == {"0"}
+
+
+def test_yosys_synthesises_an_accelerator_without_latches(tmp_path: Path) -> None:
+    generate(SYSTEMS["smallest accelerator"], tmp_path)
+    log = yosys(
+        tmp_path,
+        f"read_verilog engine.v; synth -top {ACCELERATOR_TOP} -run begin:fine; check -assert; "
+        "select -assert-none t:$dlatch* t:$dlatchsr t:$adlatch",
+    )
+    reports = re.findall(r"Found and reported (\d+) problems", log)
+    assert reports and set(reports) == {"0"}
+
+
+def test_the_accelerators_example_fits_its_ports(tmp_path: Path) -> None:
+    config = SYSTEMS["accelerator 2x8, narrow ports"]
+    source, description = generate(config, tmp_path)
+    example = tmp_path / "engine_example.v"
+    waivers = [f"-Wno-{name}" for name in LINT_WAIVERS]
+    done = run(
+        *(VERILATOR_BIN / "verilator", "--lint-only", "--quiet", "-Wall", *waivers),
+        *("--top-module", "speq_axi_example", example, source),
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    text = example.read_text()
+    for port in description["ports"]:
+        assert f"    .{port['name']}(" in text
+    for prefix, port in (("m_axi_weights", config.weights), ("m_axi_data", config.data)):
+        assert f"input [{port.data_bits - 1}:0] {prefix}_rdata" in text
+        assert f"output [3:0] {prefix}_arqos" in text
+    assert "m_axi_weights_awqos" not in text
+
+
+def test_the_core_file_names_files_that_are_there(tmp_path: Path) -> None:
+    generate(SYSTEMS["smallest accelerator"], tmp_path)
+    core = (tmp_path / "engine.core").read_text()
+    assert core.startswith("CAPI=2:\n")
+    files = re.findall(r"\bengine\w*\.\w+", core)
+    assert sorted(files) == ["engine.h", "engine.v", "engine_example.v"]
+    for file in files:
+        assert (tmp_path / file).exists()
+
+
+class _Mistranslated(wiring.Component):
+    """A signal of which one part is constant and another assigned conditionally."""
+
+    def __init__(self) -> None:
+        super().__init__({"a": In(1), "y": Out(8)})
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        m.d.comb += self.y[:4].eq(5)
+        with m.If(self.a):
+            m.d.comb += self.y[4:].eq(3)
+        return m
+
+
+def test_what_verilog_would_misunderstand_is_refused() -> None:
+    with pytest.raises(ValueError, match="unit: Verilog has another meaning for .always"):
+        convert_unit(_Mistranslated(), "unit")
 
 
 @each_config
@@ -214,7 +312,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 @pytest.mark.parametrize("width", [5, 6])
 def test_wider_drafts_are_refused_on_the_command_line(width: int, tmp_path: Path) -> None:
     speq = Path(sys.executable).with_name("speq")
-    done = run(speq, "verilog", "--width", str(width), "-o", tmp_path / "engine.v")
+    done = run(speq, "verilog", "--engine", "--width", str(width), "-o", tmp_path / "engine.v")
     assert done.returncode == 1
     assert done.stdout.count("\n") == 1
     message = f"speq: error: draft width is {width}; the RTL supports width 4 only"

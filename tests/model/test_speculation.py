@@ -31,6 +31,7 @@ from speq.model.speculation import (
     argmax,
     choose,
     distribution,
+    draft,
     generate,
     ranked,
     recursive_rejection,
@@ -296,6 +297,17 @@ def test_alternates_go_to_the_smallest_gaps():
     assert allot_alternates(gaps, [4, 4, 4], 99) == [3, 3, 3]
     assert allot_alternates(gaps, [1, 2, 1], 99) == [0, 1, 0]
     assert allot_alternates([], [], 8) == []
+
+
+def test_gaps_that_are_nan_are_the_largest(monkeypatch):
+    """Equal infinities and NaN logits: the chain goes on, and such alternates come last."""
+    inf, nan = math.inf, math.nan
+    passes = iter([[inf, inf, 2.0, 1.0], [nan, nan, nan, nan], [-inf, 9.0, nan, 4.0]])
+    cache = SimpleNamespace(length=5, truncate=lambda length: None)
+    monkeypatch.setattr(speculation, "forward", lambda *_, **__: torch.tensor([next(passes)]))
+    proposal = draft(None, cache, 7, {}, Settings(rows=9, draft_length=3, threshold=inf))
+    assert proposal.margins == [inf, inf, 5.0]
+    assert proposal.candidates == [[0, 1, 2, 3], [0, 1], [1, 3]]
 
 
 def test_acceptance_walks_the_tree():

@@ -20,10 +20,15 @@ from speq.model.checkpoint import (
 from speq.model.format import FormatConfig, encode
 from speq.model.transformer import (
     KVCache,
+    Linears,
     attention,
+    attention_steps,
+    block_steps,
+    finish,
     forward,
     linear_inputs,
     prepare_draft_linears,
+    rotary_tables,
 )
 from tests.model.small_models import (
     perplexity,
@@ -180,6 +185,39 @@ def test_cache_slots_may_lie_in_any_order(architecture):
     assert_same_bits(
         forward(model, last, moved, positions=[11]), forward(model, last, cache, positions=[11])
     )
+
+
+def test_a_pass_asks_for_its_products_stage_by_stage():
+    """What depends on nothing but one input comes together; attention's two products follow."""
+    model = small_model("qwen2")
+    c = model.config
+    steps = block_steps(model, torch.tensor([3, 1]), rotary_tables(model, torch.arange(2)))
+    stages = []
+    answer = None
+    with pytest.raises(StopIteration) as end:
+        while True:
+            stage = steps.send(answer)
+            if isinstance(stage, Linears):
+                stages.append(stage.names)
+                answer = [verify_gemm(stage.x, model.operands[name]) for name in stage.names]
+            else:
+                stages.append(stage.block)
+                assert stage.queries.shape == (2, c.heads, c.head_dim)
+                assert stage.keys.shape == stage.values.shape == (2, c.kv_heads, c.head_dim)
+                answer = torch.zeros(2, c.heads * c.head_dim, dtype=torch.float16)
+    assert end.value.value.shape == (2, c.vocab_size)
+    q, k, v, o, gate, up, down = LINEARS
+    expected = []
+    for i in range(c.blocks):
+        block = [(q, k, v), i, (o,), (gate, up), (down,)]
+        expected += [
+            part if part == i else tuple(f"block.{i}.{name}" for name in part) for part in block
+        ]
+    assert stages == [*expected, ("head",)]
+    attention_pass = attention_steps(torch.zeros(1, 2).half(), torch.ones(1, 1).bool(), 1.0)
+    next(attention_pass)
+    with pytest.raises(RuntimeError, match="more steps"):
+        finish(attention_pass, torch.zeros(1, 1))
 
 
 def test_values_that_a_row_does_not_see_cannot_disturb_it():

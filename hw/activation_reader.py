@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The array's activations, from memory."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Elaboratable, Module, Mux
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.axi import Fault
+from speq.hw.config import DRAFT_LANES, Mode
+from speq.hw.system import SystemConfig
+from speq.hw.tile_reader import TileReader
+
+
+def activation_command_layout(config: SystemConfig) -> data.StructLayout:
+    """The activations of a GEMM of reduction dimension `k` (1 or more), from byte address `address`
+    on."""
+    return data.StructLayout(
+        {"mode": Mode, "k": config.engine.k_bits, "address": config.address_bits}
+    )
+
+
+class ActivationReader(wiring.Component):
+    """For each command, k words of the activation store (draft: ceil(k / 4)).
+
+    In memory a word has `config.activation_bytes`.
+
+    Flow control, rate, faults and `clear`: as of `TileReader`.
+
+    Parameters
+    ----------
+    config : SystemConfig
+
+    Members
+    -------
+    axi : Out(config.data.read_signature)
+    command : In(stream of activation_command_layout(config))
+    activations : Out(stream of config.engine.activation_layout)
+    base, limit : In(address_bits)
+        First and last byte of the region; to be kept while busy.
+    busy : Out(1)
+        There are commands or words not taken, or transactions without an answer, or the unit waits
+        for `clear` after an error.
+    error : Out(Fault)
+    error_address : Out(address_bits)
+    clear : In(1)
+        Drop everything; the unit can be used again when it is not busy.
+    """
+
+    def __init__(self, config: SystemConfig) -> None:
+        self.config = config
+        super().__init__(
+            {
+                "axi": Out(config.data.read_signature),
+                "command": In(stream.Signature(activation_command_layout(config))),
+                "activations": Out(stream.Signature(config.engine.activation_layout)),
+                "base": In(config.address_bits),
+                "limit": In(config.address_bits),
+                "busy": Out(1),
+                "error": Out(Fault),
+                "error_address": Out(config.address_bits),
+                "clear": In(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        k_bits = self.config.engine.k_bits
+        m.submodules.reader = reader = TileReader(
+            self.config.data, 8 * self.config.activation_bytes, k_bits, tile_bits=1
+        )
+        wiring.connect(m, reader.axi, wiring.flipped(self.axi))
+        command, tile = self.command.payload, reader.command.payload
+        draft_words = (command.k + DRAFT_LANES - 1) // DRAFT_LANES
+        m.d.comb += [
+            tile.address.eq(command.address),
+            tile.words.eq(Mux(command.mode == Mode.DRAFT, draft_words, command.k)),
+            tile.tiles.eq(1),
+            reader.command.valid.eq(self.command.valid),
+            self.command.ready.eq(reader.command.ready),
+            self.activations.payload.eq(reader.words.payload),
+            self.activations.valid.eq(reader.words.valid),
+            reader.words.ready.eq(self.activations.ready),
+            reader.base.eq(self.base),
+            reader.limit.eq(self.limit),
+            reader.clear.eq(self.clear),
+            self.busy.eq(reader.busy),
+            self.error.eq(reader.error),
+            self.error_address.eq(reader.error_address),
+        ]
+        return m

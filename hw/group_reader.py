@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The group bytes of the array's weights, from memory."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Elaboratable, Module
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.axi import Fault
+from speq.hw.system import SystemConfig
+from speq.hw.tile_reader import TileReader
+from speq.hw.weight_reader import tile_bits
+
+
+def group_command_layout(config: SystemConfig) -> data.StructLayout:
+    """The group bytes of a GEMM: `tiles` tiles for `k` weights per column, both 1 or more, from
+    byte address `groups` on."""
+    return data.StructLayout(
+        {
+            "k": config.engine.k_bits,
+            "tiles": tile_bits(config),
+            "groups": config.address_bits,
+        }
+    )
+
+
+class GroupReader(wiring.Component):
+    """For each command, ceil(k / group) words of a byte per column for each of its tiles.
+
+    In memory the bytes are [tile][group][column], each tile padded to a whole beat.
+
+    Flow control, rate, faults and `clear`: as of `TileReader`.
+
+    Parameters
+    ----------
+    config : SystemConfig
+
+    Members
+    -------
+    axi : Out(config.data.read_signature)
+    command : In(stream of group_command_layout(config))
+    groups : Out(stream of config.engine.group_layout)
+    base, limit : In(address_bits)
+        First and last byte of the region; to be kept while busy.
+    busy : Out(1)
+        There are commands or words not taken, or transactions without an answer, or the unit waits
+        for `clear` after an error.
+    error : Out(Fault)
+    error_address : Out(address_bits)
+    clear : In(1)
+        Drop everything; the unit can be used again when it is not busy.
+    """
+
+    def __init__(self, config: SystemConfig) -> None:
+        self.config = config
+        super().__init__(
+            {
+                "axi": Out(config.data.read_signature),
+                "command": In(stream.Signature(group_command_layout(config))),
+                "groups": Out(stream.Signature(config.engine.group_layout)),
+                "base": In(config.address_bits),
+                "limit": In(config.address_bits),
+                "busy": Out(1),
+                "error": Out(Fault),
+                "error_address": Out(config.address_bits),
+                "clear": In(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        engine = self.config.engine
+        group = engine.format.group
+        m.submodules.reader = reader = TileReader(
+            self.config.data,
+            engine.group_layout.size,
+            engine.k_bits,
+            tile_bits(self.config),
+        )
+        wiring.connect(m, reader.axi, wiring.flipped(self.axi))
+        command, tile = self.command.payload, reader.command.payload
+        m.d.comb += [
+            tile.address.eq(command.groups),
+            tile.words.eq((command.k + group - 1) // group),
+            tile.tiles.eq(command.tiles),
+            reader.command.valid.eq(self.command.valid),
+            self.command.ready.eq(reader.command.ready),
+            self.groups.payload.eq(reader.words.payload),
+            self.groups.valid.eq(reader.words.valid),
+            reader.words.ready.eq(self.groups.ready),
+            reader.base.eq(self.base),
+            reader.limit.eq(self.limit),
+            reader.clear.eq(self.clear),
+            self.busy.eq(reader.busy),
+            self.error.eq(reader.error),
+            self.error_address.eq(reader.error_address),
+        ]
+        return m

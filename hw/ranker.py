@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best outputs of each row, found while the results of a GEMM pass by."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.gemm_engine import result_layout
+from speq.hw.ram import Ram
+from speq.hw.system import CHOICES, TOKEN_BITS, SystemConfig
+
+#: The order key of minus infinity.
+_LEAST = 0x007F_FFFF
+
+
+def rank_start_layout(config: SystemConfig) -> data.StructLayout:
+    """A GEMM whose results are to be ranked: how many rows it has."""
+    return data.StructLayout({"tokens": config.engine.token_bits})
+
+
+def order_key(logit: Value) -> Value:
+    """32 bits that, as unsigned numbers, are ordered as the FP32 numbers `logit` are.
+
+    NaN counts as minus infinity, and both zeros are equal.
+    """
+    magnitude, negative = logit[:31], logit[31]
+    is_nan = magnitude[23:].all() & magnitude[:23].any()
+    below = Cat(~magnitude, Const(0, 1))
+    above = Cat(magnitude, Const(1, 1))
+    return Mux(is_nan, _LEAST, Mux(negative & magnitude.any(), below, above))
+
+
+class Ranker(wiring.Component):
+    """Rank the FP32 results of a GEMM: keep the `CHOICES` largest of each row.
+
+    The largest comes first; of equal ones the lowest index. NaN ranks as minus infinity and ties
+    with it, but keeps its bits; -0 and +0 tie. Index i * cols + c is column c of tile i; tiles come
+    in rising order, each with one beat for each row, 0 to tokens - 1. Only strobed columns count.
+    Where a row has fewer outputs, or none because it is not below `tokens`, the rest of its
+    entries is not valid.
+
+    All columns are compared with the row's last entry at once; those that exceed it are inserted
+    one after the other, lowest index first, if they still exceed it.
+
+    Flow control: the results may stall in any cycle and must keep the beat on offer until it is
+    taken. A beat takes `CYCLES` cycles if no column exceeds the last entry, otherwise `CYCLES` + 1
+    and one for each that does. A start is taken only between GEMMs, and drops the entries of the
+    one before: they must have been read by then. Results wait for their start.
+
+    Parameters
+    ----------
+    config : SystemConfig
+
+    Members
+    -------
+    start : In(stream of rank_start_layout(config))
+        One for each GEMM.
+    results : In(stream of gemm_engine.result_layout(config.engine))
+    busy : Out(1)
+        From the cycle after a start until the GEMM's last beat has been ranked.
+    row : In(range(rows))
+    entries : Out(ArrayLayout(config.ranked_layout, CHOICES))
+        Those of `row` in the cycle before, unless it was busy then.
+    """
+
+    #: Cycles from seeing a beat to seeing the next one, if nothing is inserted.
+    CYCLES = 3
+    #: Cycles from `row` to `entries`.
+    LATENCY = 1
+
+    def __init__(self, config: SystemConfig) -> None:
+        self.config = config
+        self._layout = data.ArrayLayout(config.ranked_layout, CHOICES)
+        super().__init__(
+            {
+                "start": In(stream.Signature(rank_start_layout(config))),
+                "results": In(stream.Signature(result_layout(config.engine))),
+                "busy": Out(1),
+                "row": In(config.engine.row_bits),
+                "entries": Out(self._layout),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        config = self.config
+        engine = config.engine
+        beat = self.results.payload
+        m.submodules.ram = ram = Ram(self._layout.size, max(2, engine.rows))
+
+        running = self.busy
+        tokens = Signal(engine.token_bits, reset_less=True)
+        column_bits = (engine.cols - 1).bit_length()
+        tile = Signal(TOKEN_BITS - column_bits, reset_less=True)
+        touched = Signal(engine.rows)  # rows that have entries
+        m.d.comb += self.start.ready.eq(~running)
+        with m.If(self.start.valid & self.start.ready):
+            m.d.sync += [
+                running.eq(1),
+                tokens.eq(self.start.payload.tokens),
+                tile.eq(0),
+                touched.eq(0),
+            ]
+
+        # The row's entries are read from the RAM, changed, and written back.
+        read_row = Signal(engine.row_bits)
+        was_touched = Signal(reset_less=True)
+        stored = data.View(self._layout, ram.read_data)
+        m.d.comb += [
+            read_row.eq(Mux(running, beat.row, self.row)),
+            ram.read_address.eq(read_row),
+            ram.write_address.eq(beat.row),
+        ]
+        with m.If(ram.read_enable):
+            m.d.sync += was_touched.eq(touched.bit_select(read_row, 1))
+        for entry, read in zip(self.entries, stored, strict=True):
+            m.d.comb += [entry.eq(read), entry.valid.eq(read.valid & was_touched)]
+
+        best = Signal(self._layout, reset_less=True)
+        pending = Signal(engine.cols)  # columns to be inserted
+        candidate = Signal(config.ranked_layout)
+        m.d.comb += ram.write_data.eq(best)
+        m.d.sync += candidate.valid.eq(0)
+        with m.If(candidate.valid):
+            self._insert(m, best, candidate)
+        with m.FSM():
+            with m.State("READ"):
+                m.d.comb += ram.read_enable.eq(~running | self.results.valid)
+                with m.If(running & self.results.valid):
+                    m.next = "COMPARE"
+            with m.State("COMPARE"):
+                least = self._rank(self.entries[CHOICES - 1])
+                m.d.sync += best.eq(self.entries)
+                for column, logit in enumerate(beat.data):
+                    exceeds = Cat(order_key(logit), Const(1, 1)) > least
+                    m.d.sync += pending[column].eq(beat.strobe[column] & exceeds)
+                m.next = "INSERT"
+            with m.State("INSERT"):
+                # Clears the lowest bit that is set.
+                m.d.sync += pending.eq(pending & (pending - 1))
+                for column in reversed(range(engine.cols)):
+                    with m.If(pending[column]):
+                        m.d.sync += [
+                            candidate.valid.eq(1),
+                            candidate.token.eq(Cat(Const(column, column_bits), tile)),
+                            candidate.logit.eq(beat.data[column]),
+                        ]
+                with m.If(~pending.any() & ~candidate.valid):
+                    m.d.comb += [self.results.ready.eq(1), ram.write_enable.eq(1)]
+                    m.d.sync += touched.bit_select(beat.row, 1).eq(1)
+                    with m.If(beat.row + 1 == tokens):
+                        m.d.sync += tile.eq(tile + 1)
+                    with m.If(beat.last):
+                        m.d.sync += running.eq(0)
+                    m.next = "READ"
+        return m
+
+    def _rank(self, entry: data.View) -> Value:
+        """A number that is larger for a better entry; one that is not valid is below all."""
+        return Cat(order_key(entry.logit), Const(1, 1)) & entry.valid.replicate(33)
+
+    def _insert(self, m: Module, best: data.View, candidate: data.View) -> None:
+        """Put the candidate before the first entry that is worse, and drop the last."""
+        rank = self._rank(candidate)
+        better = Cat(rank > self._rank(entry) for entry in best)
+        for i in range(CHOICES):
+            with m.If(better[i]):
+                if i:
+                    # Entries are sorted, so that this one moves if the one before does.
+                    m.d.sync += best[i].eq(Mux(better[i - 1], best[i - 1], candidate))
+                else:
+                    m.d.sync += best[i].eq(candidate)

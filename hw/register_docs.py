@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The register map and the descriptor as a C header and as Markdown tables."""
+
+from __future__ import annotations
+
+from speq.hw.config import Mode
+from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.register_map import ANSWERS, ERRORS, STATES, Register, constants, registers
+from speq.hw.system import PassKind, SystemConfig
+
+_ACCESSES = {
+    "ro": "read only",
+    "rw": "read and write",
+    "wo": "write only, reads as 0",
+    "w1c": "writing ones clears bits",
+}
+_C_TYPES = {8: "uint8_t", 32: "uint32_t", 64: "uint64_t"}
+#: The byte of a descriptor that holds several fields, and where it is.
+_FLAGS = "flags"
+_FLAGS_BYTE = 1
+#: Prefix in C, title, and name, value and meaning of numbers in registers and descriptors.
+_NUMBERS = (
+    ("STATE", "States (STATUS)", [(name, *number) for name, number in STATES.items()]),
+    ("ANSWER", "Answers (HOST_ANSWER)", [(name, *number) for name, number in ANSWERS.items()]),
+    ("ERROR", "Errors (ERROR)", [(e.name, e.value, about) for e, about in ERRORS.items()]),
+    ("PASS", "Kinds of passes (PASS.kind)", [(e.name, e.value, "") for e in PassKind]),
+    ("KIND", "Kinds of descriptors", [(e.name, e.value, "") for e in Kind]),
+    ("MODE", "Modes of GEMM and ARGMAX descriptors", [(e.name, e.value, "") for e in Mode]),
+)
+
+
+def c_header(config: SystemConfig) -> str:
+    """A C header (C99, C++) of the registers and descriptors of one configuration.
+
+    - SPEQ_REG_name: byte offset of a register. Of one of 64 bits, that of the lower half; the upper
+      half, SPEQ_REG_name_HIGH, follows. Of an array, of its first element: SPEQ_REG_name_COUNT
+      elements, SPEQ_REG_name_STRIDE bytes apart.
+    - SPEQ_name_field_SHIFT, _MASK: a field of a register; the mask is in place.
+    - SPEQ_VALUE_name: what a register that never changes reads.
+    - SPEQ_STATE_, SPEQ_ANSWER_, SPEQ_ERROR_, SPEQ_PASS_, SPEQ_KIND_, SPEQ_MODE_: numbers.
+    - struct speq_descriptor: a descriptor, on a little-endian host.
+    """
+    parts = [
+        "/* SPDX-License-Identifier: Apache-2.0 */",
+        "/* Registers and descriptors of the SPEQ accelerator, generated for one configuration. */",
+        "#ifndef SPEQ_H\n#define SPEQ_H\n\n#include <stdint.h>",
+        "/* Registers: byte offsets, fields. */",
+        *(_c_register(register) for register in registers(config)),
+        "/* What the registers that never change read. */",
+        _c_values(config),
+        *(_c_numbers(*numbers) for numbers in _NUMBERS),
+        _c_descriptor(),
+        "#endif",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(config: SystemConfig) -> str:
+    """The registers, the numbers in them and the descriptor as Markdown tables."""
+    fixed = constants(config)
+    parts = [
+        "# Registers of SPEQ",
+        "Registers are 32 bits wide, on an AXI4-Lite port. Those of 64 bits take two words, the "
+        "lower half first. What is not named reads as 0 and ignores writes; after reset everything "
+        "that can be written is 0. Access: "
+        + "; ".join(f"{access} {meaning}" for access, meaning in _ACCESSES.items())
+        + ".",
+        _table(
+            ("Offset", "Name", "Access", "Bits", "Meaning"),
+            [row for register in registers(config) for row in _register_rows(register, fixed)],
+        ),
+    ]
+    for _prefix, title, rows in _NUMBERS:
+        table = _table(("Value", "Name", "Meaning"), [(row[1], row[0], row[2]) for row in rows])
+        parts += [f"## {title}", table]
+    fields = [
+        (place.offset // 8, _bits(place.offset % 8, place.width), name)
+        for name, place in DESCRIPTOR
+    ]
+    parts += [
+        "## Descriptor",
+        f"{DESCRIPTOR_BYTES} bytes, little-endian; `speq.hw.descriptor` says what the fields mean.",
+        _table(("Byte", "Bits", "Field"), fields),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _define(name: str, value: str, about: str = "") -> str:
+    return f"#define SPEQ_{name} {value}" + (f" /* {about} */" if about else "")
+
+
+def _c_register(register: Register) -> str:
+    lines = [_define(f"REG_{register.name}", f"0x{register.offset:03x}u", _about(register))]
+    if register.words > 1:
+        lines.append(_define(f"REG_{register.name}_HIGH", f"0x{register.offset + 4:03x}u"))
+    if register.count:
+        lines += [
+            _define(f"REG_{register.name}_COUNT", f"{register.count}u"),
+            _define(f"REG_{register.name}_STRIDE", f"{4 * register.words}u"),
+        ]
+    for field in register.fields:
+        name = f"{register.name}_{field.name.upper()}"
+        lines += [
+            _define(f"{name}_SHIFT", f"{field.low}u", field.about),
+            _define(f"{name}_MASK", f"0x{(1 << field.bits) - 1 << field.low:08x}u"),
+        ]
+    return "\n".join(lines)
+
+
+def _about(register: Register) -> str:
+    return f"{register.access}, {register.bits} bits: {register.about}"
+
+
+def _c_values(config: SystemConfig) -> str:
+    fixed = constants(config)
+    return "\n".join(
+        _define(f"VALUE_{register.name}", f"0x{register.pack(fixed[register.name]):08x}u")
+        for register in registers(config)
+        if register.name in fixed
+    )
+
+
+def _c_numbers(prefix: str, title: str, rows: list[tuple[str, int, str]]) -> str:
+    lines = [_define(f"{prefix}_{name}", f"{value}u", about) for name, value, about in rows]
+    return "\n".join([f"/* {title}. */", *lines])
+
+
+def _c_descriptor() -> str:
+    """The descriptor as a struct; fields that are no bytes share the member `flags`."""
+    members, flags = [], []
+    for name, place in DESCRIPTOR:
+        if place.width in _C_TYPES and place.offset % place.width == 0:
+            members.append(f"    {_C_TYPES[place.width]} {name};")
+        else:
+            if not flags:
+                members.append(f"    uint8_t {_FLAGS};")
+            low = place.offset - 8 * _FLAGS_BYTE
+            macro = f"DESCRIPTOR_{name.upper()}"
+            flags += [
+                _define(f"{macro}_SHIFT", f"{low}u"),
+                _define(f"{macro}_MASK", f"0x{(1 << place.width) - 1 << low:02x}u"),
+            ]
+    return "\n".join(
+        [
+            "/* A descriptor as it lies in memory, for a little-endian host. */",
+            "struct speq_descriptor {",
+            *members,
+            "};",
+            f"/* Fields of the member `{_FLAGS}`. */",
+            *flags,
+            _define("DESCRIPTOR_BYTES", f"{DESCRIPTOR_BYTES}u"),
+            "typedef char speq_descriptor_has_its_size",
+            "    [sizeof(struct speq_descriptor) == SPEQ_DESCRIPTOR_BYTES ? 1 : -1];",
+        ]
+    )
+
+
+def _register_rows(
+    register: Register, fixed: dict[str, int | dict[str, int]]
+) -> list[tuple[object, ...]]:
+    """A register's row of the table, and one for each of its fields."""
+    offset, name, about = f"0x{register.offset:03x}", f"`{register.name}`", register.about
+    if register.count:
+        name += f" [{register.count}]"
+    if register.name in fixed:
+        about += f": 0x{register.pack(fixed[register.name]):x}"
+    rows = [(offset, name, register.access, _bits(0, register.bits), about)]
+    for field in register.fields:
+        bits = _bits(field.low, field.bits)
+        rows.append(("", f"`{register.name}.{field.name}`", "", bits, field.about))
+    return rows
+
+
+def _bits(low: int, bits: int) -> str:
+    return f"{low + bits - 1}:{low}" if bits > 1 else f"{low}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of the array, packed into beats for memory."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Array, Cat, Elaboratable, Module, Mux, Signal, Value
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.config import FP16_BITS
+from speq.hw.gemm_engine import result_layout
+from speq.hw.memory_writer import write_layout
+from speq.hw.system import SystemConfig
+
+_FP32_BITS = 32
+#: Commands that wait behind each of the two parts of the unit.
+_QUEUE = 2
+
+
+def result_command_layout(config: SystemConfig) -> data.StructLayout:
+    """Where the results of a GEMM go: `tiles` times `tokens` result beats, from `address` upwards,
+    as FP16 if `half`. With `discard` they are not written, with `rank` they are ranked."""
+    engine = config.engine
+    return data.StructLayout(
+        {
+            "tiles": (-(-engine.max_o // engine.cols)).bit_length(),
+            "tokens": engine.token_bits,
+            "half": 1,
+            "discard": 1,
+            "rank": 1,
+            "address": config.address_bits,
+        }
+    )
+
+
+class ResultWriter(wiring.Component):
+    """Hand the results of GEMMs to a writer of memory, as [tile][token][column], and to a ranker.
+
+    A result beat becomes 32 * cols / data_bits beats of the data port (FP16: half as many), the
+    lowest columns first. Columns that are not strobed are written as 0. Each tile is one write
+    command; the commands are offered as soon as their GEMM's command is there, ahead of the
+    results. The results' `last`, not the number of tiles, ends a command.
+
+    Flow control: all streams may stall in any cycle. A result beat is taken with its last beat for
+    memory, and when the ranker has taken it; without stalls there is a beat for memory in every
+    cycle, also from tile to tile and from command to command. Discarded results take one cycle.
+    The outputs follow the results in the same cycle, behind a command by one cycle or more. Three
+    commands are taken before the first of them has finished; tiles and tokens must not be 0.
+
+    Parameters
+    ----------
+    config : SystemConfig
+
+    Members
+    -------
+    command : In(stream of result_command_layout(config))
+    results : In(stream of gemm_engine.result_layout(config.engine))
+    ranked : Out(stream of gemm_engine.result_layout(config.engine))
+        The result beats of commands with `rank`.
+    write_command : Out(stream of config.data.command_layout)
+    write_data : Out(stream of write_layout(config.data))
+    done : Out(1)
+        Pulse: a command's last result beat has been taken. If beats are taken only behind their
+        command, as by a `WriteMux`, all its write commands have been taken, too.
+    """
+
+    def __init__(self, config: SystemConfig) -> None:
+        self.config = config
+        results = result_layout(config.engine)
+        super().__init__(
+            {
+                "command": In(stream.Signature(result_command_layout(config))),
+                "results": In(stream.Signature(results)),
+                "ranked": Out(stream.Signature(results)),
+                "write_command": Out(stream.Signature(config.data.command_layout)),
+                "write_data": Out(stream.Signature(write_layout(config.data))),
+                "done": Out(1),
+            }
+        )
+
+    def _beats(self, bits: int) -> int:
+        """Beats of the data port for one result beat with so many bits per column."""
+        return self.config.engine.cols * bits // self.config.data.data_bits
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        layout = result_command_layout(self.config)
+        m.submodules.places = places = SyncFIFO(width=layout.size, depth=_QUEUE)
+        m.submodules.formats = formats = SyncFIFO(width=layout.size, depth=_QUEUE)
+        command = self.command
+        is_written = ~command.payload.discard
+        m.d.comb += [
+            command.ready.eq(places.w_rdy & formats.w_rdy),
+            places.w_data.eq(command.payload),
+            places.w_en.eq(command.valid & command.ready & is_written),
+            formats.w_data.eq(command.payload),
+            formats.w_en.eq(command.valid & command.ready),
+        ]
+        self._place(m, places)
+        self._pass_on(m, formats)
+        return m
+
+    def _place(self, m: Module, places: SyncFIFO) -> None:
+        """One write command per tile."""
+        config = self.config
+        layout = result_command_layout(config)
+        job = Signal(layout, reset_less=True)
+        running = Signal()
+        last = Signal()
+        step = Signal()
+        beats = Signal(range(config.engine.rows * self._beats(_FP32_BITS) + 1))
+        m.d.comb += [
+            # The factor is one of two powers of two.
+            beats.eq(
+                Mux(
+                    job.half,
+                    job.tokens * self._beats(FP16_BITS),
+                    job.tokens * self._beats(_FP32_BITS),
+                )
+            ),
+            self.write_command.valid.eq(running),
+            self.write_command.payload.address.eq(job.address),
+            self.write_command.payload.beats.eq(beats),
+            step.eq(running & self.write_command.ready),
+            last.eq(job.tiles == 1),
+            places.r_en.eq(~running | (step & last)),
+        ]
+        with m.If(step):
+            m.d.sync += [
+                job.tiles.eq(job.tiles - 1),
+                job.address.eq(job.address + beats * config.data.beat_bytes),
+            ]
+        with m.If(places.r_en):
+            m.d.sync += [running.eq(places.r_rdy), job.eq(places.r_data)]
+
+    def _pass_on(self, m: Module, formats: SyncFIFO) -> None:
+        """Result beats to the ranker and, cut into beats, to the writer."""
+        config = self.config
+        results, ranked, write = self.results, self.ranked, self.write_data
+        layout = result_command_layout(config)
+        job = data.View(layout, formats.r_data)
+        present = results.valid & formats.r_rdy
+        was_ranked = Signal()  # the ranker has this beat
+        was_written = Signal()  # memory has this beat
+        part = Signal(range(self._beats(_FP32_BITS)))
+        last_part = Signal()
+        ranked_all = Signal()
+        written_all = Signal()
+        taken = Signal()
+        m.d.comb += [
+            last_part.eq(
+                part == Mux(job.half, self._beats(FP16_BITS) - 1, self._beats(_FP32_BITS) - 1)
+            ),
+            ranked.payload.eq(results.payload),
+            ranked.valid.eq(present & job.rank & ~was_ranked),
+            write.valid.eq(present & ~job.discard & ~was_written),
+            write.payload.data.eq(self._part(part, job.half)),
+            write.payload.strobe.eq(-1),
+            ranked_all.eq(~job.rank | was_ranked | ranked.ready),
+            written_all.eq(job.discard | was_written | (write.ready & last_part)),
+            results.ready.eq(formats.r_rdy & ranked_all & written_all),
+            taken.eq(results.valid & results.ready),
+            self.done.eq(taken & results.payload.last),
+            formats.r_en.eq(self.done),
+        ]
+        with m.If(write.valid & write.ready):
+            m.d.sync += part.eq(Mux(last_part, 0, part + 1))
+        with m.If(taken):
+            m.d.sync += [was_ranked.eq(0), was_written.eq(0)]
+        with m.Elif(present):
+            m.d.sync += [was_ranked.eq(ranked_all), was_written.eq(written_all)]
+
+    def _part(self, part: Value, half: Value) -> Value:
+        """Beat `part` of the result beat."""
+        payload = self.results.payload
+        size = self.config.data.data_bits
+        lanes = [Mux(payload.strobe[i], lane, 0) for i, lane in enumerate(payload.data)]
+        single = Cat(lanes)
+        packed = Cat(lane[:FP16_BITS] for lane in lanes)
+        choices = [single.word_select(i, size) for i in range(self._beats(_FP32_BITS))]
+        halves = [packed.word_select(i, size) for i in range(self._beats(FP16_BITS))]
+        # Beyond the packed beats the choice does not matter.
+        return Mux(half, Array(halves)[part], Array(choices)[part])

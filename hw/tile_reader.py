@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a matrix of tiles from memory as a stream of words."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, Signal, Value
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.axi import BEATS_BITS, AxiConfig, Fault
+from speq.hw.memory_reader import MemoryReader
+from speq.hw.repeater import Repeater
+from speq.hw.word_packer import WordPacker, packer_command_layout
+
+#: Commands whose last word may not have been taken when another is taken.
+_COMMANDS = 4
+
+
+def tile_command_layout(config: AxiConfig, word_count_bits: int, tile_bits: int) -> data.Layout:
+    """`tiles` tiles (1 or more) of `words` words (1 or more) from byte address `address` on.
+
+    Each tile begins with a beat: `stride` bytes behind the one before it, or with the next beat if
+    `stride` is 0.
+    """
+    return data.StructLayout(
+        {
+            "address": config.address_bits,
+            "stride": config.address_bits,
+            "words": word_count_bits,
+            "tiles": tile_bits,
+        }
+    )
+
+
+class TileReader(wiring.Component):
+    """For each command, the words of its tiles, in order.
+
+    Each tile is one command for a `MemoryReader`. They are issued as fast as that one takes them,
+    whatever the consumer does, so the buffer is filled across tiles and commands.
+
+    Flow control, faults and `clear`: as of `MemoryReader`; after `clear` no word is offered that
+    belongs to an earlier command. Without stalls there is a word per cycle, or a beat per cycle if
+    words are wider, also from tile to tile and from command to command, if tiles have enough beats
+    to keep the memory busy (`AxiConfig`). The first request of a command is on the bus `LATENCY`
+    cycles after the command was taken.
+
+    Parameters
+    ----------
+    config : AxiConfig
+    word_bits : int
+        Bits of a word, a power of two.
+    word_count_bits, tile_bits : int
+        Bits of a command's number of words and of tiles.
+
+    Members
+    -------
+    axi : Out(config.read_signature)
+    command : In(stream of tile_command_layout(config, word_count_bits, tile_bits))
+    words : Out(stream of word_bits)
+    base, limit : In(address_bits)
+        First and last byte of the region; to be kept while busy.
+    busy : Out(1)
+        There are commands or words not taken, or transactions without an answer, or the unit waits
+        for `clear` after an error.
+    error : Out(Fault)
+    error_address : Out(address_bits)
+    clear : In(1)
+    """
+
+    #: Cycles from taking a command to its first request on the bus.
+    LATENCY = 1 + MemoryReader.LATENCY
+
+    def __init__(
+        self, config: AxiConfig, word_bits: int, word_count_bits: int, tile_bits: int
+    ) -> None:
+        self.config = config
+        self.word_bits = word_bits
+        self.word_count_bits = word_count_bits
+        self.tile_bits = tile_bits
+        command = tile_command_layout(config, word_count_bits, tile_bits)
+        super().__init__(
+            {
+                "axi": Out(config.read_signature),
+                "command": In(stream.Signature(command)),
+                "words": Out(stream.Signature(word_bits)),
+                "base": In(config.address_bits),
+                "limit": In(config.address_bits),
+                "busy": Out(1),
+                "error": Out(Fault),
+                "error_address": Out(config.address_bits),
+                "clear": In(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        config = self.config
+        resettable = ResetInserter(self.clear)
+        packer_command = packer_command_layout(self.word_count_bits)
+        reader = MemoryReader(config)
+        packer = WordPacker(config.data_bits, self.word_bits, self.word_count_bits)
+        lengths = Repeater(packer_command, self.tile_bits, _COMMANDS)
+        m.submodules.reader = reader
+        m.submodules.packer = resettable(packer)
+        m.submodules.lengths = resettable(lengths)
+        wiring.connect(m, reader.axi, wiring.flipped(self.axi))
+        wiring.connect(m, lengths.items, packer.command)
+        wiring.connect(m, reader.data, packer.beats)
+        wiring.connect(m, packer.words, wiring.flipped(self.words))
+
+        command = self.command.payload
+        take = self.command.valid & self.command.ready
+        left = Signal(self.tile_bits)  # tiles
+        issue = reader.command.valid & reader.command.ready
+        m.d.comb += [
+            self.command.ready.eq(
+                ((left == 0) | (issue & (left == 1))) & lengths.command.ready & ~self.clear
+            ),
+            lengths.command.valid.eq(take),
+            lengths.command.payload.item.words.eq(command.words),
+            lengths.command.payload.times.eq(command.tiles),
+            reader.command.valid.eq(left != 0),
+        ]
+        stride = Signal(config.address_bits, reset_less=True)
+        request = reader.command.payload
+        address = Signal(config.address_bits, reset_less=True)
+        beats = Signal(BEATS_BITS, reset_less=True)
+        m.d.comb += [request.address.eq(address), request.beats.eq(beats)]
+        with m.If(take):
+            m.d.sync += [
+                left.eq(command.tiles),
+                address.eq(command.address),
+                stride.eq(command.stride),
+                beats.eq(self._beats(command.words)),
+            ]
+        with m.Elif(issue):
+            contiguous = Cat(Const(0, config.offset_bits), beats)
+            m.d.sync += [
+                left.eq(left - 1),
+                address.eq(address + Mux(stride == 0, contiguous, stride)),
+            ]
+        with m.If(self.clear):
+            m.d.sync += left.eq(0)
+
+        m.d.comb += [
+            reader.base.eq(self.base),
+            reader.limit.eq(self.limit),
+            reader.clear.eq(self.clear),
+            self.error.eq(reader.error),
+            self.error_address.eq(reader.error_address),
+            self.busy.eq((left != 0) | lengths.busy | packer.busy | reader.busy),
+        ]
+        return m
+
+    def _beats(self, words: Value) -> Value:
+        """Beats of a tile."""
+        if self.word_bits >= self.config.data_bits:
+            return words * (self.word_bits // self.config.data_bits)
+        per_beat = self.config.data_bits // self.word_bits
+        return (words + per_beat - 1) // per_beat

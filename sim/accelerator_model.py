@@ -1,0 +1,614 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A functional model of the whole accelerator: registers, descriptors and memory, no cycles.
+
+What the RTL leaves in memory and in its registers, this model leaves there, too, whenever it waits
+for the host and when a run has ended. It shares the arithmetic with `speq.model.arith` and the
+speculation with `speq.model.speculation`; where operands lie in memory it finds out by itself, from
+the description in `speq.hw.descriptor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from speq.hw.config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
+from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind, unpack
+from speq.hw.register_map import ANSWERS, COUNTERS, STATES, Register, constants, registers
+from speq.hw.system import CHOICES, ErrorCode, PassKind, SystemConfig
+from speq.model.arith import (
+    BlockActivations,
+    WeightOperand,
+    draft_gemm,
+    prepare_draft,
+    prepare_verify,
+    to_float16,
+    verify_gemm,
+)
+from speq.model.format import EncodedTensor, draft_words, residual_words
+from speq.model.speculation import Proposal, accept, allot_alternates, ranked
+
+#: Fields of a descriptor that must be 0, by kind.
+_UNUSED = {
+    Kind.GEMM: {"reserved", "discard", "values", "sharing", "argument", "extra"},
+    Kind.ARGMAX: {"reserved", "half", "values", "sharing", "argument"},
+    Kind.ATTENTION: {"reserved", "mode", "discard", "tokens", "argument", "residual", "groups"},
+    Kind.HOST: {name for name, _ in DESCRIPTOR} - {"kind", "argument"},
+    Kind.END: {name for name, _ in DESCRIPTOR} - {"kind"},
+}
+#: What a product's mode leaves unused on top.
+_UNUSED_IN_MODE = {
+    Mode.VERIFY: set(),
+    Mode.DRAFT: {"residual"},
+    Mode.BYPASS: {"residual", "groups"},
+}
+_PRODUCTS = (Kind.GEMM, Kind.ARGMAX, Kind.ATTENTION)
+
+_HOST_INTERRUPT, _DONE_INTERRUPT, _ERROR_INTERRUPT = 1, 2, 4
+_NO_ENTRY = (0xFFFFFFFF, 0xFF800000)  # of a ranking: all ones, minus infinity
+
+#: A run, or part of one: yields the state in which it waits for the host and expects the answer.
+_Run = Generator[str, int, None]
+
+
+class _Fault(Exception):
+    """The run ends with this error code and address."""
+
+    def __init__(self, code: ErrorCode, address: int) -> None:
+        super().__init__(code, address)
+        self.code, self.address = code, address
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One GEMM on memory, for at most R rows."""
+
+    mode: Mode
+    k: int
+    o: int
+    tokens: int
+    half: bool
+    discard: bool
+    plane: int
+    residual: int
+    groups: int
+    activations: int
+    results: int
+    stride: int
+
+
+class AcceleratorModel:
+    """A `speq.sim.board.Board` that computes everything at once, when it is started or answered.
+
+    Parameters
+    ----------
+    config : SystemConfig
+    size : int
+        Bytes of memory.
+    base : int
+        Address of the first of them. Other addresses answer DECERR.
+    """
+
+    def __init__(self, config: SystemConfig, size: int, base: int = 0) -> None:
+        self.config = config
+        self._base = base
+        self._memory = np.zeros(size, np.uint8)
+        self._places: dict[int, tuple[Register, int, int]] = {}  # register, element, word
+        for register in registers(config):
+            for i, offset in enumerate(register.offsets):
+                self._places[offset] = (register, *divmod(i, register.words))
+        self._written = {r.name: 0 for r in registers(config) if r.access == "rw"}
+        self._constants = constants(config)
+        self._weights: dict[tuple, tuple[WeightOperand, list[tuple[int, int]]]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Return to the state after reset; memory stays."""
+        self._written = dict.fromkeys(self._written, 0)
+        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._state = "IDLE"
+        self._run: _Run | None = None
+        self._pending = 0  # interrupts
+        self._error = (ErrorCode.NONE, 0)
+        self._argument = 0
+        self._ring_index = 0
+        self._pass = (PassKind.SINGLE, 0, 0)  # kind, index in the chain, position
+        self._rows: list[tuple[int, int, bool]] = []  # token, depth, leaf
+        self._step = (0, 0, 0, 0)
+        self._logits = torch.zeros(1, 1)
+
+    # The interface of a board.
+
+    def read_register(self, offset: int) -> int:
+        """Value of a register; 0 where there is none."""
+        if offset not in self._places:
+            return 0
+        register, element, word = self._places[offset]
+        if register.access == "wo":
+            return 0
+        return self._value(register, element) >> 32 * word & 0xFFFFFFFF
+
+    def write_register(self, offset: int, value: int) -> None:
+        """Write a register; CONTROL and HOST_ANSWER act before this returns."""
+        if offset not in self._places:
+            return
+        register, _, word = self._places[offset]
+        if register.access == "rw":
+            mask = 0xFFFFFFFF << 32 * word
+            content = self._written[register.name] & ~mask | value << 32 * word
+            self._written[register.name] = content & (1 << register.bits) - 1
+            if register.name.startswith("READ_"):
+                self._weights.clear()  # they have to be read again, which may fail
+        elif register.name == "IRQ_STATUS":
+            self._pending &= ~value
+        elif register.name == "CONTROL":
+            self._control(start=value & 1, stop=value >> 1 & 1, clear_counters=value >> 2 & 1)
+        elif register.name == "HOST_ANSWER" and self._state in ("HOST", "STEP"):
+            self._pending &= ~_HOST_INTERRUPT
+            self._advance(value)
+
+    def read(self, address: int, size: int) -> np.ndarray:
+        """Copy of memory, uint8 [size]. Raises ValueError if it is not all there."""
+        return self._span(address, size).copy()
+
+    def write(self, address: int, values: np.ndarray | bytes | bytearray | memoryview) -> None:
+        """Write memory. Raises ValueError if the place is not all there."""
+        if not isinstance(values, np.ndarray):
+            values = np.frombuffer(values, np.uint8)
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self._span(address, len(content))[:] = content
+        self._forget(address, len(content))
+
+    def wait_interrupt(self, timeout_cycles: int | None = None) -> bool:
+        """Whether the interrupt line is high, which does not change by waiting. Raises OSError if
+        it is low and there is no time-out: it would wait for ever."""
+        high = bool(self._pending & self._written["IRQ_ENABLE"])
+        if not high and timeout_cycles is None:
+            raise OSError("no interrupt can come: the accelerator is not running")
+        return high
+
+    def _span(self, address: int, size: int) -> np.ndarray:
+        first = address - self._base
+        if not 0 <= first <= first + size <= len(self._memory):
+            raise ValueError(f"{size} bytes at {address:#x} are not all in memory")
+        return self._memory[first : first + size]
+
+    def _value(self, register: Register, element: int) -> int:
+        name = register.name
+        if name in self._written:
+            return self._written[name]
+        if name in self._constants:
+            return register.pack(self._constants[name])
+        if name in self._counters:
+            return self._counters[name]
+        kind, index, position = self._pass
+        committed, accepted, hit_row, chain = self._step
+        token, depth, leaf = self._rows[element] if element < len(self._rows) else (0, 0, False)
+        fields = {
+            "PASS": {"kind": kind.value, "rows": len(self._rows), "index": index},
+            "STEP": {
+                "committed": committed,
+                "accepted": accepted,
+                "hit_row": hit_row,
+                "chain": chain,
+            },
+            "ROW_DEPTH": {"depth": depth, "leaf": int(leaf)},
+            "STATUS": STATES[self._state][0],
+            "ERROR": self._error[0].value,
+            "ERROR_ADDRESS": self._error[1],
+            "IRQ_STATUS": self._pending,
+            "RING_INDEX": self._ring_index,
+            "HOST_ARGUMENT": self._argument,
+            "PASS_POSITION": position,
+            "ROW_TOKEN": token,
+        }
+        return register.pack(fields[name])
+
+    # Runs.
+
+    def _control(self, start: int, stop: int, clear_counters: int) -> None:
+        if clear_counters:
+            self._counters = dict.fromkeys(COUNTERS, 0)
+        if stop and self._state == "ERROR":
+            self._state = "IDLE"
+        elif stop and self._state in ("HOST", "STEP"):
+            self._run.close()
+            self._fail(_Fault(ErrorCode.STOPPED, 0))
+        elif start and self._state == "IDLE":
+            self._error = (ErrorCode.NONE, 0)
+            self._run = self._whole_run()
+            self._advance(None)
+
+    def _advance(self, answer: int | None) -> None:
+        """Run until the host is needed."""
+        try:
+            self._state = self._run.send(answer)
+            self._pending |= _HOST_INTERRUPT
+        except StopIteration:
+            self._state = "IDLE"
+            self._pending |= _DONE_INTERRUPT
+        except _Fault as fault:
+            self._fail(fault)
+
+    def _fail(self, fault: _Fault) -> None:
+        self._state = "ERROR"
+        self._error = (fault.code, fault.address)
+        self._pending = self._pending & ~_HOST_INTERRUPT | _ERROR_INTERRUPT
+
+    def _whole_run(self) -> _Run:
+        self._check_registers()
+        self._ring_index = 0
+        written = self._written
+        if written["RUN"]:
+            yield from self._decode()
+        else:
+            rows = [(0, i, False) for i in range(written["PASS_ROWS"])]
+            yield from self._walk(PassKind.SINGLE, 0, written["POSITION"], rows)
+
+    def _check_registers(self) -> None:
+        """Refuse values that are impossible for this kind of run; the first register counts."""
+        engine, written = self.config.engine, self._written
+        decodes = bool(written["RUN"])
+        rows = engine.rows if decodes else written["PASS_ROWS"]
+        limits = {"POSITION": (0, engine.max_k - rows)}
+        addresses = dict.fromkeys(("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT"), 1)
+        if decodes:
+            limits |= {
+                "DRAFT_LENGTH": (0, engine.rows - 1),
+                "CHOICES": (1, CHOICES),
+                "TOKEN_LIMIT": (1, 2**32 - 1),
+                "RING_LOG2": (1, 24),
+            }
+            addresses |= dict.fromkeys(
+                ("DRAFT_PROGRAM", "VERIFY_PROGRAM"), self.config.alignment
+            ) | {"RING": self.config.data.beat_bytes}
+        else:
+            limits["PASS_ROWS"] = (1, engine.rows)
+            addresses["PASS_PROGRAM"] = self.config.alignment
+        wrong = {name for name, (low, high) in limits.items() if not low <= written[name] <= high}
+        wrong |= {
+            name
+            for name, multiple in addresses.items()
+            if written[name] % multiple or written[name] >> self.config.address_bits
+        }
+        if wrong:
+            offsets = (offset for offset, (r, *_) in self._places.items() if r.name in wrong)
+            raise _Fault(ErrorCode.BAD_REGISTER, min(offsets))
+
+    def _decode(self) -> _Run:
+        """Greedy speculative decoding, as in `speq.model.speculation.generate`."""
+        written = self._written
+        committed = 0
+        while committed < written["TOKEN_LIMIT"]:
+            remaining = written["TOKEN_LIMIT"] - committed
+            root, position = written["ROOT"], written["POSITION"]
+            proposal = yield from self._draft(root, position, remaining - 1)
+            chain = len(proposal.candidates)
+            rows = [(token, i, False) for i, token in enumerate([root, *proposal.chain])]
+            rows += [(token, i + 1, True) for i, token in proposal.alternates]
+            yield from self._walk(PassKind.VERIFY, 0, position, rows)
+            tokens, taken = accept(proposal, self._logits, None, None)
+            hit_row = taken[-1] if taken[-1] > chain else 0
+            accepted = len(taken) - 1 - bool(hit_row)
+            tokens = tokens[:remaining]
+            self._write_ring(tokens)
+            committed += len(tokens)
+            written["POSITION"] += len(taken)
+            written["ROOT"] = tokens[-1]
+            self._step = (len(tokens), accepted, hit_row, chain)
+            self._count(
+                VERIFY_PASSES=1,
+                ALTERNATES=len(proposal.alternates),
+                ACCEPTED=accepted,
+                TREE_HITS=bool(hit_row),
+                COMMITTED=len(tokens),
+            )
+            answer = yield "STEP"
+            if answer == ANSWERS["FINISH"][0]:
+                return
+            if answer != ANSWERS["CONTINUE"][0]:
+                raise _Fault(ErrorCode.HOST_REFUSED, 0)
+
+    def _draft(self, root: int, position: int, most: int) -> Generator[str, int, Proposal]:
+        """Draft passes and the choice of alternates, as in `speq.model.speculation.draft`."""
+        written = self._written
+        threshold = float(np.uint32(written["THRESHOLD"]).view(np.float32))
+        candidates, gaps = [], []
+        token = root
+        while len(candidates) < min(written["DRAFT_LENGTH"], most):
+            index = len(candidates)
+            rows = [(token, 0, False)]
+            yield from self._walk(PassKind.DRAFT, index, position + index, rows)
+            self._count(DRAFT_PASSES=1)
+            best = ranked(self._logits[0], CHOICES)
+            gap = self._logits[0, best[0]] - self._logits[0, best]
+            gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
+            candidates.append(best[: written["CHOICES"]].tolist())
+            token = candidates[-1][0]
+            if len(best) > 1 and gaps[-1][1] < threshold:
+                break
+        counts = allot_alternates(gaps, [len(c) for c in candidates], self.config.engine.rows)
+        return Proposal([c[: 1 + n] for c, n in zip(candidates, counts, strict=True)])
+
+    def _write_ring(self, tokens: Sequence[int]) -> None:
+        written = self._written
+        for token in tokens:
+            place = self._ring_index % (1 << written["RING_LOG2"])
+            content = np.array([token], "<u4")
+            self._store(written["RING"] + 4 * place, content, content.nbytes)
+            self._ring_index += 1
+
+    def _count(self, **amounts: int) -> None:
+        for name, amount in amounts.items():
+            self._counters[name] += amount
+
+    # Programs.
+
+    def _walk(
+        self, kind: PassKind, index: int, position: int, rows: list[tuple[int, int, bool]]
+    ) -> _Run:
+        """A pass through the program of its kind."""
+        self._pass, self._rows = (kind, index, position), rows
+        names = {PassKind.SINGLE: "PASS_PROGRAM", PassKind.DRAFT: "DRAFT_PROGRAM"}
+        address = self._written[names.get(kind, "VERIFY_PROGRAM")]
+        for _ in range(self._written["PROGRAM_LENGTH"]):
+            fields = unpack(self._load(address, DESCRIPTOR_BYTES).tobytes())
+            code = check_descriptor(self.config, fields, len(rows), position)
+            if code != ErrorCode.NONE:
+                raise _Fault(code, address)
+            self._count(DESCRIPTORS=1)
+            match Kind(fields["kind"]):
+                case Kind.END:
+                    return
+                case Kind.HOST:
+                    self._argument = fields["argument"]
+                    if (yield "HOST") != ANSWERS["CONTINUE"][0]:
+                        raise _Fault(ErrorCode.HOST_REFUSED, address)
+                case Kind.ATTENTION:
+                    self._attend(fields, len(rows), position + len(rows))
+                case Kind.ARGMAX:
+                    self._logits = self._multiply(self._product(fields, len(rows)))
+                    if fields["extra"]:
+                        self._write_ranking(fields["extra"])
+                case Kind.GEMM:
+                    self._multiply(self._product(fields, len(rows)))
+            address += DESCRIPTOR_BYTES
+        raise _Fault(ErrorCode.NO_END, address)
+
+    def _product(self, fields: dict[str, int], rows: int) -> _Product:
+        return _Product(
+            mode=Mode(fields["mode"]),
+            k=fields["k"],
+            o=fields["o"],
+            tokens=fields["tokens"] or rows,
+            half=bool(fields["half"]),
+            discard=bool(fields["discard"]),
+            plane=fields["plane"],
+            residual=fields["residual"],
+            groups=fields["groups"],
+            activations=fields["activations"],
+            results=fields["results"],
+            stride=0,
+        )
+
+    def _attend(self, fields: dict[str, int], rows: int, entries: int) -> None:
+        """An ATTENTION descriptor, batch by batch."""
+        engine = self.config.engine
+        k, o = (entries, fields["o"]) if fields["values"] else (fields["k"], entries)
+        activations, results = fields["activations"], fields["results"]
+        left = rows * fields["sharing"]
+        while left:
+            tokens = min(left, engine.rows)
+            self._multiply(
+                _Product(
+                    mode=Mode.BYPASS,
+                    k=k,
+                    o=o,
+                    tokens=tokens,
+                    half=bool(fields["half"]),
+                    discard=False,
+                    plane=fields["plane"],
+                    residual=0,
+                    groups=0,
+                    activations=activations,
+                    results=results,
+                    stride=fields["extra"],
+                )
+            )
+            beat = self.config.data.beat_bytes
+            activations += -(-k * self.config.activation_bytes // beat) * beat
+            results += self._tiles(o) * tokens * engine.cols * (2 if fields["half"] else 4)
+            left -= tokens
+
+    def _tiles(self, o: int) -> int:
+        return -(-o // self.config.engine.cols)
+
+    def _multiply(self, product: _Product) -> torch.Tensor:
+        """Carry out a product; its results, float32 [tokens, o]."""
+        weights = self._operand(product)
+        if product.mode is Mode.DRAFT:
+            y = draft_gemm(self._block_activations(product), weights)
+        else:
+            size = self.config.activation_bytes
+            words = self._load(product.activations, product.k * size).view(np.uint16)
+            x = words.reshape(product.k, -1)[:, : product.tokens].T
+            y = verify_gemm(torch.from_numpy(x.copy().view(np.float16)), weights)
+        if not product.discard:
+            self._write_results(product, y)
+        return y
+
+    def _block_activations(self, product: _Product) -> BlockActivations:
+        engine = self.config.engine
+        steps, block = -(-product.k // DRAFT_LANES), engine.format.group
+        size = self.config.activation_bytes
+        words = self._load(product.activations, steps * size).reshape(steps, size)
+        row_bits = BLOCK_ACTIVATIONS.size
+        bits = np.unpackbits(words, axis=1, bitorder="little")[:, : engine.draft_rows * row_bits]
+        bits = bits.reshape(steps, -1, row_bits)[:, : product.tokens].astype(np.int16)
+        lanes = bits[..., : DRAFT_LANES * 8].reshape(steps, -1, DRAFT_LANES, 8)
+        magnitude = lanes[..., :BLOCK_MAGNITUDE_BITS] @ (1 << np.arange(BLOCK_MAGNITUDE_BITS))
+        mantissa = np.where(lanes[..., BLOCK_MAGNITUDE_BITS], -magnitude, magnitude)
+        mantissa = mantissa.swapaxes(0, 1).reshape(product.tokens, -1)[:, : product.k]
+        exponent = bits[:: block // DRAFT_LANES, :, DRAFT_LANES * 8 :] @ (1 << np.arange(5))
+        return BlockActivations(
+            torch.from_numpy(mantissa.astype(np.int8)),
+            torch.from_numpy(np.ascontiguousarray(exponent.T).astype(np.uint8)),
+            block,
+        )
+
+    def _operand(self, product: _Product) -> WeightOperand:
+        """The weights of a product, kept until their memory is written."""
+        key = (product.mode, product.k, product.o, product.plane, product.residual, product.groups)
+        if key in self._weights and not product.stride:
+            return self._weights[key][0]
+        spans: list[tuple[int, int]] = []
+        if product.mode is Mode.BYPASS:
+            words = self._tiled(product, product.plane, product.k, spans)
+            words = words.transpose(0, 2, 1).reshape(-1, product.k)[: product.o]
+            operand = prepare_verify(torch.from_numpy(words.view(np.float16)))
+        else:
+            tensor = self._encoded(product, spans)
+            is_draft = product.mode is Mode.DRAFT
+            operand = prepare_draft(tensor) if is_draft else prepare_verify(tensor.decode())
+        if not product.stride:
+            self._weights[key] = (operand, spans)
+        return operand
+
+    def _encoded(self, product: _Product, spans: list[tuple[int, int]]) -> EncodedTensor:
+        """The encoded weights of a product; in draft mode the residuals are 0."""
+        number_format, cols = self.config.engine.format, self.config.engine.cols
+        plane = self._tiled(product, product.plane, draft_words(product.k, number_format), spans)
+        rest = residual_words(product.k, number_format)
+        if product.mode is Mode.DRAFT:
+            residual = np.zeros((len(plane), rest, cols), np.uint16)
+        else:
+            residual = self._tiled(product, product.residual, rest, spans)
+        groups, beat = -(-product.k // number_format.group), self.config.data.beat_bytes
+        size = -(-groups * cols // beat) * beat
+        spans.append((product.groups, len(plane) * size))
+        tiles = [self._load(product.groups + i * size, size) for i in range(len(plane))]
+        group_bytes = np.stack(tiles)[:, : groups * cols].reshape(-1, groups, cols)
+        shape = (product.o, product.k)
+        planes = (plane, residual, np.ascontiguousarray(group_bytes))
+        return EncodedTensor("weights", shape, number_format, cols, *planes)
+
+    def _tiled(
+        self, product: _Product, address: int, words: int, spans: list[tuple[int, int]]
+    ) -> np.ndarray:
+        """A plane, uint16 [tiles, words, columns]; notes in `spans` where it lies."""
+        cols = self.config.engine.cols
+        size = words * cols * 2
+        pitch, tiles = product.stride or size, self._tiles(product.o)
+        spans.append((address, tiles * size))
+        content = [self._load(address + i * pitch, size) for i in range(tiles)]
+        return np.stack(content).view(np.uint16).reshape(tiles, words, cols)
+
+    def _forget(self, address: int, size: int) -> None:
+        """Drop the weights that lie where memory has been written."""
+        self._weights = {
+            key: (operand, spans)
+            for key, (operand, spans) in self._weights.items()
+            if all(address + size <= first or first + n <= address for first, n in spans)
+        }
+
+    def _write_results(self, product: _Product, y: torch.Tensor) -> None:
+        cols, tiles = self.config.engine.cols, self._tiles(product.o)
+        values = (to_float16(y) if product.half else y).numpy()
+        values = np.pad(values, ((0, 0), (0, tiles * cols - product.o)))
+        content = np.ascontiguousarray(values.reshape(-1, tiles, cols).swapaxes(0, 1))
+        self._store(product.results, content, content.nbytes // tiles)
+
+    def _write_ranking(self, address: int) -> None:
+        """The ranking of the last ARGMAX."""
+        pairs = np.full((len(self._logits), CHOICES, 2), _NO_ENTRY, np.uint32)
+        for row, logits in enumerate(self._logits):
+            best = ranked(logits, CHOICES)
+            pairs[row, : len(best), 0] = best.numpy()
+            pairs[row, : len(best), 1] = logits[best].numpy().view(np.uint32)
+        self._store(address, pairs, pairs.nbytes)
+
+    # Memory as the accelerator's ports see it.
+
+    def _load(self, address: int, size: int) -> np.ndarray:
+        """One transfer from memory, uint8 [size]."""
+        self._check_region("READ", address, size)
+        return self._memory[address - self._base :][:size]
+
+    def _store(self, address: int, values: np.ndarray, transfer: int) -> None:
+        """Transfers of `transfer` bytes each to memory."""
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        for first in range(0, len(content), transfer):
+            self._check_region("WRITE", address + first, transfer)
+            place = address + first - self._base
+            self._memory[place : place + transfer] = content[first : first + transfer]
+        self._forget(address, len(content))
+
+    def _check_region(self, direction: str, address: int, size: int) -> None:
+        base, limit = (self._written[f"{direction}_{end}"] for end in ("BASE", "LIMIT"))
+        if not base <= address <= address + size - 1 <= limit:
+            raise _Fault(ErrorCode[f"{direction}_OUTSIDE"], address)
+        first = address - self._base
+        if not 0 <= first <= first + size <= len(self._memory):
+            raise _Fault(ErrorCode[f"{direction}_DECERR"], address)
+
+
+def check_descriptor(
+    config: SystemConfig, fields: dict[str, int], rows: int, position: int
+) -> ErrorCode:
+    """The first thing that is wrong with a descriptor, for a pass of `rows` rows behind `position`
+    KV entries; NONE if it is sound."""
+    checks: tuple[tuple[ErrorCode, Callable[[], bool]], ...] = (
+        (ErrorCode.UNKNOWN_KIND, lambda: _is_unknown(fields)),
+        (ErrorCode.RESERVED, lambda: _uses_reserved(fields)),
+        (ErrorCode.BAD_SIZE, lambda: _has_bad_size(config, fields, rows, position)),
+        (ErrorCode.MISALIGNED, lambda: _is_misaligned(config, fields)),
+    )
+    return next((code for code, is_wrong in checks if is_wrong()), ErrorCode.NONE)
+
+
+def _is_unknown(fields: dict[str, int]) -> bool:
+    if fields["kind"] not in {kind.value for kind in Kind}:
+        return True
+    takes_mode = Kind(fields["kind"]) in (Kind.GEMM, Kind.ARGMAX)
+    return takes_mode and fields["mode"] not in {mode.value for mode in Mode}
+
+
+def _uses_reserved(fields: dict[str, int]) -> bool:
+    kind = Kind(fields["kind"])
+    unused = set(_UNUSED[kind])
+    if kind in (Kind.GEMM, Kind.ARGMAX):
+        unused |= _UNUSED_IN_MODE[Mode(fields["mode"])]
+    elif kind is Kind.ATTENTION:
+        unused.add("k" if fields["values"] else "o")
+    return any(fields[name] for name in unused)
+
+
+def _has_bad_size(config: SystemConfig, fields: dict[str, int], rows: int, position: int) -> bool:
+    engine, kind = config.engine, Kind(fields["kind"])
+    if kind not in _PRODUCTS:
+        return False
+    k, o, tokens, most = fields["k"], fields["o"], fields["tokens"] or rows, engine.rows
+    if kind is Kind.ATTENTION:
+        k, o = (position + rows, o) if fields["values"] else (k, position + rows)
+        tokens = min(1, fields["sharing"])
+    elif Mode(fields["mode"]) is Mode.DRAFT:
+        most = engine.draft_rows
+    limits = ((k, engine.max_k), (o, engine.max_o), (tokens, most))
+    return any(not 1 <= size <= limit for size, limit in limits)
+
+
+def _is_misaligned(config: SystemConfig, fields: dict[str, int]) -> bool:
+    if Kind(fields["kind"]) not in _PRODUCTS:
+        return False
+    is_attention = Kind(fields["kind"]) is Kind.ATTENTION
+    weights = {"plane", "residual"} | ({"extra"} if is_attention else set())
+    data = {"groups", "activations", "results", "extra"} - weights
+    beats = dict.fromkeys(weights, config.weights) | dict.fromkeys(data, config.data)
+    return any(
+        fields[name] % port.beat_bytes or fields[name] >> config.address_bits
+        for name, port in beats.items()
+    )

@@ -1,0 +1,686 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator's driver: lays a model out in memory, starts runs and does the vector work.
+
+The array multiplies, the speculation loop is in hardware; everything between the products, that is
+norms, rotary embedding, softmax and activations, is done here with the golden model's operations
+(`block_steps` and `attention_steps` of `speq.model.transformer`), whenever a HOST descriptor asks
+for it. So all bits are the golden model's.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from speq.hw.axi import AxiConfig
+from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.descriptor import Kind
+from speq.hw.register_map import ANSWERS, COUNTERS, ERRORS, STATES, Register, constants, registers
+from speq.hw.system import CHOICES, ErrorCode, PassKind, SystemConfig
+from speq.model.arith import quantize_activations
+from speq.model.checkpoint import Model, ModelConfig
+from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.speculation import Settings, Step, token_limit
+from speq.model.transformer import (
+    Attention,
+    Linears,
+    attention_steps,
+    block_steps,
+    finish,
+    rotary_tables,
+)
+from speq.sim.board import Board
+from speq.sim.layout import (
+    RANKING_BYTES,
+    RING_LOG2,
+    MemoryLayout,
+    Region,
+    activation_words,
+    ceil_div,
+    draft_activation_words,
+    host_argument,
+    results_bytes,
+    tiled,
+    unpack_batches,
+    unpack_results,
+    weight_planes,
+)
+
+#: Bits of a 32-bit NaN, as the array gives it.
+_NAN32 = np.uint32(0x7FC00000).view(np.float32)
+_ALL_INTERRUPTS = 0b111
+#: Times that STATUS is read before an accelerator counts as unable to stop.
+_STOP_READS = 100_000
+
+
+class AcceleratorError(OSError):
+    """A run has ended with an error.
+
+    Attributes
+    ----------
+    code : ErrorCode
+    address : int
+        Of the culprit, as the register ERROR_ADDRESS explains it.
+    """
+
+    def __init__(self, code: ErrorCode, address: int) -> None:
+        super().__init__(f"accelerator: {code.name} at {address:#x}: {ERRORS[code]}")
+        self.code, self.address = code, address
+
+
+class Registers:
+    """The accelerator's registers by name.
+
+    Parameters
+    ----------
+    board : Board
+    config : SystemConfig
+        Of the accelerator; the default serves to read what it is.
+    """
+
+    def __init__(self, board: Board, config: SystemConfig | None = None) -> None:
+        self._board = board
+        self._registers = {r.name: r for r in registers(config or SystemConfig())}
+
+    def __getitem__(self, name: str) -> int:
+        """The content of a register."""
+        return self.element(name, 0)
+
+    def element(self, name: str, index: int) -> int:
+        """The content of an element of an array of registers."""
+        words = self._registers[name].words
+        offsets = self._registers[name].offsets[index * words :][:words]
+        return sum(self._board.read_register(o) << 32 * i for i, o in enumerate(offsets))
+
+    def fields(self, name: str, index: int = 0) -> dict[str, int]:
+        """The fields of a register."""
+        return split(self._registers[name], self.element(name, index))
+
+    def __setitem__(self, name: str, value: int) -> None:
+        register = self._registers[name]
+        content = register.pack(value)
+        for i, offset in enumerate(register.offsets):
+            self._board.write_register(offset, content >> 32 * i & 0xFFFFFFFF)
+
+    def command(self, name: str) -> None:
+        """Write one bit of CONTROL."""
+        register = self._registers["CONTROL"]
+        self["CONTROL"] = register.pack({f.name: int(f.name == name) for f in register.fields})
+
+
+def split(register: Register, content: int) -> dict[str, int]:
+    """The fields of a register's content."""
+    return {f.name: content >> f.low & (1 << f.bits) - 1 for f in register.fields}
+
+
+def read_configuration(board: Board) -> SystemConfig:
+    """The configuration of the accelerator on a board.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or one that this driver does not know.
+    """
+    r = Registers(board)
+    expected = constants(SystemConfig())
+    for name in ("ID", "VERSION"):
+        if r[name] != expected[name]:
+            raise ValueError(
+                f"register {name} is {r[name]:#010x}; expected {expected[name]:#010x}: no "
+                "accelerator that this driver knows"
+            )
+    array, number_format, bus = (r.fields(name) for name in ("ARRAY", "FORMAT", "BUS"))
+    address_bits = r["ADDRESS_BITS"]
+    ports = {
+        port: AxiConfig(data_bits=8 * bus[f"{port}_bytes"], address_bits=address_bits)
+        for port in ("weights", "data")
+    }
+    engine = AcceleratorConfig(
+        format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
+    )
+    config = SystemConfig(engine, **ports)
+    if bus["activation_bytes"] != config.activation_bytes:
+        raise ValueError(
+            f"an activation word has {bus['activation_bytes']} bytes; this driver expects "
+            f"{config.activation_bytes}"
+        )
+    return config
+
+
+def default_capacity(config: SystemConfig, model: ModelConfig) -> int:
+    """Entries of a KV cache for the model's whole context, or as many as the accelerator allows."""
+    return min(model.context + config.engine.rows, config.engine.max_k)
+
+
+def check_encoded(config: SystemConfig, encoded: Mapping[str, EncodedTensor]) -> None:
+    """Raises ValueError, naming the tensor, if the accelerator cannot take an encoded tensor."""
+    remedy = "encode the model with --fixed --width 4"
+    expected = config.engine.format
+    for name, tensor in encoded.items():
+        if tensor.config.width != expected.width:
+            problem = f"has draft width {tensor.config.width}"
+        elif tensor.order is not None or tensor.shift is not None:
+            problem = "has permuted or scaled input channels"
+        elif tensor.draft_rows is not None:
+            problem = "drafts only part of its outputs"
+        elif tensor.config != expected:
+            problem = f"has group {tensor.config.group} and split {tensor.config.split}"
+            remedy = (
+                f"this accelerator has {expected.group} and {expected.split}: encode the model "
+                f"with --fixed --group {expected.group} --split {expected.split}"
+            )
+        else:
+            continue
+        raise ValueError(f"{name} {problem}, which the accelerator cannot read; {remedy}")
+
+
+class KVEntries:
+    """The KV cache: a copy of what lies in the accelerator's memory, which it keeps up to date.
+
+    Infinite and NaN values are 0 in memory, because a weight of 0 would not hide them from the
+    array; `hidden` says which outputs they make NaN.
+
+    Parameters
+    ----------
+    board : Board
+    layout : MemoryLayout
+    """
+
+    def __init__(self, board: Board, layout: MemoryLayout) -> None:
+        self._board, self._layout = board, layout
+        model, cols = layout.model, layout.config.engine.cols
+        tiles = layout.capacity // cols
+        self._keys = np.zeros((model.blocks, tiles, model.kv_heads, model.head_dim, cols), "<u2")
+        shape = (model.blocks, model.kv_heads, layout.value_tiles, layout.capacity, cols)
+        self._values = np.zeros(shape, "<u2")
+        self._nonfinite = np.zeros(model.blocks, bool)
+
+    def store(self, block: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write float16 [T, kv_heads, head_dim] to the entries from `start` on."""
+        count, heads, _ = keys.shape
+        cols = self._keys.shape[-1]
+        entries = np.arange(start, start + count)
+        self._keys[block, entries // cols, :, :, entries % cols] = keys.numpy().view(np.uint16)
+        self._nonfinite[block] |= not torch.isfinite(values).all()
+        padding = ((0, 0), (0, 0), (0, -values.shape[2] % cols))
+        tiles = np.pad(values.numpy().view(np.uint16), padding).reshape(count, heads, -1, cols)
+        stop = start + count
+        self._values[block, :, :, start:stop] = tiles.transpose(1, 2, 0, 3)
+        self._write(block, start, stop)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy an entry of all blocks to another place."""
+        cols = self._keys.shape[-1]
+        entry = self._keys[:, source // cols, :, :, source % cols]
+        self._keys[:, target // cols, :, :, target % cols] = entry
+        self._values[:, :, :, target] = self._values[:, :, :, source]
+        for block in range(len(self._keys)):
+            self._write(block, target, target + 1)
+
+    def _write(self, block: int, start: int, stop: int) -> None:
+        """Bring entries of a block to memory: the keys' whole tiles, the values."""
+        layout, cols = self._layout, self._keys.shape[-1]
+        first, last = start // cols, ceil_div(stop, cols)
+        self._board.write(layout.keys_address(block, first), self._keys[block, first:last])
+        values = self._values[block, :, :, start:stop]
+        if self._nonfinite[block]:
+            values = np.where(_is_nonfinite(values), np.uint16(0), values)
+        for head in range(values.shape[0]):
+            for tile in range(values.shape[1]):
+                address = layout.values_address(block, head, tile, start)
+                self._board.write(address, values[head, tile])
+
+    def hidden(self, block: int, allowed: torch.Tensor) -> torch.Tensor | None:
+        """Which outputs, bool [kv_heads, N, head_dim], an infinite or NaN value makes NaN, for rows
+        that attend to the entries in `allowed` [N, S]; None if there are no such values."""
+        if not self._nonfinite[block]:
+            return None
+        values = self._values[block, :, :, : allowed.shape[1]].swapaxes(1, 2)
+        bad = _is_nonfinite(values).reshape(*values.shape[:2], -1)
+        bad = torch.from_numpy(bad[..., : self._layout.model.head_dim]).to(torch.float32)
+        return allowed.to(torch.float32) @ bad > 0
+
+
+def _is_nonfinite(patterns: np.ndarray) -> np.ndarray:
+    """Which FP16 bit patterns are infinities or NaNs."""
+    return (patterns & np.uint16(0x7C00)) == 0x7C00
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A walk through a program: rows' tokens, depths, and KV entries before them."""
+
+    kind: PassKind
+    tokens: list[int]
+    depths: list[int]
+    start: int
+
+    @property
+    def entries(self) -> int:
+        """KV entries that the pass sees, its own included."""
+        return self.start + len(self.tokens)
+
+
+class Host:
+    """A model on an accelerator: decodes like `speq.model.speculation.generate`, greedily.
+
+    One run at a time. All memory in `memory` belongs to it.
+
+    Parameters
+    ----------
+    board : Board
+    model : Model
+    encoded : encoded linear layers by name
+        In the format of the accelerator, with any number of columns; other layers are taken as
+        plain FP16, in draft passes too. Without any, there is no drafting.
+    capacity : int, optional
+        Entries of the KV cache; `default_capacity` when not given.
+    memory : Region, optional
+        What it may use of the board's memory; from 0 on when not given.
+    patience : int, optional
+        Cycles without an interrupt after which the accelerator counts as hanging.
+
+    Raises
+    ------
+    ValueError
+        If the model does not fit the accelerator, or the encoding is not one that it can read.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        model: Model,
+        encoded: Mapping[str, EncodedTensor] | None = None,
+        *,
+        capacity: int | None = None,
+        memory: Region | None = None,
+        patience: int | None = None,
+    ) -> None:
+        self._board, self._model, self._patience = board, model, patience
+        self.config = config = read_configuration(board)
+        self.registers = Registers(board, config)
+        encoded = encoded or {}
+        check_encoded(config, encoded)
+        if "head.bias" in model.weights:
+            raise ValueError("the head has a bias, which the accelerator's ranking cannot take")
+        capacity = capacity or default_capacity(config, model.config)
+        start, stop = memory or Region(0, 1 << config.address_bits)
+        self.layout = layout = MemoryLayout(config, model.config, encoded, capacity, start)
+        if start + layout.size > stop:
+            raise ValueError(f"the model needs {layout.size} bytes of memory, not {stop - start}")
+        self._drafts = bool(encoded)
+        self._capacity = capacity
+        self._tables = rotary_tables(model, torch.arange(capacity))
+        self._kv = KVEntries(board, layout)
+        self._write_weights(encoded)
+        self._stages = {kind: self._write_program(kind) for kind in PassKind}
+        self._margins: list[float] = []
+        self._current: _Pass | None = None
+        self._set_up()
+
+    # Setting up.
+
+    def _write_weights(self, encoded: Mapping[str, EncodedTensor]) -> None:
+        for name, place in self.layout.weights.items():
+            if place.encoded:
+                planes = weight_planes(encoded[name], self.config)
+                for address, plane in zip(
+                    (place.plane, place.residual, place.groups), planes, strict=True
+                ):
+                    self._board.write(address, plane)
+            else:
+                patterns = self._model.linear_weight(name).contiguous().numpy().view(np.uint16)
+                self._board.write(place.plane, tiled(patterns, self.config.engine.cols))
+
+    def _write_program(self, kind: PassKind) -> int:
+        """Write a program and return how many HOST descriptors it has."""
+        program = self.layout.program(kind)
+        content = b"".join(descriptor.pack() for descriptor in program)
+        self._board.write(self.layout.programs[kind], content)
+        return sum(descriptor.kind is Kind.HOST for descriptor in program)
+
+    def _set_up(self) -> None:
+        """Write the registers that are the same for all runs."""
+        layout, r = self.layout, self.registers
+        for direction, region in (("READ", layout.read), ("WRITE", layout.write)):
+            r[f"{direction}_BASE"] = region.start
+            r[f"{direction}_LIMIT"] = region.stop - 1
+        names = {PassKind.SINGLE: "PASS", PassKind.DRAFT: "DRAFT", PassKind.VERIFY: "VERIFY"}
+        for kind, name in names.items():
+            r[f"{name}_PROGRAM"] = layout.programs[kind]
+        r["PROGRAM_LENGTH"] = max(len(layout.program(kind)) for kind in PassKind)
+        r["HOST_TIMEOUT"] = 0
+        r["RING"] = layout.ring
+        r["RING_LOG2"] = RING_LOG2
+        r["IRQ_ENABLE"] = _ALL_INTERRUPTS
+        r["PASS_ROWS"] = r["CHOICES"] = r["TOKEN_LIMIT"] = 1
+
+    def counters(self) -> dict[str, int]:
+        """All performance counters; between runs."""
+        return {name: self.registers[name] for name in COUNTERS}
+
+    # Decoding.
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        settings: Settings | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Iterator[Step]:
+        """Decode greedily behind `prompt` and yield every committed step.
+
+        When the prompt but its last token is in the KV cache, the counters start at 0.
+
+        Parameters
+        ----------
+        prompt : one or more token ids
+        max_tokens : int
+            Ends after this many tokens, and where the model's context ends.
+        settings : Settings, optional
+            Its rows must be the accelerator's; a draft length of 0 decodes plainly.
+        stop_ids : token ids after which decoding ends
+
+        Raises
+        ------
+        ValueError
+            If the prompt is empty or too long, or the settings are not possible here.
+        AcceleratorError
+            If a run ends with an error.
+        """
+        rows = self.config.engine.rows
+        settings = settings or Settings(rows)
+        self._check_settings(settings)
+        limit = token_limit(self._model, prompt, max_tokens)
+        needed = len(prompt) + max(0, limit) + rows - 2  # the last verify pass starts at - 2
+        if needed > self._capacity:
+            raise ValueError(
+                f"{len(prompt)} tokens of prompt and {limit} more need a KV cache of {needed} "
+                f"entries; this one has {self._capacity}"
+            )
+        if limit < 1:
+            return
+        try:
+            self._prefill(prompt[:-1])
+            self.registers.command("clear_counters")
+            yield from self._decode(prompt, limit, settings, stop_ids)
+        except BaseException:
+            self._abort()
+            raise
+
+    def _check_settings(self, settings: Settings) -> None:
+        rows = self.config.engine.rows
+        if settings.rows != rows:
+            raise ValueError(f"rows is {settings.rows}; this accelerator's array has {rows}")
+        if settings.choices > CHOICES:
+            raise ValueError(f"choices is {settings.choices}; the accelerator ranks {CHOICES}")
+
+    def _prefill(self, tokens: Sequence[int]) -> None:
+        """Fill the KV cache from its start."""
+        r, rows = self.registers, self.config.engine.rows
+        r["RUN"] = 0
+        for start in range(0, len(tokens), rows):
+            batch = list(tokens[start : start + rows])
+            r["PASS_ROWS"] = len(batch)
+            r["POSITION"] = start
+            self._start()
+            self._expect("HOST")
+            self._serve(_Pass(PassKind.SINGLE, batch, list(range(len(batch))), start))
+            self._expect("IDLE")
+
+    def _decode(
+        self, prompt: Sequence[int], limit: int, settings: Settings, stop_ids: frozenset[int]
+    ) -> Iterator[Step]:
+        r = self.registers
+        r["RUN"] = 1
+        r["POSITION"] = len(prompt) - 1
+        r["ROOT"] = prompt[-1]
+        r["DRAFT_LENGTH"] = settings.length if self._drafts else 0
+        r["THRESHOLD"] = threshold_bits(settings.threshold)
+        r["CHOICES"] = settings.choices
+        r["TOKEN_LIMIT"] = limit
+        written = 0  # tokens in the ring
+        self._start()
+        while (state := self._expect("HOST", "STEP", "IDLE")) != "IDLE":
+            if state == "HOST":
+                self._serve(self._next_pass())
+                continue
+            step = self._committed_step(written, stop_ids)
+            written += len(step.tokens)
+            ended = step.tokens[-1] in stop_ids
+            self._answer("FINISH" if ended else "CONTINUE")
+            yield step
+
+    def _committed_step(self, written: int, stop_ids: frozenset[int]) -> Step:
+        """The step that the accelerator has just committed, but nothing behind a stop token."""
+        fields = self.registers.fields("STEP")
+        accepted, hit_row, verified = fields["accepted"], fields["hit_row"], self._current
+        tokens = self._read_ring(written, fields["committed"])
+        ends = [i + 1 for i, token in enumerate(tokens) if token in stop_ids]
+        count = min([len(tokens), *ends])
+        if hit_row:
+            # An alternate's entry follows those of the chain before it.
+            self._kv.move(verified.start + hit_row, verified.start + accepted + 1)
+        rows = [*range(accepted + 1), *([hit_row] if hit_row else [])][:count]
+        logits = self._read_results("head", self.layout.results, len(verified.tokens))
+        return Step(
+            tokens=tokens[:count],
+            logits=logits[rows],
+            drafted=fields["chain"],
+            accepted=min(accepted, count),
+            alternates=len(verified.tokens) - 1 - fields["chain"],
+            tree_hit=bool(hit_row) and count > accepted,
+            margins=self._margins,
+        )
+
+    def _read_ring(self, start: int, count: int) -> list[int]:
+        """Tokens number start .. start + count - 1 of a run."""
+        size = 1 << RING_LOG2
+        first = start % size
+        parts = [(first, min(count, size - first)), (0, max(0, count - (size - first)))]
+        return [
+            int(token)
+            for place, length in parts
+            if length
+            for token in self._board.read(self.layout.ring + 4 * place, 4 * length).view("<u4")
+        ]
+
+    # Talking to the accelerator.
+
+    def _start(self) -> None:
+        self.registers["IRQ_STATUS"] = _ALL_INTERRUPTS
+        self.registers.command("start")
+
+    def _answer(self, name: str) -> None:
+        self.registers["HOST_ANSWER"] = ANSWERS[name][0]
+
+    def _wait(self) -> None:
+        if not self._board.wait_interrupt(self._patience):
+            raise OSError(f"accelerator: no interrupt within {self._patience} cycles")
+
+    def _expect(self, *names: str) -> str:
+        """Wait for an interrupt; the state, which must be one of these.
+
+        Raises AcceleratorError if the run has ended with an error.
+        """
+        self._wait()
+        return self._check_state(*names)
+
+    def _check_state(self, *names: str) -> str:
+        value = self.registers["STATUS"]
+        state = next((name for name, (v, _) in STATES.items() if v == value), str(value))
+        if state == "ERROR":
+            code = ErrorCode(self.registers["ERROR"])
+            raise AcceleratorError(code, self.registers["ERROR_ADDRESS"])
+        if state not in names:
+            raise OSError(f"accelerator: state {state}; expected {' or '.join(names)}")
+        return state
+
+    def _abort(self) -> None:
+        """Bring the accelerator back to IDLE, if it answers."""
+        stopped = (STATES["IDLE"][0], STATES["ERROR"][0])
+        try:
+            if self.registers["STATUS"] not in stopped:
+                self.registers.command("stop")
+            for _ in range(_STOP_READS):
+                if self.registers["STATUS"] in stopped:
+                    break
+            if self.registers["STATUS"] == STATES["ERROR"][0]:
+                self.registers.command("stop")
+        except OSError:
+            pass  # the first error says more
+
+    # Passes.
+
+    def _next_pass(self) -> _Pass:
+        """The pass of a decoding run whose first HOST descriptor waits."""
+        r = self.registers
+        fields = r.fields("PASS")
+        kind, rows, start = PassKind(fields["kind"]), fields["rows"], r["PASS_POSITION"]
+        if kind is PassKind.DRAFT and fields["index"] == 0:
+            self._margins = []
+        elif self._current is not None and self._current.kind is PassKind.DRAFT:
+            self._margins.append(self._read_margin())
+        else:
+            self._margins = []
+        tokens = [r.element("ROW_TOKEN", row) for row in range(rows)]
+        depths = [0]
+        if kind is not PassKind.DRAFT:
+            depths = [r.fields("ROW_DEPTH", row)["depth"] for row in range(rows)]
+        return _Pass(kind, tokens, depths, start)
+
+    def _read_margin(self) -> float:
+        """The logit margin of the draft pass that has just ended."""
+        ranking = self._board.read(self.layout.ranking, RANKING_BYTES).view("<f4")
+        margin = ranking[1] - ranking[3]
+        return math.inf if np.isnan(margin) else float(margin)
+
+    def _serve(self, current: _Pass) -> None:
+        """Answer all HOST descriptors of a pass; the first one waits."""
+        self._current = current
+        work = self._vector_work(current)
+        for index in range(self._stages[current.kind]):
+            if index:
+                self._wait()
+            if self.registers["HOST_ARGUMENT"] != host_argument(current.kind, index):
+                self._check_state("HOST")
+                raise OSError(
+                    f"accelerator: HOST descriptor {self.registers['HOST_ARGUMENT']:#x}; expected "
+                    f"{host_argument(current.kind, index):#x}"
+                )
+            next(work)
+            self._answer("CONTINUE")
+
+    def _vector_work(self, current: _Pass) -> Iterator[None]:
+        """All work of a pass for the host, which pauses wherever the array is to go on."""
+        c = self._model.config
+        positions = torch.tensor(current.depths) + current.start
+        tables = [(cosine[positions], sine[positions]) for cosine, sine in self._tables]
+        masks = attention_masks(c, current, self.layout.sharing)
+        steps = block_steps(self._model, torch.tensor(current.tokens), tables)
+        answer = None
+        while True:
+            match steps.send(answer):
+                case Linears(names, x):
+                    self._write_operands(current.kind, names, x)
+                    yield
+                    places = zip(names, self.layout.results_of(names), strict=True)
+                    answer = [self._read_results(*place, len(x)) for place in places]
+                case Attention(block, queries, keys, values):
+                    self._kv.store(block, current.start, keys, values)
+                    allowed = masks[not c.is_global(block)]
+                    answer = yield from self._attend(block, queries, allowed)
+
+    def _write_operands(self, kind: PassKind, names: Sequence[str], x: torch.Tensor) -> None:
+        """Provide the input of linear layers in all forms that their modes need."""
+        modes = {self.layout.weights[name].mode(kind) for name in names}
+        if Mode.DRAFT in modes:
+            block = quantize_activations(x, self.config.engine.format.group)
+            words = draft_activation_words(block, self.config)
+            self._board.write(self.layout.draft_activations, words)
+        if modes != {Mode.DRAFT}:
+            words = activation_words(x.numpy().view(np.uint16), self.config)
+            self._board.write(self.layout.activations, words)
+
+    def _read_results(self, name: str, address: int, tokens: int) -> torch.Tensor:
+        """Results of a linear layer, float32 [tokens, o]."""
+        o, cols = self.layout.weights[name].o, self.config.engine.cols
+        content = self._board.read(address, results_bytes(tokens, o, cols))
+        return torch.from_numpy(unpack_results(content, tokens, o, cols))
+
+    def _attend(
+        self, block: int, queries: torch.Tensor, allowed: torch.Tensor
+    ) -> Generator[None, None, torch.Tensor]:
+        """Attention of a block, float16 [T, heads * D], all KV heads at once."""
+        c, layout = self._model.config, self.layout
+        rows, entries = len(queries), allowed.shape[1]
+        # Query heads of one KV head are rows of one product.
+        q = queries.unflatten(1, (c.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        steps = attention_steps(q, allowed, c.attention_scale)
+        self._write_attention(next(steps), layout.attention_stride(c.head_dim))
+        yield
+        stride = layout.attention_result_stride(layout.capacity)
+        scores = self._read_attention(q.shape[1], entries, stride)
+        self._write_attention(steps.send(scores), layout.attention_stride(layout.capacity))
+        yield
+        stride = layout.attention_result_stride(c.head_dim)
+        y = self._read_attention(q.shape[1], c.head_dim, stride)
+        hidden = self._kv.hidden(block, allowed)
+        if hidden is not None:
+            y = torch.where(hidden, _NAN32.item(), y)
+        y = finish(steps, y)  # [kv_heads, T * sharing, D]
+        return y.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1)
+
+    def _write_attention(self, x: torch.Tensor, stride: int) -> None:
+        """Provide activations float16 [kv_heads, N, K] of attention products."""
+        words = activation_words(x.contiguous().numpy().view(np.uint16), self.config)
+        for head, content in enumerate(words):
+            self._board.write(self.layout.activations + head * stride, content)
+
+    def _read_attention(self, n: int, o: int, stride: int) -> torch.Tensor:
+        """Results float32 [kv_heads, n, o] of attention products."""
+        engine = self.config.engine
+        size = results_bytes(n, o, engine.cols)
+        heads = [
+            unpack_batches(
+                self._board.read(self.layout.results + head * stride, size),
+                *(n, o, engine.cols, engine.rows),
+            )
+            for head in range(self._model.config.kv_heads)
+        ]
+        return torch.from_numpy(np.stack(heads))
+
+
+def threshold_bits(threshold: float) -> int:
+    """The smallest FP32 number that is at least `threshold`, as bits: FP32 margins are below one if
+    and only if they are below the other."""
+    with np.errstate(over="ignore"):
+        rounded = np.float32(threshold)
+    if float(rounded) < threshold:  # NumPy would compare in FP32
+        rounded = np.nextafter(rounded, np.float32(np.inf))
+    return struct.unpack("<I", struct.pack("<f", rounded))[0]
+
+
+def attention_masks(
+    config: ModelConfig, current: _Pass, sharing: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which KV entries each row may attend to, globally and with the sliding window, bool
+    [T * sharing, S]: each row as often as query heads share a KV head.
+
+    Row i attends to the entries before its position that belong to the chain, and to its own.
+    """
+    rows = torch.arange(len(current.tokens))
+    positions = torch.tensor(current.depths) + current.start
+    entries = torch.arange(current.entries)
+    mask = (entries < positions[:, None]) | (entries == current.start + rows[:, None])
+    window = mask
+    if config.sliding_window is not None:
+        of_entries = torch.cat((entries[: current.start], positions))
+        window = mask & (positions[:, None] - of_entries < config.sliding_window)
+    return tuple(m.repeat_interleave(sharing, dim=0) for m in (mask, window))

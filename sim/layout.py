@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model lies in the accelerator's memory, in which form, and the programs that run it.
+
+The forms are those of `speq.hw.descriptor`; a driver on another board needs the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from speq.hw.config import BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
+from speq.hw.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.system import CHOICES, PassKind, SystemConfig
+from speq.model.arith import BlockActivations
+from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes
+from speq.model.format import EncodedTensor, draft_words, residual_words
+
+#: Bytes of a row of a ranking in memory: pairs of index and logit.
+RANKING_BYTES = 8 * CHOICES
+#: log2 of the tokens in the ring: more than any array commits in a step.
+RING_LOG2 = 8
+
+_WORD = 2  # bytes of a weight word, of an FP16 number
+_RESULT = 4  # bytes of an FP32 result
+_ARGUMENT_KIND = 24  # first bit of the pass kind in a HOST descriptor's argument
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is at least `value`."""
+    return ceil_div(value, multiple) * multiple
+
+
+def host_argument(kind: PassKind, index: int) -> int:
+    """Argument of HOST descriptor number `index` of a program."""
+    return kind.value << _ARGUMENT_KIND | index
+
+
+def activation_count(k: int, config: SystemConfig) -> int:
+    """Words in memory of `k` activation words: whole beats of the data port."""
+    size = config.activation_bytes
+    return round_up(k * size, config.data.beat_bytes) // size
+
+
+def activation_words(patterns: np.ndarray, config: SystemConfig) -> np.ndarray:
+    """Activations for verify and bypass mode as they lie in memory.
+
+    Parameters
+    ----------
+    patterns : uint16 [..., N, K]
+        FP16 bit patterns of N rows.
+    config : SystemConfig
+
+    Returns
+    -------
+    uint16 [..., ceil(N / R), words, activation_bytes / 2]
+        Batches of R rows: word k holds activation k of the batch's rows.
+    """
+    rows = config.engine.rows
+    *leading, n, k = patterns.shape
+    batches = ceil_div(n, rows)
+    if n % rows and batches > 1:
+        padding = np.zeros((*leading, batches * rows - n, k), np.uint16)
+        patterns = np.concatenate((patterns, padding), axis=-2)
+    batched = patterns.reshape(*leading, batches, -1, k).swapaxes(-1, -2)
+    shape = (*leading, batches, activation_count(k, config), config.activation_bytes // _WORD)
+    words = np.zeros(shape, np.uint16)
+    words[..., :k, : batched.shape[-1]] = batched
+    return words
+
+
+def draft_activation_words(x: BlockActivations, config: SystemConfig) -> np.ndarray:
+    """Block activations of one row for draft mode as they lie in memory: uint8 [words,
+    activation_bytes]. Byte j of word i is sign and magnitude of activation 4i + j, byte 4 the
+    exponent of their block."""
+    (mantissa,) = x.mantissa.numpy()
+    (exponent,) = x.exponent.numpy()
+    steps = ceil_div(len(mantissa), DRAFT_LANES)
+    lanes = np.zeros((steps, DRAFT_LANES), np.uint8)
+    signs = (mantissa < 0).astype(np.uint8) << BLOCK_MAGNITUDE_BITS
+    lanes.reshape(-1)[: len(mantissa)] = np.abs(mantissa).view(np.uint8) | signs
+    words = np.zeros((activation_count(steps, config), config.activation_bytes), np.uint8)
+    words[:steps, :DRAFT_LANES] = lanes
+    words[:steps, DRAFT_LANES] = exponent[np.arange(steps) * DRAFT_LANES // x.block]
+    return words
+
+
+def results_bytes(tokens: int, o: int, cols: int) -> int:
+    """Bytes of the FP32 results of a GEMM."""
+    return ceil_div(o, cols) * cols * tokens * _RESULT
+
+
+def unpack_results(content: np.ndarray, tokens: int, o: int, cols: int) -> np.ndarray:
+    """Results in memory, uint8 [tile][token][column][4], as float32 [tokens, o]."""
+    tiles = content.view(np.float32).reshape(-1, tokens, cols)
+    return tiles.transpose(1, 0, 2).reshape(tokens, -1)[:, :o]
+
+
+def unpack_batches(content: np.ndarray, n: int, o: int, cols: int, rows: int) -> np.ndarray:
+    """Results of an ATTENTION for n rows, in batches of at most `rows`, as float32 [n, o]."""
+    tiles, full = ceil_div(o, cols), n // rows * rows
+    split = full * tiles * cols * _RESULT
+    batches = content[:split].view(np.float32).reshape(n // rows, tiles, rows, cols)
+    result = batches.transpose(0, 2, 1, 3).reshape(full, tiles * cols)[:, :o]
+    if full == n:
+        return result
+    return np.concatenate((result, unpack_results(content[split:], n - full, o, cols)))
+
+
+def retile(plane: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """A plane [tiles, words, columns] of `rows` outputs, cut into tiles of `cols` outputs."""
+    if plane.shape[2] == cols:
+        return plane
+    outputs = plane.transpose(0, 2, 1).reshape(-1, plane.shape[1])[:rows]
+    return tiled(outputs, cols)
+
+
+def tiled(rows: np.ndarray, cols: int) -> np.ndarray:
+    """Words of outputs [O, words] -> [ceil(O / cols), words, cols], with zeros beyond O."""
+    rows = np.pad(rows, ((0, -len(rows) % cols), (0, 0)))
+    return np.ascontiguousarray(rows.reshape(-1, cols, rows.shape[1]).transpose(0, 2, 1))
+
+
+def padded_groups(group_bytes: np.ndarray, config: SystemConfig) -> np.ndarray:
+    """Group bytes [tiles, groups, columns] with each tile padded to whole beats: [tiles, bytes]."""
+    tiles = group_bytes.reshape(len(group_bytes), -1)
+    return np.pad(tiles, ((0, 0), (0, -tiles.shape[1] % config.data.beat_bytes)))
+
+
+class Region(NamedTuple):
+    """Bytes of memory: the first and one behind the last."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A linear layer [o, k] in memory: with `encoded`, draft plane, residual plane and group bytes;
+    else `plane` holds plain FP16 words."""
+
+    o: int
+    k: int
+    encoded: bool
+    plane: int
+    residual: int = 0
+    groups: int = 0
+
+    def mode(self, kind: PassKind) -> Mode:
+        """The array's mode for it in a pass."""
+        if not self.encoded:
+            return Mode.BYPASS
+        return Mode.DRAFT if kind is PassKind.DRAFT else Mode.VERIFY
+
+
+class MemoryLayout:
+    """Addresses of everything that a decoder needs in the accelerator's memory.
+
+    Operands of one stage of a pass are overwritten by those of the next, results as well.
+
+    Parameters
+    ----------
+    config : SystemConfig
+    model : ModelConfig
+    encoded : names of the linear layers that are encoded; the others are plain FP16
+    capacity : int
+        Entries of the KV cache.
+    base : int
+        First byte to use, a multiple of the configuration's alignment.
+
+    Attributes
+    ----------
+    read, write : Region
+        What the accelerator reads and what it writes; what follows `read` is `write`.
+    weights : Weights by name of the linear layer
+    keys, values : int
+        Of the KV cache: keys [block][tile of C entries][kv_head][head_dim][C], values
+        [block][kv_head][tile of C dimensions][capacity][C].
+    programs : address by PassKind
+    activations, draft_activations, results, ranking, ring : int
+
+    Raises
+    ------
+    ValueError
+        If the model does not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        config: SystemConfig,
+        model: ModelConfig,
+        encoded: Collection[str],
+        capacity: int,
+        base: int = 0,
+    ) -> None:
+        self.config, self.model = config, model
+        engine = config.engine
+        #: Entries of the KV cache, whole tiles.
+        self.capacity = round_up(capacity, engine.cols)
+        _check_sizes(config, model, capacity)
+        if base % config.alignment:
+            raise ValueError(f"base is {base:#x}; expected a multiple of {config.alignment}")
+        self._end = base
+        shapes = dict(tensor_shapes(model)) | {"head": (model.vocab_size, model.hidden)}
+        names = linear_names(model)
+        self.weights = {name: self._place(*shapes[name], name in encoded) for name in names}
+        entries = model.blocks * model.kv_heads * self.capacity * _WORD
+        self.keys = self._take(entries * model.head_dim)
+        self.values = self._take(entries * round_up(model.head_dim, engine.cols))
+        longest = max(weights.k for weights in self.weights.values())
+        self.activations = self._take(
+            max(
+                activation_count(longest, config) * config.activation_bytes,
+                model.kv_heads * self.attention_stride(self.capacity),
+                model.kv_heads * self.attention_stride(model.head_dim),
+            )
+        )
+        self.draft_activations = self._take(
+            activation_count(ceil_div(longest, DRAFT_LANES), config) * config.activation_bytes
+        )
+        self.programs: dict[PassKind, int] = {}
+        for kind in PassKind:
+            self.programs[kind] = self._take(0)
+            self._take(DESCRIPTOR_BYTES * _program_length(model, kind))
+        self.read = Region(base, self._end)
+        self.ranking = self._take(engine.rows * RANKING_BYTES)
+        self.ring = self._take(4 << RING_LOG2)
+        stages = [[f"block.0.{name}" for name in LINEARS[:3]], ["block.0.o_proj"], ["head"]]
+        stages += [[f"block.0.{name}" for name in LINEARS[4:6]], ["block.0.down_proj"]]
+        sizes = [sum(self._result_size(name) for name in stage) for stage in stages]
+        sizes += [model.kv_heads * self.attention_result_stride(self.capacity)]
+        sizes += [model.kv_heads * self.attention_result_stride(model.head_dim)]
+        self.results = self._take(max(sizes))
+        self.write = Region(self.read.stop, self._end)
+        if self._end > 1 << config.address_bits:
+            raise ValueError(
+                f"the model ends at {self._end:#x}; addresses have {config.address_bits} bits"
+            )
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of it."""
+        return self.write.stop - self.read.start
+
+    @property
+    def sharing(self) -> int:
+        """Query heads per KV head."""
+        return self.model.heads // self.model.kv_heads
+
+    @property
+    def value_tiles(self) -> int:
+        """Tiles of a head's values."""
+        return ceil_div(self.model.head_dim, self.config.engine.cols)
+
+    def _take(self, size: int) -> int:
+        """The address of so many more bytes."""
+        address = self._end
+        self._end = round_up(address + size, self.config.alignment)
+        return address
+
+    def _place(self, o: int, k: int, encoded: bool) -> Weights:
+        config = self.config
+        number_format, cols = config.engine.format, config.engine.cols
+        tiles = ceil_div(o, cols)
+        if not encoded:
+            return Weights(o, k, False, self._take(tiles * k * cols * _WORD))
+        groups = round_up(ceil_div(k, number_format.group) * cols, config.data.beat_bytes)
+        plane = self._take(tiles * draft_words(k, number_format) * cols * _WORD)
+        residual = self._take(tiles * residual_words(k, number_format) * cols * _WORD)
+        return Weights(o, k, True, plane, residual, self._take(tiles * groups))
+
+    def _result_size(self, name: str) -> int:
+        engine = self.config.engine
+        size = results_bytes(engine.rows, self.weights[name].o, engine.cols)
+        return round_up(size, self.config.alignment)
+
+    def results_of(self, names: Collection[str]) -> list[int]:
+        """Addresses of the results of linear layers that run in one stage."""
+        sizes = [self._result_size(name) for name in names]
+        return [self.results + sum(sizes[:i]) for i in range(len(sizes))]
+
+    def attention_stride(self, k: int) -> int:
+        """Distance of the KV heads' activations in an attention product over k."""
+        batch = activation_count(k, self.config) * self.config.activation_bytes
+        return round_up(self.sharing * batch, self.config.alignment)
+
+    def attention_result_stride(self, o: int) -> int:
+        """Distance of the KV heads' results in an attention product with o outputs."""
+        engine = self.config.engine
+        size = results_bytes(engine.rows * self.sharing, o, engine.cols)
+        return round_up(size, self.config.alignment)
+
+    @property
+    def key_stride(self) -> int:
+        """Distance of the tiles of a head's keys."""
+        model = self.model
+        return model.kv_heads * model.head_dim * self.config.engine.cols * _WORD
+
+    @property
+    def value_stride(self) -> int:
+        """Distance of the tiles of a head's values."""
+        return self.capacity * self.config.engine.cols * _WORD
+
+    def keys_address(self, block: int, tile: int, head: int = 0) -> int:
+        """Of a tile of a KV head's keys."""
+        head_bytes = self.key_stride // self.model.kv_heads
+        tiles = self.capacity // self.config.engine.cols
+        return self.keys + (block * tiles + tile) * self.key_stride + head * head_bytes
+
+    def values_address(self, block: int, head: int, tile: int = 0, entry: int = 0) -> int:
+        """Of an entry of a tile of a KV head's values."""
+        number = (block * self.model.kv_heads + head) * self.value_tiles + tile
+        return self.values + number * self.value_stride + entry * self.config.engine.cols * _WORD
+
+    def program(self, kind: PassKind) -> list[Descriptor]:
+        """The program of a pass.
+
+        Before each stage the host provides operands, which depend on the results before them. A
+        single pass only fills the KV cache, so it ends when the last block's keys and values are
+        there.
+        """
+        program = []
+        for index, stage in enumerate(self._stages(kind)):
+            program.append(Descriptor(Kind.HOST, argument=host_argument(kind, index)))
+            program += stage
+        return [*program, Descriptor(Kind.END)]
+
+    def _stages(self, kind: PassKind) -> list[list[Descriptor]]:
+        model = self.model
+        stages = []
+        for block in range(model.blocks):
+            names = [f"block.{block}.{name}" for name in LINEARS]
+            stages.append(self._linears(kind, names[:3]))
+            if kind is PassKind.SINGLE and block == model.blocks - 1:
+                return [*stages, []]
+            heads = range(model.kv_heads)
+            stages.append([self._scores(block, head) for head in heads])
+            stages.append([self._weighted_values(block, head) for head in heads])
+            stages += [self._linears(kind, part) for part in (names[3:4], names[4:6], names[6:])]
+        return [*stages, [self._head(kind)]]
+
+    def _operands(self, kind: PassKind, name: str) -> dict[str, object]:
+        """Fields of a descriptor that multiplies with a linear layer."""
+        weights = self.weights[name]
+        mode = weights.mode(kind)
+        return {
+            "mode": mode,
+            "k": weights.k,
+            "o": weights.o,
+            "plane": weights.plane,
+            "residual": weights.residual if mode is Mode.VERIFY else 0,
+            "groups": weights.groups,
+            "activations": (self.draft_activations if mode is Mode.DRAFT else self.activations),
+        }
+
+    def _linears(self, kind: PassKind, names: list[str]) -> list[Descriptor]:
+        results = self.results_of(names)
+        return [
+            Descriptor(Kind.GEMM, **self._operands(kind, name), results=address)
+            for name, address in zip(names, results, strict=True)
+        ]
+
+    def _head(self, kind: PassKind) -> Descriptor:
+        """Only the logits of verify passes are of interest, and only the ranking of the others."""
+        operands = self._operands(kind, "head")
+        if kind is PassKind.DRAFT:
+            return Descriptor(Kind.ARGMAX, **operands, discard=True, extra=self.ranking)
+        return Descriptor(Kind.ARGMAX, **operands, results=self.results)
+
+    def _scores(self, block: int, head: int) -> Descriptor:
+        k = self.model.head_dim
+        return Descriptor(
+            Kind.ATTENTION,
+            sharing=self.sharing,
+            k=k,
+            plane=self.keys_address(block, 0, head),
+            activations=self.activations + head * self.attention_stride(k),
+            results=self.results + head * self.attention_result_stride(self.capacity),
+            extra=self.key_stride,
+        )
+
+    def _weighted_values(self, block: int, head: int) -> Descriptor:
+        o = self.model.head_dim
+        return Descriptor(
+            Kind.ATTENTION,
+            values=True,
+            sharing=self.sharing,
+            o=o,
+            plane=self.values_address(block, head),
+            activations=self.activations + head * self.attention_stride(self.capacity),
+            results=self.results + head * self.attention_result_stride(o),
+            extra=self.value_stride,
+        )
+
+
+def _program_length(model: ModelConfig, kind: PassKind) -> int:
+    """Descriptors of a program, END included."""
+    per_block = 6 + len(LINEARS) + 2 * model.kv_heads
+    if kind is PassKind.SINGLE:
+        return (model.blocks - 1) * per_block + 6
+    return model.blocks * per_block + 3
+
+
+def _check_sizes(config: SystemConfig, model: ModelConfig, capacity: int) -> None:
+    """Raise ValueError if a dimension of the model exceeds the accelerator's."""
+    engine = config.engine
+    q_rows = model.heads * model.head_dim
+    k_sizes = {
+        "hidden size": model.hidden,
+        "FFN size": model.ffn_hidden,
+        "width of all heads": q_rows,
+        "KV cache": capacity,
+    }
+    o_sizes = k_sizes | {"vocabulary": model.vocab_size}
+    for sizes, limit, name in ((k_sizes, engine.max_k, "K"), (o_sizes, engine.max_o, "O")):
+        for what, size in sizes.items():
+            if size > limit:
+                raise ValueError(
+                    f"the {what} is {size}; the accelerator's largest {name} is {limit}"
+                )
+    if model.heads // model.kv_heads > 255:
+        raise ValueError(f"{model.heads // model.kv_heads} heads share a KV head; at most 255 can")
+
+
+def weight_planes(
+    tensor: EncodedTensor, config: SystemConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draft plane, residual plane and group bytes of an encoded tensor as they lie in memory."""
+    o, cols = tensor.shape[0], config.engine.cols
+    planes = (tensor.draft_plane, tensor.residual_plane, tensor.group_bytes)
+    draft, residual, groups = (retile(plane, o, cols) for plane in planes)
+    return draft, residual, padded_groups(groups, config)

@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Testbench of the readers of weights, group bytes and activations.
+
+The readers run against cocotbext-axi's memory model, which was written independently, with random
+pauses on all channels; exact timing and bad responses come from the memory
+below. Expected words are cut out of the random contents of that memory with numpy, and both planes
+of an encoded tensor are joined by the number format's own code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import cocotb
+import numpy as np
+from amaranth.hdl import Elaboratable, Module
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import Out
+from cocotb.clock import Clock
+from cocotb.triggers import RisingEdge
+from cocotbext.axi import AxiReadBus, AxiSlaveRead
+
+from speq.hw.activation_reader import ActivationReader, activation_command_layout
+from speq.hw.axi import AxiConfig, Fault
+from speq.hw.config import DRAFT_LANES, AcceleratorConfig, Mode
+from speq.hw.group_reader import GroupReader, group_command_layout
+from speq.hw.ram import RAM_VERILOG
+from speq.hw.system import SystemConfig
+from speq.hw.verilog import convert_unit
+from speq.hw.weight_reader import WeightReader, chunk_words, weight_command_layout
+from speq.model.format import EncodedTensor, FormatConfig
+from speq.sim.compare import assert_equal_bits
+from speq.sim.memory_tb import Sink, Source, expected_bursts
+from speq.sim.runner import seed, simulate
+
+_TOP = "readers_tb"
+#: Words as wide as beats, wider, and narrower; ports as wide as the array and narrower.
+_CONFIGS = (
+    SystemConfig(AcceleratorConfig(rows=4, cols=8)),
+    SystemConfig(
+        AcceleratorConfig(rows=2, cols=4, draft_rows=2, format=FormatConfig(group=32)),
+        weights=AxiConfig(data_bits=64, address_bits=32, burst=32, depth=64),
+        data=AxiConfig(data_bits=64, address_bits=32, burst=4, depth=32, outstanding=13),
+    ),
+    SystemConfig(
+        AcceleratorConfig(rows=4, cols=16, format=FormatConfig(group=128), max_k=1000),
+        weights=AxiConfig(data_bits=64, address_bits=20),
+        data=AxiConfig(data_bits=256, address_bits=20),
+    ),
+)
+_READERS = {"weights": WeightReader, "groups": GroupReader, "activations": ActivationReader}
+#: Bytes of the memory, which fills a region that begins at a multiple of its size.
+_SIZE = 1 << 17
+#: Latency of the memory below, in cycles.
+_LATENCY = 20
+#: Cycles after which a test gives up waiting.
+_PATIENCE = 30_000
+#: Share of cycles in which a paused channel pauses.
+_PAUSE = 0.4
+#: Rounds of tests of faults and aborts, each with other jobs.
+_ROUNDS = 4
+_MIN_RATE = 0.98
+_WORD_BYTES = 2
+_RESIDUAL_WORDS = 3  # of four weights
+
+
+class _Bench(wiring.Component):
+    """All readers of all configurations: weights_0, groups_0, activations_0, weights_1, ..."""
+
+    def __init__(self) -> None:
+        self.units = {
+            f"{name}_{i}": reader(config)
+            for i, config in enumerate(_CONFIGS)
+            for name, reader in _READERS.items()
+        }
+        super().__init__({name: Out(unit.signature) for name, unit in self.units.items()})
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        for name, unit in self.units.items():
+            m.submodules[name] = unit
+            wiring.connect(m, wiring.flipped(getattr(self, name)), unit)
+        return m
+
+
+def run() -> None:
+    """Check the readers with several parameters."""
+    simulate(convert_unit(_Bench(), _TOP) + RAM_VERILOG, _TOP, __name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A reader's command, the words that it asks for, and the transfers (address and beats) that
+    it leads to, by plane."""
+
+    command: int
+    words: list[int]
+    transfers: dict[str, list[tuple[int, int]]]
+
+
+class _Memory:
+    """Memory on one bus: a latency, then one beat per cycle, in order.
+
+    `responses` gives the response of a beat at an address.
+    """
+
+    def __init__(self, world: _World) -> None:
+        self.world = world
+        self.responses: dict[int, int] = {}
+        # Cycle from which it may be given, and the fields of the beat.
+        self.pending: deque[tuple[int, dict[str, int]]] = deque()
+        names = ("id", "addr", "len", "valid", "ready")
+        self.request = {name: world.port(f"axi__ar{name}") for name in names}
+        names = ("id", "data", "resp", "last", "valid", "ready")
+        self.response = {name: world.port(f"axi__r{name}") for name in names}
+        self.request["ready"].value = 1
+        self.response["valid"].value = 0
+
+    def step(self, cycle: int) -> None:
+        if int(self.request["valid"].value):
+            identity, address, length = (
+                int(self.request[name].value) for name in ("id", "addr", "len")
+            )
+            size = self.world.port_config.beat_bytes
+            for i in range(length + 1):
+                place = address + i * size
+                beat = {
+                    "id": identity,
+                    "data": int.from_bytes(self.world.load(place, size), "little"),
+                    "resp": self.responses.get(place, 0),
+                    "last": i == length,
+                }
+                self.pending.append((cycle + _LATENCY, beat))
+        assert int(self.response["ready"].value), f"cycle {cycle}: not ready for read data"
+        give = bool(self.pending) and self.pending[0][0] <= cycle + 1
+        self.response["valid"].value = give
+        if give:
+            for name, value in self.pending.popleft()[1].items():
+                self.response[name].value = value
+
+
+class _Target:
+    """The memory of cocotbext-axi's slave."""
+
+    def __init__(self, world: _World) -> None:
+        self.world = world
+
+    async def read(self, address: int, length: int) -> bytes:
+        return self.world.load(address, length)
+
+
+class _World:
+    """The reader under test and its surroundings."""
+
+    def __init__(self, dut: object, index: int, reader: str) -> None:
+        self.dut = dut
+        self.config = _CONFIGS[index]
+        self.reader = reader
+        self.prefix = f"{reader}_{index}"
+        self.port_config = self.config.weights if reader == "weights" else self.config.data
+        self.rng = np.random.default_rng([seed(), index, *reader.encode()])
+        self.cycle = 0
+        self.content = self.rng.integers(0, 256, _SIZE, np.uint8)
+        self.base = int(self.rng.integers(1, (1 << self.config.address_bits) // _SIZE - 1)) * _SIZE
+        self.memory: _Memory | None = None
+        self.slave: AxiSlaveRead | None = None
+        dut._log.info(f"seed {seed()}, {self.prefix}, {self.config}")
+
+    @classmethod
+    async def start(
+        cls,
+        dut: object,
+        index: int,
+        reader: str,
+        *,
+        independent: bool = False,
+        pause: float = 0.0,
+    ) -> _World:
+        """After a reset, with cocotbext-axi's memory model or with the memory above."""
+        world = cls(dut, index, reader)
+        Clock(dut.clk, 2, "ns").start()
+        for name in ("clear", "axi__arready", "axi__rvalid"):
+            world.port(name).value = 0
+        world.port("base").value = world.base
+        world.port("limit").value = world.base + _SIZE - 1
+        world.command = Source(world._stream("command"), world.rng)
+        world.words = Sink(world._stream(reader), world.rng)
+        if independent:
+            world._connect_slave(pause)
+        else:
+            world.memory = _Memory(world)
+        dut.rst.value = 1
+        for _ in range(3):
+            await RisingEdge(dut.clk)
+        dut.rst.value = 0
+        await RisingEdge(dut.clk)
+        world.command.pause = world.words.pause = pause
+        return world
+
+    def _connect_slave(self, pause: float) -> None:
+        bus = AxiReadBus.from_prefix(self.dut, f"{self.prefix}__axi_")
+        self.slave = AxiSlaveRead(bus, self.dut.clk, self.dut.rst, target=_Target(self))
+        self.slave.log.setLevel(logging.ERROR)  # else it tells of every burst
+        if pause:
+            for channel in (self.slave.ar_channel, self.slave.r_channel):
+                channel.set_pause_generator(self._pauses())
+
+    def _pauses(self) -> Iterator[bool]:
+        rng = np.random.default_rng(self.rng.integers(1 << 32))
+        return (bool(rng.random() < _PAUSE) for _ in itertools.count())
+
+    def port(self, name: str) -> object:
+        """A port of the reader."""
+        return getattr(self.dut, f"{self.prefix}__{name}")
+
+    def get(self, name: str) -> int:
+        """Value of a port."""
+        return int(self.port(name).value)
+
+    def _stream(self, name: str) -> tuple[object, object, object]:
+        """Ports of a stream."""
+        return tuple(self.port(f"{name}__{part}") for part in ("valid", "ready", "payload"))
+
+    def load(self, address: int, size: int) -> bytes:
+        """Bytes of memory. Raises ValueError if they are not all in the region."""
+        first = address - self.base
+        if not 0 <= first <= _SIZE - size:
+            raise ValueError(f"{address:#x} is outside the region")
+        return self.content[first : first + size].tobytes()
+
+    async def step(self, cycles: int = 1) -> None:
+        """Let clock cycles pass."""
+        for _ in range(cycles):
+            await RisingEdge(self.dut.clk)
+            self.cycle += 1
+            if self.words.valid.value:
+                assert self.get("busy"), f"{self.prefix}: cycle {self.cycle}: a word, but not busy"
+            self.command.step(self.cycle)
+            self.words.step(self.cycle)
+            if self.memory is not None:
+                self.memory.step(self.cycle)
+
+    async def until(self, what: str, condition: Callable[[], bool]) -> None:
+        """Let clock cycles pass until something is so."""
+        for _ in range(_PATIENCE):
+            if condition():
+                return
+            await self.step()
+        raise AssertionError(
+            f"{self.prefix}: cycle {self.cycle}: not within {_PATIENCE} cycles: {what}"
+        )
+
+    def idle(self) -> bool:
+        """Whether the reader has nothing to do."""
+        taken = self.command.taken[-1:] == [self.cycle]  # it is busy from the next cycle on
+        return not (self.command.queue or self.get("busy") or taken)
+
+    async def clear(self, cycles: int = 1) -> None:
+        """Clear the reader and wait until it is idle; no word of before may come any more."""
+        self.command.withdraw()
+        self.port("clear").value = 1
+        await self.step()
+        self.words.offer = None  # the clear withdraws it
+        received = len(self.words.items)
+        await self.step(cycles - 1)
+        self.port("clear").value = 0
+        await self.step()
+        await self.until("cleared", self.idle)
+        assert len(self.words.items) == received, f"{self.prefix}: words behind a clear"
+        assert self.get("error") == Fault.NONE.value
+
+    def place(self, size: int) -> int:
+        """A random address of a buffer of `size` bytes."""
+        alignment = self.config.alignment
+        return self.base + int(self.rng.integers(0, (_SIZE - size) // alignment + 1)) * alignment
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: type, stride: int) -> np.ndarray:
+        """An array of tiles in memory, `stride` bytes apart."""
+        size = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+        tiles = [self.load(address + i * stride, size) for i in range(shape[0])]
+        return np.frombuffer(b"".join(tiles), dtype).reshape(shape)
+
+    def job(self, **sizes: object) -> _Job:
+        """A random job of the reader, with the sizes given."""
+        longest = int(self.rng.choice([5, 40, 2 * self.config.engine.format.group + 2]))
+        given = {
+            "mode": Mode(int(self.rng.integers(0, 3))),
+            "k": int(self.rng.integers(1, longest + 1)),
+            "tiles": int(self.rng.integers(1, 5)),
+            "gap": int(self.rng.integers(0, 3)),
+        } | sizes
+        return getattr(self, f"_job_of_{self.reader}")(**given)
+
+    def jobs(self, number: int) -> list[_Job]:
+        """Random jobs."""
+        return [self.job() for _ in range(number)]
+
+    def _job_of_weights(self, mode: Mode, k: int, tiles: int, gap: int) -> _Job:
+        config, columns = self.config, self.config.engine.cols
+        draft_words = -(-k // DRAFT_LANES)
+        words = k if mode is Mode.BYPASS else draft_words
+        residual_words = _RESIDUAL_WORDS * draft_words
+        size = words * columns * _WORD_BYTES
+        residual_size = residual_words * columns * _WORD_BYTES
+        stride = size + gap * config.alignment
+        plane = self.place(tiles * stride)
+        residual = self.place(tiles * residual_size)
+        content = self.array(plane, (tiles, words, columns), np.uint16, stride)
+        # In verify mode chunks of both planes alternate.
+        chunk = chunk_words(config) * columns * _WORD_BYTES if mode is Mode.VERIFY else size
+        transfers = {"plane": self._transfers(plane, tiles, stride, size, chunk)}
+        if mode is Mode.VERIFY:
+            form = config.engine.format
+            content = EncodedTensor(
+                "random",
+                (tiles * columns, k),
+                form,
+                columns,
+                content,
+                self.array(residual, (tiles, residual_words, columns), np.uint16, residual_size),
+                np.zeros((tiles, -(-k // form.group), columns), np.uint8),
+            ).verify_words()
+            chunk *= _RESIDUAL_WORDS
+            transfers["residual"] = self._transfers(
+                residual, tiles, residual_size, residual_size, chunk
+            )
+        fields = {
+            "mode": mode,
+            "k": k,
+            "tiles": tiles,
+            "plane": plane,
+            "residual": residual,
+            "stride": stride if gap else 0,
+        }
+        return self._finish(weight_command_layout(config), fields, content, transfers)
+
+    def _job_of_groups(self, mode: Mode, k: int, tiles: int, gap: int) -> _Job:
+        columns, beat = self.config.engine.cols, self.port_config.beat_bytes
+        groups = -(-k // self.config.engine.format.group)
+        stride = -(-groups * columns // beat) * beat
+        address = self.place(tiles * stride)
+        content = self.array(address, (tiles, groups, columns), np.uint8, stride)
+        transfers = {"groups": self._transfers(address, tiles, stride, stride, stride)}
+        fields = {"k": k, "tiles": tiles, "groups": address}
+        return self._finish(group_command_layout(self.config), fields, content, transfers)
+
+    def _job_of_activations(self, mode: Mode, k: int, tiles: int, gap: int) -> _Job:
+        words = -(-k // DRAFT_LANES) if mode is Mode.DRAFT else k
+        size, beat = self.config.activation_bytes, self.port_config.beat_bytes
+        stride = -(-words * size // beat) * beat
+        address = self.place(stride)
+        content = self.array(address, (1, words, size), np.uint8, stride)
+        transfers = {"activations": self._transfers(address, 1, stride, stride, stride)}
+        fields = {"mode": mode, "k": k, "address": address}
+        return self._finish(activation_command_layout(self.config), fields, content, transfers)
+
+    def _transfers(
+        self, address: int, tiles: int, stride: int, size: int, chunk: int
+    ) -> list[tuple[int, int]]:
+        """Addresses and beats that tiles are read in, `chunk` bytes at a time."""
+        return [
+            (address + i * stride + start, min(chunk, size - start) // self.port_config.beat_bytes)
+            for i in range(tiles)
+            for start in range(0, size, chunk)
+        ]
+
+    def _finish(
+        self,
+        layout: data.Layout,
+        fields: dict[str, object],
+        content: np.ndarray,
+        transfers: dict[str, list[tuple[int, int]]],
+    ) -> _Job:
+        """The job with these words, [tiles, words, bytes or columns]."""
+        mask = (1 << len(self.words.payload)) - 1
+        flat = content.reshape(-1, content.shape[-1])
+        words = [int.from_bytes(word.tobytes(), "little") & mask for word in flat]
+        return _Job(layout.const(fields).as_bits(), words, transfers)
+
+    async def do(self, jobs: list[_Job]) -> None:
+        """Let the reader do jobs, and compare the words."""
+        first = len(self.words.items)
+        self.command.queue.extend(job.command for job in jobs)
+        await self.until("the jobs are finished", self.idle)
+        assert self.get("error") == Fault.NONE.value, f"{self.prefix}: an error"
+        self.check([word for job in jobs for word in job.words], first)
+
+    def check(self, expected: list[int], first: int) -> None:
+        """Compare the words from number `first` on."""
+        got = self.words.items[first:]
+        assert len(got) == len(expected), (
+            f"{self.prefix}: {len(got)} words, expected {len(expected)}"
+        )
+        assert_equal_bits(
+            self.prefix,
+            expected=np.array(expected, dtype=object),
+            got=np.array(got, dtype=object),
+            cycles=np.array(self.words.cycles[first:]),
+        )
+
+    def check_error(self, error: Fault, address: int) -> None:
+        """Compare the report of an error with what it should be."""
+        for output, expected in (("error", error.value), ("error_address", address)):
+            got = self.get(output)
+            assert got == expected, (
+                f"{self.prefix}.{output}: cycle {self.cycle}: expected {expected:#x}, got {got:#x}"
+            )
+
+    def spoil(self, transfer: tuple[int, int], response: int) -> int:
+        """Let a random beat of a transfer have a bad response; the address of its burst."""
+        address, beats = transfer
+        bad = address + int(self.rng.integers(0, beats)) * self.port_config.beat_bytes
+        self.memory.responses[bad] = response
+        bursts = expected_bursts(self.port_config, [transfer])
+        return max(first for first, _ in bursts if first <= bad)
+
+
+def _each(test: Callable) -> object:
+    """The test for each reader of each configuration."""
+    indices = range(len(_CONFIGS))
+    return cocotb.test()(cocotb.parametrize(index=indices, reader=tuple(_READERS))(test))
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)), reader=tuple(_READERS), pause=(0.0, _PAUSE))
+async def random_jobs(dut: object, index: int, reader: str, pause: float) -> None:
+    """The right words with and without pauses, from an independent memory model."""
+    world = await _World.start(dut, index, reader, independent=True, pause=pause)
+    await world.do(world.jobs(25))
+
+
+@_each
+async def clear_at_any_time(dut: object, index: int, reader: str) -> None:
+    """A clear drops everything, and the reader can be used again."""
+    world = await _World.start(dut, index, reader, independent=True, pause=_PAUSE)
+    for _ in range(_ROUNDS):
+        world.command.queue.extend(job.command for job in world.jobs(20))
+        world.words.pause = float(world.rng.choice([_PAUSE, 0.95]))
+        await world.step(int(world.rng.integers(5, 150)))
+        await world.clear(int(world.rng.integers(1, 4)))
+        world.words.pause = _PAUSE
+        await world.do(world.jobs(4))
+
+
+@_each
+async def bad_responses(dut: object, index: int, reader: str) -> None:
+    """A bad response is reported with its burst's address; only words before it are given."""
+    world = await _World.start(dut, index, reader)
+    for response in (Fault.SLAVE, Fault.DECODE) * _ROUNDS:
+        world.memory.responses.clear()
+        mode = Mode.VERIFY if reader == "weights" else Mode.DRAFT
+        k = DRAFT_LANES * int(world.rng.integers(1, 30))  # no padding, whose bits do not matter
+        job = world.job(mode=mode, k=k)
+        plane = str(world.rng.choice(list(job.transfers)))
+        transfer = int(world.rng.integers(0, len(job.transfers[plane])))
+        address = world.spoil(job.transfers[plane][transfer], response.value)
+        first = len(world.words.items)
+        world.command.queue.append(job.command)
+        await world.until("an error", lambda w=world: w.get("error"))
+        world.check_error(response, address)
+        await world.step(100)
+        world.check_error(response, address)
+        received = len(world.words.items) - first
+        assert received < len(job.words)
+        world.check(job.words[:received], first)
+        world.memory.responses.clear()
+        await world.clear()
+        await world.do(world.jobs(3))
+
+
+@_each
+async def commands_outside_the_region(dut: object, index: int, reader: str) -> None:
+    """A transfer that would leave the region is refused, with its address; those before it are
+    finished."""
+    world = await _World.start(dut, index, reader)
+    mode = Mode.BYPASS if reader == "weights" else Mode.VERIFY
+    for tile in (0, 0, 2):
+        job = world.job(mode=mode, k=9, tiles=4)
+        (transfers,) = job.transfers.values()
+        tile = min(tile, len(transfers) - 1)
+        address, beats = transfers[tile]
+        # The last beat of the tile is the first one outside.
+        limit = address + (beats - 1) * world.port_config.beat_bytes - 1
+        world.port("limit").value = limit
+        first = len(world.words.items)
+        world.command.queue.append(job.command)
+        await world.until("an error", lambda w=world: w.get("error"))
+        await world.step(200)
+        world.check_error(Fault.REFUSED, address)
+        world.check(job.words[: len(job.words) // len(transfers) * tile], first)
+        world.port("limit").value = world.base + _SIZE - 1
+        await world.clear()
+        await world.do(world.jobs(3))
+
+
+async def _rate(world: _World, jobs: list[_Job]) -> float:
+    """Words per cycle of jobs, from the first word to the last."""
+    first = len(world.words.items)
+    await world.do(jobs)
+    cycles = world.words.cycles[first:]
+    return len(cycles) / (cycles[-1] - cycles[0] + 1)
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)), mode=tuple(Mode), k=(64, 65, 256))
+async def rate_of_weights(dut: object, index: int, mode: Mode, k: int) -> None:
+    """A word in each cycle in which the port can give one, across tiles and commands."""
+    world = await _World.start(dut, index, "weights")
+    engine, port = world.config.engine, world.port_config
+    possible = port.data_bits / (16 * engine.cols)
+    if mode is Mode.VERIFY:
+        possible *= k / (DRAFT_LANES * -(-k // DRAFT_LANES))
+    steps = -(-k // DRAFT_LANES) if mode is Mode.DRAFT else k
+    tiles = -(-512 // steps)
+    jobs = [world.job(mode=mode, k=k, tiles=tiles, gap=gap) for gap in (0, 0, 1)]
+    rate = await _rate(world, jobs)
+    dut._log.info(f"rate of {world.prefix}, {mode.name}, k {k}: {rate:.4f} of {possible:.4f}")
+    assert rate >= _MIN_RATE * possible
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)), reader=("groups", "activations"))
+async def rate_of_the_others(dut: object, index: int, reader: str) -> None:
+    """A word per cycle, or a beat per cycle where words are wider."""
+    world = await _World.start(dut, index, reader)
+    config = world.config
+    if reader == "groups":
+        bits, k, tiles = 8 * config.engine.cols, 7 * config.engine.format.group, 100
+    else:
+        bits, k, tiles = 8 * config.activation_bytes, 512, 1
+    possible = min(1.0, world.port_config.data_bits / bits)
+    rate = await _rate(world, [world.job(mode=Mode.VERIFY, k=k, tiles=tiles) for _ in range(3)])
+    dut._log.info(f"rate of {world.prefix}: {rate:.4f} of {possible:.4f}")
+    assert rate >= _MIN_RATE * possible

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Testbench of the register file: cocotbext-axi's AXI4-Lite master against the register map.
+
+The golden model is a few lines of Python on the map. In all tests a monitor checks that offers on
+the response channels stay, that responses are OKAY, and which write pulses come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cocotb
+import numpy as np
+from amaranth.hdl import Elaboratable, Module
+from amaranth.lib import wiring
+from amaranth.lib.wiring import Out
+from cocotb.clock import Clock
+from cocotb.triggers import RisingEdge
+from cocotbext.axi import AxiLiteBus, AxiLiteMaster
+from cocotbext.axi.axil_channels import AxiLiteAWTransaction, AxiLiteWTransaction
+
+from speq.hw.axi import AxiConfig
+from speq.hw.config import AcceleratorConfig
+from speq.hw.register_file import RegisterFile, status_layout, values_layout
+from speq.hw.register_map import ADDRESS_BITS, Register, constants, registers
+from speq.hw.system import SystemConfig
+from speq.hw.verilog import convert_unit
+from speq.sim.runner import seed, simulate
+
+_TOP = "registers_tb"
+_WIDE = AxiConfig(data_bits=1024, address_bits=64)
+#: Those under test: usual, smallest and largest.
+_CONFIGS = (
+    SystemConfig(),
+    SystemConfig(AcceleratorConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    SystemConfig(
+        AcceleratorConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), _WIDE, _WIDE
+    ),
+)
+_OPERATIONS = 500
+_PAUSE = 0.5
+_SPACE = 1 << ADDRESS_BITS
+
+
+class _Bench(wiring.Component):
+    """A register file of each configuration: file_0, file_1, ..."""
+
+    def __init__(self) -> None:
+        self.units = {f"file_{i}": RegisterFile(config) for i, config in enumerate(_CONFIGS)}
+        super().__init__({name: Out(unit.signature) for name, unit in self.units.items()})
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        for name, unit in self.units.items():
+            m.submodules[name] = unit
+            wiring.connect(m, wiring.flipped(getattr(self, name)), unit)
+        return m
+
+
+def run() -> None:
+    """Check register files of several configurations."""
+    simulate(convert_unit(_Bench(), _TOP), _TOP, __name__)
+
+
+class _World:
+    """The design under test, its golden model and what is around it."""
+
+    def __init__(self, dut: object, index: int) -> None:
+        self.dut = dut
+        self.index = index
+        self.config = _CONFIGS[index]
+        self.rng = np.random.default_rng(seed())
+        self.cycle = 0
+        self.places = {
+            offset: (register, i)
+            for register in registers(self.config)
+            for i, offset in enumerate(register.offsets)
+        }
+        self.stored = {each.key: 0 for each in registers(self.config) if each.access == "rw"}
+        self.status = 0
+        self.pulses: list[tuple[str, int]] = []
+        self.expected_pulses: list[tuple[str, int]] = []
+        dut._log.info(f"seed {seed()}, {self.config}")
+
+    @classmethod
+    async def start(cls, dut: object, index: int, pause: float = 0.0) -> _World:
+        """After a reset, with a master that pauses all channels at random."""
+        world = cls(dut, index)
+        Clock(dut.clk, 2, "ns").start()
+        for key in ("position", "root"):
+            world.port(f"{key}_update").value = 0
+        bus = AxiLiteBus.from_prefix(dut, f"file_{index}__bus_")
+        world.master = AxiLiteMaster(bus, dut.clk, dut.rst)
+        write, read = world.master.write_if, world.master.read_if
+        for channel in (write.aw_channel, write.w_channel, write.b_channel):
+            channel.set_pause_generator(world.pauses(pause))
+        for channel in (read.ar_channel, read.r_channel):
+            channel.set_pause_generator(world.pauses(pause))
+        world.change_status()
+        dut.rst.value = 1
+        for _ in range(2):
+            await RisingEdge(dut.clk)
+        dut.rst.value = 0
+        await RisingEdge(dut.clk)
+        cocotb.start_soon(world.watch())
+        return world
+
+    def port(self, name: str) -> object:
+        """A port of the register file."""
+        return getattr(self.dut, f"file_{self.index}__{name}")
+
+    def pauses(self, share: float) -> Iterator[bool]:
+        """Whether to pause, cycle by cycle."""
+        while True:
+            yield self.rng.random() < share
+
+    def change_status(self) -> None:
+        """Give everything that the hardware determines a new value."""
+        size = status_layout(self.config).size
+        self.status = int.from_bytes(self.rng.bytes(-(-size // 8)), "little") % (1 << size)
+        self.port("status").value = self.status
+
+    async def watch(self) -> None:
+        """Record the write pulses, and see that responses are OKAY and stay."""
+        pulses = [each.key for each in registers(self.config) if each.access in ("wo", "w1c")]
+        waiting = {"b": None, "r": None}
+        while True:
+            await RisingEdge(self.dut.clk)
+            self.cycle += 1
+            for key in pulses:
+                if int(self.port(f"{key}_write").value):
+                    self.pulses.append((key, int(self.port("write_data").value)))
+            for channel, fields in {"b": ("resp",), "r": ("resp", "data")}.items():
+                waiting[channel] = self.check_channel(channel, fields, waiting[channel])
+
+    def check_channel(
+        self, channel: str, fields: tuple[str, ...], waiting: list[int] | None
+    ) -> list[int] | None:
+        """What waits on a response channel after this cycle."""
+        at = f"channel {channel}: cycle {self.cycle}"
+        if not int(self.port(f"bus__{channel}valid").value):
+            assert waiting is None, f"{at}: valid fell without ready"
+            return None
+        offer = [int(self.port(f"bus__{channel}{field}").value) for field in fields]
+        assert offer[0] == 0, f"{at}: response expected 0x0, got {offer[0]:#x}"
+        assert waiting in (None, offer), f"{at}: an offer changed: {waiting}, then {offer}"
+        return None if int(self.port(f"bus__{channel}ready").value) else offer
+
+    def content(self, register: Register) -> int:
+        """All words of a register as one number."""
+        fixed = constants(self.config)
+        if register.access == "wo":
+            return 0
+        if register.access == "rw":
+            return self.stored[register.key]
+        if register.name in fixed:
+            return register.pack(fixed[register.name])
+        place = status_layout(self.config)[register.key]
+        bits = self.status >> place.offset & (1 << place.width) - 1
+        return sum(
+            (bits >> register.bits * i & (1 << register.bits) - 1) << 32 * register.words * i
+            for i in range(max(1, register.count))
+        )
+
+    def word(self, offset: int) -> int:
+        """What a read of the word at an offset gives."""
+        if offset not in self.places:
+            return 0
+        register, i = self.places[offset]
+        return self.content(register) >> 32 * i & 0xFFFFFFFF
+
+    def apply(self, address: int, content: bytes) -> None:
+        """A write of bytes within one word."""
+        if address & ~3 not in self.places:
+            return
+        register, i = self.places[address & ~3]
+        low = 8 * (address & 3)
+        mask = (1 << 8 * len(content)) - 1 << low
+        word = int.from_bytes(content, "little") << low
+        used = (1 << register.bits) - 1
+        if register.access == "rw":
+            kept = self.stored[register.key] & ~(mask << 32 * i)
+            self.stored[register.key] = (kept | word << 32 * i) & used
+        elif register.access != "ro" and low < register.bits:
+            self.expected_pulses.append((register.key, word))
+
+    async def write(self, address: int, content: bytes) -> None:
+        """Write bytes within one word, and check what follows."""
+        await self.master.write(address, content)
+        self.apply(address, content)
+        self.check_inside(f"cycle {self.cycle}: {content.hex()} to {address:#x}")
+
+    async def read(self, address: int, size: int) -> None:
+        """Read bytes within one word, and check them."""
+        got = (await self.master.read(address, size)).data
+        expected = self.word(address & ~3).to_bytes(4, "little")[address & 3 :][:size]
+        assert got == expected, (
+            f"unit RegisterFile, cycle {self.cycle}: {size} bytes at {address:#x}: "
+            f"expected 0x{expected[::-1].hex()}, got 0x{got[::-1].hex()}"
+        )
+
+    def check_inside(self, what: str) -> None:
+        """Compare the values and the pulses towards the hardware."""
+        layout = values_layout(self.config)
+        values = int(self.port("values").value)
+        for key, expected in self.stored.items():
+            got = values >> layout[key].offset & (1 << layout[key].width) - 1
+            assert got == expected, f"{what}: {key}: expected {expected:#x}, got {got:#x}"
+        assert self.pulses == self.expected_pulses, what
+
+    def random_place(self) -> tuple[int, int]:
+        """Address and number of bytes within a word, mostly of a register."""
+        offsets = list(self.places)
+        if self.rng.random() < 0.9:
+            base = offsets[int(self.rng.integers(len(offsets)))]
+        else:
+            base = 4 * int(self.rng.integers(_SPACE // 4))
+        if self.rng.random() < 0.6:
+            return base, 4
+        first = int(self.rng.integers(4))
+        return base + first, int(self.rng.integers(1, 5 - first))
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)))
+async def everything_after_reset(dut: object, index: int) -> None:
+    """Every word of the whole space: constants, status, zero elsewhere."""
+    world = await _World.start(dut, index)
+    for offset in range(0, _SPACE, 4):
+        await world.read(offset, 4)
+    world.check_inside("after reset")
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)), pause=(0.0, _PAUSE))
+async def every_register(dut: object, index: int, pause: float) -> None:
+    """Ones and zeros to every word, in every access kind; then each is read."""
+    world = await _World.start(dut, index, pause)
+    for pattern in (b"\xff" * 4, b"\0" * 4, b"\x5a\xa5\x3c\xc3"):
+        for offset in world.places:
+            await world.write(offset, pattern)
+        world.change_status()
+        for offset in world.places:
+            await world.read(offset, 4)
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)), pause=(0.0, _PAUSE))
+async def random_accesses(dut: object, index: int, pause: float) -> None:
+    """Any bytes of any word, in any order."""
+    world = await _World.start(dut, index, pause)
+    for _ in range(_OPERATIONS):
+        address, size = world.random_place()
+        if world.rng.random() < 0.5:
+            await world.write(address, world.rng.bytes(size))
+        else:
+            await world.read(address, size)
+        if world.rng.random() < 0.1:
+            world.change_status()
+    assert world.pulses, "no pulse was seen"
+
+
+@cocotb.test()
+@cocotb.parametrize(address_first=(False, True))
+async def every_strobe_in_either_order(dut: object, address_first: bool) -> None:
+    """Address and data come far apart; any bytes are written, also with gaps between them."""
+    world = await _World.start(dut, 0)
+    offsets = {each.name: each.offset for each in registers(world.config)}
+    channels = world.master.write_if
+    for name in ("THRESHOLD", "HOST_ANSWER"):
+        for strobe in range(16):
+            word = int(world.rng.integers(1 << 32))
+            sends = [
+                channels.aw_channel.send(AxiLiteAWTransaction(awaddr=offsets[name])),
+                channels.w_channel.send(AxiLiteWTransaction(wdata=word, wstrb=strobe)),
+            ]
+            for send in sends if address_first else reversed(sends):
+                world.check_inside("half a write")
+                await send
+                for _ in range(5):
+                    await RisingEdge(dut.clk)
+            await channels.b_channel.recv()
+            mask = sum(0xFF << 8 * i for i in range(4) if strobe >> i & 1)
+            if name == "THRESHOLD":
+                world.stored["threshold"] = world.stored["threshold"] & ~mask | word & mask
+            elif strobe & 1:
+                world.expected_pulses.append(("host_answer", word & mask))
+            world.check_inside(f"{name} with strobe {strobe:04b}")
+
+
+@cocotb.test()
+async def hardware_updates(dut: object) -> None:
+    """The hardware changes POSITION and ROOT, and takes precedence over the host."""
+    world = await _World.start(dut, 0)
+    offsets = {each.name: each.offset for each in registers(world.config)}
+    for name, bits in {"POSITION": 17, "ROOT": 24}.items():
+        key = name.lower()
+        for held in (False, True):
+            await world.write(offsets[name], world.rng.bytes(4))
+            value = int(world.rng.integers(1 << bits))
+            world.port(f"{key}_value").value = value
+            world.port(f"{key}_update").value = 1
+            await RisingEdge(dut.clk)
+            if held:
+                # An update in each cycle, so also in that of the host's write.
+                await world.master.write(offsets[name], bytes(4))
+            world.port(f"{key}_update").value = 0
+            await RisingEdge(dut.clk)
+            world.stored[key] = value
+            world.check_inside(f"an update of {name}")
+            await world.read(offsets[name], 4)
+            await world.write(offsets[name], world.rng.bytes(4))
+
+
+@cocotb.test()
+async def reset_in_a_write(dut: object) -> None:
+    """A reset between address and data forgets the address, and all that was written."""
+    world = await _World.start(dut, 0)
+    for offset in world.places:
+        await world.write(offset, b"\xff" * 4)
+    await world.master.write_if.aw_channel.send(AxiLiteAWTransaction(awaddr=0))
+    for _ in range(5):
+        await RisingEdge(dut.clk)
+    dut.rst.value = 1
+    await RisingEdge(dut.clk)
+    dut.rst.value = 0
+    world.stored = dict.fromkeys(world.stored, 0)
+    await RisingEdge(dut.clk)
+    world.check_inside("after reset")
+    for offset in world.places:
+        await world.read(offset, 4)
+    for offset in world.places:
+        await world.write(offset, b"\x5a" * 4)

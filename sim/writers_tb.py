@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Testbench of all that writes: results, rankings and a further source, to a model of memory.
+
+The memory is cocotbext-axi's, which was written independently. All units are connected as in the
+accelerator's datapath. Afterwards the memory must be what Python has computed, byte for byte.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterator
+
+import cocotb
+import numpy as np
+from amaranth.hdl import Elaboratable, Module, Mux, ResetInserter, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+from cocotb.clock import Clock
+from cocotb.triggers import RisingEdge
+from cocotbext.axi import AxiRamWrite, AxiWriteBus
+
+from speq.hw.axi import AxiConfig, Fault
+from speq.hw.config import AcceleratorConfig
+from speq.hw.gemm_engine import result_layout
+from speq.hw.memory_writer import MemoryWriter, write_layout
+from speq.hw.ram import RAM_VERILOG
+from speq.hw.ranker import Ranker, rank_start_layout
+from speq.hw.ranking_writer import RankingWriter, ranking_command_layout
+from speq.hw.result_writer import ResultWriter, result_command_layout
+from speq.hw.system import CHOICES, SystemConfig
+from speq.hw.verilog import convert_unit
+from speq.hw.write_mux import WriteMux
+from speq.sim.compare import assert_equal_bits
+from speq.sim.runner import seed, simulate
+
+_TOP = "writers_tb"
+_RESULTS, _RANKING, _OTHER = range(3)
+#: Bytes of the memory, which fills a region that begins at a multiple of its size.
+_SIZE = 1 << 16
+_BASE = 5 * _SIZE
+_PAUSE = 0.4
+_PATIENCE = 50_000
+_ROUNDS = 12
+_CHANNELS = ("aw_channel", "w_channel", "b_channel")
+_LEAST = 0xFF80_0000
+
+
+def _system(rows: int, cols: int, axi: AxiConfig) -> SystemConfig:
+    weights = AxiConfig(data_bits=64, address_bits=axi.address_bits)
+    return SystemConfig(AcceleratorConfig(rows=rows, cols=cols), weights=weights, data=axi)
+
+
+#: Those under test: beats narrower than a row's ranking, as wide, and wider.
+_CONFIGS = (
+    _system(3, 4, AxiConfig(data_bits=64, address_bits=32)),
+    _system(4, 16, AxiConfig(data_bits=256, address_bits=40, burst=4, outstanding=2, depth=8)),
+    _system(5, 32, AxiConfig(data_bits=512, address_bits=32)),
+)
+
+
+class _Writers(wiring.Component):
+    """The units between the array's results and memory."""
+
+    def __init__(self, config: SystemConfig) -> None:
+        self.config = config
+        address = config.address_bits
+        super().__init__(
+            {
+                "command": In(stream.Signature(result_command_layout(config))),
+                "results": In(stream.Signature(result_layout(config.engine))),
+                "start": In(stream.Signature(rank_start_layout(config))),
+                "rank_command": In(stream.Signature(ranking_command_layout(config))),
+                "other_command": In(stream.Signature(config.data.command_layout)),
+                "other_data": In(stream.Signature(write_layout(config.data))),
+                "axi": Out(config.data.write_signature),
+                "done": Out(1),
+                "ranker_busy": Out(1),
+                "written": Out(3),
+                "busy": Out(1),
+                "error": Out(Fault),
+                "base": In(address),
+                "limit": In(address),
+                "clear": In(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        config = self.config
+        units = {
+            "results": (results := ResultWriter(config)),
+            "mux": (mux := WriteMux(config.data, 3)),
+            "ranker": (ranker := Ranker(config)),
+            "ranking": (ranking := RankingWriter(config)),
+        }
+        for name, unit in units.items():
+            m.submodules[name] = ResetInserter(self.clear)(unit)
+        m.submodules.writer = writer = MemoryWriter(config.data)
+        outside = wiring.flipped
+        wiring.connect(m, outside(self.command), results.command)
+        wiring.connect(m, outside(self.results), results.results)
+        wiring.connect(m, outside(self.start), ranker.start)
+        wiring.connect(m, outside(self.rank_command), ranking.command)
+        wiring.connect(m, results.ranked, ranker.results)
+        wiring.connect(m, results.write_command, mux.sources[_RESULTS].command)
+        wiring.connect(m, results.write_data, mux.sources[_RESULTS].data)
+        wiring.connect(m, ranking.write_command, mux.sources[_RANKING].command)
+        wiring.connect(m, ranking.write_data, mux.sources[_RANKING].data)
+        wiring.connect(m, outside(self.other_command), mux.sources[_OTHER].command)
+        wiring.connect(m, outside(self.other_data), mux.sources[_OTHER].data)
+        wiring.connect(m, mux.command, writer.command)
+        wiring.connect(m, mux.data, writer.data)
+        wiring.connect(m, writer.axi, outside(self.axi))
+        # While no ranking is read its rows change, which must not matter.
+        noise = Signal(config.engine.row_bits)
+        m.d.sync += noise.eq(noise + 1)
+        m.d.comb += [
+            ranker.row.eq(Mux(ranking.busy, ranking.row, noise)),
+            ranking.entries.eq(ranker.entries),
+            mux.done_in.eq(writer.done),
+            self.done.eq(results.done),
+            self.ranker_busy.eq(ranker.busy),
+            self.busy.eq(writer.busy),
+            self.error.eq(writer.error),
+            writer.base.eq(self.base),
+            writer.limit.eq(self.limit),
+            writer.clear.eq(self.clear),
+        ]
+        for i, source in enumerate(mux.sources):
+            m.d.comb += self.written[i].eq(source.done)
+        return m
+
+
+class _Bench(wiring.Component):
+    """The units for each configuration, side by side."""
+
+    def __init__(self) -> None:
+        self.units = {f"u{i}": _Writers(config) for i, config in enumerate(_CONFIGS)}
+        super().__init__({name: Out(unit.signature) for name, unit in self.units.items()})
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        for name, unit in self.units.items():
+            m.submodules[name] = unit
+            wiring.connect(m, wiring.flipped(getattr(self, name)), unit)
+        return m
+
+
+def run() -> None:
+    """Check the writers with several configurations."""
+    simulate(convert_unit(_Bench(), _TOP) + RAM_VERILOG, _TOP, __name__)
+
+
+class _Source:
+    """Offers the items of `queue` on a stream, in random cycles if `pause` is not 0."""
+
+    def __init__(self, world: _World, name: str, layout: data.Layout) -> None:
+        parts = ("valid", "ready", "payload")
+        self.valid, self.ready, self.payload = (world.port(f"{name}__{part}") for part in parts)
+        self.layout = layout
+        self.rng = world.rng
+        self.pause = 0.0
+        self.queue: deque[int] = deque()
+        self.is_offered = False
+        self.valid.value = 0
+
+    def add(self, **fields: object) -> None:
+        self.queue.append(self.layout.const(fields).as_bits())
+
+    def step(self) -> None:
+        if self.is_offered and int(self.ready.value):
+            self.queue.popleft()
+            self.is_offered = False
+        if not self.is_offered and self.queue and self.rng.random() >= self.pause:
+            self.payload.value = self.queue[0]
+            self.is_offered = True
+        self.valid.value = self.is_offered
+
+    def withdraw(self) -> None:
+        """Forget what has not been taken."""
+        self.queue.clear()
+        self.is_offered = False
+        self.valid.value = 0
+
+
+class _World:
+    """The units of one configuration, their memory, and what should be in it."""
+
+    def __init__(self, dut: object, index: int, pause: float) -> None:
+        self.dut, self.index, self.pause = dut, index, pause
+        self.config = config = _CONFIGS[index]
+        self.rng = np.random.default_rng([seed(), index])
+        self.cycle = 0
+        dut._log.info(f"seed {seed()}, {config}")
+        self.sources = {
+            "command": result_command_layout(config),
+            "results": result_layout(config.engine),
+            "start": rank_start_layout(config),
+            "rank_command": ranking_command_layout(config),
+            "other_command": config.data.command_layout,
+            "other_data": write_layout(config.data),
+        }
+        self.sources = {n: _Source(self, n, layout) for n, layout in self.sources.items()}
+        for source in self.sources.values():
+            source.pause = pause
+        self.done = 0
+        self.written = [0, 0, 0]
+        self.golden = bytearray(self.rng.bytes(_SIZE))
+
+    @classmethod
+    async def start(cls, dut: object, index: int, pause: float) -> _World:
+        """After a reset."""
+        world = cls(dut, index, pause)
+        Clock(dut.clk, 2, "ns").start()
+        world.port("base").value = _BASE
+        world.port("limit").value = _BASE + _SIZE - 1
+        world.port("clear").value = 0
+        dut.rst.value = 1
+        bus = AxiWriteBus.from_prefix(dut, f"u{index}__axi_")
+        # The region's address is a multiple of the memory's size.
+        world.memory = AxiRamWrite(bus, dut.clk, dut.rst, size=_SIZE)
+        world.memory.write(0, bytes(world.golden))
+        world.memory.log.setLevel(logging.ERROR)  # else it tells of every burst
+        if pause:
+            for channel in _CHANNELS:
+                getattr(world.memory, channel).set_pause_generator(world._pauses())
+        for _ in range(3):
+            await RisingEdge(dut.clk)
+        dut.rst.value = 0
+        await RisingEdge(dut.clk)
+        return world
+
+    def _pauses(self) -> Iterator[bool]:
+        rng = np.random.default_rng(self.rng.integers(1 << 32))
+        return (bool(rng.random() < _PAUSE) for _ in itertools.count())
+
+    def port(self, name: str) -> object:
+        """A port of the units."""
+        return getattr(self.dut, f"u{self.index}__{name}")
+
+    async def step(self, cycles: int = 1) -> None:
+        """Let clock cycles pass."""
+        for _ in range(cycles):
+            await RisingEdge(self.dut.clk)
+            self.cycle += 1
+            for source in self.sources.values():
+                source.step()
+            self.done += int(self.port("done").value)
+            written = int(self.port("written").value)
+            for i in range(len(self.written)):
+                self.written[i] += written >> i & 1
+
+    async def until_written(self, done: int, written: list[int]) -> None:
+        """Wait until so many result commands and write commands have ended, and no more."""
+        for _ in range(_PATIENCE):
+            if (self.done, self.written) == (done, written) and not int(self.port("busy").value):
+                break
+            await self.step()
+        else:
+            raise AssertionError(
+                f"cycle {self.cycle}: seed {seed()}: not within {_PATIENCE} cycles: commands done "
+                f"{self.done}, expected {done}; written {self.written}, expected {written}"
+            )
+        await self.step(20)
+        assert (self.done, self.written) == (done, written)
+        assert int(self.port("error").value) == Fault.NONE.value
+
+    def place(self, size: int, lane: int) -> int:
+        """Random place in the memory for `size` bytes; the lanes 0 to 3 are disjoint."""
+        step = self.config.alignment
+        return lane * (_SIZE // 4) + int(self.rng.integers((_SIZE // 4 - size) // step + 1)) * step
+
+    def check_memory(self) -> None:
+        """Compare the memory with what it should hold."""
+        assert_equal_bits(
+            f"writers: seed {seed()}: memory (by byte)",
+            expected=np.frombuffer(bytes(self.golden), np.uint8),
+            got=np.frombuffer(self.memory.read(0, _SIZE), np.uint8),
+        )
+
+    def add_gemm(self, lane: int, *, rank: bool) -> tuple[int, np.ndarray]:
+        """Queue a random GEMM; the number of its write commands, and its results [T, O]."""
+        rng, engine = self.rng, self.config.engine
+        tiles, tokens = int(rng.integers(1, 8)), int(rng.integers(1, engine.rows + 1))
+        outputs = tiles * engine.cols - int(rng.integers(engine.cols))
+        half = not rank and bool(rng.integers(2))
+        discard = bool(rng.random() < 0.3)
+        bits, kind = (16, "<u2") if half else (32, "<u4")
+        results = rng.integers(1 << bits, size=(tokens, tiles * engine.cols), dtype=np.uint32)
+        if rank:
+            # Few different ones, infinities and NaN among them, so that many tie.
+            some = rng.integers(1 << 32, size=6, dtype=np.uint32)
+            some = np.append(some, np.array([0x7F800000, 0x7FC00000, _LEAST], np.uint32))
+            results = rng.choice(some, size=results.shape)
+            self.sources["start"].add(tokens=tokens)
+        columns = np.arange(tiles * engine.cols).reshape(tiles, engine.cols)
+        for tile in range(tiles):
+            for row in range(tokens):
+                self.sources["results"].add(
+                    data=[int(value) for value in results[row, columns[tile]]],
+                    strobe=int(sum(int(i < outputs) << n for n, i in enumerate(columns[tile]))),
+                    row=row,
+                    last=tile + 1 == tiles and row + 1 == tokens,
+                )
+        kept = np.where(np.arange(tiles * engine.cols) < outputs, results, 0)
+        by_tile = kept.reshape(tokens, tiles, engine.cols).transpose(1, 0, 2)
+        content = by_tile.astype(kind).tobytes()
+        place = self.place(len(content), lane)
+        self.sources["command"].add(
+            tiles=tiles,
+            tokens=tokens,
+            half=half,
+            discard=discard,
+            rank=rank,
+            address=_BASE + place,
+        )
+        if not discard:
+            self.golden[place : place + len(content)] = content
+        return 0 if discard else tiles, results[:, :outputs]
+
+    def add_other(self, lane: int) -> None:
+        """Queue a random transfer of the further source."""
+        rng, size = self.rng, self.config.data.beat_bytes
+        beats = int(rng.integers(1, 20))
+        place = self.place(beats * size, lane)
+        self.sources["other_command"].add(address=_BASE + place, beats=beats)
+        for _ in range(beats):
+            content, marks = rng.bytes(size), rng.integers(2, size=size)
+            self.sources["other_data"].add(
+                data=int.from_bytes(content, "little"),
+                strobe=int(sum(int(mark) << i for i, mark in enumerate(marks))),
+            )
+            for i in np.flatnonzero(marks):
+                self.golden[place + i] = content[i]
+            place += size
+
+    def add_ranking(self, lane: int, results: np.ndarray) -> None:
+        """Queue the transfer of the ranking of FP32 results [T, O]."""
+        content = _ranking(results).astype("<u4").tobytes()
+        place = self.place(len(content), lane)
+        self.sources["rank_command"].add(address=_BASE + place, tokens=len(results))
+        self.golden[place : place + len(content)] = content
+
+
+def _ranking(results: np.ndarray) -> np.ndarray:
+    """Index and bits of the largest of FP32 results [T, O] as they are written: [T, CHOICES, 2]."""
+    values = results.view(np.float32).astype(np.float64)
+    values = np.where(np.isnan(values), -np.inf, values)
+    order = np.argsort(-values, axis=1, kind="stable")[:, :CHOICES]
+    ranking = np.empty((len(results), CHOICES, 2), np.uint32)
+    ranking[:] = 0xFFFFFFFF, _LEAST
+    ranking[:, : order.shape[1], 0] = order
+    ranking[:, : order.shape[1], 1] = np.take_along_axis(results, order, axis=1)
+    return ranking
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)), pause=(0.0, _PAUSE))
+async def writes(dut: object, index: int, pause: float) -> None:
+    """Random GEMMs, one in each round ranked, next to other writes, and then the ranking."""
+    world = await _World.start(dut, index, pause)
+    done, written = 0, [0, 0, 0]
+    for _ in range(_ROUNDS):
+        number = int(world.rng.integers(1, 5))
+        for i in range(number):
+            # Writes that may overtake each other are to different places.
+            tiles, results = world.add_gemm(i % 2, rank=i + 1 == number)
+            written[_RESULTS] += tiles
+        others = int(world.rng.integers(0, 6))
+        for _ in range(others):
+            world.add_other(2)
+        done += number
+        written[_OTHER] += others
+        await world.until_written(done, written)
+        assert not int(world.port("ranker_busy").value)
+        world.add_ranking(3, results)
+        written[_RANKING] += 1
+        await world.until_written(done, written)
+        world.check_memory()
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)))
+async def clear_at_any_time(dut: object, index: int) -> None:
+    """A clear drops everything and leaves nothing behind; nothing else has been written."""
+    world = await _World.start(dut, index, _PAUSE)
+    for _ in range(2 * _ROUNDS):
+        before = bytes(world.golden)
+        for i in range(3):
+            world.add_gemm(i, rank=i == 2)
+        world.add_other(3)
+        expected = np.frombuffer(bytes(world.golden), np.uint8)
+        await world.step(int(world.rng.integers(1, 300)))
+        for source in world.sources.values():
+            source.withdraw()
+        world.port("clear").value = 1
+        await world.step()
+        world.port("clear").value = 0
+        for _ in range(_PATIENCE):
+            await world.step()
+            if not int(world.port("busy").value):
+                break
+        # Every byte is the old one or the new one.
+        got = np.frombuffer(world.memory.read(0, _SIZE), np.uint8)
+        old = np.frombuffer(before, np.uint8)
+        assert_equal_bits(
+            f"writers: seed {seed()}: memory after a clear (by byte)",
+            expected=np.where(got == expected, expected, old),
+            got=got,
+        )
+        world.golden = bytearray(got.tobytes())
+        world.done, world.written = 0, [0, 0, 0]
+        tiles, results = world.add_gemm(0, rank=True)
+        world.add_other(1)
+        await world.until_written(1, [tiles, 0, 1])
+        world.add_ranking(2, results)
+        await world.until_written(1, [tiles, 1, 1])
+        world.check_memory()

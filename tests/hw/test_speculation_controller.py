@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speculation controller against `speq.model.speculation.generate` on random logits.
+
+The golden loop runs first, with a forward pass that makes up logits with many ties, infinities and
+NaN. Its passes, their rankings, steps and statistics are recorded; then the controller must ask for
+the same passes, is answered with the same rankings and must commit the same steps.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import subprocess
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+from amaranth.hdl import Cat, Module, Value
+from amaranth.lib import data
+from amaranth.lib.memory import Memory
+from amaranth.sim import Simulator
+
+from speq.hw.axi import AxiConfig
+from speq.hw.config import AcceleratorConfig
+from speq.hw.ram import RAM_VERILOG, Ram
+from speq.hw.speculation_controller import SpeculationController
+from speq.hw.system import CHOICES, TOKEN_BITS, PassKind, SystemConfig
+from speq.hw.verilog import LINT_WAIVERS, convert_unit
+from speq.model import speculation
+from speq.model.speculation import Settings, Statistics, ranked
+from speq.sim.runner import VERILATOR_BIN, seed
+
+MAX_K = 500
+POOL = [0.0, -0.0, 1.0, 1.0, 1.25, 1.5, 1.5, 2.0, 2.0, 1e-40, -3.0]
+SPECIAL = [torch.inf, -torch.inf, torch.nan, -torch.nan, 3e38, -3e38]
+THRESHOLDS = [0.0, 0.25, 0.5, 1.0, 1e-41, torch.inf]
+#: A run that takes longer has come to a halt.
+MAX_CYCLES = 20_000
+
+#: Members that the bench looks at in every cycle.
+OUTPUTS = (
+    "pass_status", "pass_position", "row_token", "row_depth", "row", "step", "step_request",
+    "finished", "ring_index", "update", "position", "root", "events",
+)  # fmt: skip
+EVENTS = ("draft_passes", "verify_passes", "alternates", "accepted", "tree_hits", "committed")
+
+
+def system(rows: int, data_bits: int = 128) -> SystemConfig:
+    engine = AcceleratorConfig(rows=rows, cols=data_bits // 16, max_k=MAX_K)
+    axi = AxiConfig(data_bits=data_bits, address_bits=36)
+    return SystemConfig(engine, weights=axi, data=axi)
+
+
+def elaborate_ram(self: Ram, platform: object) -> Module:
+    """The memory primitive for Amaranth's simulator, which runs no Verilog; undefined words are all
+    ones."""
+    m = Module()
+    ones = [2**self.width - 1] * self.depth
+    m.submodules.memory = memory = Memory(shape=self.width, depth=self.depth, init=ones)
+    write, read = memory.write_port(), memory.read_port()
+    m.d.comb += [
+        Cat(write.en, write.addr, write.data).eq(
+            Cat(self.write_enable, self.write_address, self.write_data)
+        ),
+        Cat(read.en, read.addr).eq(Cat(self.read_enable, self.read_address)),
+        self.read_data.eq(read.data),
+    ]
+    return m
+
+
+@pytest.fixture(autouse=True)
+def simulated_ram(monkeypatch) -> None:
+    monkeypatch.setattr(Ram, "elaborate", elaborate_ram)
+
+
+# The golden side.
+
+
+@dataclass
+class Pass:
+    """A pass that the controller must ask for, and the ranking that it gets."""
+
+    kind: PassKind
+    rows: int
+    position: int
+    index: int = 0
+    tokens: list[int] | None = None
+    depths: list[tuple[int, int]] = field(default_factory=list)
+    ranking: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Commit:
+    """What the host must see at a step."""
+
+    tokens: list[int]
+    step: dict[str, int]
+    position: int
+
+
+@dataclass
+class Run:
+    """A run: registers, and what must happen. It ends by the host if `finish` is set."""
+
+    values: dict[str, object]
+    passes: list[Pass] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    finish: bool = False
+
+
+class Cache:
+    """Length of a KV cache; `kept` are the rows of the last step that stayed."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.kept: list[int] = []
+
+    def truncate(self, length: int) -> None:
+        self.length = length
+
+    def keep(self, start: int, slots: list[int]) -> None:
+        self.kept = [slot - start for slot in slots]
+        self.length = start + len(slots)
+
+
+def random_logits(rng: random.Random, vocab: int, tokens: list[int]) -> torch.Tensor:
+    """Logits with ties for the rows with `tokens`, in which other tokens of the pass often win."""
+    rows = []
+    for row in range(len(tokens)):
+        logits = [rng.choice(POOL) for _ in range(vocab)]
+        if rng.random() < 0.2:
+            logits[rng.randrange(vocab)] = rng.choice(SPECIAL)
+        if rng.random() < 0.1:
+            logits = [rng.choice(SPECIAL) for _ in range(vocab)]
+        if row + 1 < len(tokens) and rng.random() < 0.5:
+            logits[tokens[row + 1]] = 9.0
+        elif rng.random() < 0.6:
+            logits[rng.choice(tokens)] = 9.0
+        rows.append(logits)
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def ranking_of(
+    config: SystemConfig, logits: torch.Tensor, labels: list[int], rng: random.Random
+) -> int:
+    """Entries of a row, as bits; those that do not exist hold anything."""
+    layout, entries = data.ArrayLayout(config.ranked_layout, CHOICES), []
+    for index in ranked(logits, CHOICES).tolist():
+        bits = struct.unpack("<I", struct.pack("<f", logits[index]))[0]
+        entries.append({"token": labels[index], "logit": bits, "valid": 1})
+    while len(entries) < CHOICES:
+        entries.append(
+            {"token": rng.randrange(2**TOKEN_BITS), "logit": rng.getrandbits(32), "valid": 0}
+        )
+    return layout.const(entries).as_bits()
+
+
+def golden_run(config: SystemConfig, rng: random.Random, **given: object) -> Run:
+    """A run of the golden loop with random parameters, unless given, and perhaps that of `steps`
+    after which the host ends it."""
+    rows = config.engine.rows
+    vocab = rng.choice([2, 3, 4, 6, 10, 30])
+    labels = rng.sample(range(2**TOKEN_BITS), vocab)
+    settings = Settings(
+        rows=rows,
+        draft_length=given.get("draft_length", rng.randrange(rows)),
+        threshold=given.get("threshold", rng.choice(THRESHOLDS)),
+        choices=rng.randint(1, CHOICES),
+    )
+    limit = given.get("token_limit", rng.randint(1, 4 * rows + 4))
+    root, position = rng.randrange(vocab), rng.randrange(MAX_K - limit - rows + 1)
+    ring = rng.randrange(2**28) * config.data.beat_bytes
+    run = Run(
+        {
+            "run": {"speculate": 1},
+            "pass_rows": rng.randrange(256),
+            "position": position,
+            "root": labels[root],
+            "draft_length": settings.length,
+            "threshold": struct.unpack("<I", struct.pack("<f", settings.threshold))[0],
+            "choices": settings.choices,
+            "token_limit": limit,
+            "ring": ring,
+            "ring_log2": rng.randint(1, 5),
+        }
+    )
+    cache = Cache(position)
+
+    def forward(model, tokens, cache, *, draft=None, positions=None, mask=None) -> torch.Tensor:
+        start = cache.length
+        positions = positions or [start]
+        logits = random_logits(rng, vocab, tokens)
+        drafting = draft is not None
+        run.passes.append(
+            Pass(
+                PassKind.DRAFT if drafting else PassKind.VERIFY,
+                len(tokens),
+                start,
+                run.passes[-1].index + 1 if drafting and previous_is_draft(run) else 0,
+                [labels[token] for token in tokens],
+                [(p - start, int(p - start != row)) for row, p in enumerate(positions)],
+                [ranking_of(config, row, labels, rng) for row in logits],
+            )
+        )
+        cache.length += len(tokens)
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "forward", forward)
+        patch.setattr(speculation, "KVCache", lambda *_: cache)
+        steps = speculation.generate(
+            SimpleNamespace(config=SimpleNamespace(context=10**9)),
+            [root],
+            {},
+            max_tokens=limit,
+            settings=settings,
+        )
+        count = given.get("steps", rng.choice([None, None, rng.randint(1, limit)]))
+        run.finish = count is not None
+        statistics = Statistics()
+        for step in islice(steps, count):
+            statistics.add(step)
+            hit_row = cache.kept[-1] if cache.kept[-1] > step.drafted else 0
+            run.commits.append(
+                Commit(
+                    [labels[token] for token in step.tokens],
+                    {
+                        "committed": len(step.tokens),
+                        "accepted": step.accepted,
+                        "hit_row": hit_row,
+                        "chain": step.drafted,
+                    },
+                    cache.length,
+                )
+            )
+    run.counts = Counter({name: asdict(statistics)[name] for name in EVENTS})
+    return run
+
+
+def previous_is_draft(run: Run) -> bool:
+    return bool(run.passes) and run.passes[-1].kind is PassKind.DRAFT
+
+
+def single_run(config: SystemConfig, rng: random.Random) -> Run:
+    """A run of a single pass."""
+    rows = rng.randint(1, config.engine.rows)
+    run = golden_run(config, rng)
+    values = run.values | {"run": {"speculate": 0}, "pass_rows": rows}
+    depths = [(row, 0) for row in range(rows)]
+    return Run(values, [Pass(PassKind.SINGLE, rows, values["position"], depths=depths)])
+
+
+# The hardware side.
+
+
+class Bench:
+    """The controller, and everything around it, in cycles."""
+
+    def __init__(self, config: SystemConfig, rng: random.Random) -> None:
+        self.config = config
+        self.rng = rng
+        self.noise = random.Random(0)
+        self.dut = dut = SpeculationController(config)
+        self.outputs = {
+            "pass_valid": dut.passes.valid,
+            "pass_payload": dut.passes.payload,
+            "command_valid": dut.write_command.valid,
+            "command": dut.write_command.payload,
+            "beat_valid": dut.write_data.valid,
+            "beat": dut.write_data.payload,
+        } | {name: getattr(dut, name) for name in OUTPUTS}
+        # Sampled as plain numbers, which is a lot faster.
+        self.numbers = [Value.cast(signal) for signal in self.outputs.values()]
+        self.entries = Value.cast(dut.entries)
+
+    def reset(self, run: Run) -> None:
+        """Before a run."""
+        self.run = run
+        self.cycle = 0
+        self.passes, self.commits = deque(run.passes), deque(run.commits)
+        self.walked: Pass | None = None  # the pass under way, `wait` cycles before its end
+        self.wait = 0
+        self.ranked: Pass | None = None  # the last pass, while its ranking is there
+        self.row = 0
+        self.offered: dict[str, object] = {}
+        self.commands, self.beats = deque(), deque()
+        self.memory: dict[int, int] = {}
+        self.expected_memory: dict[int, int] = {}
+        self.written = 0
+        self.updates = []
+        self.counts = Counter()
+        self.answer: int | None = None  # cycles before the host's answer
+
+    async def tick(self, ctx) -> SimpleNamespace:
+        """One cycle; returns the outputs before its edge, as numbers."""
+        _, _, *values = await ctx.tick().sample(*self.numbers)
+        self.cycle += 1
+        return SimpleNamespace(**dict(zip(self.outputs, values, strict=True)))
+
+    def decoded(self, out: SimpleNamespace, name: str) -> data.Const:
+        """An output that has parts."""
+        return self.outputs[name].shape().from_bits(getattr(out, name))
+
+    async def carry_out(self, ctx, run: Run, *, cycles: int | None = None) -> None:
+        """Carry out a run and check everything; or only some cycles of it, and abort it."""
+        self.reset(run)
+        ctx.set(self.dut.values, run.values)
+        ctx.set(self.dut.begin, 1)
+        await self.tick(ctx)
+        ctx.set(self.dut.begin, 0)
+        while cycles is None or self.cycle < cycles:
+            self.check("cycles of a run", True, self.cycle < MAX_CYCLES)
+            ready = self.drive(ctx)
+            out = await self.tick(ctx)
+            self.observe(out, ready)
+            if out.finished:
+                self.check("passes left", 0, len(self.passes))
+                self.check("steps left", 0, len(self.commits))
+                self.check("writes left", 0, len(self.commands) + len(self.beats))
+                self.check("counters", +run.counts, +self.counts)
+                return
+        await self.clear(ctx)
+
+    def drive(self, ctx) -> dict[str, bool]:
+        """Set the inputs of a cycle; returns which streams are ready."""
+        dut, rng = self.dut, self.rng
+        done = self.walked is not None and self.wait == 0
+        if done:
+            self.walked, self.ranked = None, self.walked
+        self.wait -= 1
+        ctx.set(dut.pass_done, done)
+        ctx.set(self.entries, self.ranking())
+        ready = {name: rng.random() < 0.4 for name in ("pass", "command", "beat")}
+        for name, port in zip(ready, (dut.passes, dut.write_command, dut.write_data), strict=True):
+            ctx.set(port.ready, ready[name])
+        write_done = bool(self.commands and self.beats) and rng.random() < 0.2
+        if write_done:
+            self.store(self.commands.popleft(), self.beats.popleft())
+        ctx.set(dut.write_done, write_done)
+        answered = self.answer == 0
+        if self.answer is not None:
+            self.answer -= 1
+        ctx.set(dut.step_answer, answered)
+        # Its value must not matter at any other time.
+        ctx.set(dut.step_finish, self.run.finish and not self.commits if answered else 1)
+        return ready
+
+    def ranking(self) -> int:
+        """Entries of the row asked for in the cycle before; anything where there is no ranking."""
+        ranking = self.ranked.ranking if self.ranked else []
+        return ranking[self.row] if self.row < len(ranking) else self.noise.getrandbits(200)
+
+    def observe(self, out: SimpleNamespace, ready: dict[str, bool]) -> None:
+        """Check the outputs of a cycle and take what is offered."""
+        self.row = out.row
+        for name, payload in (
+            ("pass", out.pass_payload),
+            ("command", out.command),
+            ("beat", out.beat),
+        ):
+            valid = getattr(out, f"{name}_valid")
+            if name in self.offered:
+                self.check(f"{name} kept until taken", (1, self.offered[name]), (valid, payload))
+            self.offered.pop(name, None)
+            if valid and not ready[name]:
+                self.offered[name] = payload
+        if out.pass_valid:
+            self.check_pass(out, self.passes[0] if self.passes else None)
+            if ready["pass"]:
+                self.walked, self.ranked = self.passes.popleft(), None
+                self.wait = self.rng.choice([0, 1, 5, 20])
+        if out.command_valid and ready["command"]:
+            self.commands.append(self.decoded(out, "command"))
+        if out.beat_valid and ready["beat"]:
+            self.beats.append(self.decoded(out, "beat"))
+        if out.events:
+            events = self.decoded(out, "events")
+            self.counts.update({name: events[name] for name in EVENTS})
+        if out.update:
+            self.updates.append((out.position, out.root))
+        if not out.step_request:
+            self.answer = None
+        elif self.answer is None:
+            self.check_step(out, self.commits.popleft() if self.commits else None)
+            self.answer = self.rng.choice([0, 1, 10])
+
+    def check(self, what: str, expected: object, got: object) -> None:
+        if expected != got:
+            raise AssertionError(
+                f"SpeculationController, {what}, cycle {self.cycle}, SPEQ_SEED={seed()}, "
+                f"{self.run.values}: expected {_hex(expected)}, got {_hex(got)}"
+            )
+
+    def check_pass(self, out: SimpleNamespace, expected: Pass | None) -> None:
+        """The pass on offer: its payload, registers and rows."""
+        payload, status = self.decoded(out, "pass_payload"), self.decoded(out, "pass_status")
+        got = (payload.kind, payload.rows, payload.position)
+        self.check("pass", expected and (expected.kind, expected.rows, expected.position), got)
+        registers = (PassKind(status.kind), status.rows, out.pass_position)
+        self.check("pass registers", got, registers)
+        self.check("pass index", expected.index, status.index)
+        places = self.decoded(out, "row_depth")
+        depths = [(places[i].depth, places[i].leaf) for i in range(expected.rows)]
+        self.check("row depths", expected.depths, depths)
+        if expected.tokens is not None:
+            tokens = self.decoded(out, "row_token")
+            got = [tokens[i] for i in range(expected.rows)]
+            self.check("row tokens", expected.tokens, got)
+
+    def check_step(self, out: SimpleNamespace, expected: Commit | None) -> None:
+        """What the host sees when it is asked: registers, and the ring in memory."""
+        self.check("a step", True, expected is not None)
+        values = self.run.values
+        for token in expected.tokens:
+            slot = self.written % 2 ** values["ring_log2"]
+            content = token.to_bytes(4, "little")
+            self.expected_memory |= dict(enumerate(content, values["ring"] + 4 * slot))
+            self.written += 1
+        self.check("ring", self.expected_memory, self.memory)
+        status = self.decoded(out, "step")
+        step = {name: status[name] for name in expected.step}
+        self.check("step", expected.step, step)
+        self.check("ring index", self.written, out.ring_index)
+        self.check("updates", [(expected.position, expected.tokens[-1])], self.updates)
+        self.updates = []
+
+    def store(self, command: object, beat: object) -> None:
+        size = self.config.data.beat_bytes
+        self.check("beats of a write", 1, command.beats)
+        self.check("alignment of a write", 0, command.address % size)
+        for i in range(size):
+            if beat.strobe >> i & 1:
+                self.memory[command.address + i] = beat.data >> 8 * i & 0xFF
+
+    async def clear(self, ctx) -> None:
+        """Abort the run; nothing may be on offer any more, `begin` is ignored."""
+        dut = self.dut
+        for signal in (dut.pass_done, dut.write_done, dut.step_answer):
+            ctx.set(signal, 0)
+        ctx.set(dut.clear, 1)
+        ctx.set(dut.begin, 1)
+        await self.tick(ctx)
+        for i in range(20):
+            out = await self.tick(ctx)
+            offers = (out.pass_valid, out.command_valid, out.beat_valid, out.step_request)
+            self.check("offers after clear", (0, 0, 0, 0), offers)
+            self.check("pulses after clear", (0, 0), (out.finished, out.update))
+            if i == 5:
+                ctx.set(dut.clear, 0)
+                ctx.set(dut.begin, 0)
+
+
+def _hex(value: object) -> str:
+    """A value for a message, its numbers in hex."""
+    if isinstance(value, dict):
+        return str({_hex(k): _hex(v) for k, v in value.items()})
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_hex, value))}]"
+    return hex(value) if isinstance(value, int) else str(value)
+
+
+def simulate(config: SystemConfig, runs: list[Run], rng: random.Random, *, abort: bool) -> None:
+    """Carry out runs one after the other on one controller, some of them aborted before that."""
+    bench = Bench(config, rng)
+
+    async def body(ctx):
+        for run in runs:
+            if abort and rng.random() < 0.5:
+                await bench.carry_out(ctx, run, cycles=rng.randrange(2, 120))
+            await bench.carry_out(ctx, run)
+
+    simulator = Simulator(bench.dut)
+    simulator.add_clock(1e-9)
+    simulator.add_testbench(body)
+    simulator.run()
+
+
+@pytest.mark.parametrize(
+    ("rows", "data_bits", "count"),
+    [(1, 64, 4), (2, 128, 20), (3, 64, 20), (4, 256, 30), (8, 128, 20)],
+)
+def test_runs_equal_the_golden_loop(rows, data_bits, count):
+    config = system(rows, data_bits)
+    rng = random.Random(f"{seed()} {rows}")
+    runs = [golden_run(config, rng) for _ in range(count)]
+    total = sum((run.counts for run in runs), Counter())
+    assert total["draft_passes"] > total["accepted"] > 0 or rows == 1
+    assert total["alternates"] > total["tree_hits"] > 0 or rows <= 2
+    runs += [single_run(config, rng) for _ in range(3)]
+    rng.shuffle(runs)
+    simulate(config, runs, rng, abort=False)
+
+
+def test_long_chains_and_many_alternates():
+    config = system(64)
+    rng = random.Random(seed())
+    long = golden_run(config, rng, draft_length=63, threshold=0.0, token_limit=300, steps=2)
+    short = golden_run(config, rng, draft_length=20, threshold=0.25, token_limit=12)
+    assert max(commit.step["chain"] for commit in long.commits) == 63
+    simulate(config, [long, short], rng, abort=False)
+
+
+def test_clear_ends_a_run_at_any_time():
+    config = system(4)
+    rng = random.Random(seed())
+    runs = [golden_run(config, rng, token_limit=rng.randint(4, 8)) for _ in range(15)]
+    simulate(config, [*runs, single_run(config, rng)], rng, abort=True)
+
+
+def test_verilator_lints_it_without_a_warning(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real memory
+    source = tmp_path / "controller.v"
+    name = "speq_speculation_controller"
+    source.write_text(RAM_VERILOG + convert_unit(SpeculationController(system(6)), name))
+    waivers = [f"-Wno-{waiver}" for waiver in LINT_WAIVERS]
+    done = subprocess.run(
+        [VERILATOR_BIN / "verilator", "--lint-only", "--quiet", "-Wall", *waivers, source],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "")

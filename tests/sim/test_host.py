@@ -1,0 +1,601 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver on the accelerator's functional model: the golden model's tokens and bits, and errors.
+
+What the driver writes and reads is only bytes and registers here as on the RTL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from speq.hw.axi import AxiConfig
+from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.register_map import ANSWERS, STATES
+from speq.hw.system import ErrorCode, PassKind, SystemConfig
+from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.format import EncodedTensor, FormatConfig, encode
+from speq.model.speculation import Settings, Statistics, Step, generate
+from speq.model.transformer import attention, prepare_draft_linears
+from speq.sim.accelerator_model import AcceleratorModel
+from speq.sim.host import (
+    AcceleratorError,
+    Host,
+    KVEntries,
+    Registers,
+    default_capacity,
+    read_configuration,
+    threshold_bits,
+)
+from speq.sim.layout import MemoryLayout, Region
+from speq.sim.runner import seed
+from tests.model.drafted import drafted_model, rearranged
+from tests.model.small_models import random_tokens
+
+SEED = seed()
+TOKENS = 10
+SMALL = AcceleratorConfig(rows=4, cols=8, max_k=256, max_o=1024)
+
+
+def system(engine: AcceleratorConfig = SMALL, weights: int | None = None, data: int | None = None):
+    """A configuration with ports of so many bits."""
+    ports = {
+        name: bits and AxiConfig(data_bits=bits)
+        for name, bits in (("weights", weights), ("data", data))
+    }
+    return SystemConfig(engine, **ports)
+
+
+def encoded_linears(model: Model, config: FormatConfig | None = None) -> dict[str, EncodedTensor]:
+    """All linear layers, for an array of 16 columns."""
+    return {
+        name: encode(model.linear_weight(name), config or FormatConfig(), name=name)
+        for name in linear_names(model.config)
+    }
+
+
+def make_host(
+    model: Model, encoded: dict[str, EncodedTensor] | None, config: SystemConfig, base: int = 0
+) -> Host:
+    """A driver on a functional model whose memory ends where the model does."""
+    capacity = default_capacity(config, model.config)
+    size = MemoryLayout(config, model.config, encoded or {}, capacity, base).size
+    board = AcceleratorModel(config, size, base)
+    board.write(base, np.random.default_rng(SEED).integers(0, 256, size, np.uint8))
+    return Host(board, model, encoded, memory=Region(base, base + size))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32)
+
+
+def assert_same_steps(got: list[Step], expected: list[Step]) -> None:
+    """Everything about the steps of two decoders is equal, the logits bit for bit."""
+    assert [step.tokens for step in got] == [step.tokens for step in expected], f"SPEQ_SEED={SEED}"
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+        wrong = (bits(a.logits) != bits(b.logits)).nonzero()
+        assert not len(wrong), f"SPEQ_SEED={SEED}: step {number}, logit {wrong[0].tolist()}"
+        assert replace(a, logits=b.logits) == b
+
+
+def check(
+    host: Host,
+    model: Model,
+    encoded: dict[str, EncodedTensor] | None,
+    prompt: list[int],
+    settings: Settings,
+    **options: object,
+) -> list[Step]:
+    """Decode with the driver and with the golden model and compare."""
+    options = {"max_tokens": TOKENS, "settings": settings} | options
+    got = list(host.generate(prompt, **options))
+    layers = prepare_draft_linears(encoded) if encoded else None
+    assert_same_steps(got, list(generate(model, prompt, layers, **options)))
+    return got
+
+
+# Decoding.
+
+
+@pytest.fixture(scope="module")
+def llama() -> SimpleNamespace:
+    """A small model with a driver."""
+    model = drafted_model("llama", SEED)
+    encoded = encoded_linears(model)
+    engine = replace(SMALL, rows=8)
+    return SimpleNamespace(
+        model=model, encoded=encoded, host=make_host(model, encoded, system(engine))
+    )
+
+
+@pytest.mark.parametrize("draft_length", range(8))
+def test_steps_are_the_golden_models(llama, draft_length):
+    """Every draft length, every number of choices, thresholds from never to always."""
+    steps = []
+    for choices, threshold in ((1, 0.0), (2, 0.5), (3, 0.1), (4, math.inf), (4, 0.0)):
+        settings = Settings(8, draft_length, threshold, choices=choices)
+        prompt = random_tokens(llama.model.config, 1 + choices, SEED + draft_length)
+        steps += check(llama.host, llama.model, llama.encoded, prompt, settings)
+    assert max(step.drafted for step in steps) == draft_length
+
+
+def test_alternates_and_chains_are_accepted_and_counted(llama):
+    """What the tests above compare does happen; the accelerator's counters agree."""
+    names = ("draft_passes", "verify_passes", "committed", "accepted", "alternates", "tree_hits")
+    total = dict.fromkeys(names, 0)
+    for i in range(8):
+        prompt = random_tokens(llama.model.config, 3, SEED + i)
+        statistics = Statistics()
+        for step in check(llama.host, llama.model, llama.encoded, prompt, Settings(8, 3)):
+            statistics.add(step)
+        counters = llama.host.counters()
+        for name in names:
+            assert counters[name.upper()] == getattr(statistics, name)
+            total[name] += counters[name.upper()]
+    assert all(total.values())
+
+
+def test_plain_decoding_of_weights_without_encoding():
+    model = drafted_model("llama", SEED, hidden=20, ffn_hidden=33)
+    host = make_host(model, None, system())
+    steps = check(host, model, None, random_tokens(model.config, 6, SEED), Settings(4))
+    assert len(steps) == TOKENS
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_architectures(architecture):
+    """Biases, norms of queries and keys, norms behind layers, sliding windows (6 positions)."""
+    model = drafted_model(architecture, SEED)
+    encoded = encoded_linears(model)
+    host = make_host(model, encoded, system())
+    for length in (1, 2, 11):
+        prompt = random_tokens(model.config, length, SEED)
+        check(host, model, encoded, prompt, Settings(4), max_tokens=12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden": 44, "ffn_hidden": 172, "head_dim": 6, "vocab_size": 61},
+        {"hidden": 21, "ffn_hidden": 50, "heads": 3, "kv_heads": 3, "head_dim": 2},
+        {"heads": 9, "kv_heads": 3, "head_dim": 10, "vocab_size": 5},
+        {"heads": 6, "kv_heads": 1, "head_dim": 18, "tied_head": True},
+        {"blocks": 1, "heads": 1, "kv_heads": 1},
+    ],
+    ids=["odd sizes", "three KV heads", "shared by three", "shared by six", "one block"],
+)
+@pytest.mark.parametrize(
+    "config",
+    [
+        system(),
+        system(AcceleratorConfig(rows=5, cols=4, max_k=300, max_o=300), weights=64, data=64),
+        system(AcceleratorConfig(rows=2, cols=32, max_k=256, max_o=999), data=64),
+        system(
+            AcceleratorConfig(rows=8, cols=16, format=FormatConfig(32, 1), draft_rows=3, max_k=256),
+            weights=64,
+        ),
+    ],
+    ids=["4x8", "5x4 narrow", "2x32", "8x16 group 32"],
+)
+def test_any_dimensions(config, changes):
+    model = drafted_model("llama", SEED, **changes)
+    encoded = encoded_linears(model, config.engine.format)
+    host = make_host(model, encoded, config, base=3 * config.alignment)
+    prompt = random_tokens(model.config, 7, SEED)
+    check(host, model, encoded, prompt, Settings(config.engine.rows), max_tokens=9)
+
+
+def test_layers_without_an_encoding_are_plain_in_draft_passes_too():
+    model = drafted_model("qwen2", SEED)
+    encoded = encoded_linears(model)
+    for name in ("head", "block.0.k_proj", "block.1.down_proj"):
+        del encoded[name]
+    host = make_host(model, encoded, system())
+    check(host, model, encoded, random_tokens(model.config, 5, SEED), Settings(4))
+
+
+def test_tiny():
+    model = load_model("tiny")
+    encoded = encoded_linears(model)
+    engine = AcceleratorConfig(rows=8, cols=16, max_k=512)
+    host = make_host(model, encoded, system(engine))
+    prompt = model.tokenizer.encode("Once upon a time, there was a little girl")
+    steps = check(host, model, encoded, prompt, Settings(8, threshold=2.0), max_tokens=32)
+    assert sum(step.accepted for step in steps) > 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 10, 25])
+def test_prompts_of_any_length(llama, length):
+    """Batches of 8 rows before the last token; then from a cache that another prompt has used."""
+    prompt = random_tokens(llama.model.config, length, SEED)
+    check(llama.host, llama.model, llama.encoded, prompt, Settings(8, 2), max_tokens=5)
+
+
+def test_ends_of_decoding(llama):
+    """Token limits, stop tokens anywhere in a step, the end of the context, and nothing to do."""
+    model, context = llama.model, llama.model.config.context
+    prompt = random_tokens(model.config, 4, SEED)
+    settings = Settings(8, 5)
+    for limit in (0, 1, 2, 3, 7):
+        steps = check(llama.host, model, llama.encoded, prompt, settings, max_tokens=limit)
+        assert sum(len(step.tokens) for step in steps) == limit
+    text = [token for step in steps for token in step.tokens]
+    for stop in set(text):
+        options = {"stop_ids": frozenset({stop}), "max_tokens": 20}
+        steps = check(llama.host, model, llama.encoded, prompt, settings, **options)
+        assert steps[-1].tokens[-1] == stop
+    long = random_tokens(model.config, context - 3, SEED)
+    steps = check(llama.host, model, llama.encoded, long, settings, max_tokens=50)
+    assert sum(len(step.tokens) for step in steps) == 3
+
+
+def test_the_weights_in_memory_are_what_counts(llama):
+    """A test of these tests: flipped bits of some weights in memory change the logits."""
+    layout = llama.host.layout
+    prompt = random_tokens(llama.model.config, 9, SEED)
+    settings = Settings(8, 0)
+    expected = list(generate(llama.model, prompt, None, max_tokens=3, settings=settings))
+    weights = layout.weights["block.1.up_proj"]
+    for address in (weights.plane, weights.residual, weights.groups):
+        content = llama.host._board.read(address, 16)
+        llama.host._board.write(address, content ^ 0x0F)
+        got = list(llama.host.generate(prompt, max_tokens=3, settings=settings))
+        assert (bits(got[0].logits) != bits(expected[0].logits)).any()
+        llama.host._board.write(address, content)
+    assert_same_steps(list(llama.host.generate(prompt, max_tokens=3, settings=settings)), expected)
+
+
+def test_infinite_values_are_hidden_from_rows_that_do_not_attend_to_them():
+    """As in the golden attention; in memory they are 0."""
+    model = drafted_model("llama", SEED, blocks=1, heads=2, kv_heads=2, head_dim=6)
+    host = make_host(model, None, system())
+    generator = torch.Generator().manual_seed(SEED)
+    q, k, v = (torch.randn(n, 2, 6, generator=generator).half() for n in (3, 9, 9))
+    v[4, 0, 5], v[8, 1, 0], v[2, 1, 3] = math.inf, math.nan, -math.inf
+    allowed = torch.rand(3, 9, generator=generator) < 0.5
+    allowed[:, 8] = torch.tensor([True, True, False])
+    kv = KVEntries(host._board, host.layout)
+    kv.store(0, 0, k, v)
+    expected = attention(q, k.transpose(0, 1), v.transpose(0, 1), allowed, 0.3).unflatten(1, (2, 6))
+    hidden = kv.hidden(0, allowed).transpose(0, 1)
+    assert torch.equal(hidden, expected.isnan()) and hidden.any() and not hidden.all()
+    for head in range(2):
+        content = host._board.read(host.layout.values_address(0, head), 9 * 8 * 2)
+        stored = content.view(np.float16).reshape(9, 8)[:, :6]
+        clean = torch.where(torch.isfinite(v[:, head]), v[:, head], 0).numpy()
+        assert np.array_equal(stored, clean)
+
+
+def test_values_that_overflow_decode_like_the_golden_model():
+    """Those of some tokens at the smaller scale, of most at the larger one."""
+    for scale in (2.0**14.5, 2.0**15.5):
+        model = drafted_model("llama", SEED)
+        model.weights["block.0.v_proj"] *= scale
+        encoded = encoded_linears(model)
+        host = make_host(model, encoded, system())
+        prompt = random_tokens(model.config, 5, SEED + 1)
+        steps = check(host, model, encoded, prompt, Settings(4, threshold=0.1))
+    assert all(step.logits.isnan().any() for step in steps)
+
+
+def test_a_run_that_nobody_finishes_is_stopped(llama):
+    steps = llama.host.generate([1, 2, 3], max_tokens=20, settings=Settings(8, 2))
+    next(steps)
+    steps.close()
+    assert llama.host.registers["STATUS"] == STATES["IDLE"][0]
+    check(llama.host, llama.model, llama.encoded, [1, 2, 3], Settings(8, 2))
+
+
+def test_thresholds_are_rounded_up():
+    """An FP32 margin is below a number if and only if it is below the FP32 number above it."""
+    for value, expected in ((0.0, 0), (2.0, 0x40000000), (math.inf, 0x7F800000), (0.1, 0x3DCCCCCD)):
+        assert threshold_bits(value) == expected
+    just_above = 2.0 * (1 + 2.0**-40)
+    assert threshold_bits(just_above) == 0x40000001
+    assert threshold_bits(2.0**-200) == 1 and threshold_bits(1e300) == 0x7F800000
+
+
+# What the driver refuses.
+
+
+def refused(match: str, model: Model, encoded=None, config: SystemConfig | None = None) -> None:
+    config = config or system()
+    with pytest.raises(ValueError, match=match):
+        Host(AcceleratorModel(config, 1 << 22), model, encoded)
+
+
+def test_encodings_that_the_array_cannot_read_are_refused():
+    model = drafted_model("llama", SEED)
+    for width in (5, 6):
+        encoded = encoded_linears(model, FormatConfig(width=width))
+        refused(f"block.0.q_proj has draft width {width}.*--fixed --width 4", model, encoded)
+    channels = rearranged(model, np.random.default_rng(SEED))
+    refused("permuted or scaled input channels.*--fixed --width 4", model, channels)
+    head = encode(model.linear_weight("head"), FormatConfig(), name="head", draft_rows=9)
+    refused("head drafts only part of its outputs", model, {"head": head})
+    refused(
+        "group 32 and split 2.*--group 64 --split 2",
+        model,
+        encoded_linears(model, FormatConfig(32)),
+    )
+
+
+def test_models_that_do_not_fit_are_refused():
+    model = drafted_model("llama", SEED)
+    refused(
+        "FFN size is 48; the accelerator's largest K is 47",
+        model,
+        None,
+        system(replace(SMALL, max_k=47)),
+    )
+    refused(
+        "vocabulary is 64; the accelerator's largest O is 63",
+        model,
+        None,
+        system(replace(SMALL, max_o=63)),
+    )
+    biased = replace(model, weights=model.weights | {"head.bias": torch.zeros(64).half()})
+    refused("head has a bias", biased)
+    board = AcceleratorModel(system(), 1 << 20)
+    with pytest.raises(ValueError, match="bytes of memory, not 4096"):
+        Host(board, model, memory=Region(0, 4096))
+
+
+def test_requests_that_are_impossible_are_refused(llama):
+    def attempt(prompt: list[int], max_tokens: int = 4, **settings: object) -> None:
+        list(llama.host.generate(prompt, max_tokens=max_tokens, settings=Settings(**settings)))
+
+    for match, arguments in (
+        ("prompt has 0 tokens", {"prompt": []}),
+        ("prompt has 48 tokens; expected 1 to 47", {"prompt": [1] * 48}),
+        ("rows is 4; this accelerator's array has 8", {"prompt": [1], "rows": 4}),
+        ("choices is 5; the accelerator ranks 4", {"prompt": [1], "choices": 5}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            attempt(**arguments)
+    host = Host(AcceleratorModel(system(), 1 << 20), llama.model, capacity=20)
+    with pytest.raises(ValueError, match="need a KV cache of 21 entries; this one has 20"):
+        list(host.generate([1] * 10, max_tokens=9, settings=Settings(4)))
+    assert len(list(host.generate([1] * 10, max_tokens=8, settings=Settings(4)))) == 8
+
+
+def test_other_hardware_is_refused():
+    class Other(AcceleratorModel):
+        def read_register(self, offset: int) -> int:
+            return 0xDEAD if offset == 4 else super().read_register(offset)
+
+    with pytest.raises(ValueError, match="VERSION is 0x0000dead"):
+        read_configuration(Other(system(), 4096))
+    for config in (system(), system(AcceleratorConfig(rows=64, cols=64, draft_rows=2), 128, 1024)):
+        assert read_configuration(AcceleratorModel(config, 4096)) == config
+
+
+# Errors of runs.
+
+
+@pytest.fixture
+def bench() -> SimpleNamespace:
+    """An accelerator without a model, a sound GEMM, and a function that runs a program."""
+    config = system()
+    board = AcceleratorModel(config, 1 << 16)
+    registers = Registers(board, config)
+    for name, value in {
+        "READ_LIMIT": 0x7FFF,
+        "WRITE_BASE": 0x8000,
+        "WRITE_LIMIT": 0xFFFF,
+        "PASS_PROGRAM": 0x1000,
+        "PROGRAM_LENGTH": 8,
+        "PASS_ROWS": 3,
+        "POSITION": 5,
+        "IRQ_ENABLE": 7,
+    }.items():
+        registers[name] = value
+
+    def run(*program: Descriptor | bytes) -> tuple[ErrorCode, int]:
+        contents = [part if isinstance(part, bytes) else part.pack() for part in program]
+        board.write(0x1000, b"".join(contents))
+        registers["IRQ_STATUS"] = 7
+        registers.command("start")
+        assert board.wait_interrupt()
+        return ErrorCode(registers["ERROR"]), registers["ERROR_ADDRESS"]
+
+    gemm = Descriptor(
+        Kind.GEMM, k=9, o=10, plane=0x2000, residual=0x3000, groups=0x4000, activations=0x5000,
+        results=0x8000,
+    )  # fmt: skip
+    return SimpleNamespace(config=config, board=board, registers=registers, run=run, gemm=gemm)
+
+
+END = Descriptor(Kind.END)
+HOST = Descriptor(Kind.HOST, argument=7)
+
+
+def idle(registers: Registers) -> bool:
+    return registers["STATUS"] == STATES["IDLE"][0]
+
+
+def altered(descriptor: Descriptor, name: str, value: int) -> bytes:
+    """The descriptor in memory with a field of any value."""
+    place = DESCRIPTOR[name]
+    word = int.from_bytes(descriptor.pack(), "little")
+    word &= ~((1 << place.width) - 1 << place.offset)
+    return (word | value << place.offset).to_bytes(DESCRIPTOR_BYTES, "little")
+
+
+def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
+    """Code, kind of a sound descriptor, field, and the value that spoils it."""
+    for kind in ("gemm", "host"):
+        for value in (0, 6, 255):
+            yield ErrorCode.UNKNOWN_KIND, kind, "kind", value
+    yield ErrorCode.UNKNOWN_KIND, "gemm", "mode", 3
+    unused = {
+        "gemm": ("reserved", "discard", "values", "sharing", "argument", "extra"),
+        "argmax": ("reserved", "half", "values", "sharing", "argument"),
+        "scores": (
+            *("reserved", "mode", "discard", "tokens", "argument", "residual", "groups", "o"),
+        ),
+        "values": ("k",),
+        "draft": ("residual",),
+        "bypass": ("residual", "groups"),
+        "host": ("mode", "wait", "tokens", "k", "o", "plane", "results", "extra"),
+        "end": ("argument", "half", "groups", "activations"),
+    }
+    for kind, names in unused.items():
+        for name in names:
+            yield ErrorCode.RESERVED, kind, name, 1
+    sizes = {
+        "gemm": {"k": (0, 257, 2**31), "o": (0, 1025, 2**32 - 1), "tokens": (5, 255)},
+        "draft": {"tokens": (2,)},
+        "scores": {"k": (0, 257), "sharing": (0,)},
+        "values": {"o": (0, 1025)},
+    }
+    for kind, fields in sizes.items():
+        for name, values in fields.items():
+            for value in values:
+                yield ErrorCode.BAD_SIZE, kind, name, value
+    for name in ("plane", "residual", "groups", "activations", "results"):
+        for value in (1, 0x2008, 1 << 40, 1 << 63):
+            yield ErrorCode.MISALIGNED, "gemm", name, value
+    yield ErrorCode.MISALIGNED, "argmax", "extra", 8
+    yield ErrorCode.MISALIGNED, "scores", "extra", 8
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "name", "value"),
+    list(bad_descriptors()),
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_malformed_descriptors(bench, code, kind, name, value):
+    """Each is found behind two sound ones; after STOP the accelerator runs again."""
+    attention = {"k": 0, "o": 0, "residual": 0, "groups": 0, "sharing": 2, "kind": Kind.ATTENTION}
+    sound = {
+        "gemm": bench.gemm,
+        "argmax": replace(bench.gemm, kind=Kind.ARGMAX),
+        "scores": replace(bench.gemm, **attention | {"k": 6}),
+        "values": replace(bench.gemm, **attention | {"o": 6, "values": True}),
+        "draft": replace(bench.gemm, mode=Mode.DRAFT, residual=0, tokens=1),
+        "bypass": replace(bench.gemm, mode=Mode.BYPASS, residual=0, groups=0),
+        "host": HOST,
+        "end": END,
+    }
+    if kind not in ("host", "end"):
+        assert bench.run(sound[kind], END) == (ErrorCode.NONE, 0)
+        assert idle(bench.registers)
+    spoilt = altered(sound[kind], name, value)
+    assert bench.run(bench.gemm, bench.gemm, spoilt, END) == (code, 0x1080)
+    assert bench.registers["IRQ_STATUS"] == 4
+    bench.registers.command("start")
+    assert not idle(bench.registers)
+    bench.registers.command("stop")
+    assert idle(bench.registers)
+    assert bench.run(bench.gemm, END) == (ErrorCode.NONE, 0)
+
+
+def test_entries_of_the_cache_count_as_a_dimension(bench):
+    """Position 5 and 3 rows make 8 entries; with the position at its limit they are 256."""
+    product = Descriptor(
+        Kind.ATTENTION, values=True, sharing=1, o=4, plane=0x2000, activations=0x5000,
+        results=0x8000,
+    )  # fmt: skip
+    bench.registers["POSITION"] = 253
+    assert bench.run(product, END)[0] == ErrorCode.NONE
+    bench.registers["POSITION"] = 254
+    assert bench.run(product, END) == (ErrorCode.BAD_REGISTER, 0x088)
+
+
+def test_programs_without_an_end(bench):
+    assert bench.run(*8 * [bench.gemm]) == (ErrorCode.NO_END, 0x1000 + 8 * 64)
+    bench.registers.command("stop")
+    assert bench.run(*7 * [bench.gemm], END) == (ErrorCode.NONE, 0)
+
+
+def test_accesses_outside_the_regions(bench):
+    """Nothing is written then, not even by the transfers before in the same result."""
+    memory = bench.board.read(0, 1 << 16)
+    for name, value in (
+        ("plane", 0x7FB0),
+        ("residual", 0x8000),
+        ("groups", 0x10000),
+        ("activations", 0x7FF0),
+    ):
+        outside = replace(bench.gemm, **{name: value})
+        code, address = bench.run(outside, END)
+        assert code == ErrorCode.READ_OUTSIDE and value <= address < value + 0x200
+        bench.registers.command("stop")
+    for value in (0x7FF0, 0xFFF0):
+        code, address = bench.run(replace(bench.gemm, results=value), END)
+        assert code == ErrorCode.WRITE_OUTSIDE and address == value
+        bench.registers.command("stop")
+    after = bench.board.read(0, 1 << 16)
+    memory[0x1000:0x1080] = after[0x1000:0x1080]
+    assert np.array_equal(after, memory)
+    bench.registers["READ_LIMIT"] = (1 << 30) - 1
+    assert bench.run(replace(bench.gemm, plane=1 << 16), END) == (ErrorCode.READ_DECERR, 1 << 16)
+
+
+def test_impossible_registers(bench):
+    registers = bench.registers
+    sound = {"CHOICES": 1, "TOKEN_LIMIT": 1, "RING_LOG2": 1, "DRAFT_PROGRAM": 64, "RING": 0x9000}
+    for name, value in sound.items():
+        registers[name] = value
+    for decode, name, value, offset in (
+        (0, "PASS_ROWS", 0, 0x084),
+        (0, "PASS_ROWS", 5, 0x084),
+        (0, "PASS_PROGRAM", 0x1020, 0x060),
+        (0, "READ_LIMIT", 1 << 40, 0x048),
+        (1, "DRAFT_PROGRAM", 0x20, 0x068),
+        (1, "DRAFT_LENGTH", 4, 0x090),
+        (1, "CHOICES", 0, 0x098),
+        (1, "CHOICES", 5, 0x098),
+        (1, "TOKEN_LIMIT", 0, 0x09C),
+        (1, "RING", 0x9004, 0x0A0),
+        (1, "RING_LOG2", 0, 0x0A8),
+        (1, "RING_LOG2", 25, 0x0A8),
+        (1, "POSITION", 253, 0x088),
+    ):
+        kept = registers[name]
+        registers["RUN"], registers[name] = decode, value
+        assert bench.run(END) == (ErrorCode.BAD_REGISTER, offset), name
+        registers.command("stop")
+        registers[name] = kept
+    registers["RUN"] = 0
+    assert bench.run(END) == (ErrorCode.NONE, 0)
+
+
+def test_answers_of_the_host(bench):
+    registers = bench.registers
+    for answer, outcome in (
+        ("CONTINUE", (ErrorCode.NONE, 0)),
+        ("FAIL", (ErrorCode.HOST_REFUSED, 0x1000)),
+        ("FINISH", (ErrorCode.HOST_REFUSED, 0x1000)),
+    ):
+        assert bench.run(HOST, END) == (ErrorCode.NONE, 0)
+        assert registers["STATUS"] == STATES["HOST"][0] and registers["HOST_ARGUMENT"] == 7
+        assert registers["IRQ_STATUS"] == 1
+        registers["HOST_ANSWER"] = ANSWERS[answer][0]
+        assert (ErrorCode(registers["ERROR"]), registers["ERROR_ADDRESS"]) == outcome
+        assert registers["IRQ_STATUS"] == (2 if answer == "CONTINUE" else 4)
+        registers.command("stop")
+    bench.run(HOST, END)
+    registers.command("stop")
+    assert ErrorCode(registers["ERROR"]) == ErrorCode.STOPPED
+
+
+def test_errors_reach_the_caller_and_the_accelerator_goes_on(llama):
+    """A descriptor is spoilt and repaired."""
+    place = llama.host.layout.programs[PassKind.VERIFY] + 2 * DESCRIPTOR_BYTES
+    board = llama.host._board
+    content = board.read(place, 1)
+    board.write(place, np.array([99], np.uint8))
+    with pytest.raises(AcceleratorError, match=f"UNKNOWN_KIND at {place:#x}") as caught:
+        list(llama.host.generate([1, 2], max_tokens=4, settings=Settings(8)))
+    assert (caught.value.code, caught.value.address) == (ErrorCode.UNKNOWN_KIND, place)
+    board.write(place, content)
+    check(llama.host, llama.model, llama.encoded, [1, 2], Settings(8))

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The register file against an AXI4-Lite master."""
+
+from speq.sim import registers_tb
+
+
+def test_register_file() -> None:
+    registers_tb.run()
