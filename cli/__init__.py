@@ -290,6 +290,24 @@ def eval_command(
     )
 
 
+@app.command("cycles")
+def cycles_command(
+    rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
+    cols: Annotated[int, typer.Option(help="Columns of the array: outputs in a tile.")] = 64,
+    clock: Annotated[float, typer.Option(help="Clock in MHz.")] = 500.0,
+    latency: Annotated[int, typer.Option(help="Latency of memory in cycles.")] = 100,
+    context: Annotated[int, typer.Option(help="Positions in the KV cache.")] = 1024,
+    acceptance: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of drafted tokens accepted.", show_default="0.7, 0.8, 0.9"),
+    ] = None,
+) -> None:
+    """Predict cycles, tokens per second and speedup for models of known dimensions."""
+    from speq.cli.cycles import run
+
+    run(rows, cols, clock, latency, context, acceptance or (0.7, 0.8, 0.9))
+
+
 @app.command("bench")
 def bench_command(
     json_file: Annotated[

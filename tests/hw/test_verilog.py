@@ -225,7 +225,7 @@ class _Mistranslated(wiring.Component):
 
 
 def test_what_verilog_would_misunderstand_is_refused() -> None:
-    with pytest.raises(ValueError, match="unit: Verilog has another meaning for .always"):
+    with pytest.raises(ValueError, match=r"unit: Verilog has another meaning for .always"):
         convert_unit(_Mistranslated(), "unit")
 
 
