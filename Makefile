@@ -38,9 +38,9 @@ setup: simulator-tools $(STAMP)  ## create .venv with the pinned packages
 demo: simulator-tools $(STAMP) smollm2  ## run a real LLM's layers through the Verilog and compare every bit
 	@$(SPEQ) demo
 
-verilog: $(STAMP)  ## write the engine's Verilog and JSON to build/ (ROWS=8 COLS=16)
+verilog: $(STAMP)  ## write the accelerator's Verilog, register map, C header and core file to build/ (ROWS=8 COLS=16)
 	@mkdir -p $(BUILD)
-	@$(SPEQ) verilog --rows $(ROWS) --cols $(COLS) -o $(BUILD)/speq_gemm_engine.v
+	@$(SPEQ) verilog --rows $(ROWS) --cols $(COLS) -o $(BUILD)/speq_top.v
 
 sim: simulator-tools $(STAMP)  ## run the RTL regression (cocotb on Verilator)
 	@$(PY) -m pytest tests/sim -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

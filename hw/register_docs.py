@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
+
+from speq.hw import descriptor
 from speq.hw.config import Mode
 from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
 from speq.hw.register_map import ANSWERS, ERRORS, STATES, Register, constants, registers
@@ -71,16 +74,20 @@ def markdown(config: SystemConfig) -> str:
         ),
     ]
     for _prefix, title, rows in _NUMBERS:
-        table = _table(("Value", "Name", "Meaning"), [(row[1], row[0], row[2]) for row in rows])
-        parts += [f"## {title}", table]
+        columns = [(value, name, about) for name, value, about in rows]
+        headings = ("Value", "Name", "Meaning")
+        if not any(about for _, _, about in columns):
+            headings, columns = headings[:2], [column[:2] for column in columns]
+        parts += [f"## {title}", _table(headings, columns)]
     fields = [
         (place.offset // 8, _bits(place.offset % 8, place.width), name)
         for name, place in DESCRIPTOR
     ]
     parts += [
         "## Descriptor",
-        f"{DESCRIPTOR_BYTES} bytes, little-endian; `speq.hw.descriptor` says what the fields mean.",
+        f"{DESCRIPTOR_BYTES} bytes, little-endian.",
         _table(("Byte", "Bits", "Field"), fields),
+        f"```text\n{inspect.getdoc(descriptor)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

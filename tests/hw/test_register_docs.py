@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from speq import hw
 from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig, Mode
 from speq.hw.descriptor import DESCRIPTOR, Descriptor, Kind
@@ -165,3 +166,9 @@ def test_values_that_do_not_fit_are_refused() -> None:
         by_name["ROOT"].pack(2**24)
     with pytest.raises(ValueError, match=r"PASS\.kind is 4; the register holds 2 bits"):
         by_name["PASS"].pack({"kind": 4, "rows": 3, "index": 4})
+
+
+def test_the_map_in_the_repository_is_up_to_date() -> None:
+    """hw/registers.md is what `speq verilog` writes for the default configuration."""
+    path = Path(hw.__file__).with_name("registers.md")
+    assert path.read_text() == markdown(SystemConfig())
