@@ -23,12 +23,16 @@ from rich.table import Table
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.cli.encode import linear_weights
 from speq.hw import AcceleratorConfig
-from speq.hw.verilog import write_verilog
+from speq.hw.system import SystemConfig
+from speq.hw.verilog import generate_top, write_verilog
 from speq.model.arith import quantize_activations, verify_gemm
-from speq.model.checkpoint import CheckpointError, load_model, smollm2_path
+from speq.model.checkpoint import CheckpointError, linear_names, load_model, smollm2_path
 from speq.model.format import EncodedTensor, FormatConfig
 from speq.model.format import encode as encode_tensor
+from speq.model.speculation import Settings as SpeculationSettings
 from speq.sim.gemm_bench import Gemm, run_gemms
+from speq.sim.host import Host
+from speq.sim.simulated_board import MemoryOptions, SimulatedBoard
 
 #: [O, K] of the seven linear layers of a SmolLM2-135M block, and the number of blocks.
 SMOLLM2_BLOCK = (
@@ -183,6 +187,41 @@ def simulation(settings: Settings) -> list[Figure]:
     return [Figure("simulation", statistics.median(speeds), "cycles/s", 15_000, False, note)]
 
 
+def accelerator(settings: Settings) -> list[Figure]:
+    """Decode with `tiny` on the simulated 8 x 16 accelerator and its memory, without stalls."""
+    tokens = 64
+    system = SystemConfig(AcceleratorConfig(rows=8, cols=16, max_k=256))
+    model = load_model("tiny")
+    encoded = {
+        name: encode_tensor(model.linear_weight(name), system.engine.format, name=name)
+        for name in linear_names(model.config)
+    }
+    prompt = model.tokenizer.encode("Once upon a time")
+    note = f"tiny, 8 x 16, {tokens} tokens, memory latency 16 cycles"
+    cycles, seconds, simulated = {}, {}, 0
+    with SimulatedBoard(generate_top(system), system, MemoryOptions(size=1 << 24)) as board:
+        host = Host(board, model, encoded)
+        for name, length in (("plain", 0), ("speculative", 7)):
+            first, started = board.cycles(), time.perf_counter()
+            options = SpeculationSettings(rows=8, draft_length=length, threshold=1.0)
+            for _ in host.generate(prompt, max_tokens=tokens, settings=options):
+                pass
+            seconds[name] = time.perf_counter() - started
+            simulated += board.cycles() - first
+            counters = host.counters()
+            cycles[name] = (counters["CYCLES"] - counters["HOST_CYCLES"]) / tokens
+    speed = simulated / sum(seconds.values())
+    rate = tokens / seconds["speculative"]
+    ratio = cycles["speculative"] / cycles["plain"]
+    return [
+        Figure("accelerator, plain", cycles["plain"], "cycles/token", 25_000, True, note),
+        Figure("accelerator, speculative", cycles["speculative"], "cycles/token", note=note),
+        Figure("speculative / plain", ratio, "", 0.65, True, note),
+        Figure("simulation of the accelerator", speed, "cycles/s", 20_000, False, note),
+        Figure("decoding in simulation", rate, "tokens/s", 1, False, note),
+    ]
+
+
 def area(settings: Settings) -> list[Figure]:
     """Synthesise the array's units and compare them with an FP16-only array's."""
     if settings.liberty is None:
@@ -201,7 +240,7 @@ def area(settings: Settings) -> list[Figure]:
 
 
 Benchmark = Callable[[Settings], list[Figure]]
-BENCHMARKS: tuple[Benchmark, ...] = (codec, verify, verilog, simulation, area)
+BENCHMARKS: tuple[Benchmark, ...] = (codec, verify, verilog, simulation, accelerator, area)
 
 
 def choose(only: str) -> tuple[Benchmark, ...]:

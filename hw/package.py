@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from amaranth.hdl import Shape
 from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow
@@ -17,8 +19,12 @@ _TIED = {"lock": 1, "qos": 4, "region": 4}
 _PORTS = ("s_axi_control", "m_axi_weights", "m_axi_data")
 
 
-def fusesoc_core(top: str, stem: str) -> str:
-    """FuseSoC core file (CAPI2) of the module `top` in the file `stem`.v and those beside it."""
+def fusesoc_core(top: str, stem: str, waivers: Iterable[str]) -> str:
+    """FuseSoC core file (CAPI2) of the module `top` in the file `stem`.v and those beside it.
+
+    `waivers` are the warnings of Verilator that its target `lint` leaves out.
+    """
+    options = ", ".join(f"-Wno-{name}" for name in waivers)
     return f"""\
 CAPI=2:
 name: "::speq:{CORE_VERSION}"
@@ -35,19 +41,23 @@ filesets:
     file_type: cSource
 targets:
   default: &default
+    description: the accelerator
     filesets: [rtl, firmware]
     toplevel: {top}
   example:
     <<: *default
+    description: the accelerator as a block for an AXI interconnect
     filesets: [rtl, example, firmware]
     toplevel: {_WRAPPER}
   lint:
     <<: *default
+    description: Verilator's warnings
     default_tool: verilator
     filesets: [rtl]
     tools:
       verilator:
         mode: lint-only
+        verilator_options: [{options}]
 """
 
 

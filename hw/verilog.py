@@ -104,7 +104,7 @@ def accelerator_files(config: SystemConfig, stem: str) -> dict[str, str]:
         f"{stem}.json": json.dumps(description, indent=2) + "\n",
         f"{stem}.md": markdown(config),
         f"{stem}.h": c_header(config),
-        f"{stem}.core": fusesoc_core(ACCELERATOR_TOP, stem),
+        f"{stem}.core": fusesoc_core(ACCELERATOR_TOP, stem, LINT_WAIVERS),
         f"{stem}_example.v": axi_example(accelerator, ACCELERATOR_TOP),
     }
 
