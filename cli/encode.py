@@ -8,14 +8,11 @@ the same command goes on; a finished one removes it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from speq.model.checkpoint import Model, linear_names, load_model
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.encoder import Journal, Outcome, optimise
+from speq.model.files import replacing
 from speq.model.format import EncodedTensor, FormatConfig
 from speq.model.format import encode as encode_tensor
 from speq.model.prompts import Prompts, read_prompts, shipped_prompts
@@ -91,33 +89,6 @@ def linear_weights(model: Model, pattern: str = "") -> dict[str, torch.Tensor]:
     if not found:
         raise ValueError(f"{pattern!r} finds none of the tensors {names[0]} to {names[-1]}")
     return found
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place at the end; removed on any failure.
-
-    Raises
-    ------
-    OSError
-        At once if `path` is a folder or its folder cannot be written to.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent)) from error
-    try:
-        mode = temporary.stat().st_mode
-        yield temporary
-        # safetensors replaces the file by one that only its owner may read.
-        temporary.chmod(mode)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _bar() -> Progress:

@@ -10,11 +10,7 @@ which `speq.cli.eval_report` describes. The same options give the same files on 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -49,34 +45,13 @@ from speq.model.evaluation import (
     length_curve,
     threshold_curve,
 )
+from speq.model.files import staged
 from speq.model.format import EncodedTensor, FormatConfig, arranged
 from speq.model.format import encode as encode_tensor
 from speq.model.prompts import Prompts, first_of_each, read_prompts, shipped_prompts
 from speq.model.speculation import Settings
 
 _PIPED_WIDTH = 120  # characters of a line where there is no terminal
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files move to `folder` at the end; on any failure none does.
-
-    Raises
-    ------
-    OSError
-        At once if `folder` is a file or nothing can be written beside it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder")
-    existing = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=existing))
-    try:
-        yield temporary
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(temporary.iterdir()):
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(temporary)
 
 
 def choose_prompts(request: Request, raw: bool) -> tuple[Prompts, Prompts]:

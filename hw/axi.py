@@ -12,6 +12,8 @@ from amaranth.hdl import Elaboratable, Module, unsigned
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.config import check_power_of_two, check_range
+
 #: Bits of transaction IDs. All transactions of a reader or writer have one ID, so that responses
 #: come in order: 0, or the number of the reader where several share a master (`ReadArbiter`).
 ID_BITS = 2
@@ -35,17 +37,6 @@ _MAX_ADDRESS_BITS = 64
 _MAX_BURST = 2**LENGTH_BITS
 _MAX_OUTSTANDING = 64
 _MAX_DEPTH = 2**16
-
-
-def _check_power_of_two(name: str, value: int, low: int, high: int) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    if not valid or value & (value - 1):
-        raise ValueError(f"{name} is {value!r}; allowed are powers of two from {low} to {high}")
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; allowed are integers from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -81,11 +72,11 @@ class AxiConfig:
     depth: int = 128
 
     def __post_init__(self) -> None:
-        _check_power_of_two("data_bits", self.data_bits, _MIN_DATA_BITS, _MAX_DATA_BITS)
-        _check_range("address_bits", self.address_bits, _MIN_ADDRESS_BITS, _MAX_ADDRESS_BITS)
-        _check_power_of_two("burst", self.burst, 1, _MAX_BURST)
-        _check_range("outstanding", self.outstanding, 2, _MAX_OUTSTANDING)
-        _check_power_of_two("depth", self.depth, max(2, self.burst_beats), _MAX_DEPTH)
+        check_power_of_two("data_bits", self.data_bits, _MIN_DATA_BITS, _MAX_DATA_BITS)
+        check_range("address_bits", self.address_bits, _MIN_ADDRESS_BITS, _MAX_ADDRESS_BITS)
+        check_power_of_two("burst", self.burst, 1, _MAX_BURST)
+        check_range("outstanding", self.outstanding, 2, _MAX_OUTSTANDING)
+        check_power_of_two("depth", self.depth, max(2, self.burst_beats), _MAX_DEPTH)
 
     @property
     def beat_bytes(self) -> int:

@@ -58,9 +58,17 @@ class Mode(enum.Enum, shape=unsigned(2)):
     BYPASS = 2
 
 
-def _check_range(name: str, value: int, low: int, high: int) -> None:
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raise ValueError unless `value` is an integer from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; allowed are integers from {low} to {high}")
+
+
+def check_power_of_two(name: str, value: int, low: int, high: int) -> None:
+    """Raise ValueError unless `value` is a power of two from `low` to `high`."""
+    valid = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    if not valid or value & (value - 1):
+        raise ValueError(f"{name} is {value!r}; allowed are powers of two from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -99,11 +107,11 @@ class AcceleratorConfig:
     max_o: int = 2**20 - 1
 
     def __post_init__(self) -> None:
-        _check_range("rows", self.rows, 1, 64)
-        _check_range("cols", self.cols, 1, 256)
-        _check_range("draft_rows", self.draft_rows, 0, self.rows)
-        _check_range("max_k", self.max_k, 1, 2**16)
-        _check_range("max_o", self.max_o, 1, 2**24)
+        check_range("rows", self.rows, 1, 64)
+        check_range("cols", self.cols, 1, 256)
+        check_range("draft_rows", self.draft_rows, 0, self.rows)
+        check_range("max_k", self.max_k, 1, 2**16)
+        check_range("max_o", self.max_o, 1, 2**24)
         if self.draft_rows and self.format.width != 4:
             raise ValueError(
                 f"draft width is {self.format.width}; the RTL supports width 4 only (widths 5 "

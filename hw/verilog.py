@@ -21,6 +21,7 @@ from speq.hw.package import axi_example, fusesoc_core
 from speq.hw.ram import RAM_VERILOG
 from speq.hw.register_docs import c_header, markdown
 from speq.hw.system import SystemConfig
+from speq.model.files import staged
 
 #: The engine's module.
 TOP = "speq_gemm_engine"
@@ -155,8 +156,8 @@ def write_verilog(config: AcceleratorConfig | SystemConfig, path: Path) -> tuple
     """Write the Verilog to `path` and what goes with it beside it.
 
     That is, of an engine (AcceleratorConfig) its description, and of an accelerator (SystemConfig)
-    all of `accelerator_files`. Returns the paths, the Verilog's first. Each file appears complete
-    or not at all.
+    all of `accelerator_files`. Returns the paths, the Verilog's first. Nothing appears unless all
+    could be written.
 
     Raises
     ------
@@ -177,11 +178,7 @@ def write_verilog(config: AcceleratorConfig | SystemConfig, path: Path) -> tuple
             path.name: text,
             path.with_suffix(".json").name: json.dumps(description, indent=2) + "\n",
         }
-    for name, content in contents.items():
-        partial = path.with_name(name + ".partial")
-        try:
-            partial.write_text(content)
-            partial.replace(path.with_name(name))
-        finally:
-            partial.unlink(missing_ok=True)
+    with staged(path.parent) as folder:
+        for name, content in contents.items():
+            (folder / name).write_text(content)
     return tuple(path.with_name(name) for name in contents)

@@ -36,6 +36,8 @@ class Kind(enum.IntEnum):
     WRITE = 1
     #: Until the interrupt, but at most `data` cycles.
     WAIT = 2
+    #: Reset of all but the contents of memory.
+    RESET = 3
 
 
 @cocotb.test()
@@ -43,15 +45,17 @@ async def serve(dut: object) -> None:
     """Carry out requests until the connection is closed."""
     with socket.socket(fileno=int(os.environ[CONNECTION])) as connection:
         dut.rst.value = 1
-        dut.request.value = 0
         Clock(dut.clk, _CLOCK_NS, "ns", impl="gpi").start()
-        await ClockCycles(dut.clk, _RESET_CYCLES)
-        dut.rst.value = 0
-        await ClockCycles(dut.clk, 1)
+        await _reset(dut)
         toggle = 0
         done = ValueChange(dut.done)
         while request := connection.recv(REQUEST.size, socket.MSG_WAITALL):
             kind, address, data = REQUEST.unpack(request)
+            if kind == Kind.RESET:
+                await _reset(dut)
+                toggle = 0
+                connection.sendall(ANSWER.pack(0, 0, int(dut.cycle.value)))
+                continue
             toggle ^= 1
             dut.kind.value = kind
             dut.address.value = address
@@ -60,3 +64,12 @@ async def serve(dut: object) -> None:
             await done
             values = (int(handle.value) for handle in (dut.answer, dut.response, dut.cycle))
             connection.sendall(ANSWER.pack(*values))
+
+
+async def _reset(dut: object) -> None:
+    """Reset for some cycles, and a cycle without."""
+    dut.rst.value = 1
+    dut.request.value = 0
+    await ClockCycles(dut.clk, _RESET_CYCLES)
+    dut.rst.value = 0
+    await ClockCycles(dut.clk, 1)

@@ -291,6 +291,11 @@ class SimulatedBoard:
             left = None if left is None else left - cycles
         return False
 
+    def reset(self) -> None:
+        """Reset the accelerator and the memory's ports, whatever they are doing; the contents of
+        memory stay. Not for a board that records waves."""
+        self._request(Kind.RESET, 0, 0)
+
     def cycles(self) -> int:
         """Clock cycles since the reset."""
         return self._cycles

@@ -19,12 +19,12 @@ from rich.console import Console
 import speq.cli
 from speq.cli import evaluate, plots
 from speq.cli.eval_report import as_json, number, percent, print_study
-from speq.cli.evaluate import staged
 from speq.model import ablation
 from speq.model.checkpoint import linear_names, load_model
 from speq.model.cycles import relative_costs, uniform_formats
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate
+from speq.model.files import staged
 from speq.model.format import FormatConfig, encode
 from speq.model.prompts import shipped_prompts
 from speq.model.speculation import Settings, Statistics, generate, pass_costs

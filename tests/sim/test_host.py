@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig, Mode
 from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.register_map import ANSWERS, STATES
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
-from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.checkpoint import Model, load_model
 from speq.model.format import EncodedTensor, FormatConfig, encode
-from speq.model.speculation import Settings, Statistics, Step, generate
-from speq.model.transformer import attention, prepare_draft_linears
+from speq.model.speculation import Settings, Statistics, generate
+from speq.model.transformer import attention
 from speq.sim.accelerator_model import AcceleratorModel
 from speq.sim.host import (
     AcceleratorError,
@@ -35,30 +34,18 @@ from speq.sim.host import (
     threshold_bits,
 )
 from speq.sim.layout import MemoryLayout, Region
-from speq.sim.runner import seed
 from tests.model.drafted import drafted_model, rearranged
 from tests.model.small_models import random_tokens
-
-SEED = seed()
-TOKENS = 10
-SMALL = AcceleratorConfig(rows=4, cols=8, max_k=256, max_o=1024)
-
-
-def system(engine: AcceleratorConfig = SMALL, weights: int | None = None, data: int | None = None):
-    """A configuration with ports of so many bits."""
-    ports = {
-        name: bits and AxiConfig(data_bits=bits)
-        for name, bits in (("weights", weights), ("data", data))
-    }
-    return SystemConfig(engine, **ports)
-
-
-def encoded_linears(model: Model, config: FormatConfig | None = None) -> dict[str, EncodedTensor]:
-    """All linear layers, for an array of 16 columns."""
-    return {
-        name: encode(model.linear_weight(name), config or FormatConfig(), name=name)
-        for name in linear_names(model.config)
-    }
+from tests.sim.decoding import (
+    SEED,
+    SMALL,
+    TOKENS,
+    assert_same_steps,
+    bits,
+    check,
+    encoded_linears,
+    system,
+)
 
 
 def make_host(
@@ -70,35 +57,6 @@ def make_host(
     board = AcceleratorModel(config, size, base)
     board.write(base, np.random.default_rng(SEED).integers(0, 256, size, np.uint8))
     return Host(board, model, encoded, memory=Region(base, base + size))
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int32)
-
-
-def assert_same_steps(got: list[Step], expected: list[Step]) -> None:
-    """Everything about the steps of two decoders is equal, the logits bit for bit."""
-    assert [step.tokens for step in got] == [step.tokens for step in expected], f"SPEQ_SEED={SEED}"
-    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
-        wrong = (bits(a.logits) != bits(b.logits)).nonzero()
-        assert not len(wrong), f"SPEQ_SEED={SEED}: step {number}, logit {wrong[0].tolist()}"
-        assert replace(a, logits=b.logits) == b
-
-
-def check(
-    host: Host,
-    model: Model,
-    encoded: dict[str, EncodedTensor] | None,
-    prompt: list[int],
-    settings: Settings,
-    **options: object,
-) -> list[Step]:
-    """Decode with the driver and with the golden model and compare."""
-    options = {"max_tokens": TOKENS, "settings": settings} | options
-    got = list(host.generate(prompt, **options))
-    layers = prepare_draft_linears(encoded) if encoded else None
-    assert_same_steps(got, list(generate(model, prompt, layers, **options)))
-    return got
 
 
 # Decoding.
