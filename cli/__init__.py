@@ -18,7 +18,7 @@ import typer
 
 app = typer.Typer(
     name="speq",
-    help="SPEQ: an FP16 matrix engine whose 4-bit draft model lies inside the FP16 weights.",
+    help="SPEQ: an accelerator for LLM decoding whose 4-bit draft model lies inside the FP16 weights.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -143,6 +143,24 @@ def demo_command(
     from speq.cli.demo import run
 
     run(rows, cols, block, seed)
+
+
+@app.command("demo-decode")
+def demo_decode_command(
+    model: Annotated[str, typer.Option(help="A checkpoint's path, or an alias.")] = "smollm2",
+    prompt: Annotated[str, typer.Option(help="What to continue.")] = "The quick brown fox jumps",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 12,
+    rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
+    cols: Annotated[int, typer.Option(help="Columns of the array: outputs in a tile.")] = 32,
+    draft_length: Annotated[int, typer.Option(help="Most tokens to draft.")] = 4,
+    threshold: Annotated[
+        float, typer.Option(help="Stop drafting below this margin of the best logit.")
+    ] = 0.5,
+) -> None:
+    """Decode with a real LLM on the accelerator's RTL and compare every token and logit bit."""
+    from speq.cli.demo_decode import Request, run
+
+    run(Request(model, prompt, max_tokens, rows, cols, draft_length, threshold))
 
 
 class Decoding(StrEnum):
@@ -324,6 +342,65 @@ def bench_command(
     from speq.cli.bench import Settings, run
 
     run(json_file, only, Settings(seed, liberty))
+
+
+class Event(StrEnum):
+    """Where a window of `speq waves` can begin."""
+
+    PROMPT = "prompt"
+    DRAFT = "draft"
+    VERIFY = "verify"
+    STEP = "step"
+
+
+@app.command("waves")
+def waves_command(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")
+    ] = "tiny",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the recording and the layout.")
+    ] = Path("build/waves"),
+    prompt: Annotated[str, typer.Option(help="What to continue.")] = "Once upon a time",
+    rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 4,
+    cols: Annotated[int, typer.Option(help="Columns of the array: outputs in a tile.")] = 8,
+    draft_length: Annotated[
+        int | None, typer.Option(help="Most tokens to draft.", show_default="rows - 1")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 8,
+    start: Annotated[
+        int | None, typer.Option(min=0, help="First cycle of the window.", show_default="--at")
+    ] = None,
+    at: Annotated[
+        Event | None,
+        typer.Option(help="The window begins where such a pass, or a step's end, is reported."),
+    ] = None,
+    nth: Annotated[int, typer.Option(min=1, help="With --at: which of them, from 1.")] = 1,
+    cycles: Annotated[int, typer.Option(min=1, help="Cycles of the window.")] = 5000,
+    array: Annotated[
+        bool, typer.Option("--array", help="Also record the array's inside: much larger.")
+    ] = False,
+) -> None:
+    """Record waves of the accelerator decoding, as FST, with a GTKWave layout of the signals that
+    tell what it is doing."""
+    from speq.cli.waves import Request, run
+
+    run(
+        Request(
+            model=model,
+            prompt=prompt,
+            output=output,
+            rows=rows,
+            cols=cols,
+            draft_length=draft_length,
+            max_tokens=max_tokens,
+            start=start,
+            at=at,
+            nth=nth,
+            cycles=cycles,
+            array=array,
+        )
+    )
 
 
 def describe(error: Exception) -> str:

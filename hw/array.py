@@ -244,7 +244,8 @@ class Array(wiring.Component):
         Returns whether a row's sums are on the buses, which row's, and the tile's `half`.
         """
         control = self.control
-        ended = _DelayLine(m, control.valid & control.last)[self._accumulated - 1]
+        # With a reset: after a short one no tile from before may end.
+        ended = _DelayLine(m, control.valid & control.last, reset=True)[self._accumulated - 1]
         details = Cat(control.tokens, control.half, control.tag)
         details_now = _DelayLine(m, details)[self._accumulated - 1]
         active = Signal()

@@ -164,11 +164,11 @@ class Fault(enum.Enum, shape=unsigned(2)):
 
 
 class FaultState(wiring.Component):
-    """The first fault of a reader or writer, and when it may go on.
+    """The fault of the oldest command of a reader or writer, and when it may go on.
 
     A bad response stops the unit in the next cycle, a refused command does not: what came before
     it is finished. `clear` forgets the fault and stops the unit for as long as transactions are
-    outstanding. Of faults in the same cycle the response is kept, which is for an older command.
+    outstanding. A bad response takes the place of a refused command, which is a later one.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ class FaultState(wiring.Component):
         # The upper bit tells SLVERR and DECERR from OKAY and EXOKAY.
         with m.If(self.response_valid & self.response[1] & ~self.stopped):
             m.d.sync += self.stopped.eq(1)
-            with m.If(no_error):
+            with m.If(no_error | (self.error == Fault.REFUSED)):
                 m.d.sync += [
                     self.error.eq(self.response),
                     self.error_address.eq(self.response_address),

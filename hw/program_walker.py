@@ -13,7 +13,6 @@ from speq.hw.axi import Fault
 from speq.hw.config import Mode
 from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
 from speq.hw.memory_reader import MemoryReader
-from speq.hw.ram_fifo import RamFifo
 from speq.hw.system import ErrorCode, SystemConfig
 
 #: Descriptors that are fetched ahead.
@@ -182,22 +181,17 @@ class ProgramWalker(wiring.Component):
             self.error.eq(failed),
         ]
         m.d.sync += self.error_address.eq(address)
-        # A fault of the reader matters when all that came before it has been used: nothing is on
-        # its way to the reader or through its buffer.
-        still = Signal(range(RamFifo.LATENCY + 1))
-        refused = reader.error == Fault.REFUSED
-        with m.If((reader.error == Fault.NONE) | reader.data.valid | (refused & reader.busy)):
-            m.d.sync += still.eq(0)
-        with m.Elif(still != RamFifo.LATENCY):
-            m.d.sync += still.eq(still + 1)
+        # A failed fetch matters when its descriptor is needed: END may come before.
+        beat = Cat(Const(0, config.data.offset_bits), address[config.data.offset_bits :])
+        fetch_failed = (reader.error != Fault.NONE) & (reader.error_address == beat)
         with m.FSM(name="state"):
             with m.State("FETCH"):
                 with m.If(walking & (number == self.length)):
                     m.d.sync += failed.eq(ErrorCode.NO_END)
                     m.next = "FAILED"
-                with m.Elif(arrived):
+                with m.Elif(walking & arrived):
                     m.next = "CHECK"
-                with m.Elif(walking & (still == RamFifo.LATENCY)):
+                with m.Elif(walking & fetch_failed):
                     m.d.sync += [
                         failed.eq(read_error(reader.error)),
                         self.error_address.eq(reader.error_address),

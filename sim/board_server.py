@@ -24,8 +24,9 @@ REQUEST = struct.Struct("<III")
 ANSWER = struct.Struct("<IIQ")
 #: Value of `response` for a register port that did not answer.
 TIMEOUT = 4
+#: Nanoseconds of a clock cycle.
+CLOCK_NS = 2
 
-_CLOCK_NS = 2
 _RESET_CYCLES = 8
 
 
@@ -45,7 +46,7 @@ async def serve(dut: object) -> None:
     """Carry out requests until the connection is closed."""
     with socket.socket(fileno=int(os.environ[CONNECTION])) as connection:
         dut.rst.value = 1
-        Clock(dut.clk, _CLOCK_NS, "ns", impl="gpi").start()
+        Clock(dut.clk, CLOCK_NS, "ns", impl="gpi").start()
         await _reset(dut)
         toggle = 0
         done = ValueChange(dut.done)

@@ -87,6 +87,7 @@ def build(
     parameters: Mapping[str, int] | None = None,
     visible: str | None = "*",
     waves: bool = False,
+    unrecorded: str | None = None,
 ) -> Path:
     """Build a simulation, unless the same has been built before.
 
@@ -105,6 +106,8 @@ def build(
     waves : bool
         Make recording of all signals possible, which slows the simulation down. The macro WAVES is
         defined.
+    unrecorded : str, optional
+        Pattern of instances, from `top` on, whose signals are not recorded, nor those in them.
 
     Returns
     -------
@@ -118,7 +121,7 @@ def build(
     """
     parameters = dict(parameters or {})
     contents = [verilog, *(path.read_text() for path in sources)]
-    key = repr((top, contents, parameters, visible, waves, _MAKEFLAGS, _ARGUMENTS))
+    key = repr((top, contents, parameters, visible, waves, unrecorded, _MAKEFLAGS, _ARGUMENTS))
     folder = (BUILD_ROOT / f"{top}-{hashlib.sha256(key.encode()).hexdigest()[:16]}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     path = f"{VERILATOR_BIN}{os.pathsep}{os.environ['PATH']}"
@@ -127,10 +130,14 @@ def build(
             return folder
         files = [folder / f"{top}.v", *(path for path in sources if path.suffix != ".cpp")]
         files[0].write_text(verilog)
+        settings = ["`verilator_config"]
         if visible is not None:
-            files.insert(0, folder / "visible.vlt")
-            text = f'public_flat_rw -module "{top}" -var "{visible}"'
-            files[0].write_text(f"`verilator_config\n{text}\n")
+            settings.append(f'public_flat_rw -module "{top}" -var "{visible}"')
+        if unrecorded is not None:
+            settings.append(f'tracing_off -scope "{unrecorded}"')
+        if len(settings) > 1:
+            files.insert(0, folder / "settings.vlt")
+            files[0].write_text("\n".join(settings) + "\n")
         try:
             _Verilator().build(
                 sources=files,

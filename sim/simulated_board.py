@@ -16,7 +16,7 @@ from amaranth.hdl import Shape
 
 from speq.hw.axi import AxiConfig
 from speq.hw.system import SystemConfig
-from speq.sim import board_server, runner
+from speq.sim import board_server, fst, runner
 from speq.sim.board_server import ANSWER, REQUEST, TIMEOUT, Kind
 from speq.sim.runner import SimulationError
 
@@ -27,6 +27,7 @@ CHANNELS = ("ar", "r", "aw", "w", "b")
 #: Files of the simulation beside the accelerator's Verilog.
 SOURCES = tuple(Path(__file__).parent / name for name in ("board.sv", "memory_model.cpp"))
 
+_ARRAY = "*.datapath.engine.array*"
 # The simulator looks after the connection at least this often.
 _WAIT_CYCLES = 50_000
 _CLOSE_SECONDS = 60
@@ -43,41 +44,46 @@ class MemoryFault:
 
 @dataclass(frozen=True)
 class Waves:
-    """Recording of all signals in the cycles `start` .. `stop` - 1.
+    """Recording of signals in the cycles `start` .. `stop` - 1.
 
     Attributes
     ----------
     file : Path
-        Written as VCD, or converted to FST by GTKWave's vcd2fst if it ends in .fst.
+        Written when the board is closed, as FST or as VCD, whichever its name ends in (.fst, .vcd);
+        not written if the run ends before `start`.
     start, stop : int
         As `SimulatedBoard.cycles` counts.
+    array : bool
+        Also the signals in the array and its processing elements, most of all there are.
 
     Raises
     ------
     ValueError
-        If there is no cycle between them, or no vcd2fst where it is needed.
+        If there is no cycle between them, or the file is of another kind.
     """
 
     file: Path
     start: int
     stop: int
+    array: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"waves from cycle {self.start} to {self.stop}; expected a window")
-        if self._is_fst and shutil.which("vcd2fst") is None:
-            raise ValueError(f"{self.file} needs vcd2fst, a part of GTKWave, which is not there")
+        if self.file.suffix not in (".fst", ".vcd"):
+            raise ValueError(f"{self.file}: waves are FST or VCD; name the file .fst or .vcd")
 
     @property
-    def _is_fst(self) -> bool:
-        return self.file.suffix == ".fst"
+    def unrecorded(self) -> str | None:
+        """Pattern of the instances that are left out."""
+        return None if self.array else _ARRAY
 
     def keep(self, recorded: Path) -> None:
         """Take over what the simulator has recorded, if it came as far."""
         if not recorded.exists():
             return
-        if self._is_fst:
-            subprocess.run(["vcd2fst", recorded, self.file], check=True, capture_output=True)
+        if self.file.suffix == ".fst":
+            fst.convert(recorded, self.file)
         else:
             shutil.move(recorded, self.file)
 
@@ -229,6 +235,7 @@ class SimulatedBoard:
             parameters=parameters(system),
             visible=None,
             waves=waves is not None,
+            unrecorded=waves.unrecorded if waves else None,
         )
         self._run = tempfile.TemporaryDirectory(prefix="run-", dir=folder)
         # Without a name from the start, so that nothing of it is left however this process ends.
@@ -282,14 +289,17 @@ class SimulatedBoard:
         self._bytes(address, values.nbytes)[:] = values.reshape(-1).view(np.uint8)
 
     def wait_interrupt(self, timeout_cycles: int | None = None) -> bool:
-        """Wait until the interrupt line is high, or `timeout_cycles`; returns whether it is."""
+        """Wait until the interrupt line is high, or `timeout_cycles`, at least one; returns whether
+        it is."""
         left = timeout_cycles
-        while left is None or left > 0:
-            cycles = _WAIT_CYCLES if left is None else min(_WAIT_CYCLES, left)
+        while True:
+            cycles = _WAIT_CYCLES if left is None else max(1, min(_WAIT_CYCLES, left))
             if self._request(Kind.WAIT, 0, cycles):
                 return True
-            left = None if left is None else left - cycles
-        return False
+            if left is not None:
+                left -= cycles
+                if left <= 0:
+                    return False
 
     def reset(self) -> None:
         """Reset the accelerator and the memory's ports, whatever they are doing; the contents of

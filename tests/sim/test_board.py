@@ -22,7 +22,7 @@ from speq.hw.memory_writer import MemoryWriter
 from speq.hw.ram import RAM_VERILOG
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
-from speq.sim import runner
+from speq.sim import fst, runner
 from speq.sim.runner import SimulationError
 from speq.sim.simulated_board import (
     CHANNELS,
@@ -410,20 +410,28 @@ def test_close_ends_the_simulator(verilog: str) -> None:
 
 @pytest.mark.parametrize("name", ["waves.vcd", "waves.fst"])
 def test_waves_of_a_window(verilog: str, tmp_path: Path, name: str) -> None:
-    if name.endswith(".fst") and shutil.which("vcd2fst") is None:
-        pytest.skip("needs vcd2fst of GTKWave")
     waves = Waves(tmp_path / name, 100, 300)
     with SimulatedBoard(verilog, SYSTEM, _options(), waves) as board:
         assert _copy(board, 0, 0x8000, 500) == 0
+    cycle = 2000  # ps
     if name.endswith(".fst"):
-        assert waves.file.stat().st_size > 1000
+        first, last, signals = fst.contents(waves.file)
+        assert "board.accelerator.reader.splitter.clk" in signals
+        assert signals["board.m_axi_data_araddr[39:0]"] == 40
+        assert 199 * cycle <= last - first <= 201 * cycle
         return
     text = waves.file.read_text()
     assert "m_axi_data_araddr" in text and "splitter" in text
     times = [int(line[1:]) for line in text.splitlines() if line.startswith("#")]
-    cycle = 2000  # ps
     assert times == sorted(times)
     assert 199 * cycle <= times[-1] - times[0] <= 201 * cycle
+
+
+def test_waves_of_a_run_that_is_too_short(verilog: str, tmp_path: Path) -> None:
+    waves = Waves(tmp_path / "waves.fst", 1 << 40, 1 << 41)
+    with SimulatedBoard(verilog, SYSTEM, _options(), waves) as board:
+        assert _copy(board, 0, 0x8000, 5) == 0
+    assert not waves.file.exists()
 
 
 def test_impossible_arguments(verilog: str) -> None:
@@ -433,6 +441,10 @@ def test_impossible_arguments(verilog: str) -> None:
         MemoryOptions(size=SIZE, stalls={"x": 3})
     with pytest.raises(ValueError, match="response"):
         MemoryOptions(size=SIZE, faults=[MemoryFault(0, 1, 1)])
+    with pytest.raises(ValueError, match="expected a window"):
+        Waves(Path("waves.fst"), 5, 5)
+    with pytest.raises(ValueError, match="name the file"):
+        Waves(Path("waves.txt"), 5, 6)
     with SimulatedBoard(verilog, SYSTEM, _options()) as board:
         with pytest.raises(ValueError, match="2 bytes at 0x40000ffff"):
             board.read(BASE + SIZE - 1, 2)

@@ -1,0 +1,843 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole accelerator: random programs, faults, stops and resets, and the sustained rate.
+
+Everything is compared with the functional model, on the same memory: the registers that say how a
+run stands and every byte of memory, wherever the accelerator waits for the host or has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from speq.hw.axi import AxiConfig
+from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.register_map import ANSWERS, registers
+from speq.hw.system import ErrorCode, SystemConfig
+from speq.hw.verilog import generate_top
+from speq.hw.weight_reader import chunk_words
+from speq.model.format import FormatConfig, draft_words, residual_words
+from speq.sim.accelerator_model import AcceleratorModel
+from speq.sim.board import Board
+from speq.sim.host import Registers
+from speq.sim.layout import RANKING_BYTES, ceil_div, round_up
+from speq.sim.programs import (
+    BASE,
+    READ,
+    SIZE,
+    WRITE,
+    Outcome,
+    Workload,
+    begin,
+    outcome,
+    random_workload,
+    run,
+)
+from speq.sim.runner import seed
+from speq.sim.simulated_board import CHANNELS, MemoryFault, MemoryOptions, SimulatedBoard
+
+SEED = seed()
+
+
+def _narrow(bits: int) -> AxiConfig:
+    return AxiConfig(data_bits=bits)
+
+
+CONFIGS = {
+    "4x8": SystemConfig(AcceleratorConfig(rows=4, cols=8, draft_rows=2, max_k=1024, max_o=4096)),
+    "3x4 small": SystemConfig(
+        AcceleratorConfig(
+            rows=3, cols=4, draft_rows=3, max_k=40, max_o=50, format=FormatConfig(32, 1)
+        )
+    ),
+    "2x8 narrow": SystemConfig(
+        AcceleratorConfig(rows=2, cols=8, max_k=256, max_o=512), _narrow(64), _narrow(64)
+    ),
+    "2x64 wide data": SystemConfig(
+        AcceleratorConfig(rows=2, cols=64, max_k=256, max_o=512), _narrow(256), _narrow(1024)
+    ),
+    "8x16": SystemConfig(AcceleratorConfig()),
+}
+QUICK = ["4x8", "3x4 small", "2x8 narrow"]
+
+STALLED = {"stalls": dict.fromkeys(CHANNELS, 140), "reorder": True}
+
+# Single bytes of memory that answer with an error: reads in the operands' part, writes in the
+# results' part, both behind what a workload places by itself.
+BAD_READS = {2: BASE + 0x98000 + 0x2A9, 3: BASE + 0xA8000 + 0x3F0}
+BAD_WRITES = {2: BASE + 0xE8000 + 0x158, 3: BASE + 0xF0000 + 0x6A7}
+FAULTS = [
+    MemoryFault(address, address, response)
+    for bad in (BAD_READS, BAD_WRITES)
+    for response, address in bad.items()
+]
+RESPONSES = {2: "SLVERR", 3: "DECERR"}
+
+
+@cache
+def verilog(name: str) -> str:
+    return generate_top(CONFIGS[name])
+
+
+class Pair:
+    """The accelerator in the simulator beside the functional model."""
+
+    def __init__(self, name: str, random: np.random.Generator, **memory: object) -> None:
+        self.config = CONFIGS[name]
+        self.random = random
+        options = MemoryOptions(SIZE, BASE, seed=SEED, **memory)
+        self.rtl = SimulatedBoard(verilog(name), self.config, options)
+        self.model = AcceleratorModel(self.config, SIZE, BASE)
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.rtl.close()
+
+    def reset(self) -> None:
+        """So that a test that fails does not disturb the next."""
+        for board in (self.rtl, self.model):
+            board.reset()
+
+    def workload(self, **values: object) -> Workload:
+        return Workload(self.config, self.random, **values)
+
+    def check(self, workload: Workload, between: Callable[[Board], None] | None = None) -> None:
+        """Run a workload on both; everything must be equal wherever they stand still. `between` is
+        called before the host answers, for each of them."""
+        runs = [run(board, workload) for board in (self.model, self.rtl)]
+        for expected in runs[0]:
+            got = next(runs[1])
+            assert got == expected, f"SPEQ_SEED={SEED}: got {got}, expected {expected}\n{workload}"
+            assert_same_memory(self.rtl, memory_of(self.model), workload)
+            for board in (self.model, self.rtl):
+                if between is not None:
+                    between(board)
+        assert next(runs[1], None) is None
+        names = ["DESCRIPTORS", "POSITION", "ROOT"]
+        if workload.registers.get("RUN"):
+            names += ["RING_INDEX", "STEP"]
+        for name in names if expected.state == "IDLE" else ():
+            values = [Registers(board, self.config)[name] for board in (self.model, self.rtl)]
+            assert values[0] == values[1], f"SPEQ_SEED={SEED}: {name} {values}\n{workload}"
+
+    def check_fault(self, workload: Workload, expected: Outcome | None = None) -> Outcome:
+        """Run a workload that ends with an error: that of the functional model, unless told
+        otherwise. Then the accelerator must be fit for another."""
+        if expected is None:
+            *_, expected = run(self.model, workload)
+        *_, got = run(self.rtl, workload)
+        assert got.state == "ERROR"
+        assert got == expected, f"SPEQ_SEED={SEED}: got {got}, expected {expected}\n{workload}"
+        self.check_stopped(workload)
+        return got
+
+    def check_stopped(self, workload: Workload) -> None:
+        """After an error: no byte outside the write region has changed, nothing is under way, and
+        after STOP a random program runs as it should."""
+        before = memory_of(self.rtl)
+        assert_kept(before, workload)
+        assert not self.rtl.wait_interrupt(300)
+        assert np.array_equal(memory_of(self.rtl), before), f"a write after ERROR\n{workload}"
+        for board in (self.rtl, self.model):
+            values = Registers(board, self.config)
+            if values["STATUS"]:
+                values.command("stop")
+            assert outcome(values).state == "IDLE"
+        self.check(random_workload(self.config, self.random))
+
+
+def memory_of(board: Board) -> np.ndarray:
+    return board.read(BASE, SIZE)
+
+
+def assert_same_memory(board: Board, expected: np.ndarray, workload: Workload) -> None:
+    got = memory_of(board)
+    wrong = np.flatnonzero(got != expected)
+    assert not len(wrong), (
+        f"SPEQ_SEED={SEED}: {len(wrong)} bytes of memory differ, the first at "
+        f"{BASE + wrong[0]:#x}: expected {expected[wrong[0]]:#x}, got {got[wrong[0]]:#x}\n"
+        f"{workload}"
+    )
+
+
+def assert_kept(memory: np.ndarray, workload: Workload) -> None:
+    """Only the write region may have changed, and where the host has written."""
+    values = workload.all_registers()
+    changed = memory != workload.content
+    allowed = np.zeros_like(changed)
+    allowed[max(0, values["WRITE_BASE"] - BASE) : values["WRITE_LIMIT"] - BASE + 1] = True
+    allowed[[fault.first - BASE for fault in FAULTS]] = False
+    changed &= ~allowed
+    for patch in (patch for patches in workload.patches.values() for patch in patches):
+        changed[patch.address - BASE :][: patch.content.size] = False
+    wrong = np.flatnonzero(changed)
+    assert not len(wrong), (
+        f"SPEQ_SEED={SEED}: {len(wrong)} bytes outside the write region have changed, the first "
+        f"at {BASE + wrong[0]:#x}\n{workload}"
+    )
+
+
+# Random programs.
+
+
+def check_random_programs(name: str, trials: int, **memory: object) -> None:
+    random = np.random.default_rng(SEED)
+    print(f"SPEQ_SEED={SEED}")
+    with Pair(name, random, **memory) as pair:
+        for _ in range(trials):
+            pair.check(random_workload(pair.config, random))
+
+
+@pytest.mark.parametrize("memory", [{}, STALLED], ids=["ideal", "stalled"])
+@pytest.mark.parametrize("name", QUICK)
+def test_random_programs(name, memory):
+    check_random_programs(name, 60, **memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [{"latency": 60}, STALLED], ids=["slow memory", "stalled"])
+@pytest.mark.parametrize("name", [*QUICK, "2x64 wide data"])
+def test_more_random_programs(name, memory):
+    check_random_programs(name, 600, **memory)
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_one_channel_stalls(channel):
+    """Queues fill up behind a single slow channel."""
+    check_random_programs("4x8", 8, stalls={channel: 240}, latency=3)
+
+
+def test_a_wrong_byte_is_noticed():
+    """A test of these tests: an operand or a result that differs in one bit."""
+    with Pair("4x8", np.random.default_rng(SEED)) as pair:
+        workload = pair.workload(rows=4)
+        gemm = workload.add_product(Kind.GEMM, Mode.BYPASS, 3, 9)
+        workload.put(gemm.plane, np.full(3 * 8, 0x3C00, np.uint16))
+        workload.put(gemm.activations, np.full(3 * 8, 0x3C00, np.uint16))
+        workload.add(Kind.HOST)
+        workload.end()
+
+        def spoil(address: int) -> Callable[[Board], None]:
+            def between(board: Board) -> None:
+                if board is pair.rtl:
+                    board.write(address, board.read(address, 1) ^ 1)
+
+            return between
+
+        pair.check(workload)
+        with pytest.raises(AssertionError, match="1 bytes of memory differ"):
+            pair.check(workload, spoil(gemm.results + 5))
+        pair.reset()
+        workload.descriptors[0], workload.descriptors[1] = workload.descriptors[1::-1]
+        workload.write_program()
+        with pytest.raises(AssertionError, match="bytes of memory differ"):
+            pair.check(workload, spoil(gemm.plane))
+
+
+# Speculation. A real model's decoding is compared elsewhere; here are ranked rows of a random
+# matrix, which change from step to step.
+
+
+def decoding(pair: Pair) -> Workload:
+    """Draft and verify programs of one ARGMAX each, with few tokens, so that some are accepted."""
+    random, engine = pair.random, pair.config.engine
+    workload = pair.workload(rows=engine.rows, position=int(random.integers(0, 20)))
+    o = int(random.integers(2, 7))
+    for mode in (Mode.DRAFT, Mode.VERIFY):
+        workload.rows = 1 if mode is Mode.DRAFT else engine.rows
+        workload.add_product(Kind.ARGMAX, mode, int(random.integers(1, 30)), o)
+        workload.add(Kind.END)
+    workload.write_program()
+    log2 = int(random.integers(1, 5))
+    thresholds = np.array([0, 1, 4, np.inf], np.float32)
+    workload.registers = {
+        "RUN": 1,
+        "PROGRAM_LENGTH": 2,
+        "DRAFT_PROGRAM": workload.program,
+        "VERIFY_PROGRAM": workload.program + 2 * DESCRIPTOR_BYTES,
+        "ROOT": int(random.integers(o)),
+        "DRAFT_LENGTH": int(random.integers(engine.rows)),
+        "THRESHOLD": int(random.choice(thresholds).view(np.uint32)),
+        "CHOICES": int(random.integers(1, 5)),
+        "TOKEN_LIMIT": int(random.integers(1, 8)),
+        "RING": workload._result("ring", 4 << log2),
+        "RING_LOG2": log2,
+    }
+    return workload
+
+
+@pytest.mark.parametrize("name", ["4x8", "2x8 narrow"])
+def test_decoding_with_random_rankings(name):
+    with Pair(name, np.random.default_rng(SEED), **STALLED) as pair:
+        hits = 0
+        for _ in range(25):
+            workload = decoding(pair)
+            verify = workload.descriptors[2]
+            size = verify.k * pair.config.activation_bytes
+            fresh = [pair.random.standard_normal(size // 2).astype(np.float16) for _ in range(8)]
+            steps = {pair.rtl: 0, pair.model: 0}
+
+            def between(board: Board, verify=verify, fresh=fresh, steps=steps) -> None:
+                board.write(verify.activations, fresh[steps[board]])
+                steps[board] += 1
+
+            pair.check(workload, between)
+            hits += Registers(pair.rtl, pair.config)["ACCEPTED"]
+        assert hits > 0, "no token was accepted: the trials prove too little"
+
+
+# Faults: malformed descriptors.
+
+
+@pytest.fixture(scope="module")
+def ideal() -> Iterator[Pair]:
+    """A board with bad places in its memory, that answers at once."""
+    with Pair("4x8", np.random.default_rng(SEED), faults=FAULTS) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def stalled() -> Iterator[Pair]:
+    """Another, with narrow ports, that stalls and answers out of order."""
+    with Pair("2x8 narrow", np.random.default_rng(SEED), faults=FAULTS, **STALLED) as pair:
+        yield pair
+
+
+@pytest.fixture(params=["ideal", "stalled"])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    chosen = request.getfixturevalue(request.param)
+    chosen.reset()
+    return chosen
+
+
+@pytest.fixture
+def faulty(ideal: Pair) -> Pair:
+    ideal.reset()
+    return ideal
+
+
+def malformed(config: SystemConfig) -> dict[ErrorCode, list[tuple[str, dict[str, int]]]]:
+    """By the expected error: the name of a sound descriptor of `sound` and what is wrong in it."""
+    engine = config.engine
+    weights, data = config.weights.beat_bytes, config.data.beat_bytes
+    products = ("verify", "draft", "bypass", "argmax")
+    wide = 1 << config.address_bits
+    reserved = [(name, {"reserved": value}) for name in (*products, "scores") for value in (1, 2)]
+    reserved += [
+        (name, {field: 1}) for name in products for field in ("values", "sharing", "argument")
+    ]
+    reserved += [(name, {field: 1}) for name in products[:3] for field in ("discard", "extra")]
+    reserved += [("draft", {"residual": wide}), ("bypass", {"residual": weights})]
+    reserved += [("bypass", {"groups": 1 << 63}), ("argmax", {"half": 1})]
+    reserved += [
+        (name, {field: 1})
+        for name in ("scores", "values")
+        for field in ("mode", "discard", "tokens", "argument", "residual", "groups")
+    ]
+    reserved += [("scores", {"o": 1}), ("values", {"k": 1 << 31})]
+    others = [field for field in Descriptor.__dataclass_fields__ if field not in ("kind", "mode")]
+    reserved += [("host", {field: 1}) for field in others if field != "argument"]
+    reserved += [("end", {field: 1}) for field in others] + [("end", {"mode": 1})]
+    sizes = [
+        (name, {field: value})
+        for name in products
+        for field, most in (("k", engine.max_k), ("o", engine.max_o))
+        for value in (0, most + 1, 1 << 31)
+    ]
+    sizes += [(name, {"tokens": engine.rows + 1}) for name in ("verify", "bypass", "argmax")]
+    sizes += [("verify", {"tokens": 255}), ("draft", {"tokens": engine.draft_rows + 1})]
+    sizes += [("scores", {"k": 0}), ("scores", {"k": engine.max_k + 1})]
+    sizes += [("values", {"o": 0}), ("values", {"o": engine.max_o + 1})]
+    sizes += [("scores", {"sharing": 0}), ("values", {"sharing": 0})]
+    beats = {"plane": weights, "residual": weights, "groups": data, "activations": data}
+    beats |= {"results": data}
+    places = [
+        (name, {field: value})
+        for name in ("verify", "argmax")
+        for field, beat in beats.items()
+        for value in (BASE + 1, BASE + beat // 2, wide, 1 << 63)
+    ]
+    places += [("argmax", {"extra": BASE + data // 2}), ("scores", {"extra": weights // 2})]
+    places += [("values", {"plane": BASE + 1}), ("values", {"extra": wide})]
+    unknown = [(name, {"kind": kind}) for name in ("verify", "end") for kind in (0, 6, 33, 255)]
+    unknown += [("verify", {"mode": 3}), ("argmax", {"mode": 3})]
+    several = [("verify", {"kind": 0, "reserved": 1}), ("verify", {"mode": 3, "k": 0})]
+    return {
+        ErrorCode.UNKNOWN_KIND: unknown + several,
+        ErrorCode.RESERVED: [*reserved, ("verify", {"reserved": 1, "k": 0, "plane": 1})],
+        ErrorCode.BAD_SIZE: [*sizes, ("verify", {"k": 0, "plane": 1})],
+        ErrorCode.MISALIGNED: places,
+    }
+
+
+def add_sound(workload: Workload, name: str) -> None:
+    """Append the descriptor that `malformed` calls so."""
+    match name:
+        case "verify" | "draft" | "bypass":
+            workload.add_product(Kind.GEMM, Mode[name.upper()], 9, 11, 1)
+        case "argmax":
+            workload.add_product(Kind.ARGMAX, Mode.VERIFY, 9, 11, 1, ranking=True)
+        case "scores" | "values":
+            workload.add_attention(9, 2, values=name == "values", gap=0)
+        case _:
+            workload.add(Kind[name.upper()])
+
+
+def spoiled(workload: Workload, index: int, changes: dict[str, int]) -> None:
+    """Change the fields of a descriptor in memory."""
+    content = bytearray(b"".join(d.pack() for d in workload.descriptors))
+    place = slice(index * DESCRIPTOR_BYTES, (index + 1) * DESCRIPTOR_BYTES)
+    word = int.from_bytes(content[place], "little")
+    for name, value in changes.items():
+        bits = DESCRIPTOR[name]
+        word &= ~((1 << bits.width) - 1 << bits.offset)
+        word |= value << bits.offset
+    content[place] = word.to_bytes(DESCRIPTOR_BYTES, "little")
+    workload.put(workload.program, np.frombuffer(bytes(content), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "code", [ErrorCode.UNKNOWN_KIND, ErrorCode.RESERVED, ErrorCode.BAD_SIZE, ErrorCode.MISALIGNED]
+)
+def test_malformed_descriptors(faulty, code):
+    """Each kind of descriptor with each kind of mistake, behind some sound ones."""
+    for name, changes in malformed(faulty.config)[code]:
+        workload = faulty.workload(rows=2, position=7)
+        index = int(faulty.random.integers(0, 3))
+        for _ in range(index):
+            workload.add_product(Kind.GEMM, Mode.VERIFY, 5, 20)
+        add_sound(workload, name)
+        workload.end()
+        spoiled(workload, index, changes)
+        got = faulty.check_fault(workload)
+        assert got.error is code, f"{name} {changes}"
+        assert got.address == workload.program + index * DESCRIPTOR_BYTES
+
+
+def test_sizes_that_follow_from_the_pass(faulty):
+    """More drafting rows than there are, more KV entries than an inner dimension may have."""
+    engine = faulty.config.engine
+    workload = faulty.workload(rows=engine.draft_rows + 1)
+    workload.add_product(Kind.GEMM, Mode.DRAFT, 9, 3, 1)
+    workload.descriptors[0] = replace(workload.descriptors[0], tokens=0)
+    assert faulty.check_fault(workload.end()).error is ErrorCode.BAD_SIZE
+
+
+# Faults: transfers that are refused, and responses of the memory.
+
+#: Buffers that a descriptor reads or writes: kind of descriptor and field.
+READS = {
+    "verify": ("plane", "residual", "groups", "activations"),
+    "draft": ("plane", "groups", "activations"),
+    "bypass": ("plane", "activations"),
+    "attention": ("plane", "activations"),
+}
+WRITES = {"verify": ("results",), "argmax": ("results", "extra"), "attention": ("results",)}
+READ_CASES = [(name, field) for name, fields in READS.items() for field in fields]
+WRITE_CASES = [(name, field) for name, fields in WRITES.items() for field in fields]
+
+
+def with_fault(pair: Pair, name: str, places: dict, **registers: int) -> tuple[Workload, int]:
+    """A descriptor with a buffer at a given place among others; its index."""
+    random, engine = pair.random, pair.config.engine
+    workload = pair.workload(rows=engine.rows, position=int(random.integers(60)))
+    workload.registers = registers
+    index = int(random.integers(0, 3))
+    for _ in range(index):
+        workload.add_product(Kind.GEMM, Mode(int(random.integers(3))), 20, 9, 1)
+    workload.places = places
+    k, o = (int(random.integers(30, 120)), int(random.integers(1, 50)))
+    if name == "attention":
+        values = bool(random.integers(2))
+        workload.add_attention(int(random.integers(1, 40)), 3, values=values, gap=0)
+    elif name == "argmax":
+        workload.add_product(Kind.ARGMAX, Mode.VERIFY, k, o, ranking=True)
+    else:
+        tokens = 1 if name == "draft" else 0
+        workload.add_product(Kind.GEMM, Mode[name.upper()], k, o, tokens)
+    workload.places = {}
+    workload.add_product(Kind.GEMM, Mode.VERIFY, 9, 9)
+    return workload.end(), index
+
+
+def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int, int]]:
+    """Address and bytes of the transfers that a descriptor's buffer is moved by."""
+    config, d = workload.config, workload.descriptors[index]
+    cols, data = config.engine.cols, config.data.beat_bytes
+    number_format = config.engine.format
+    is_attention = d.kind is Kind.ATTENTION
+    entries, tokens = workload.position + workload.rows, d.tokens or workload.rows
+    k, o = (entries if is_attention and d.values else d.k, d.o or entries)
+    mode = Mode.BYPASS if is_attention else d.mode
+    tiles, address = ceil_div(o, cols), getattr(d, field)
+    word = 2 * cols
+    if field in ("plane", "residual"):
+        chunk = chunk_words(config) if mode is Mode.VERIFY else 1 << 20
+        words = k if mode is Mode.BYPASS else draft_words(k, number_format)
+        if field == "residual":
+            chunk, words = 3 * chunk, residual_words(k, number_format)
+        for i in range(tiles):
+            for first in range(0, words, chunk):
+                yield address + (i * words + first) * word, min(chunk, words - first) * word
+    elif field == "groups":
+        size = round_up(ceil_div(k, number_format.group) * cols, data)
+        yield from ((address + i * size, size) for i in range(tiles))
+    elif field == "activations":
+        batches = ceil_div(tokens * d.sharing, config.engine.rows) if is_attention else 1
+        words = ceil_div(k, 4) if mode is Mode.DRAFT else k
+        size = round_up(words * config.activation_bytes, data)
+        yield from ((address + i * size, size) for i in range(batches))
+    elif field == "extra":
+        yield address, RANKING_BYTES * tokens
+    else:
+        left = tokens * d.sharing if is_attention else tokens
+        while left > 0:
+            size = min(left, config.engine.rows) * cols * (2 if d.half else 4)
+            yield from ((address + i * size, size) for i in range(tiles))
+            address, left = address + tiles * size, left - config.engine.rows
+
+
+def burst_of(workload: Workload, index: int, field: str, bad: int) -> int:
+    """Address of the burst that moves a byte."""
+    d = workload.config
+    port = d.weights if field in ("plane", "residual") else d.data
+    burst = port.burst_beats * port.beat_bytes
+    (start,) = (
+        first for first, size in transfers(workload, index, field) if first <= bad < first + size
+    )
+    return max(start, bad // burst * burst)
+
+
+def over(bad: int, random: np.random.Generator) -> Callable[[int, int], int]:
+    """A place for a buffer so that a random beat of it holds the byte `bad`."""
+
+    def place(size: int, beat: int) -> int:
+        return (bad // beat - int(random.integers(0, size // beat))) * beat
+
+    return place
+
+
+@pytest.mark.parametrize("response", RESPONSES, ids=RESPONSES.values())
+@pytest.mark.parametrize(("name", "field"), READ_CASES, ids=map("-".join, READ_CASES))
+def test_bad_responses_to_reads(pair, name, field, response):
+    for _ in range(3):
+        bad = BAD_READS[response]
+        workload, index = with_fault(pair, name, {field: over(bad, pair.random)})
+        code = ErrorCode[f"READ_{RESPONSES[response]}"]
+        address = burst_of(workload, index, field, bad)
+        pair.check_fault(workload, Outcome("ERROR", code, address, 0))
+
+
+@pytest.mark.parametrize("response", RESPONSES, ids=RESPONSES.values())
+@pytest.mark.parametrize(("name", "field"), WRITE_CASES, ids=map("-".join, WRITE_CASES))
+def test_bad_responses_to_writes(pair, name, field, response):
+    for _ in range(3):
+        bad = BAD_WRITES[response]
+        workload, index = with_fault(pair, name, {field: over(bad, pair.random)})
+        code = ErrorCode[f"WRITE_{RESPONSES[response]}"]
+        address = burst_of(workload, index, field, bad)
+        pair.check_fault(workload, Outcome("ERROR", code, address, 0))
+
+
+@pytest.mark.parametrize("side", ["below", "beyond"])
+@pytest.mark.parametrize(("name", "field"), READ_CASES, ids=map("-".join, READ_CASES))
+def test_reads_outside_the_region(pair, name, field, side):
+    """Buffers that begin before the memory or end behind it, which must not reach the bus."""
+    random = pair.random
+    by_tiles = name == "verify" and field in ("plane", "residual")
+
+    def place(size: int, beat: int) -> int:
+        if side == "below":
+            return BASE - int(random.integers(1, size // beat + 1)) * beat
+        # In verify mode a tile is read in several transfers; only its first is compared.
+        inside = 0 if by_tiles else int(random.integers(0, size // beat))
+        return BASE + SIZE - inside * beat
+
+    for _ in range(3):
+        limits = {"READ_BASE": BASE, "READ_LIMIT": BASE + SIZE - 1}
+        workload, _ = with_fault(pair, name, {field: place}, **limits)
+        assert pair.check_fault(workload).error is ErrorCode.READ_OUTSIDE
+
+
+@pytest.mark.parametrize("side", ["below", "beyond"])
+@pytest.mark.parametrize(("name", "field"), WRITE_CASES, ids=map("-".join, WRITE_CASES))
+def test_writes_outside_the_region(pair, name, field, side):
+    random = pair.random
+
+    def place(size: int, beat: int) -> int:
+        if side == "below":
+            return BASE + WRITE.start - int(random.integers(1, size // beat + 1)) * beat
+        return BASE + WRITE.stop - int(random.integers(0, size // beat)) * beat
+
+    for _ in range(3):
+        workload, _ = with_fault(pair, name, {field: place})
+        assert pair.check_fault(workload).error is ErrorCode.WRITE_OUTSIDE
+
+
+def test_reads_around_the_end_of_the_address_space(faulty):
+    """A transfer that runs over the last address is refused, whatever the region."""
+    top = 1 << faulty.config.address_bits
+    for name, field in READ_CASES:
+        place = {field: lambda size, beat: top - beat}
+        limits = {"READ_BASE": 0, "READ_LIMIT": top - 1}
+        workload, index = with_fault(faulty, name, place, **limits)
+        first, size = next(transfers(workload, index, field))
+        if first + size > top:
+            expected = Outcome("ERROR", ErrorCode.READ_OUTSIDE, first, 0)
+            faulty.check_fault(workload, expected)
+
+
+# Faults: programs.
+
+
+def small_program(pair: Pair, products: int, **places: Callable[[int, int], int]) -> Workload:
+    workload = pair.workload(rows=1, places=places)
+    workload.places = {}
+    for _ in range(products):
+        workload.add_product(Kind.GEMM, Mode.VERIFY, 5, 9)
+    return workload
+
+
+def test_programs_without_end(pair):
+    """PROGRAM_LENGTH ends them; what follows in memory must not count, even if it is sound."""
+    for products in range(4):
+        workload = small_program(pair, products).end()
+        workload.registers = {"PROGRAM_LENGTH": products}
+        address = workload.program + products * DESCRIPTOR_BYTES
+        pair.check_fault(workload, Outcome("ERROR", ErrorCode.NO_END, address, 0))
+
+
+def test_a_program_may_end_where_the_region_does(pair):
+    """What is fetched behind END must not count: neither what is refused nor what fails."""
+    for bad in (None, *BAD_READS.values()):
+        for products in range(4):
+            end = BASE + READ.stop if bad is None else bad // DESCRIPTOR_BYTES * DESCRIPTOR_BYTES
+            start = end - (products + 1) * DESCRIPTOR_BYTES
+            workload = small_program(pair, products, program=lambda _s, _m, start=start: start)
+            workload.end()
+            workload.registers = {"PROGRAM_LENGTH": 1000}
+            pair.check(workload)
+
+
+@pytest.mark.parametrize("products", range(4))
+def test_faults_of_fetches(pair, products):
+    """Refused, and failed with either response, at the first or a later descriptor."""
+    length = {"PROGRAM_LENGTH": 1000}
+    end = BASE + READ.stop
+    start = end - products * DESCRIPTOR_BYTES
+    workload = small_program(pair, products, program=lambda _s, _m: start)
+    workload.write_program()
+    workload.registers = length
+    pair.check_fault(workload, Outcome("ERROR", ErrorCode.READ_OUTSIDE, end, 0))
+    for response, bad in BAD_READS.items():
+        first = bad // DESCRIPTOR_BYTES * DESCRIPTOR_BYTES
+        start = first - products * DESCRIPTOR_BYTES
+        workload = small_program(pair, products, program=lambda _s, _m, start=start: start)
+        workload.write_program()
+        workload.registers = length
+        code = ErrorCode[f"READ_{RESPONSES[response]}"]
+        pair.check_fault(workload, Outcome("ERROR", code, first, 0))
+
+
+def test_a_failed_fetch_before_a_refused_one(pair):
+    """The first descriptor that cannot be had counts, even if a later one was refused before."""
+    bad = BAD_READS[2]
+    first = bad // DESCRIPTOR_BYTES * DESCRIPTOR_BYTES
+    workload = small_program(pair, 1, program=lambda _s, _m: first - DESCRIPTOR_BYTES)
+    workload.write_program()
+    workload.registers = {"PROGRAM_LENGTH": 1000, "READ_LIMIT": first + DESCRIPTOR_BYTES - 1}
+    pair.check_fault(workload, Outcome("ERROR", ErrorCode.READ_SLVERR, first, 0))
+
+
+# Faults: the host.
+
+
+def with_host(pair: Pair) -> Workload:
+    """A program with a HOST descriptor, number 1, between products."""
+    workload = small_program(pair, 1)
+    workload.add(Kind.HOST, argument=77)
+    workload.add_product(Kind.GEMM, Mode.VERIFY, 30, 20)
+    return workload.end()
+
+
+@pytest.mark.parametrize("answer", ["FINISH", "FAIL", "none of these"])
+def test_a_host_that_refuses(pair, answer):
+    workload = with_host(pair)
+    workload.answers = {1: ANSWERS.get(answer, (3,))[0]}
+    address = workload.program + DESCRIPTOR_BYTES
+    pair.check_fault(workload, Outcome("ERROR", ErrorCode.HOST_REFUSED, address, 0))
+
+
+def test_a_host_that_does_not_answer(pair):
+    workload = with_host(pair)
+    workload.registers = {"HOST_TIMEOUT": 100, "IRQ_ENABLE": 4}  # only the error interrupts
+    address = workload.program + DESCRIPTOR_BYTES
+    pair.check_fault(workload, Outcome("ERROR", ErrorCode.HOST_TIMEOUT, address, 0))
+
+
+def test_stop_while_the_host_is_asked(pair):
+    for board in (pair.model, pair.rtl):
+        workload = with_host(pair)
+        waits = run(board, workload)
+        assert next(waits).state == "HOST"
+        values = Registers(board, pair.config)
+        values.command("stop")
+        assert board.wait_interrupt(1000)
+        assert outcome(values) == Outcome("ERROR", ErrorCode.STOPPED, 0, 0)
+        values["IRQ_STATUS"] = 7
+    pair.check_stopped(workload)
+
+
+# Faults: registers.
+
+
+def test_impossible_registers(faulty):
+    """Each register that is checked, for both kinds of run; only what the run uses counts."""
+    engine, wide = faulty.config.engine, 1 << faulty.config.address_bits
+    cases = [(name, wide) for name in ("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT")]
+    cases += [
+        (f"{name}_PROGRAM", value)
+        for name in ("PASS", "DRAFT", "VERIFY")
+        for value in (wide, BASE + 32, BASE + 1)
+    ]
+    cases += [("PASS_ROWS", 0), ("PASS_ROWS", engine.rows + 1), ("POSITION", engine.max_k)]
+    cases += [("DRAFT_LENGTH", engine.rows), ("CHOICES", 0), ("CHOICES", 5), ("TOKEN_LIMIT", 0)]
+    cases += [("RING", BASE + WRITE.start + 1), ("RING", wide), ("RING_LOG2", 0), ("RING_LOG2", 25)]
+    offsets = {register.name: register.offset for register in registers(faulty.config)}
+    refused = 0
+    for decodes in (0, 1):
+        for name, value in cases:
+            workload = decoding(faulty)
+            workload.registers |= {"RUN": decodes, "PASS_ROWS": 1, name: value}
+            *_, expected = run(faulty.model, workload)
+            if expected.error is ErrorCode.BAD_REGISTER:
+                assert expected.address == offsets[name]
+                faulty.check_fault(workload, expected)
+                refused += 1
+            else:
+                faulty.check(workload)
+    assert refused == 2 * 4 + 3 + 2 * 3 + 2 + 2 + 1 + 2 + 1 + 2 + 2
+
+
+def test_several_impossible_registers(faulty):
+    """The first one counts."""
+    workload = small_program(faulty, 1).end()
+    workload.registers = {"PASS_PROGRAM": BASE + 1, "PASS_ROWS": 0, "WRITE_LIMIT": 1 << 63}
+    assert faulty.check_fault(workload).error is ErrorCode.BAD_REGISTER
+
+
+# Faults: the ring of committed tokens.
+
+
+def test_faults_of_the_ring(pair):
+    beat = pair.config.data.beat_bytes
+    cases = [(BASE + WRITE.start - beat, "OUTSIDE"), (BASE + WRITE.stop, "OUTSIDE")]
+    cases += [(bad // beat * beat, RESPONSES[response]) for response, bad in BAD_WRITES.items()]
+    for ring, why in cases:
+        workload = decoding(pair)
+        # All places of this ring are in its first beat.
+        workload.registers |= {"RING": ring, "RING_LOG2": 1, "TOKEN_LIMIT": 5}
+        *_, got = run(pair.rtl, workload)
+        assert got == Outcome("ERROR", ErrorCode[f"WRITE_{why}"], ring, 0)
+        values = Registers(pair.rtl, pair.config)
+        assert values["ROOT"] == workload.registers["ROOT"]
+        assert values["POSITION"] == workload.position
+        assert values["RING_INDEX"] == 0
+        pair.check_stopped(workload)
+
+
+# Stops and resets in mid-run.
+
+
+def interrupted(pair: Pair) -> Iterator[tuple[Workload, Registers]]:
+    """Runs of random programs, each at a random time of it."""
+    for _ in range(12):
+        workload = random_workload(pair.config, pair.random)
+        started = pair.rtl.cycles()
+        for _outcome in run(pair.rtl, workload):
+            pass
+        duration = pair.rtl.cycles() - started
+        for _ in range(3):
+            values = begin(pair.rtl, workload)
+            pair.rtl.wait_interrupt(int(pair.random.integers(1, duration + 1)))
+            yield workload, values
+
+
+def test_stop_at_any_time(pair):
+    stopped = 0
+    for workload, values in interrupted(pair):
+        values.command("stop")
+        while (now := outcome(values)).state == "STOPPING":
+            pass
+        if now.state == "ERROR":
+            assert now == Outcome("ERROR", ErrorCode.STOPPED, 0, 0)
+            stopped += 1
+        else:
+            assert now == Outcome("IDLE", ErrorCode.NONE, 0, 0)
+        values["IRQ_STATUS"] = 7
+        pair.check_stopped(workload)
+    assert stopped > 10
+
+
+def test_reset_at_any_time(pair):
+    for workload, values in interrupted(pair):
+        pair.rtl.reset()
+        assert outcome(values) == Outcome("IDLE", ErrorCode.NONE, 0, 0)
+        for register in registers(pair.config):
+            if register.access in ("rw", "w1c"):
+                assert values[register.name] == 0
+        pair.check_stopped(workload)
+
+
+def test_an_error_after_stop_does_not_count(pair):
+    """STOP in the state ERROR returns to IDLE and takes nothing along."""
+    workload = small_program(pair, 1).end()
+    spoiled(workload, 0, {"k": 0})
+    for _ in range(3):
+        assert pair.check_fault(workload).error is ErrorCode.BAD_SIZE
+
+
+# The sustained rate.
+
+
+def check_rate(name: str, mode: Mode, k: int = 512, o: int = 512) -> None:
+    """Of the cycles in which a GEMM is the oldest unfinished descriptor, from its arrival to the
+    answer to its last write, at least 98 % take a weight word. That includes the memory's latency
+    at both ends, so the rate between the first and the last weight word is higher: it is the
+    COMPUTE_CYCLES' part of those and the cycles that the array stands still for want of weights,
+    group bytes, activations or room (all *_STALLS).
+    """
+    with Pair(name, np.random.default_rng(SEED)) as pair:
+        workload = pair.workload()
+        workload.add_product(Kind.GEMM, mode, k, o, 1)
+        pair.check(workload.end())
+        values = Registers(pair.rtl, pair.config)
+        names = ("WEIGHT_STALLS", "GROUP_STALLS", "ACTIVATION_STALLS", "RESULT_STALLS")
+        compute, whole = values["COMPUTE_CYCLES"], values[f"{mode.name}_CYCLES"]
+        stalls = {name: values[name] for name in names}
+    words = ceil_div(o, pair.config.engine.cols) * (ceil_div(k, 4) if mode is Mode.DRAFT else k)
+    assert compute == words
+    print(
+        f"{name} {mode.name} {o} x {k}: {compute} words, {stalls}, {whole} cycles in all: "
+        f"{compute / (compute + sum(stalls.values())):.2%} of the array's, {compute / whole:.2%} "
+        f"of all"
+    )
+    assert compute >= 0.98 * whole
+
+
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.name)
+def test_rate(mode):
+    check_rate("4x8", mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.name)
+def test_rate_of_the_usual_array(mode):
+    check_rate("8x16", mode)
