@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.axi import Fault
 from speq.hw.config import DRAFT_LANES, Mode
+from speq.hw.logic import ceil_div
 from speq.hw.system import SystemConfig
 from speq.hw.tile_reader import TileReader
 
@@ -72,7 +73,7 @@ class ActivationReader(wiring.Component):
         )
         wiring.connect(m, reader.axi, wiring.flipped(self.axi))
         command, tile = self.command.payload, reader.command.payload
-        draft_words = (command.k + DRAFT_LANES - 1) // DRAFT_LANES
+        draft_words = ceil_div(command.k, DRAFT_LANES)
         m.d.comb += [
             tile.address.eq(command.address),
             tile.words.eq(Mux(command.mode == Mode.DRAFT, draft_words, command.k)),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amaranth.hdl import Elaboratable, Module, unsigned
-from amaranth.lib import data, enum, wiring
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, unsigned
+from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.config import check_power_of_two, check_range
@@ -149,6 +149,60 @@ class AxiConfig:
             f"{prefix}valid": Out(1),
             f"{prefix}ready": In(1),
         }
+
+
+class AddressChannel(wiring.Component):
+    """Requests of a master on its read or write address channel: a register with a spare one.
+
+    A request is on the bus a cycle after it was taken, one in each cycle unless the bus stalls.
+    `requests.ready` comes from a register, so no path leads from the bus through this unit.
+
+    Parameters
+    ----------
+    config : AxiConfig
+
+    Members
+    -------
+    requests : In(stream of {word, length})
+        Address in beats, and AxLEN.
+    valid : Out(1), address : Out(address_bits), length : Out(8), ready : In(1)
+        AxVALID, AxADDR, AxLEN, AxREADY.
+    """
+
+    def __init__(self, config: AxiConfig) -> None:
+        self.config = config
+        self._request = data.StructLayout({"word": config.word_bits, "length": LENGTH_BITS})
+        super().__init__(
+            {
+                "requests": In(stream.Signature(self._request)),
+                "valid": Out(1),
+                "address": Out(config.address_bits),
+                "length": Out(LENGTH_BITS),
+                "ready": In(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        offered = Signal(self._request, reset_less=True)
+        spare = Signal(self._request, reset_less=True)
+        has_spare = Signal()
+        take = self.requests.valid & self.requests.ready
+        free = ~self.valid | self.ready  # what is offered may change
+        m.d.comb += [
+            self.requests.ready.eq(~has_spare),
+            self.address.eq(Cat(Const(0, self.config.offset_bits), offered.word)),
+            self.length.eq(offered.length),
+        ]
+        with m.If(free):
+            m.d.sync += [
+                offered.eq(Mux(has_spare, spare, self.requests.payload)),
+                self.valid.eq(has_spare | take),
+                has_spare.eq(0),
+            ]
+        with m.Elif(take):
+            m.d.sync += [spare.eq(self.requests.payload), has_spare.eq(1)]
+        return m
 
 
 class Fault(enum.Enum, shape=unsigned(2)):

@@ -22,6 +22,7 @@ from speq.hw.axi import Fault
 from speq.hw.config import Mode
 from speq.hw.gemm_engine import STALLS, GemmEngine
 from speq.hw.group_reader import GroupReader
+from speq.hw.logic import ceil_div
 from speq.hw.memory_writer import MemoryWriter, write_layout
 from speq.hw.program_walker import read_error
 from speq.hw.ranker import Ranker
@@ -206,7 +207,7 @@ class Datapath(wiring.Component):
         config = self.config
         weights, groups, activations = readers
         job = self.jobs.payload
-        tiles = (job.o + config.engine.cols - 1) >> (config.engine.cols.bit_length() - 1)
+        tiles = ceil_div(job.o, config.engine.cols)
         takers = (
             (self.engine.command, Const(1), {}),
             (weights.command, Const(1), {"tiles": tiles}),

@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.array import Array
 from speq.hw.config import DRAFT_LANES, FP16_BITS, AcceleratorConfig, Mode
+from speq.hw.logic import ceil_div
 from speq.hw.ram import Ram
 
 
@@ -250,7 +251,7 @@ class GemmEngine(wiring.Component):
         steps = Signal(config.k_bits, reset_less=True)
         command = self.command.payload
         is_draft = command.mode == Mode.DRAFT
-        new_steps = Mux(is_draft, (command.k + DRAFT_LANES - 1) // DRAFT_LANES, command.k)
+        new_steps = Mux(is_draft, ceil_div(command.k, DRAFT_LANES), command.k)
         accept = self.command.valid & self.command.ready
         runnable = Signal()
         m.d.comb += [

@@ -8,6 +8,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.axi import Fault
+from speq.hw.logic import ceil_div
 from speq.hw.system import SystemConfig
 from speq.hw.tile_reader import TileReader
 from speq.hw.weight_reader import tile_bits
@@ -82,7 +83,7 @@ class GroupReader(wiring.Component):
         command, tile = self.command.payload, reader.command.payload
         m.d.comb += [
             tile.address.eq(command.groups),
-            tile.words.eq((command.k + group - 1) // group),
+            tile.words.eq(ceil_div(command.k, group)),
             tile.tiles.eq(command.tiles),
             reader.command.valid.eq(self.command.valid),
             self.command.ready.eq(reader.command.ready),

@@ -8,7 +8,15 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import BURST_INCR, CACHE, PROTECTION, AxiConfig, Fault, FaultState
+from speq.hw.axi import (
+    BURST_INCR,
+    CACHE,
+    PROTECTION,
+    AddressChannel,
+    AxiConfig,
+    Fault,
+    FaultState,
+)
 from speq.hw.burst_splitter import BurstSplitter
 from speq.hw.ram_fifo import RamFifo
 
@@ -76,6 +84,7 @@ class MemoryReader(wiring.Component):
         config = self.config
         axi = self.axi
         m.submodules.splitter = splitter = BurstSplitter(config)
+        m.submodules.channel = channel = AddressChannel(config)
         m.submodules.faults = faults = FaultState(config)
         m.submodules.buffer = buffer = RamFifo(config.data_bits, config.depth)
         # Addresses of outstanding bursts, for the report of a bad response.
@@ -95,10 +104,13 @@ class MemoryReader(wiring.Component):
             splitter.bursts.ready.eq(
                 (room > burst.length)
                 & (outstanding != config.outstanding)
-                & (~axi.arvalid | axi.arready)
+                & channel.requests.ready
                 & ~faults.stopped
             ),
             request.eq(splitter.bursts.valid & splitter.bursts.ready),
+            channel.requests.valid.eq(request),
+            channel.requests.payload.word.eq(burst.word),
+            channel.requests.payload.length.eq(burst.length),
             finish.eq(axi.rvalid & axi.rlast),
             taken.eq(self.data.valid & self.data.ready),
         ]
@@ -114,15 +126,11 @@ class MemoryReader(wiring.Component):
             axi.arcache.eq(CACHE),
             axi.arprot.eq(PROTECTION),
             axi.rready.eq(1),
+            axi.arvalid.eq(channel.valid),
+            axi.araddr.eq(channel.address),
+            axi.arlen.eq(channel.length),
+            channel.ready.eq(axi.arready),
         ]
-        with m.If(request):
-            m.d.sync += [
-                axi.arvalid.eq(1),
-                axi.araddr.eq(Cat(Const(0, config.offset_bits), burst.word)),
-                axi.arlen.eq(burst.length),
-            ]
-        with m.Elif(axi.arready):
-            m.d.sync += axi.arvalid.eq(0)
         m.d.comb += [
             requested.w_data.eq(burst.word),
             requested.w_en.eq(request),

@@ -13,6 +13,7 @@ from speq.hw.axi import (
     CACHE,
     LENGTH_BITS,
     PROTECTION,
+    AddressChannel,
     AxiConfig,
     Fault,
     FaultState,
@@ -95,6 +96,7 @@ class MemoryWriter(wiring.Component):
         config = self.config
         axi = self.axi
         m.submodules.splitter = splitter = BurstSplitter(config)
+        m.submodules.channel = channel = AddressChannel(config)
         m.submodules.faults = faults = FaultState(config)
         wiring.connect(m, wiring.flipped(self.command), splitter.command)
 
@@ -107,10 +109,13 @@ class MemoryWriter(wiring.Component):
             splitter.bursts.ready.eq(
                 (available > burst.length)
                 & (outstanding != config.outstanding)
-                & (~axi.awvalid | axi.awready)
+                & channel.requests.ready
                 & ~faults.stopped
             ),
             request.eq(splitter.bursts.valid & splitter.bursts.ready),
+            channel.requests.valid.eq(request),
+            channel.requests.payload.word.eq(burst.word),
+            channel.requests.payload.length.eq(burst.length),
             taken.eq(self.data.valid & self.data.ready),
         ]
         m.d.sync += outstanding.eq(outstanding + request - axi.bvalid)
@@ -125,15 +130,11 @@ class MemoryWriter(wiring.Component):
             axi.awcache.eq(CACHE),
             axi.awprot.eq(PROTECTION),
             axi.bready.eq(1),
+            axi.awvalid.eq(channel.valid),
+            axi.awaddr.eq(channel.address),
+            axi.awlen.eq(channel.length),
+            channel.ready.eq(axi.awready),
         ]
-        with m.If(request):
-            m.d.sync += [
-                axi.awvalid.eq(1),
-                axi.awaddr.eq(Cat(Const(0, config.offset_bits), burst.word)),
-                axi.awlen.eq(burst.length),
-            ]
-        with m.Elif(axi.awready):
-            m.d.sync += axi.awvalid.eq(0)
         self._send_data(m, request, faults)
 
         # What a response belongs to.

@@ -12,6 +12,7 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.axi import Fault
 from speq.hw.config import Mode
 from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.logic import ceil_div
 from speq.hw.memory_reader import MemoryReader
 from speq.hw.system import ErrorCode, SystemConfig
 
@@ -79,6 +80,7 @@ class ProgramWalker(wiring.Component):
     host_request : Out(1)
         Level, until `host_answer`: a HOST descriptor waits.
     host_argument : Out(32)
+        Of the last HOST descriptor.
     host_answer : In(1)
         Pulse.
     length : In(16)
@@ -175,7 +177,6 @@ class ProgramWalker(wiring.Component):
         m.d.comb += [
             self.jobs.payload.eq(job),
             self.kind.eq(kind),
-            self.host_argument.eq(descriptor.argument),
             self.rank_command.payload.address.eq(descriptor.extra),
             self.rank_command.payload.tokens.eq(job.tokens),
             self.error.eq(failed),
@@ -210,6 +211,7 @@ class ProgramWalker(wiring.Component):
                 with m.If((may_overlap & ~descriptor.wait) | self.idle):
                     with m.Switch(kind):
                         with m.Case(Kind.HOST):
+                            m.d.sync += self.host_argument.eq(descriptor.argument)
                             m.next = "HOST"
                         with m.Case(Kind.END):
                             m.d.comb += [self.done.eq(1), drop.eq(1)]
@@ -338,6 +340,7 @@ class ProgramWalker(wiring.Component):
         most_tokens = Mux(is_gemm & (mode == Mode.DRAFT), engine.draft_rows, engine.rows)
         bad_size = is_product & (
             _is_outside(Mux(by_entries, seen, d.k), engine.max_k)
+            | (is_attention & (seen > engine.max_k))
             | _is_outside(Mux(is_attention & ~d.values, seen, d.o), engine.max_o)
             | (is_gemm & _is_outside(tokens, most_tokens))
             | (is_attention & ((d.sharing == 0) | (walk.rows == 0)))
@@ -407,10 +410,8 @@ class ProgramWalker(wiring.Component):
                 m.d.comb += next_one.eq(1)
                 m.next = "FETCH"
             with m.Else():
-                beats = (job.k * self.config.activation_bytes + port.beat_bytes - 1) >> (
-                    port.offset_bits
-                )
-                tiles = (job.o + engine.cols - 1) >> (engine.cols.bit_length() - 1)
+                beats = ceil_div(job.k * self.config.activation_bytes, port.beat_bytes)
+                tiles = ceil_div(job.o, engine.cols)
                 half_bytes = tiles * (engine.rows * engine.cols * _FP16_BYTES)
                 tokens = Mux(rows_left > engine.rows, engine.rows, rows_left)
                 m.d.sync += [

@@ -8,6 +8,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.gemm_engine import result_layout
+from speq.hw.logic import any_of
 from speq.hw.ram import Ram
 from speq.hw.system import CHOICES, TOKEN_BITS, SystemConfig
 
@@ -120,6 +121,7 @@ class Ranker(wiring.Component):
 
         best = Signal(self._layout, reset_less=True)
         pending = Signal(engine.cols)  # columns to be inserted
+        lowest = Signal(engine.cols)  # the first of them
         candidate = Signal(config.ranked_layout)
         m.d.comb += ram.write_data.eq(best)
         m.d.sync += candidate.valid.eq(0)
@@ -138,15 +140,15 @@ class Ranker(wiring.Component):
                     m.d.sync += pending[column].eq(beat.strobe[column] & exceeds)
                 m.next = "INSERT"
             with m.State("INSERT"):
-                # Clears the lowest bit that is set.
-                m.d.sync += pending.eq(pending & (pending - 1))
-                for column in reversed(range(engine.cols)):
-                    with m.If(pending[column]):
-                        m.d.sync += [
-                            candidate.valid.eq(1),
-                            candidate.token.eq(Cat(Const(column, column_bits), tile)),
-                            candidate.logit.eq(beat.data[column]),
-                        ]
+                m.d.comb += lowest.eq(pending & -pending)
+                column = any_of(bit.replicate(column_bits) & i for i, bit in enumerate(lowest))
+                logits = zip(lowest, beat.data, strict=True)
+                m.d.sync += [
+                    pending.eq(pending & ~lowest),
+                    candidate.valid.eq(pending.any()),
+                    candidate.token.eq(Cat(column[:column_bits], tile)),
+                    candidate.logit.eq(any_of(bit.replicate(32) & logit for bit, logit in logits)),
+                ]
                 with m.If(~pending.any() & ~candidate.valid):
                     m.d.comb += [self.results.ready.eq(1), ram.write_enable.eq(1)]
                     m.d.sync += touched.bit_select(beat.row, 1).eq(1)

@@ -7,6 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.logic import ceil_div
 from speq.hw.memory_writer import write_layout
 from speq.hw.system import CHOICES, SystemConfig
 
@@ -81,9 +82,7 @@ class RankingWriter(wiring.Component):
         part = Signal(range(max(2, beats_per_row)))
         m.d.comb += [
             self.busy.eq(1),
-            self.write_command.payload.beats.eq(
-                (tokens * beats_per_row + rows_per_beat - 1) // rows_per_beat
-            ),
+            self.write_command.payload.beats.eq(ceil_div(tokens * beats_per_row, rows_per_beat)),
             write.payload.data.eq(rows),
             write.payload.strobe.eq(
                 Cat(bit.replicate(config.data.beat_bytes // rows_per_beat) for bit in filled)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, Cat, Elaboratable, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
@@ -155,7 +155,7 @@ class ResultWriter(wiring.Component):
             ranked.payload.eq(results.payload),
             ranked.valid.eq(present & job.rank & ~was_ranked),
             write.valid.eq(present & ~job.discard & ~was_written),
-            write.payload.data.eq(self._part(part, job.half)),
+            write.payload.data.eq(self._part(m, part, job.half)),
             write.payload.strobe.eq(-1),
             ranked_all.eq(~job.rank | was_ranked | ranked.ready),
             written_all.eq(job.discard | was_written | (write.ready & last_part)),
@@ -171,14 +171,12 @@ class ResultWriter(wiring.Component):
         with m.Elif(present):
             m.d.sync += [was_ranked.eq(ranked_all), was_written.eq(written_all)]
 
-    def _part(self, part: Value, half: Value) -> Value:
+    def _part(self, m: Module, part: Value, half: Value) -> Value:
         """Beat `part` of the result beat."""
         payload = self.results.payload
-        size = self.config.data.data_bits
         lanes = [Mux(payload.strobe[i], lane, 0) for i, lane in enumerate(payload.data)]
-        single = Cat(lanes)
-        packed = Cat(lane[:FP16_BITS] for lane in lanes)
-        choices = [single.word_select(i, size) for i in range(self._beats(_FP32_BITS))]
-        halves = [packed.word_select(i, size) for i in range(self._beats(FP16_BITS))]
+        singles = Signal(_FP32_BITS * len(lanes))
+        halves = Signal(FP16_BITS * len(lanes))
+        m.d.comb += [singles.eq(Cat(lanes)), halves.eq(Cat(lane[:FP16_BITS] for lane in lanes))]
         # Beyond the packed beats the choice does not matter.
-        return Mux(half, Array(halves)[part], Array(choices)[part])
+        return Mux(half, halves, singles).word_select(part, self.config.data.data_bits)

@@ -426,7 +426,7 @@ class SpeculationController(wiring.Component):
         with m.State("STEP"):
             m.d.comb += self.step_request.eq(1)
             with m.If(self.step_answer):
-                with m.If(self.step_finish | (r.ring_index == self.values.token_limit)):
+                with m.If(self.step_finish | (r.ring_index >= self.values.token_limit)):
                     m.next = "FINISH"
                 with m.Else():
                     m.next = "START"

@@ -8,6 +8,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.axi import BEATS_BITS, AxiConfig, Fault
+from speq.hw.logic import ceil_div
 from speq.hw.memory_reader import MemoryReader
 from speq.hw.repeater import Repeater
 from speq.hw.word_packer import WordPacker, packer_command_layout
@@ -157,4 +158,4 @@ class TileReader(wiring.Component):
         if self.word_bits >= self.config.data_bits:
             return words * (self.word_bits // self.config.data_bits)
         per_beat = self.config.data_bits // self.word_bits
-        return (words + per_beat - 1) // per_beat
+        return ceil_div(words, per_beat)

@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.axi import Fault
 from speq.hw.config import DRAFT_LANES, FP16_BITS, Mode
+from speq.hw.logic import ceil_div
 from speq.hw.memory_reader import MemoryReader
 from speq.hw.plane_merger import PlaneMerger, merger_command_layout
 from speq.hw.ram_fifo import RamFifo
@@ -160,7 +161,7 @@ class _Chunker(wiring.Component):
 
 def _draft_words(k: Value) -> Value:
     """Words of the draft plane for k weights."""
-    return (k + DRAFT_LANES - 1) // DRAFT_LANES
+    return ceil_div(k, DRAFT_LANES)
 
 
 class WeightReader(wiring.Component):

@@ -593,6 +593,8 @@ def _has_bad_size(config: SystemConfig, fields: dict[str, int], rows: int, posit
         return False
     k, o, tokens, most = fields["k"], fields["o"], fields["tokens"] or rows, engine.rows
     if kind is Kind.ATTENTION:
+        if position + rows > engine.max_k:
+            return True
         k, o = (position + rows, o) if fields["values"] else (k, position + rows)
         tokens = min(1, fields["sharing"])
     elif Mode(fields["mode"]) is Mode.DRAFT:
