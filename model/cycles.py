@@ -137,14 +137,20 @@ class Job:
 def stage_cycles(jobs: Sequence[Job], engine: Engine) -> int:
     """Cycles from the host's answer to its next turn, when all results are in memory.
 
-    The engine holds two jobs: while one computes, the activations of the next are loaded.
+    The engine holds two jobs: while one computes, the activations of the next are loaded, a word
+    per cycle. The job after these is only asked for when the engine has begun to load the second.
     """
-    issue, ends = 0, [0, 0]
+    taken, loaded, ends = 0, 0, [0, 0]
     for job in jobs:
-        issue = max(issue + _DISPATCH, ends[-2])
+        issue = taken + _DISPATCH
+        taken = max(issue, loaded, ends[-2])
+        start = max(issue + _LOAD + engine.latency, taken)
+        loaded = start + job.words
         late = min(_BURST, job.words) - 1 if job.planes > 1 else 0
-        start = max(issue + _LOAD + engine.latency + late, ends[-1])
-        ends.append(start + gemm_cycles(job.words, job.outputs, job.tokens, engine))
+        tiles = -(-job.outputs // engine.cols)
+        # A tile's results must be on their way before those of the next.
+        tile = max(job.words, job.tokens * engine.result_beats)
+        ends.append(max(start + late, ends[-1]) + tiles * tile)
     # The last tile's results are collected, then sent.
     stored = 2 * engine.result_beats * jobs[-1].tokens if jobs else 0
     return ends[-1] + _STORE + engine.latency + stored

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -252,7 +252,7 @@ def _is_nonfinite(patterns: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """A walk through a program: rows' tokens, depths, and KV entries before them."""
 
     kind: PassKind
@@ -285,6 +285,12 @@ class Host:
     patience : int, optional
         Cycles without an interrupt after which the accelerator counts as hanging.
 
+    Attributes
+    ----------
+    observer : callable, optional
+        Called with the pass and the number of the HOST descriptor whenever one is about to be
+        served.
+
     Raises
     ------
     ValueError
@@ -302,6 +308,7 @@ class Host:
         patience: int | None = None,
     ) -> None:
         self._board, self._model, self._patience = board, model, patience
+        self.observer: Callable[[Pass, int], None] | None = None
         self.config = config = read_configuration(board)
         self.registers = Registers(board, config)
         encoded = encoded or {}
@@ -320,7 +327,7 @@ class Host:
         self._write_weights(encoded)
         self._stages = {kind: self._write_program(kind) for kind in PassKind}
         self._margins: list[float] = []
-        self._current: _Pass | None = None
+        self._current: Pass | None = None
         self._set_up()
 
     # Setting up.
@@ -361,7 +368,7 @@ class Host:
         r["PASS_ROWS"] = r["CHOICES"] = r["TOKEN_LIMIT"] = 1
 
     def counters(self) -> dict[str, int]:
-        """All performance counters; between runs."""
+        """All performance counters; between runs, or while the accelerator waits for the host."""
         return {name: self.registers[name] for name in COUNTERS}
 
     # Decoding.
@@ -431,7 +438,7 @@ class Host:
             r["POSITION"] = start
             self._start()
             self._expect("HOST")
-            self._serve(_Pass(PassKind.SINGLE, batch, list(range(len(batch))), start))
+            self._serve(Pass(PassKind.SINGLE, batch, list(range(len(batch))), start))
             self._expect("IDLE")
 
     def _decode(
@@ -538,7 +545,7 @@ class Host:
 
     # Passes.
 
-    def _next_pass(self) -> _Pass:
+    def _next_pass(self) -> Pass:
         """The pass of a decoding run whose first HOST descriptor waits."""
         r = self.registers
         fields = r.fields("PASS")
@@ -553,7 +560,7 @@ class Host:
         depths = [0]
         if kind is not PassKind.DRAFT:
             depths = [r.fields("ROW_DEPTH", row)["depth"] for row in range(rows)]
-        return _Pass(kind, tokens, depths, start)
+        return Pass(kind, tokens, depths, start)
 
     def _read_margin(self) -> float:
         """The logit margin of the draft pass that has just ended."""
@@ -561,7 +568,7 @@ class Host:
         margin = ranking[1] - ranking[3]
         return math.inf if np.isnan(margin) else float(margin)
 
-    def _serve(self, current: _Pass) -> None:
+    def _serve(self, current: Pass) -> None:
         """Answer all HOST descriptors of a pass; the first one waits."""
         self._current = current
         work = self._vector_work(current)
@@ -574,10 +581,12 @@ class Host:
                     f"accelerator: HOST descriptor {self.registers['HOST_ARGUMENT']:#x}; expected "
                     f"{host_argument(current.kind, index):#x}"
                 )
+            if self.observer is not None:
+                self.observer(current, index)
             next(work)
             self._answer("CONTINUE")
 
-    def _vector_work(self, current: _Pass) -> Iterator[None]:
+    def _vector_work(self, current: Pass) -> Iterator[None]:
         """All work of a pass for the host, which pauses wherever the array is to go on."""
         c = self._model.config
         positions = torch.tensor(current.depths) + current.start
@@ -668,7 +677,7 @@ def threshold_bits(threshold: float) -> int:
 
 
 def attention_masks(
-    config: ModelConfig, current: _Pass, sharing: int
+    config: ModelConfig, current: Pass, sharing: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which KV entries each row may attend to, globally and with the sliding window, bool
     [T * sharing, S]: each row as often as query heads share a KV head.

@@ -25,7 +25,7 @@ PINS = {
     if line and not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-TARGETS = ("setup", "demo", "verilog", "sim", "test", "lint", "bench", "clean")
+TARGETS = ("setup", "demo", "demo-smollm2", "verilog", "sim", "test", "lint", "bench", "clean")
 # Parts of torch's accelerator builds, which a CPU build does not have.
 ACCELERATOR_PREFIXES = ("nvidia-", "cuda-", "triton")
 
@@ -121,7 +121,7 @@ def tools(folder: Path, *names: str) -> str:
 def test_make_alone_lists_the_targets(tree: Path) -> None:
     result = run_make(tree)
     assert result.returncode == 0, result.stderr
-    lines = dict(re.findall(r"^make (\w+) +(\S.*)$", result.stdout, re.MULTILINE))
+    lines = dict(re.findall(r"^make ([\w-]+) +(\S.*)$", result.stdout, re.MULTILINE))
     assert set(TARGETS) <= set(lines)
     assert not (tree / ".venv").exists()
 

@@ -20,7 +20,16 @@ from rich.console import Console
 from rich.text import Text
 
 import speq.cli
-from speq.cli.generate import TextStream, encode_model, origins, settings_of, show, summary
+from speq.cli.generate import (
+    TextStream,
+    encode_model,
+    origins,
+    rtl_figures,
+    settings_of,
+    show,
+    summary,
+)
+from speq.hw.register_map import COUNTERS
 from speq.model.checkpoint import load_model
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.format import FormatConfig
@@ -271,10 +280,14 @@ def accelerator(monkeypatch) -> list:
     """The functional model in place of the simulation; the configurations that were asked for."""
     systems = []
 
+    class Simulated(AcceleratorModel):
+        def cycles(self) -> int:
+            return 0
+
     @contextmanager
-    def board(system: object, size: int) -> Iterator[AcceleratorModel]:
+    def board(system: object, size: int) -> Iterator[Simulated]:
         systems.append(system)
-        yield AcceleratorModel(system, size)
+        yield Simulated(system, size)
 
     monkeypatch.setattr("speq.cli.generate.simulated_board", board)
     return systems
@@ -288,9 +301,29 @@ def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator):
         assert made.code == 0, made.err
         assert made.out == plain.out
         assert f"{COUNT} tokens in" in made.err and "(RTL simulation" in made.err
-        assert re.search(r"cycles per token on \d+ x \d+ PEs, beside \d+ of waiting", made.err)
+        assert "cycles per token: 0, and 0 of waiting for the host" in made.err
+        assert "simulation: 0 cycles in" in made.err
     arrays = [(system.engine.rows, system.engine.cols) for system in accelerator]
     assert arrays == [(8, 16), (8, 16), (4, 8)]
+
+
+def test_figures_of_the_accelerator():
+    counters = dict.fromkeys(COUNTERS, 0) | {
+        "COMMITTED": 4,
+        "CYCLES": 9000,
+        "HOST_CYCLES": 1000,
+        "COMPUTE_CYCLES": 6000,
+        "VERIFY_CYCLES": 5000,
+        "ARGMAX_CYCLES": 2222,
+        "GROUP_STALLS": 44,
+    }
+    assert rtl_figures(counters, 50_000, 2.5) == [
+        "cycles per token: 2,000 (the array computes in 75.0%), and 250 of waiting for the host",
+        "  by descriptor: draft 0, verify 1,250, bypass 0, attention 0, argmax 556",
+        "  stalls: weight 0, group 11, activation 0, result 0",
+        "simulation: 50,000 cycles in 2.5 s, 20,000 cycles/s",
+    ]
+    assert rtl_figures(dict.fromkeys(COUNTERS, 0), 1, 1.0) == []
 
 
 def test_requests_that_the_accelerator_cannot_serve(speq_generate, accelerator, encoded_file):

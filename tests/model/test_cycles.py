@@ -80,11 +80,16 @@ def test_stage_cycles_by_hand():
     results of 2 beats is collected and sent. Two planes: a burst of 16 before the second's."""
     assert stage_cycles([Job(16, 64, 1)], ENGINE) == 5 + 24 + 64 + 30 + 4
     assert stage_cycles([Job(16, 64, 8, planes=2)], ENGINE) == 5 + 24 + 15 + 64 + 30 + 32
-    # The second follows without a gap, the third is loaded once the first is done.
+    # The results of 8 rows take 16 beats, more than the 4 words of a tile.
+    assert stage_cycles([Job(4, 64, 8)], ENGINE) == 5 + 24 + 4 * 16 + 30 + 32
+    # The others follow without a gap.
     assert stage_cycles([Job(16, 64, 1)] * 3, ENGINE) == 5 + 24 + 3 * 64 + 30 + 4
-    assert stage_cycles([Job(4, 16, 1)] * 3, ENGINE) == 5 + 24 + 4 + 24 + 4 + 30 + 4
+    # The second is taken when the first is loaded, in cycle 33; only then is the third asked for.
+    assert stage_cycles([Job(4, 16, 1)] * 3, ENGINE) == 33 + 5 + 24 + 4 + 30 + 4
     slow = Engine(latency=100)
     assert stage_cycles([Job(16, 64, 1)], slow) == stage_cycles([Job(16, 64, 1)], ENGINE) + 2 * 84
+    # The third is asked for in cycle 113 + 16 and comes just after the second is done.
+    assert stage_cycles([Job(16, 64, 1)] * 3, slow) == 129 + 5 + 108 + 64 + 114 + 4
 
 
 @pytest.mark.parametrize(

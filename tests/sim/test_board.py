@@ -350,7 +350,8 @@ def test_time_passes_only_in_accesses(verilog: str) -> None:
         assert before < board.cycles() <= before + 8
         before = board.cycles()
         assert not board.wait_interrupt(0)
-        assert board.cycles() == before
+        assert before < board.cycles() <= before + 8
+        before = board.cycles()
         assert not board.wait_interrupt(120_000)
         assert before + 120_000 <= board.cycles() <= before + 120_020
 

