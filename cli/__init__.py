@@ -18,7 +18,7 @@ import typer
 
 app = typer.Typer(
     name="speq",
-    help="SPEQ: an accelerator for LLM decoding whose 4-bit draft model lies inside the FP16 weights.",
+    help="SPEQ: an LLM accelerator whose 4-bit draft model lies inside the FP16 weights.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -313,7 +313,7 @@ def cycles_command(
     rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
     cols: Annotated[int, typer.Option(help="Columns of the array: outputs in a tile.")] = 64,
     clock: Annotated[float, typer.Option(help="Clock in MHz.")] = 500.0,
-    latency: Annotated[int, typer.Option(help="Latency of memory in cycles.")] = 100,
+    latency: Annotated[int, typer.Option(help="Latency of memory in cycles.")] = 48,
     context: Annotated[int, typer.Option(help="Positions in the KV cache.")] = 1024,
     acceptance: Annotated[
         list[float] | None,

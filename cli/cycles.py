@@ -16,10 +16,15 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from speq.hw.axi import AxiConfig
+from speq.hw.config import AcceleratorConfig
+from speq.hw.system import SystemConfig
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass
 from speq.model.format import FormatConfig
 
+#: Latency of memory in cycles up to which tests compare predictions with the accelerator.
+MAX_LATENCY = 48
 #: Dimensions of the models in the table.
 MODELS = {
     "SmolLM2-135M": ModelConfig(
@@ -106,6 +111,17 @@ def run(
     """
     if clock <= 0 or context < 0:
         raise ValueError(f"clock and context are {clock} and {context}; expected more than 0, or 0")
+    if not 1 <= latency <= MAX_LATENCY:
+        raise ValueError(
+            f"latency is {latency}; the prediction holds for 1 to {MAX_LATENCY} cycles, which the "
+            "ports' bursts hide"
+        )
+    # Refuses arrays that cannot be made, or that are wider than a port.
+    SystemConfig(
+        AcceleratorConfig(rows=rows, cols=cols),
+        weights=AxiConfig(data_bits=16 * cols),
+        data=AxiConfig(data_bits=16 * cols),
+    )
     engine = Engine(rows=rows, cols=cols, latency=latency)
     bandwidth = 2 * cols * clock / 1000
     table = Table(

@@ -37,10 +37,11 @@ from speq.model.speculation import (
     Step,
     generate,
     pass_costs,
+    token_limit,
 )
 from speq.model.tokenizer import Tokenizer
 from speq.model.transformer import prepare_draft_linears
-from speq.sim.host import Host, check_encoded
+from speq.sim.host import Host, check_encoded, check_model
 from speq.sim.layout import MemoryLayout
 
 if TYPE_CHECKING:
@@ -279,6 +280,8 @@ def rtl_steps(
 ) -> Iterator[Iterator[Step]]:
     """Steps of the accelerator's RTL; at the end, its cycles are added to `figures`."""
     c = model.config
+    check_model(model)
+    token_limit(model, prompt, request.max_tokens)
     capacity = min(c.context, len(prompt) + request.max_tokens) + settings.rows
     cols = request.cols or DEFAULT_COLS
     system = system_for(model, encoded, settings.rows, cols, capacity)

@@ -101,7 +101,7 @@ class RunControl(wiring.Component):
     begin : Out(1)
         Pulse: a run starts. It is under way from the next cycle on.
     finished : In(1)
-        Pulse: the run is at its end, nothing is outstanding.
+        Pulse: the run is at its end; at most descriptors behind its END are still being fetched.
     host_request : In(1)
         Level, until the cycle of `host_answer`: a HOST descriptor waits.
     host_address : In(address_bits)

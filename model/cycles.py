@@ -315,8 +315,9 @@ def _pass_cost(
     rows = tokens * (c.heads // c.kv_heads)
     attention = []
     stages = []
+    # The hardware walks through all entries; those outside a sliding window are left out later.
+    seen = context + tokens
     for block in range(c.blocks):
-        seen = _visible(c, block, context) + tokens
         scores = c.kv_heads * _jobs(c.head_dim, seen, rows, engine)
         values = c.kv_heads * _jobs(seen, c.head_dim, rows, engine)
         attention += scores + values

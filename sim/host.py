@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,6 +156,12 @@ def read_configuration(board: Board) -> SystemConfig:
 def default_capacity(config: SystemConfig, model: ModelConfig) -> int:
     """Entries of a KV cache for the model's whole context, or as many as the accelerator allows."""
     return min(model.context + config.engine.rows, config.engine.max_k)
+
+
+def check_model(model: Model) -> None:
+    """Raises ValueError if the model has something that the accelerator cannot do."""
+    if "head.bias" in model.weights:
+        raise ValueError("the head has a bias, which the accelerator's ranking cannot take")
 
 
 def check_encoded(config: SystemConfig, encoded: Mapping[str, EncodedTensor]) -> None:
@@ -313,8 +320,7 @@ class Host:
         self.registers = Registers(board, config)
         encoded = encoded or {}
         check_encoded(config, encoded)
-        if "head.bias" in model.weights:
-            raise ValueError("the head has a bias, which the accelerator's ranking cannot take")
+        check_model(model)
         capacity = capacity or default_capacity(config, model.config)
         start, stop = memory or Region(0, 1 << config.address_bits)
         self.layout = layout = MemoryLayout(config, model.config, encoded, capacity, start)
@@ -328,6 +334,7 @@ class Host:
         self._stages = {kind: self._write_program(kind) for kind in PassKind}
         self._margins: list[float] = []
         self._current: Pass | None = None
+        self._stop()
         self._set_up()
 
     # Setting up.
@@ -530,18 +537,22 @@ class Host:
         return state
 
     def _abort(self) -> None:
-        """Bring the accelerator back to IDLE, if it answers."""
-        stopped = (STATES["IDLE"][0], STATES["ERROR"][0])
-        try:
-            if self.registers["STATUS"] not in stopped:
-                self.registers.command("stop")
-            for _ in range(_STOP_READS):
-                if self.registers["STATUS"] in stopped:
-                    break
-            if self.registers["STATUS"] == STATES["ERROR"][0]:
-                self.registers.command("stop")
-        except OSError:
-            pass  # the first error says more
+        """Bring the accelerator back to IDLE behind an error, if it answers."""
+        with suppress(OSError):  # the first error says more
+            self._stop()
+
+    def _stop(self) -> None:
+        """Bring the accelerator to IDLE, whatever it was doing. Raises OSError if it stays busy."""
+        idle, error = (STATES[name][0] for name in ("IDLE", "ERROR"))
+        if self.registers["STATUS"] not in (idle, error):
+            self.registers.command("stop")
+        for _ in range(_STOP_READS):
+            if self.registers["STATUS"] in (idle, error):
+                break
+        else:
+            raise OSError("accelerator: it does not stop, perhaps memory does not answer: reset it")
+        if self.registers["STATUS"] == error:
+            self.registers.command("stop")
 
     # Passes.
 

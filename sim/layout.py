@@ -209,6 +209,10 @@ class MemoryLayout:
         if base % config.alignment:
             raise ValueError(f"base is {base:#x}; expected a multiple of {config.alignment}")
         self._end = base
+        # Whole bursts: those that are cut at both ends hide less of the memory's latency.
+        self._alignment = max(
+            config.alignment, config.weights.burst_beats * config.weights.beat_bytes
+        )
         shapes = dict(tensor_shapes(model)) | {"head": (model.vocab_size, model.hidden)}
         names = linear_names(model)
         self.weights = {name: self._place(*shapes[name], name in encoded) for name in names}
@@ -262,7 +266,7 @@ class MemoryLayout:
 
     def _take(self, size: int) -> int:
         """The address of so many more bytes."""
-        address = self._end
+        address = round_up(self._end, self._alignment)
         self._end = round_up(address + size, self.config.alignment)
         return address
 

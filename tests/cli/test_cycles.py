@@ -49,7 +49,7 @@ def test_the_best_length_grows_with_the_acceptance():
 def test_table():
     result = CliRunner().invoke(app, ["cycles", "--cols", "16", "--acceptance", "0.8"])
     assert result.exit_code == 0
-    p = predict(SMOLLM2, Engine(rows=8, cols=16, latency=100), 0.8, 1024)
+    p = predict(SMOLLM2, Engine(rows=8, cols=16, latency=48), 0.8, 1024)
     line = next(line for line in result.output.splitlines() if "SmolLM2" in line)
     for value in (f"{p.plain / 1e6:.3f} M", f"{500e6 / p.plain:.4g}", f"{p.speedup:.2f}"):
         assert value in line
@@ -59,7 +59,16 @@ def test_table():
 
 
 @pytest.mark.parametrize(
-    "options", [("--acceptance", "2"), ("--clock", "0"), ("--context", "-1"), ("--rows", "0")]
+    "options",
+    [
+        ("--acceptance", "2"),
+        ("--clock", "0"),
+        ("--context", "-1"),
+        ("--rows", "0"),
+        ("--cols", "128"),
+        ("--cols", "24"),
+        ("--latency", "49"),
+    ],
 )
 def test_impossible_values(options):
     result = CliRunner().invoke(app, ["cycles", *options])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -185,6 +187,15 @@ def test_bytes_are_those_of_encoded_tensors(width):
         for name, shape in linear_shapes(config).items()
     }
     assert relative_costs(config, formats) == pass_costs(encoded)
+
+
+def test_the_hardware_walks_through_all_entries_of_a_sliding_window():
+    config = small_config("gemma3")
+    wide = replace(config, sliding_window=10_000)
+    assert config.sliding_window < 500
+    windowed, whole = plain_pass(config, ENGINE, 500), plain_pass(wide, ENGINE, 500)
+    assert windowed.attention_cycles == whole.attention_cycles
+    assert windowed.kv < whole.kv
 
 
 def test_sliding_windows_read_only_their_positions():

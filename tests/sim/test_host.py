@@ -251,6 +251,22 @@ def test_a_run_that_nobody_finishes_is_stopped(llama):
     check(llama.host, llama.model, llama.encoded, [1, 2, 3], Settings(8, 2))
 
 
+@pytest.mark.parametrize("left", ["HOST", "ERROR"])
+def test_whatever_an_earlier_driver_left(left):
+    """A driver may find the accelerator in the middle of a run, or behind an error."""
+    model = drafted_model("llama", SEED)
+    encoded = encoded_linears(model)
+    first = make_host(model, encoded, system())
+    steps = first.generate([1, 2, 3], max_tokens=20, settings=Settings(4, 2))
+    next(steps)
+    if left == "ERROR":
+        first.registers.command("stop")
+    assert first.registers["STATUS"] == STATES["ERROR" if left == "ERROR" else "HOST"][0]
+    second = Host(first._board, model, encoded, memory=Region(0, first.layout.size))
+    assert second.registers["STATUS"] == STATES["IDLE"][0]
+    check(second, model, encoded, [1, 2, 3], Settings(4, 2))
+
+
 def test_thresholds_are_rounded_up():
     """An FP32 margin is below a number if and only if it is below the FP32 number above it."""
     for value, expected in ((0.0, 0), (2.0, 0x40000000), (math.inf, 0x7F800000), (0.1, 0x3DCCCCCD)):
