@@ -297,6 +297,8 @@ class Host:
     observer : callable, optional
         Called with the pass and the number of the HOST descriptor whenever one is about to be
         served.
+    verify_logits : torch.float32 [rows, vocabulary], optional
+        Of all rows of the last step's verify pass, refused ones included.
 
     Raises
     ------
@@ -316,6 +318,7 @@ class Host:
     ) -> None:
         self._board, self._model, self._patience = board, model, patience
         self.observer: Callable[[Pass, int], None] | None = None
+        self.verify_logits: torch.Tensor | None = None
         self.config = config = read_configuration(board)
         self.registers = Registers(board, config)
         encoded = encoded or {}
@@ -482,10 +485,10 @@ class Host:
             # An alternate's entry follows those of the chain before it.
             self._kv.move(verified.start + hit_row, verified.start + accepted + 1)
         rows = [*range(accepted + 1), *([hit_row] if hit_row else [])][:count]
-        logits = self._read_results("head", self.layout.results, len(verified.tokens))
+        self.verify_logits = self._read_results("head", self.layout.results, len(verified.tokens))
         return Step(
             tokens=tokens[:count],
-            logits=logits[rows],
+            logits=self.verify_logits[rows],
             drafted=fields["chain"],
             accepted=min(accepted, count),
             alternates=len(verified.tokens) - 1 - fields["chain"],

@@ -12,14 +12,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from speq.hw.config import AcceleratorConfig
 from speq.hw.system import PassKind, SystemConfig
 from speq.hw.verilog import generate_top
+from speq.model import speculation
 from speq.model.checkpoint import Model, load_model
 from speq.model.cycles import Engine, Job, draft_pass, linear_shapes, stage_cycles, verify_pass
 from speq.model.format import EncodedTensor, FormatConfig, draft_words
-from speq.model.speculation import Settings, Statistics, Step
+from speq.model.speculation import Settings, Statistics, Step, generate
+from speq.model.transformer import prepare_draft_linears
 from speq.sim.host import Host, Pass
 from speq.sim.layout import MemoryLayout
 from speq.sim.simulated_board import CHANNELS, MemoryOptions, SimulatedBoard
@@ -176,6 +179,30 @@ def test_64_tokens_plain_and_speculative(tiny):
     print(f"\ncycles per token: plain {cycles[0]:,.0f}, speculative {cycles[7]:,.0f} = {ratio:.3f}")
     assert cycles[0] <= PLAIN_CYCLES
     assert ratio <= SPECULATIVE_RATIO
+
+
+def test_logits_of_all_rows(tiny, monkeypatch):
+    """Not only of those that are committed: refused chain tokens and alternates as well."""
+    expected = []
+    verify = speculation.verify
+
+    def recorded(*arguments):
+        expected.append(verify(*arguments))
+        return expected[-1]
+
+    monkeypatch.setattr(speculation, "verify", recorded)
+    settings = Settings(8, 5, 0.25)
+    prompt = tiny.model.tokenizer.encode("Once upon a time")
+    layers = prepare_draft_linears(tiny.encoded)
+    list(generate(tiny.model, prompt, layers, max_tokens=16, settings=settings))
+    got = []
+    for _ in tiny.host.generate(prompt, max_tokens=16, settings=settings):
+        got.append(tiny.host.verify_logits)
+    assert len(got) == len(expected)
+    for mine, golden in zip(got, expected, strict=True):
+        assert mine.shape == golden.shape
+        assert torch.equal(mine.view(torch.int32), golden.view(torch.int32))
+    assert sum(len(rows) for rows in got) > 16
 
 
 @pytest.mark.parametrize(
