@@ -14,6 +14,7 @@ from speq.hw.config import Mode
 from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
 from speq.hw.logic import ceil_div
 from speq.hw.memory_reader import MemoryReader
+from speq.hw.ranking_writer import ranking_command_layout
 from speq.hw.system import ErrorCode, SystemConfig
 
 #: Descriptors that are fetched ahead.
@@ -25,7 +26,7 @@ _FP16_BYTES = 2
 _UNUSED = {
     Kind.GEMM: ("reserved", "discard", "values", "sharing", "argument", "extra"),
     Kind.ARGMAX: ("reserved", "half", "values", "sharing", "argument"),
-    Kind.ATTENTION: (*("reserved", "mode", "discard", "tokens", "argument", "residual", "groups"),),
+    Kind.ATTENTION: ("reserved", "mode", "discard", "tokens", "argument", "residual", "groups"),
     Kind.HOST: tuple(name for name, _ in DESCRIPTOR if name not in ("kind", "argument")),
     Kind.END: tuple(name for name, _ in DESCRIPTOR if name != "kind"),
 }
@@ -73,7 +74,7 @@ class ProgramWalker(wiring.Component):
         Of the descriptor that the job on offer comes from.
     idle : In(1)
         All jobs taken are finished, with all their effects on memory.
-    rank_command : Out(stream of {address, tokens})
+    rank_command : Out(stream of ranking_command_layout(config))
         Asks for the transfer of the ranking of the last ARGMAX.
     rank_idle : In(1)
         No such transfer is under way.
@@ -114,11 +115,7 @@ class ProgramWalker(wiring.Component):
                 "jobs": Out(stream.Signature(config.job_layout)),
                 "kind": Out(8),
                 "idle": In(1),
-                "rank_command": Out(
-                    stream.Signature(
-                        data.StructLayout({"address": address, "tokens": config.engine.token_bits})
-                    )
-                ),
+                "rank_command": Out(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": In(1),
                 "host_request": Out(1),
                 "host_argument": Out(32),
