@@ -11,7 +11,7 @@ from speq.hw.axi import Fault
 from speq.hw.config import DRAFT_LANES, Mode
 from speq.hw.logic import ceil_div
 from speq.hw.system import SystemConfig
-from speq.hw.tile_reader import TileReader
+from speq.hw.tile_reader import TileReader, forward
 
 
 def activation_command_layout(config: SystemConfig) -> data.StructLayout:
@@ -71,23 +71,12 @@ class ActivationReader(wiring.Component):
         m.submodules.reader = reader = TileReader(
             self.config.data, 8 * self.config.activation_bytes, k_bits, tile_bits=1
         )
-        wiring.connect(m, reader.axi, wiring.flipped(self.axi))
+        forward(m, self, reader, self.activations)
         command, tile = self.command.payload, reader.command.payload
         draft_words = ceil_div(command.k, DRAFT_LANES)
         m.d.comb += [
             tile.address.eq(command.address),
             tile.words.eq(Mux(command.mode == Mode.DRAFT, draft_words, command.k)),
             tile.tiles.eq(1),
-            reader.command.valid.eq(self.command.valid),
-            self.command.ready.eq(reader.command.ready),
-            self.activations.payload.eq(reader.words.payload),
-            self.activations.valid.eq(reader.words.valid),
-            reader.words.ready.eq(self.activations.ready),
-            reader.base.eq(self.base),
-            reader.limit.eq(self.limit),
-            reader.clear.eq(self.clear),
-            self.busy.eq(reader.busy),
-            self.error.eq(reader.error),
-            self.error_address.eq(reader.error_address),
         ]
         return m

@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.axi import Fault
 from speq.hw.logic import ceil_div
 from speq.hw.system import SystemConfig
-from speq.hw.tile_reader import TileReader
+from speq.hw.tile_reader import TileReader, forward
 from speq.hw.weight_reader import tile_bits
 
 
@@ -79,22 +79,11 @@ class GroupReader(wiring.Component):
             engine.k_bits,
             tile_bits(self.config),
         )
-        wiring.connect(m, reader.axi, wiring.flipped(self.axi))
+        forward(m, self, reader, self.groups)
         command, tile = self.command.payload, reader.command.payload
         m.d.comb += [
             tile.address.eq(command.groups),
             tile.words.eq(ceil_div(command.k, group)),
             tile.tiles.eq(command.tiles),
-            reader.command.valid.eq(self.command.valid),
-            self.command.ready.eq(reader.command.ready),
-            self.groups.payload.eq(reader.words.payload),
-            self.groups.valid.eq(reader.words.valid),
-            reader.words.ready.eq(self.groups.ready),
-            reader.base.eq(self.base),
-            reader.limit.eq(self.limit),
-            reader.clear.eq(self.clear),
-            self.busy.eq(reader.busy),
-            self.error.eq(reader.error),
-            self.error_address.eq(reader.error_address),
         ]
         return m

@@ -159,3 +159,22 @@ class TileReader(wiring.Component):
             return words * (self.word_bits // self.config.data_bits)
         per_beat = self.config.data_bits // self.word_bits
         return ceil_div(words, per_beat)
+
+
+def forward(m: Module, outer: wiring.Component, reader: TileReader, words: object) -> None:
+    """Connect a unit that only words its commands differently with its TileReader: all but the
+    command's payload. `words` is the unit's output stream."""
+    wiring.connect(m, reader.axi, wiring.flipped(outer.axi))
+    m.d.comb += [
+        reader.command.valid.eq(outer.command.valid),
+        outer.command.ready.eq(reader.command.ready),
+        words.payload.eq(reader.words.payload),
+        words.valid.eq(reader.words.valid),
+        reader.words.ready.eq(words.ready),
+        reader.base.eq(outer.base),
+        reader.limit.eq(outer.limit),
+        reader.clear.eq(outer.clear),
+        outer.busy.eq(reader.busy),
+        outer.error.eq(reader.error),
+        outer.error_address.eq(reader.error_address),
+    ]
