@@ -57,7 +57,7 @@ def verilog_command(
     and an example of its use."""
     from speq.cli.verilog import Ports, run
     from speq.hw import AcceleratorConfig
-    from speq.model.format import FormatConfig
+    from speq.model.number_format import FormatConfig
 
     config = AcceleratorConfig(
         rows=rows,

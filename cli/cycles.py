@@ -21,7 +21,7 @@ from speq.hw.config import AcceleratorConfig
 from speq.hw.system import SystemConfig
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 
 #: Latency of memory in cycles up to which tests compare predictions with the accelerator.
 MAX_LATENCY = 48

@@ -35,7 +35,8 @@ from speq.model.cycles import (
     stage_cycles,
     verify_pass,
 )
-from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.format import EncodedTensor
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import prepare_draft_linears
 from speq.sim.compare import mismatched_bits

@@ -46,7 +46,8 @@ from speq.model.ablation import Ablation, LossyResult, RowResult
 from speq.model.checkpoint import Model
 from speq.model.cycles import Engine, draft_pass, plain_pass, verify_pass
 from speq.model.evaluation import Acceptance, Costs, Curve, Estimate, Figures
-from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.format import EncodedTensor
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 
 VERSION = 1

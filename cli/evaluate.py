@@ -46,8 +46,9 @@ from speq.model.evaluation import (
     threshold_curve,
 )
 from speq.model.files import staged
-from speq.model.format import EncodedTensor, FormatConfig, arranged
+from speq.model.format import EncodedTensor, arranged
 from speq.model.format import encode as encode_tensor
+from speq.model.number_format import FormatConfig
 from speq.model.prompts import Prompts, first_of_each, read_prompts, shipped_prompts
 from speq.model.speculation import Settings
 

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 
 from speq.model.ablation import RowResult
 from speq.model.evaluation import Acceptance, Curve
-from speq.model.format import remap_table
+from speq.model.number_format import remap_table
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, SKY = "#D55E00", "#56B4E9"

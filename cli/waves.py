@@ -34,7 +34,8 @@ from speq.hw.speculation_controller import SpeculationController
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
 from speq.hw.verilog import generate_top
 from speq.model.checkpoint import Model, load_model
-from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.format import EncodedTensor
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 from speq.sim import fst
 from speq.sim.board_server import CLOCK_NS

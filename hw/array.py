@@ -20,7 +20,7 @@ from speq.hw.operands import activation_layout, weight_layout
 from speq.hw.pe import Pe
 from speq.hw.rounder import Rounder
 from speq.hw.unit import Unit
-from speq.model.format import NONFINITE_BASE
+from speq.model.number_format import NONFINITE_BASE
 
 _NONFINITE_EXPONENT = 31
 _LANE_PADDING = FP16_SIGNIFICAND_BITS - BLOCK_MAGNITUDE_BITS

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
 
-from speq.model.format import (
+from speq.model.number_format import (
     BASE_BITS,
     NIBBLES_PER_WORD,
     NONFINITE_BASE,

@@ -8,7 +8,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.config import DRAFT_LANES, FP16_BITS, LANE_BITS, AcceleratorConfig
-from speq.model.format import BASE_BITS, draft_levels, remap_table, smallest_owned
+from speq.model.number_format import BASE_BITS, draft_levels, remap_table, smallest_owned
 
 _NIBBLE_BITS = FP16_BITS // DRAFT_LANES
 

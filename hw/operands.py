@@ -17,7 +17,7 @@ from speq.hw.config import (
     LANE_BITS,
     AcceleratorConfig,
 )
-from speq.model.format import SCALE_BITS
+from speq.model.number_format import SCALE_BITS
 
 
 def weight_layout(config: AcceleratorConfig, *, draft: bool) -> data.StructLayout:

@@ -15,7 +15,7 @@ from speq.hw.config import (
     AcceleratorConfig,
 )
 from speq.hw.operands import activation_layout, weight_layout
-from speq.model.format import SCALE_DENOMINATOR, SCALE_NUMERATORS, draft_levels
+from speq.model.number_format import SCALE_DENOMINATOR, SCALE_NUMERATORS, draft_levels
 
 _PRODUCT_BITS = 2 * FP16_SIGNIFICAND_BITS
 _LANE_PRODUCT_BITS = LANE_BITS + FP16_SIGNIFICAND_BITS

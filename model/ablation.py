@@ -44,13 +44,8 @@ from speq.model.evaluation import (
     counted_costs,
     encoded_costs,
 )
-from speq.model.format import (
-    UNIT_SCALE_CODE,
-    EncodedTensor,
-    FormatConfig,
-    encode,
-    fit_scale_codes,
-)
+from speq.model.format import EncodedTensor, encode, fit_scale_codes
+from speq.model.number_format import UNIT_SCALE_CODE, FormatConfig
 from speq.model.speculation import Settings
 
 _LARGEST_CHANNEL_SHIFT = 4

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes
-from speq.model.format import FormatConfig, draft_words, residual_words
+from speq.model.number_format import FormatConfig, draft_words, residual_words
 
 Formats = Mapping[str, FormatConfig]
 

@@ -41,7 +41,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from speq.model.checkpoint import Model, linear_names
-from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.format import EncodedTensor
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 
 VERSION = 2

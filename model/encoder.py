@@ -45,17 +45,15 @@ from speq.model.emulation import (
     prefill,
 )
 from speq.model.evaluation import Costs, Sample, best_settings, encoded_costs, speedup
-from speq.model.format import (
+from speq.model.format import EncodedTensor, arranged, encode
+from speq.model.number_format import (
     DRAFT_WIDTHS,
     MAX_SHIFT,
     SCALE_DENOMINATOR,
     SCALE_NUMERATORS,
     UNIT_SCALE_CODE,
-    EncodedTensor,
     FormatConfig,
-    arranged,
     draft_words,
-    encode,
 )
 from speq.model.speculation import Settings
 

@@ -1,39 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bit-shared number format: a 4-bit draft model inside FP16 weights.
+"""Tensors in the number format: encoding, decoding and their layout in memory.
 
-An FP16 weight is a sign, a 5-bit exponent field e and a 10-bit mantissa m. A *group* is `group`
-consecutive weights along K (the reduction dimension) of one output row; the last group of a row
-may be shorter. The group's base exponent b is its largest exponent field, and t = b - e (mod 32).
-A *half-exponent* is the pair (t, top mantissa bit): 64 of them cover every magnitude. The
-exponent remap is a bijection from half-exponents to (q, r), the 3-bit draft magnitude code and a
-3-bit slot, so that a weight is stored, losslessly, as the 16-bit word
-
-    bit   15   14..12   11..9    8..0
-           s     q        r     m[8:0]          (draft width 4)
-
-The top `width` bits are the *draft code*, the rest is the *residual*. For draft widths 5 and 6
-the 12 bits behind (s, q) are permuted, depending on q only, so that the significand bits that
-come next in the draft's value come first:
-
-    classes of one half-exponent    m8 m7 r2 r1 r0 m[6:0]
-    classes of one exponent         r0 m8 r2 r1 m7 m[6:0]
-    class 0                         r2 r1 r0 m8 m7 m[6:0]
-
-Everything that the hardware needs to know about the format (`remap_table`, `draft_levels`,
-`SCALE_NUMERATORS`, field widths) is defined here once and the RTL is generated from it.
-
-An exact zero would spill as well (t = b), into a class that is far too large for it, and
-checkpoints that were once quantised have many zeros. So in groups with b beyond the last exponent
-that class 0 owns, the pattern of zero changes places with that exponent's power of two
-(`smallest_owned`), which is as rare as any single pattern.
-
-Two further freedoms leave every bit of the weights alone and only change what the draft makes of
-them. Input channels may be *permuted*, because an exact sum has no order: position j of a row then
-holds the weight of input channel order[j]. And they may be *scaled* by powers of two: shift[j] is
-added (mod 32) to the exponent field that is remapped, so that the draft multiplies weights that are
-2^shift[j] times as large with activations that are as much smaller. The decoder subtracts it again:
-verify mode multiplies the original weight with the original activation. Exponent field 0, that of
-zero and of subnormals, stays as it is; the one field that would become 0 takes its place.
+The format itself is described in `speq.model.number_format`.
 
 Memory layout
 -------------
@@ -58,10 +26,6 @@ group bytes, uint8 [tiles, groups, columns]
     Base exponent in bits 4..0, scale code of the draft levels in bits 7..5.
 order, uint16 [K], and shift, uint8 [K]
     Only of tensors whose channels are permuted or scaled.
-
-Source: "From Quarter to All" (arXiv 2510.18525) for the idea of remapping exponents so that 4 of
-the 16 bits are a usable draft; the table with split exponents, the base exponent per group and
-the scale codes are this project's.
 """
 
 from __future__ import annotations
@@ -76,162 +40,23 @@ from functools import cache
 import numpy as np
 import torch
 
-GROUP_SIZES = (32, 64, 128)
-SPLITS = (0, 1, 2, 3)
-DRAFT_WIDTHS = (4, 5, 6)
-
-BASE_BITS = 5
-SCALE_BITS = 3
-#: Scale of a group's draft levels by scale code, in sixteenths.
-SCALE_NUMERATORS = (12, 13, 14, 15, 16, 18, 20, 22)
-SCALE_DENOMINATOR = 16
-#: The scale code of 1.0.
-UNIT_SCALE_CODE = SCALE_NUMERATORS.index(SCALE_DENOMINATOR)
-#: The base exponent of a group that holds an infinity or a NaN.
-NONFINITE_BASE = 31
-#: Largest power of two by which an input channel's weights are scaled in the draft.
-MAX_SHIFT = 7
-#: Weights in one 16-bit word of draft nibbles.
-NIBBLES_PER_WORD = 4
+from speq.model.number_format import (
+    BASE_BITS,
+    MAX_SHIFT,
+    NIBBLES_PER_WORD,
+    NONFINITE_BASE,
+    SCALE_DENOMINATOR,
+    SCALE_NUMERATORS,
+    FormatConfig,
+    draft_levels,
+    draft_words,
+    remap_table,
+    residual_words,
+    smallest_owned,
+)
 
 # Weights are processed in blocks of about this many, small enough for the caches.
 _BLOCK_WEIGHTS = 1 << 18
-
-
-def _check_member(name: str, value: int, allowed: tuple[int, ...]) -> None:
-    if type(value) is not int or value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed values are {', '.join(map(str, allowed))}")
-
-
-@dataclass(frozen=True)
-class FormatConfig:
-    """Parameters of the number format.
-
-    Parameters
-    ----------
-    group : int
-        Weights that share a base exponent and a draft scale: 32, 64 or 128.
-    split : int
-        How many of the largest exponents of a group are told apart by their top mantissa bit in
-        the draft: 0 to 3.
-    width : int
-        Bits of a draft code: 4, 5 or 6.
-
-    Raises
-    ------
-    ValueError
-        If a value is not one of those listed.
-    """
-
-    group: int = 64
-    split: int = 2
-    width: int = 4
-
-    def __post_init__(self) -> None:
-        _check_member("group", self.group, GROUP_SIZES)
-        _check_member("split", self.split, SPLITS)
-        _check_member("draft width", self.width, DRAFT_WIDTHS)
-
-    @property
-    def extension_bits(self) -> int:
-        """Bits of a draft code behind the leading four: 0, 1 or 2."""
-        return self.width - 4
-
-    @property
-    def residual_bits(self) -> int:
-        """Bits of a weight outside its draft code."""
-        return 16 - self.width
-
-    @property
-    def significand_bits(self) -> int:
-        """Bits of a draft level's significand."""
-        return 3 + self.extension_bits
-
-    @property
-    def level_unit_exponent(self) -> int:
-        """log2 of the unit of draft levels, relative to 2^(b - 15)."""
-        return -(10 - self.split) - self.extension_bits
-
-    @property
-    def draft_unit_exponent(self) -> int:
-        """log2 of a unit that every finite draft value is a multiple of (b = 0, with scale)."""
-        return self.level_unit_exponent - 15 - 4
-
-
-@cache
-def remap_table(split: int) -> tuple[int, ...]:
-    """The exponent remap as 64 codes ``q << 3 | r``, indexed by ``t << 1 | top mantissa bit``.
-
-    The `split` largest exponents own one class per half, then one exponent owns a class, and
-    class 0 owns the next four. Half-exponents that are left spill into the free slots of classes
-    1, 2, ..., the largest first. It is a bijection on 0..63.
-    """
-    _check_member("split", split, SPLITS)
-    halves = [(t, half) for t in range(32) for half in (1, 0)]  # falling magnitude
-    sizes = [1] * (2 * split) + [2] * (7 - 2 * split) + [8]  # of classes 7, 6, ..., 0
-    codes = {}
-    free = {}
-    for q, size in zip(range(7, -1, -1), sizes, strict=True):
-        owned, halves = halves[:size], halves[size:]
-        # Slots count upwards with magnitude, so r continues the significand inside its class.
-        for r, key in enumerate(reversed(owned)):
-            codes[key] = q << 3 | r
-        free[q] = range(size, 8)
-    slots = (q << 3 | r for q in range(1, 8) for r in free[q])
-    codes.update(zip(halves, slots, strict=True))
-    return tuple(codes[t, half] for t in range(32) for half in (0, 1))
-
-
-def smallest_owned(split: int) -> int:
-    """The largest t that class 0 owns: a half of it is drafted as the smallest level."""
-    _check_member("split", split, SPLITS)
-    return 10 - split
-
-
-@dataclass(frozen=True)
-class Level:
-    """One draft magnitude: ``significand << shift`` units of 2^(b - 15 + level_unit_exponent)."""
-
-    significand: int
-    shift: int
-
-    @property
-    def value(self) -> int:
-        """The level as an integer number of units."""
-        return self.significand << self.shift
-
-
-@cache
-def draft_levels(config: FormatConfig) -> tuple[Level, ...]:
-    """The draft magnitudes, indexed by a draft code without its sign (``width - 1`` bits).
-
-    A class of one half-exponent [1.5, 2) or [1, 1.5) and a class of one exponent [1, 2) are
-    represented by the middle of the interval that the code leaves open. Class 0, four exponents,
-    is 0.75 of its largest; its extension bits first tell the upper two exponents from the lower
-    two (1.25 and 0.3125 of the largest), then each exponent (its middle).
-    """
-    extension = config.extension_bits
-    top = 8 - config.split  # shift of the largest exponent's 3-bit significands
-    levels = []
-    for q in range(8):
-        for bits in range(1 << extension):
-            if q == 0:
-                options = (((6, 0),), ((5, 0), (10, 1)), ((6, 0), (12, 0), (24, 0), (24, 1)))
-                levels.append(Level(*options[extension][bits]))
-            elif q > 7 - 2 * config.split:
-                t, half = divmod(7 - q, 2)
-                low, span = (4, 2) if half else (6, 2)
-                levels.append(_middle(low, span, bits, extension, top - t))
-            else:
-                t = 7 - q - config.split
-                levels.append(_middle(4, 4, bits, extension, top - t))
-    return tuple(levels)
-
-
-def _middle(low: int, span: int, bits: int, extension: int, shift: int) -> Level:
-    """Middle of part `bits` of the 2^extension parts of [low, low + span), significand of 4..8."""
-    # In units of 2^-extension the parts are `span` wide and start at low << extension.
-    return Level((low << extension) + span * bits + span // 2, shift)
 
 
 @cache
@@ -486,18 +311,6 @@ def unpack_draft(plane: np.ndarray, k: int, config: FormatConfig) -> np.ndarray:
         bits = _separate(plane[:, extension_at], extension, 16 // extension)
         codes = codes << extension | bits[:, :k]
     return codes
-
-
-def draft_words(k: int, config: FormatConfig) -> int:
-    """16-bit words of a column's draft plane for K weights."""
-    nibble_words = -(-k // NIBBLES_PER_WORD)
-    return nibble_words + -(-k * config.extension_bits // 16)
-
-
-def residual_words(k: int, config: FormatConfig) -> int:
-    """16-bit words of a column's residual plane for K weights (K padded to a multiple of 4)."""
-    padded = -(-k // NIBBLES_PER_WORD) * NIBBLES_PER_WORD
-    return -(-padded * config.residual_bits // 16)
 
 
 def _draft_positions(k: int, config: FormatConfig) -> tuple[np.ndarray, np.ndarray]:

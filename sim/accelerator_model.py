@@ -29,7 +29,8 @@ from speq.model.arith import (
     to_float16,
     verify_gemm,
 )
-from speq.model.format import EncodedTensor, draft_words, residual_words
+from speq.model.format import EncodedTensor
+from speq.model.number_format import draft_words, residual_words
 from speq.model.speculation import Proposal, accept, allot_alternates, ranked
 
 #: Fields of a descriptor that must be 0, by kind.

@@ -16,7 +16,8 @@ from cocotb.triggers import Timer
 from speq.hw.config import DRAFT_LANES, LANE_BITS, AcceleratorConfig
 from speq.hw.exponent_remap import ExponentRemap
 from speq.hw.verilog import convert_unit
-from speq.model.format import FormatConfig, draft_levels, unmap
+from speq.model.format import unmap
+from speq.model.number_format import FormatConfig, draft_levels
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import simulate
 

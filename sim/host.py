@@ -25,7 +25,8 @@ from speq.hw.register_map import ANSWERS, COUNTERS, ERRORS, STATES, Register, co
 from speq.hw.system import CHOICES, ErrorCode, PassKind, SystemConfig
 from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
-from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.format import EncodedTensor
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Step, token_limit
 from speq.model.transformer import (
     Attention,

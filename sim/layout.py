@@ -17,7 +17,8 @@ from speq.hw.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.system import CHOICES, PassKind, SystemConfig
 from speq.model.arith import BlockActivations
 from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes
-from speq.model.format import EncodedTensor, draft_words, residual_words
+from speq.model.format import EncodedTensor
+from speq.model.number_format import draft_words, residual_words
 
 #: Bytes of a row of a ranking in memory: pairs of index and logit.
 RANKING_BYTES = 8 * CHOICES

@@ -29,7 +29,7 @@ from speq.hw.operands import activation_layout, weight_layout
 from speq.hw.pe import Pe
 from speq.hw.unit import Unit
 from speq.hw.verilog import convert_unit
-from speq.model.format import SCALE_NUMERATORS, FormatConfig, draft_levels
+from speq.model.number_format import SCALE_NUMERATORS, FormatConfig, draft_levels
 from speq.sim.compare import assert_equal_bits
 from speq.sim.cycles import WORD_BITS, bench_verilog, pack, play
 from speq.sim.runner import seed, simulate

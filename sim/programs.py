@@ -20,7 +20,8 @@ from speq.hw.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.register_map import ANSWERS, STATES
 from speq.hw.system import ErrorCode, SystemConfig
 from speq.model.arith import BlockActivations, quantize_activations
-from speq.model.format import draft_words, encode, residual_words
+from speq.model.format import encode
+from speq.model.number_format import draft_words, residual_words
 from speq.sim.board import Board
 from speq.sim.host import Registers
 from speq.sim.layout import RANKING_BYTES, Region, ceil_div, round_up, tiled, weight_planes

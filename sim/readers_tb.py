@@ -32,7 +32,8 @@ from speq.hw.ram import RAM_VERILOG
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
 from speq.hw.weight_reader import WeightReader, chunk_words, weight_command_layout
-from speq.model.format import EncodedTensor, FormatConfig
+from speq.model.format import EncodedTensor
+from speq.model.number_format import FormatConfig
 from speq.sim.compare import assert_equal_bits
 from speq.sim.memory_tb import Sink, Source, expected_bursts
 from speq.sim.runner import seed, simulate

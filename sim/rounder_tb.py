@@ -23,7 +23,7 @@ from speq.hw.rounder import FP16_NAN, FP32_NAN, Rounder
 from speq.hw.unit import Unit
 from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 from speq.sim.compare import assert_equal_bits
 from speq.sim.cycles import WORD_BITS, bench_verilog, play
 from speq.sim.runner import seed, simulate

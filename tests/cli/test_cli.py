@@ -24,8 +24,8 @@ from speq.cli import bench, encode
 from speq.model import encoder
 from speq.model.checkpoint import Model, linear_names, load_model
 from speq.model.encoded_file import read_encoded
-from speq.model.format import FormatConfig
 from speq.model.format import encode as encode_tensor
+from speq.model.number_format import FormatConfig
 from tests.model.small_models import random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))

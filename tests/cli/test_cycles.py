@@ -12,7 +12,7 @@ from speq.cli import app
 from speq.cli.cycles import MODELS, predict
 from speq.model.checkpoint import tensor_shapes
 from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 
 ENGINE = Engine(rows=8, cols=16)
 SMOLLM2 = MODELS["SmolLM2-135M"]

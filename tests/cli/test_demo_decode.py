@@ -17,7 +17,7 @@ from speq.cli.generate import encode_model
 from speq.hw.system import PassKind
 from speq.model.checkpoint import CheckpointError, load_model
 from speq.model.cycles import Engine
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Step, generate
 from speq.model.transformer import prepare_draft_linears
 

@@ -25,7 +25,8 @@ from speq.model.cycles import relative_costs, uniform_formats
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate
 from speq.model.files import staged
-from speq.model.format import FormatConfig, encode
+from speq.model.format import encode
+from speq.model.number_format import FormatConfig
 from speq.model.prompts import shipped_prompts
 from speq.model.speculation import Settings, Statistics, generate, pass_costs
 from speq.model.transformer import prepare_draft_linears

@@ -32,7 +32,7 @@ from speq.cli.generate import (
 from speq.hw.register_map import COUNTERS
 from speq.model.checkpoint import load_model
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate, pass_costs
 from speq.sim.accelerator_model import AcceleratorModel
 from tests.model.drafted import rearranged

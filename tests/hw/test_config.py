@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from speq.hw import AcceleratorConfig
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 
 CONFIGS = [
     AcceleratorConfig(

@@ -28,7 +28,8 @@ from speq.hw.system import SystemConfig
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.hw.weight_reader import WeightReader
 from speq.hw.word_packer import WordPacker
-from speq.model.format import FormatConfig, pack_draft, pack_residual
+from speq.model.format import pack_draft, pack_residual
+from speq.model.number_format import FormatConfig
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import VERILATOR_BIN, seed
 

@@ -29,7 +29,7 @@ from speq.hw.verilog import (
     generate_verilog,
     write_verilog,
 )
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 from speq.sim.runner import VERILATOR_BIN
 
 SMALL = AcceleratorConfig(rows=2, cols=2, max_k=16)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from speq.model.checkpoint import Model, linear_names
-from speq.model.format import MAX_SHIFT, EncodedTensor, FormatConfig, encode
+from speq.model.format import EncodedTensor, encode
+from speq.model.number_format import MAX_SHIFT, FormatConfig
 from tests.model.small_models import random_weights, small_config
 
 

@@ -32,7 +32,8 @@ from speq.model.competitors import SCHEMES, activation_stats, collect_stats
 from speq.model.cycles import uniform_formats
 from speq.model.emulation import decode, float_linear, float_weights
 from speq.model.evaluation import counted_costs
-from speq.model.format import FormatConfig, encode, fit_scale_codes
+from speq.model.format import encode, fit_scale_codes
+from speq.model.number_format import FormatConfig
 from tests.model.small_models import random_tokens, random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))

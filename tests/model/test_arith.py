@@ -24,7 +24,8 @@ from speq.model.arith import (
     to_float16,
     verify_gemm,
 )
-from speq.model.format import EncodedTensor, FormatConfig, draft_levels, encode
+from speq.model.format import EncodedTensor, encode
+from speq.model.number_format import FormatConfig, draft_levels
 from speq.sim import runner
 from tests.model import oracle
 from tests.model.drafted import random_channels

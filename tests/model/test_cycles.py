@@ -25,7 +25,8 @@ from speq.model.cycles import (
     uniform_formats,
     verify_pass,
 )
-from speq.model.format import FormatConfig, draft_words, encode
+from speq.model.format import encode
+from speq.model.number_format import FormatConfig, draft_words
 from speq.model.speculation import pass_costs
 from tests.model.small_models import small_config
 

@@ -13,7 +13,7 @@ import torch
 from speq.model.arith import draft_gemm
 from speq.model.checkpoint import linear_names
 from speq.model.emulation import prefill
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Sampling, Settings, Statistics, argmax, generate, pass_costs
 from speq.model.transformer import KVCache, forward, prepare_draft_linears
 from tests.model.drafted import drafted_model, rearranged

@@ -27,7 +27,8 @@ from speq.model.emulation import (
     recache,
     replay,
 )
-from speq.model.format import FormatConfig, encode
+from speq.model.format import encode
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate, ranked
 from speq.model.transformer import KVCache, forward, prepare_draft_linears
 from tests.model.drafted import drafted_model, rearranged

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 from tests.model.drafted import drafted_model, rearranged
 

@@ -28,7 +28,8 @@ from speq.model.evaluation import (
     speedup,
     threshold_curve,
 )
-from speq.model.format import FormatConfig, encode, remap_table, unpack_draft
+from speq.model.format import encode, unpack_draft
+from speq.model.number_format import FormatConfig, remap_table
 from speq.model.speculation import Settings
 from tests.model.small_models import small_config
 

@@ -18,23 +18,18 @@ import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from speq.model.format import (
+from speq.model.format import EncodedTensor, arranged, encode, fit_scale_codes, remap, unmap
+from speq.model.number_format import (
     DRAFT_WIDTHS,
     GROUP_SIZES,
     MAX_SHIFT,
     SCALE_NUMERATORS,
     SPLITS,
     UNIT_SCALE_CODE,
-    EncodedTensor,
     FormatConfig,
-    arranged,
     draft_levels,
-    encode,
-    fit_scale_codes,
-    remap,
     remap_table,
     smallest_owned,
-    unmap,
 )
 from tests.model.drafted import random_channels, room_of
 

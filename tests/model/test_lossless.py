@@ -13,7 +13,8 @@ import torch
 
 from speq.model.checkpoint import CheckpointError, Model, linear_names, load_model
 from speq.model.encoder import channels
-from speq.model.format import EncodedTensor, FormatConfig, encode
+from speq.model.format import EncodedTensor, encode
+from speq.model.number_format import FormatConfig
 from speq.model.prompts import shipped_prompts
 from speq.model.speculation import Settings, Statistics, generate
 from speq.model.transformer import prepare_draft_linears

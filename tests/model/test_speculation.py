@@ -19,7 +19,8 @@ import torch
 from speq.model import speculation, transformer
 from speq.model.arith import WeightOperand
 from speq.model.checkpoint import Model, linear_names
-from speq.model.format import FormatConfig, encode
+from speq.model.format import encode
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import (
     Proposal,
     Sampling,

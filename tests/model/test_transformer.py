@@ -17,7 +17,8 @@ from speq.model.checkpoint import (
     linear_names,
     load_model,
 )
-from speq.model.format import FormatConfig, encode
+from speq.model.format import encode
+from speq.model.number_format import FormatConfig
 from speq.model.transformer import (
     KVCache,
     Linears,

@@ -11,7 +11,8 @@ from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig
 from speq.hw.system import SystemConfig
 from speq.model.checkpoint import Model, linear_names
-from speq.model.format import EncodedTensor, FormatConfig, encode
+from speq.model.format import EncodedTensor, encode
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Step, generate
 from speq.model.transformer import prepare_draft_linears
 from speq.sim.host import Host

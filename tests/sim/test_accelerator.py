@@ -21,7 +21,7 @@ from speq.hw.register_map import ANSWERS, registers
 from speq.hw.system import ErrorCode, SystemConfig
 from speq.hw.verilog import generate_top
 from speq.hw.weight_reader import chunk_words
-from speq.model.format import FormatConfig, draft_words, residual_words
+from speq.model.number_format import FormatConfig, draft_words, residual_words
 from speq.sim.accelerator_model import AcceleratorModel
 from speq.sim.board import Board
 from speq.sim.host import Registers

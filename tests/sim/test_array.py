@@ -4,7 +4,7 @@
 import pytest
 
 from speq.hw import AcceleratorConfig
-from speq.model.format import FormatConfig
+from speq.model.number_format import FormatConfig
 from speq.sim import array_tb
 
 

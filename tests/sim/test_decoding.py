@@ -20,7 +20,8 @@ from speq.hw.verilog import generate_top
 from speq.model import speculation
 from speq.model.checkpoint import Model, load_model
 from speq.model.cycles import Engine, Job, draft_pass, linear_shapes, stage_cycles, verify_pass
-from speq.model.format import EncodedTensor, FormatConfig, draft_words
+from speq.model.format import EncodedTensor
+from speq.model.number_format import FormatConfig, draft_words
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import prepare_draft_linears
 from speq.sim.host import Host, Pass

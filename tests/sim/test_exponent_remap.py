@@ -3,7 +3,7 @@
 
 import pytest
 
-from speq.model.format import SPLITS
+from speq.model.number_format import SPLITS
 from speq.sim import exponent_remap_tb
 
 

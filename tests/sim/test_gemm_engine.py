@@ -12,7 +12,8 @@ import torch
 from speq.hw import AcceleratorConfig, Mode
 from speq.model.arith import draft_gemm, quantize_activations, to_float16, verify_gemm
 from speq.model.cycles import Engine, gemm_cycles, gemm_latency
-from speq.model.format import FormatConfig, encode
+from speq.model.format import encode
+from speq.model.number_format import FormatConfig
 from speq.sim.compare import assert_equal_bits
 from speq.sim.gemm_bench import Gemm, RunResult, command_word, run_gemms
 from speq.sim.runner import seed

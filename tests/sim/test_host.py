@@ -20,7 +20,8 @@ from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.register_map import ANSWERS, STATES
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
 from speq.model.checkpoint import Model, load_model
-from speq.model.format import EncodedTensor, FormatConfig, encode
+from speq.model.format import EncodedTensor, encode
+from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, generate
 from speq.model.transformer import attention
 from speq.sim.accelerator_model import AcceleratorModel

@@ -3,7 +3,7 @@
 
 import pytest
 
-from speq.model.format import SPLITS, FormatConfig
+from speq.model.number_format import SPLITS, FormatConfig
 from speq.sim import pe_tb
 
 _REFERENCE = FormatConfig().split
