@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from speq.hw import AcceleratorConfig
-from speq.hw.array import array_modules
+from speq.hw.array.array import array_modules
 from speq.hw.verilog import convert_unit
 
 _CELLS = "cells.lib"

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import SystemConfig
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass

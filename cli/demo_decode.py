@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from speq.cli.generate import encode_model, rtl_figures, simulated_board, system_for
-from speq.hw.descriptor import Kind
+from speq.hw.control.descriptor import Kind
 from speq.hw.system import PassKind, SystemConfig
 from speq.model.checkpoint import CheckpointError, Model, ModelConfig, load_model
 from speq.model.cycles import (

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from speq.cli.eval_report import Request, Study, print_study, report, usual_format
 from speq.cli.generate import formats_of, read_tensors
+from speq.hw.common.files import staged
 from speq.model.ablation import (
     Materials,
     draft_names,
@@ -45,7 +46,6 @@ from speq.model.evaluation import (
     length_curve,
     threshold_curve,
 )
-from speq.model.files import staged
 from speq.model.format import EncodedTensor, arranged
 from speq.model.format import encode as encode_tensor
 from speq.model.number_format import FormatConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speq.hw import AcceleratorConfig
-from speq.hw.axi import AxiConfig
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import write_verilog
 

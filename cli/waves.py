@@ -27,10 +27,10 @@ from vcd.gtkw import GTKWSave, make_translation_filter
 
 from speq.cli.generate import DEFAULT_THRESHOLD, encode_model, system_for
 from speq.hw.config import Mode
-from speq.hw.descriptor import Kind
-from speq.hw.program_walker import ProgramWalker
-from speq.hw.register_map import STATES, registers
-from speq.hw.speculation_controller import SpeculationController
+from speq.hw.control.descriptor import Kind
+from speq.hw.control.program_walker import ProgramWalker
+from speq.hw.control.register_map import STATES, registers
+from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
 from speq.hw.verilog import generate_top
 from speq.model.checkpoint import Model, load_model

@@ -10,12 +10,12 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow, Member, Out
 
 from speq.hw.config import Mode
+from speq.hw.control.descriptor import Kind
+from speq.hw.control.program_walker import ProgramWalker
+from speq.hw.control.register_file import RegisterFile, lite_signature
+from speq.hw.control.run_control import RunControl, run_status_layout
+from speq.hw.control.speculation_controller import SpeculationController, speculation_events_layout
 from speq.hw.datapath import Datapath
-from speq.hw.descriptor import Kind
-from speq.hw.program_walker import ProgramWalker
-from speq.hw.register_file import RegisterFile, lite_signature
-from speq.hw.run_control import RunControl, run_status_layout
-from speq.hw.speculation_controller import SpeculationController, speculation_events_layout
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
 
 #: The counters that the datapath drives by kind of descriptor.
@@ -31,7 +31,8 @@ class Accelerator(wiring.Component):
 
     Ports, all with AMBA names behind a prefix:
 
-    - ``s_axi_control_``: AXI4-Lite slave of 32 bits with the registers of `speq.hw.register_map`;
+    - ``s_axi_control_``: AXI4-Lite slave of 32 bits with the registers of
+      `speq.hw.control.register_map`;
     - ``m_axi_weights_``: AXI4 master that reads weights and the KV cache;
     - ``m_axi_data_``: AXI4 master that reads programs, group bytes and activations, and writes
       results, rankings and tokens;

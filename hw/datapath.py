@@ -17,21 +17,21 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.activation_reader import ActivationReader
-from speq.hw.axi import Fault
+from speq.hw.array.gemm_engine import STALLS, GemmEngine
+from speq.hw.common.logic import ceil_div
 from speq.hw.config import Mode
-from speq.hw.gemm_engine import STALLS, GemmEngine
-from speq.hw.group_reader import GroupReader
-from speq.hw.logic import ceil_div
-from speq.hw.memory_writer import MemoryWriter, write_layout
-from speq.hw.program_walker import read_error
-from speq.hw.ranker import Ranker
-from speq.hw.ranking_writer import RankingWriter, ranking_command_layout
-from speq.hw.read_arbiter import ReadArbiter
-from speq.hw.result_writer import ResultWriter
+from speq.hw.control.program_walker import read_error
+from speq.hw.control.ranker import Ranker
+from speq.hw.memory.activation_reader import ActivationReader
+from speq.hw.memory.axi import Fault
+from speq.hw.memory.group_reader import GroupReader
+from speq.hw.memory.memory_writer import MemoryWriter, write_layout
+from speq.hw.memory.ranking_writer import RankingWriter, ranking_command_layout
+from speq.hw.memory.read_arbiter import ReadArbiter
+from speq.hw.memory.result_writer import ResultWriter
+from speq.hw.memory.weight_reader import WeightReader
+from speq.hw.memory.write_mux import WriteMux
 from speq.hw.system import CHOICES, ErrorCode, SystemConfig
-from speq.hw.weight_reader import WeightReader
-from speq.hw.write_mux import WriteMux
 
 #: Jobs that are taken before the first of them has finished.
 _JOBS = 8

@@ -9,8 +9,8 @@ from functools import cached_property
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import FP16_BITS, AcceleratorConfig, Mode
+from speq.hw.memory.axi import AxiConfig
 
 #: Bits of a token id.
 TOKEN_BITS = 24

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The analytic model of speed: cycles and memory traffic of a pass, from dimensions alone.
 
-Cycles are those of the generated engine (`speq.hw.gemm_engine`): a tile of `cols` outputs takes one
-cycle per weight word of a column, which is K in verify mode and the words of the draft plane in
-draft mode (4, 3.2 and 2.67 weights per word for widths 4, 5 and 6), but at least as many cycles as
-there are tokens. A pass is a sequence of *stages*, between which the host computes: the GEMMs of a
-stage do not depend on each other and overlap (`stage_cycles`), the next stage starts when all
-results are in memory. The host's own time is not counted. The constants are those of the generated
-accelerator (`speq.hw.accelerator`), measured with its counters.
+Cycles are those of the generated engine (`speq.hw.array.gemm_engine`): a tile of `cols` outputs
+takes one cycle per weight word of a column, which is K in verify mode and the words of the draft
+plane in draft mode (4, 3.2 and 2.67 weights per word for widths 4, 5 and 6), but at least as many
+cycles as there are tokens. A pass is a sequence of *stages*, between which the host computes: the
+GEMMs of a stage do not depend on each other and overlap (`stage_cycles`), the next stage starts
+when all results are in memory. The host's own time is not counted. The constants are those of the
+generated accelerator (`speq.hw.accelerator`), measured with its counters.
 
 Memory traffic is counted in three parts: weights (the planes that the pass touches), group bytes,
 and the KV cache: FP16 keys and values of every position before the pass, read once per KV head, and

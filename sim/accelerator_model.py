@@ -4,7 +4,7 @@
 What the RTL leaves in memory and in its registers, this model leaves there, too, whenever it waits
 for the host and when a run has ended. It shares the arithmetic with `speq.model.arith` and the
 speculation with `speq.model.speculation`; where operands lie in memory it finds out by itself, from
-the description in `speq.hw.descriptor`.
+the description in `speq.hw.control.descriptor`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from speq.hw.config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
-from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind, unpack
-from speq.hw.register_map import ANSWERS, COUNTERS, STATES, Register, constants, registers
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind, unpack
+from speq.hw.control.register_map import ANSWERS, COUNTERS, STATES, Register, constants, registers
 from speq.hw.system import CHOICES, ErrorCode, PassKind, SystemConfig
 from speq.model.arith import (
     BlockActivations,

@@ -17,7 +17,7 @@ import torch
 from amaranth.hdl import Value
 from amaranth.lib.wiring import Flow
 
-from speq.hw.array import Array
+from speq.hw.array.array import Array
 from speq.hw.config import AcceleratorConfig, Mode
 from speq.hw.verilog import convert_unit
 from speq.model.arith import draft_gemm, quantize_activations, to_float16, verify_gemm

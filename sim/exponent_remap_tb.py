@@ -13,8 +13,8 @@ import cocotb
 import numpy as np
 from cocotb.triggers import Timer
 
+from speq.hw.array.exponent_remap import ExponentRemap
 from speq.hw.config import DRAFT_LANES, LANE_BITS, AcceleratorConfig
-from speq.hw.exponent_remap import ExponentRemap
 from speq.hw.verilog import convert_unit
 from speq.model.format import unmap
 from speq.model.number_format import FormatConfig, draft_levels

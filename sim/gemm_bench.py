@@ -24,6 +24,7 @@ import torch
 from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, First, RisingEdge, Timer
 
+from speq.hw.array.gemm_engine import command_layout, result_layout
 from speq.hw.config import (
     BLOCK_MAGNITUDE_BITS,
     DRAFT_LANES,
@@ -31,7 +32,6 @@ from speq.hw.config import (
     AcceleratorConfig,
     Mode,
 )
-from speq.hw.gemm_engine import command_layout, result_layout
 from speq.hw.verilog import TOP, generate_verilog
 from speq.model.arith import BlockActivations
 from speq.model.format import EncodedTensor

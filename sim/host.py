@@ -18,10 +18,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig, Mode
-from speq.hw.descriptor import Kind
-from speq.hw.register_map import ANSWERS, COUNTERS, ERRORS, STATES, Register, constants, registers
+from speq.hw.control.descriptor import Kind
+from speq.hw.control.register_map import (
+    ANSWERS,
+    COUNTERS,
+    ERRORS,
+    STATES,
+    Register,
+    constants,
+    registers,
+)
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import CHOICES, ErrorCode, PassKind, SystemConfig
 from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a model lies in the accelerator's memory, in which form, and the programs that run it.
 
-The forms are those of `speq.hw.descriptor`; a driver on another board needs the same ones.
+The forms are those of `speq.hw.control.descriptor`; a driver on another board needs the same ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from speq.hw.config import BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
-from speq.hw.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.system import CHOICES, PassKind, SystemConfig
 from speq.model.arith import BlockActivations
 from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes

@@ -23,11 +23,11 @@ from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiReadBus, AxiSlaveRead, AxiSlaveWrite, AxiWriteBus
 
-from speq.hw.axi import BEATS_BITS, BURST_INCR, CACHE, PAGE_BYTES, AxiConfig, Fault
-from speq.hw.memory_reader import MemoryReader
-from speq.hw.memory_writer import MemoryWriter
-from speq.hw.ram import RAM_VERILOG
-from speq.hw.ram_fifo import RamFifo
+from speq.hw.common.ram import RAM_VERILOG
+from speq.hw.common.ram_fifo import RamFifo
+from speq.hw.memory.axi import BEATS_BITS, BURST_INCR, CACHE, PAGE_BYTES, AxiConfig, Fault
+from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.memory_writer import MemoryWriter
 from speq.hw.verilog import convert_unit
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate

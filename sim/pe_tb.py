@@ -17,6 +17,9 @@ from amaranth.hdl import Cat, Elaboratable, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.array.operands import activation_layout, weight_layout
+from speq.hw.array.pe import Pe
+from speq.hw.common.unit import Unit
 from speq.hw.config import (
     BLOCK_MAGNITUDE_BITS,
     DRAFT_LANES,
@@ -25,9 +28,6 @@ from speq.hw.config import (
     PRODUCT_UNIT_EXPONENT,
     AcceleratorConfig,
 )
-from speq.hw.operands import activation_layout, weight_layout
-from speq.hw.pe import Pe
-from speq.hw.unit import Unit
 from speq.hw.verilog import convert_unit
 from speq.model.number_format import SCALE_NUMERATORS, FormatConfig, draft_levels
 from speq.sim.compare import assert_equal_bits

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from speq.hw.config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
-from speq.hw.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
-from speq.hw.register_map import ANSWERS, STATES
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.system import ErrorCode, SystemConfig
 from speq.model.arith import BlockActivations, quantize_activations
 from speq.model.format import encode

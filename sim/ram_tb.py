@@ -9,7 +9,7 @@ from amaranth.hdl import Elaboratable, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.ram import RAM_VERILOG, Ram
+from speq.hw.common.ram import RAM_VERILOG, Ram
 from speq.sim.compare import assert_equal_bits
 from speq.sim.cycles import WORD_BITS, bench_verilog, pack, play
 from speq.sim.runner import seed, simulate

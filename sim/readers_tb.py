@@ -24,14 +24,14 @@ from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiReadBus, AxiSlaveRead
 
-from speq.hw.activation_reader import ActivationReader, activation_command_layout
-from speq.hw.axi import AxiConfig, Fault
+from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.config import DRAFT_LANES, AcceleratorConfig, Mode
-from speq.hw.group_reader import GroupReader, group_command_layout
-from speq.hw.ram import RAM_VERILOG
+from speq.hw.memory.activation_reader import ActivationReader, activation_command_layout
+from speq.hw.memory.axi import AxiConfig, Fault
+from speq.hw.memory.group_reader import GroupReader, group_command_layout
+from speq.hw.memory.weight_reader import WeightReader, chunk_words, weight_command_layout
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
-from speq.hw.weight_reader import WeightReader, chunk_words, weight_command_layout
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
 from speq.sim.compare import assert_equal_bits

@@ -19,10 +19,10 @@ from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiLiteBus, AxiLiteMaster
 from cocotbext.axi.axil_channels import AxiLiteAWTransaction, AxiLiteWTransaction
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig
-from speq.hw.register_file import RegisterFile, status_layout, values_layout
-from speq.hw.register_map import ADDRESS_BITS, Register, constants, registers
+from speq.hw.control.register_file import RegisterFile, status_layout, values_layout
+from speq.hw.control.register_map import ADDRESS_BITS, Register, constants, registers
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
 from speq.sim.runner import seed, simulate

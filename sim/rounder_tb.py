@@ -18,9 +18,9 @@ from amaranth.hdl import Elaboratable, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.array.rounder import FP16_NAN, FP32_NAN, Rounder
+from speq.hw.common.unit import Unit
 from speq.hw.config import FP16_MAX, AcceleratorConfig
-from speq.hw.rounder import FP16_NAN, FP32_NAN, Rounder
-from speq.hw.unit import Unit
 from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
 from speq.model.number_format import FormatConfig

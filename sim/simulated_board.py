@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from amaranth.hdl import Shape
 
-from speq.hw.axi import AxiConfig
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import SystemConfig
 from speq.sim import board_server, fst, runner
 from speq.sim.board_server import ANSWER, REQUEST, TIMEOUT, Kind

@@ -21,17 +21,17 @@ from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiRamWrite, AxiWriteBus
 
-from speq.hw.axi import AxiConfig, Fault
+from speq.hw.array.gemm_engine import result_layout
+from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.config import AcceleratorConfig
-from speq.hw.gemm_engine import result_layout
-from speq.hw.memory_writer import MemoryWriter, write_layout
-from speq.hw.ram import RAM_VERILOG
-from speq.hw.ranker import Ranker, rank_start_layout
-from speq.hw.ranking_writer import RankingWriter, ranking_command_layout
-from speq.hw.result_writer import ResultWriter, result_command_layout
+from speq.hw.control.ranker import Ranker, rank_start_layout
+from speq.hw.memory.axi import AxiConfig, Fault
+from speq.hw.memory.memory_writer import MemoryWriter, write_layout
+from speq.hw.memory.ranking_writer import RankingWriter, ranking_command_layout
+from speq.hw.memory.result_writer import ResultWriter, result_command_layout
+from speq.hw.memory.write_mux import WriteMux
 from speq.hw.system import CHOICES, SystemConfig
 from speq.hw.verilog import convert_unit
-from speq.hw.write_mux import WriteMux
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 

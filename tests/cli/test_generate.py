@@ -29,7 +29,7 @@ from speq.cli.generate import (
     show,
     summary,
 )
-from speq.hw.register_map import COUNTERS
+from speq.hw.control.register_map import COUNTERS
 from speq.model.checkpoint import load_model
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.number_format import FormatConfig

@@ -15,7 +15,7 @@ import pytest
 import speq.cli
 from speq.cli.waves import BEFORE, LAYOUT, value_names
 from speq.hw.config import AcceleratorConfig
-from speq.hw.register_map import STATES
+from speq.hw.control.register_map import STATES
 from speq.hw.system import PassKind, SystemConfig
 from speq.sim.board_server import CLOCK_NS
 from tests.model.small_models import random_weights, small_config, write_gguf

@@ -7,7 +7,7 @@ import pytest
 from amaranth.hdl import Elaboratable, Module
 from amaranth.lib.memory import Memory
 
-from speq.hw.ram import Ram
+from speq.hw.common.ram import Ram
 
 
 def _elaborate(self: Ram, platform: object) -> Elaboratable:

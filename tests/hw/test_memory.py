@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from amaranth.lib import wiring
 
-from speq.hw.axi import ID_BITS, AxiConfig
-from speq.hw.memory_reader import MemoryReader
-from speq.hw.memory_writer import MemoryWriter
-from speq.hw.ram import RAM_VERILOG
-from speq.hw.ram_fifo import RamFifo
+from speq.hw.common.ram import RAM_VERILOG
+from speq.hw.common.ram_fifo import RamFifo
+from speq.hw.memory.axi import ID_BITS, AxiConfig
+from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.memory_writer import MemoryWriter
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.sim.runner import VERILATOR_BIN
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 from amaranth.sim import Simulator
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig, Mode
-from speq.hw.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
-from speq.hw.program_walker import ProgramWalker
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.program_walker import ProgramWalker
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import ErrorCode, SystemConfig
 from speq.sim.runner import seed
 

@@ -11,9 +11,9 @@ import pytest
 from amaranth.hdl import ResetInserter, Signal
 from amaranth.sim import Simulator, SimulatorContext
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig
-from speq.hw.ranker import Ranker
+from speq.hw.control.ranker import Ranker
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import CHOICES, SystemConfig
 from speq.sim.runner import seed
 

@@ -16,18 +16,18 @@ from amaranth.hdl import Cat, Value
 from amaranth.lib import data
 from amaranth.sim import Simulator, SimulatorContext
 
-from speq.hw.activation_reader import ActivationReader
-from speq.hw.axi import ID_BITS, AxiConfig
+from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.config import AcceleratorConfig
-from speq.hw.group_reader import GroupReader
-from speq.hw.plane_merger import PlaneMerger
-from speq.hw.ram import RAM_VERILOG
-from speq.hw.read_arbiter import ReadArbiter
-from speq.hw.repeater import Repeater
+from speq.hw.memory.activation_reader import ActivationReader
+from speq.hw.memory.axi import ID_BITS, AxiConfig
+from speq.hw.memory.group_reader import GroupReader
+from speq.hw.memory.plane_merger import PlaneMerger
+from speq.hw.memory.read_arbiter import ReadArbiter
+from speq.hw.memory.repeater import Repeater
+from speq.hw.memory.weight_reader import WeightReader
+from speq.hw.memory.word_packer import WordPacker
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
-from speq.hw.weight_reader import WeightReader
-from speq.hw.word_packer import WordPacker
 from speq.model.format import pack_draft, pack_residual
 from speq.model.number_format import FormatConfig
 from speq.sim.compare import assert_equal_bits

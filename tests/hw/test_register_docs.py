@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from speq import hw
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig, Mode
-from speq.hw.descriptor import DESCRIPTOR, Descriptor, Kind
-from speq.hw.register_docs import c_header, markdown
-from speq.hw.register_map import (
+from speq.hw.control.descriptor import DESCRIPTOR, Descriptor, Kind
+from speq.hw.control.register_map import (
     ADDRESS_BITS,
     ANSWERS,
     COUNTERS,
@@ -24,7 +22,9 @@ from speq.hw.register_map import (
     constants,
     registers,
 )
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
+from speq.hw.verilog.register_docs import c_header, markdown
 
 WIDE = AxiConfig(data_bits=1024, address_bits=64)
 CONFIGS = {
@@ -169,6 +169,6 @@ def test_values_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_map_in_the_repository_is_up_to_date() -> None:
-    """hw/registers.md is what `speq verilog` writes for the default configuration."""
-    path = Path(hw.__file__).with_name("registers.md")
+    """hw/verilog/registers.md is what `speq verilog` writes for the default configuration."""
+    path = Path(hw.__file__).with_name("verilog") / "registers.md"
     assert path.read_text() == markdown(SystemConfig())

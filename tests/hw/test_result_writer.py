@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 from amaranth.sim import Simulator, SimulatorContext
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig
-from speq.hw.ranking_writer import RankingWriter
-from speq.hw.result_writer import ResultWriter
+from speq.hw.memory.axi import AxiConfig
+from speq.hw.memory.ranking_writer import RankingWriter
+from speq.hw.memory.result_writer import ResultWriter
+from speq.hw.memory.write_mux import WriteMux
 from speq.hw.system import CHOICES, TOKEN_BITS, SystemConfig
-from speq.hw.write_mux import WriteMux
 from speq.sim.runner import seed
 from tests.hw.streams import Sink, Source
 

@@ -10,8 +10,8 @@ import pytest
 from amaranth.sim import Simulator, SimulatorContext
 
 from speq.hw.config import AcceleratorConfig
-from speq.hw.register_map import COUNTERS, registers
-from speq.hw.run_control import CLEAR_CYCLES, Answer, RunControl, State, events_layout
+from speq.hw.control.register_map import COUNTERS, registers
+from speq.hw.control.run_control import CLEAR_CYCLES, Answer, RunControl, State, events_layout
 from speq.hw.system import ErrorCode, SystemConfig
 from speq.sim.runner import seed
 

@@ -23,10 +23,10 @@ from amaranth.lib import data
 from amaranth.lib.memory import Memory
 from amaranth.sim import Simulator
 
-from speq.hw.axi import AxiConfig
+from speq.hw.common.ram import RAM_VERILOG, Ram
 from speq.hw.config import AcceleratorConfig
-from speq.hw.ram import RAM_VERILOG, Ram
-from speq.hw.speculation_controller import SpeculationController
+from speq.hw.control.speculation_controller import SpeculationController
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import CHOICES, TOKEN_BITS, PassKind, SystemConfig
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.model import speculation

@@ -19,7 +19,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw import AcceleratorConfig
-from speq.hw.axi import AxiConfig
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import (
     ACCELERATOR_TOP,
@@ -114,7 +114,7 @@ def test_the_same_configuration_gives_the_same_bytes(name: str, tmp_path: Path) 
     code = (
         "import sys; from pathlib import Path\n"
         "from speq.hw import AcceleratorConfig; from speq.hw.verilog import write_verilog\n"
-        "from speq.hw.axi import AxiConfig\n"
+        "from speq.hw.memory.axi import AxiConfig\n"
         "from speq.hw.system import SystemConfig\n"
         "from speq.model.format import FormatConfig\n"
         f"write_verilog({TOPS[name]!r}, Path(sys.argv[1]))"

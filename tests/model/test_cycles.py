@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speq.hw import AcceleratorConfig
-from speq.hw.gemm_engine import GemmEngine
+from speq.hw.array.gemm_engine import GemmEngine
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import (
     Engine,

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import SystemConfig
 from speq.model.checkpoint import Model, linear_names
 from speq.model.format import EncodedTensor, encode

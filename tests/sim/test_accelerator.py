@@ -14,13 +14,13 @@ from functools import cache
 import numpy as np
 import pytest
 
-from speq.hw.axi import AxiConfig
 from speq.hw.config import AcceleratorConfig, Mode
-from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
-from speq.hw.register_map import ANSWERS, registers
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.register_map import ANSWERS, registers
+from speq.hw.memory.axi import AxiConfig
+from speq.hw.memory.weight_reader import chunk_words
 from speq.hw.system import ErrorCode, SystemConfig
 from speq.hw.verilog import generate_top
-from speq.hw.weight_reader import chunk_words
 from speq.model.number_format import FormatConfig, draft_words, residual_words
 from speq.sim.accelerator_model import AcceleratorModel
 from speq.sim.board import Board

@@ -15,11 +15,11 @@ from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import AxiConfig, Fault
+from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.config import AcceleratorConfig
-from speq.hw.memory_reader import MemoryReader
-from speq.hw.memory_writer import MemoryWriter
-from speq.hw.ram import RAM_VERILOG
+from speq.hw.memory.axi import AxiConfig, Fault
+from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.memory_writer import MemoryWriter
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
 from speq.sim import fst, runner

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from speq.hw.config import AcceleratorConfig, Mode
-from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
-from speq.hw.register_map import ANSWERS, STATES
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
 from speq.model.checkpoint import Model, load_model
 from speq.model.format import EncodedTensor, encode

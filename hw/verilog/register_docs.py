@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import inspect
 
-from speq.hw import descriptor
 from speq.hw.config import Mode
-from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
-from speq.hw.register_map import ANSWERS, ERRORS, STATES, Register, constants, registers
+from speq.hw.control import descriptor
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.control.register_map import ANSWERS, ERRORS, STATES, Register, constants, registers
 from speq.hw.system import PassKind, SystemConfig
 
 _ACCESSES = {

@@ -15,13 +15,13 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow
 
 from speq.hw.accelerator import Accelerator
+from speq.hw.array.gemm_engine import GemmEngine
+from speq.hw.common.files import staged
+from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.config import AcceleratorConfig
-from speq.hw.gemm_engine import GemmEngine
-from speq.hw.package import axi_example, fusesoc_core
-from speq.hw.ram import RAM_VERILOG
-from speq.hw.register_docs import c_header, markdown
 from speq.hw.system import SystemConfig
-from speq.model.files import staged
+from speq.hw.verilog.package import axi_example, fusesoc_core
+from speq.hw.verilog.register_docs import c_header, markdown
 
 #: The engine's module.
 TOP = "speq_gemm_engine"

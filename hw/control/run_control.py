@@ -10,8 +10,8 @@ from amaranth.hdl import Const, Elaboratable, Module, Mux, Signal, Value, ValueL
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.register_file import register_shape, status_layout, values_layout
-from speq.hw.register_map import (
+from speq.hw.control.register_file import register_shape, status_layout, values_layout
+from speq.hw.control.register_map import (
     ADDRESS_BITS,
     ANSWERS,
     COUNTERS,

@@ -9,12 +9,12 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, S
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import Fault
+from speq.hw.common.logic import ceil_div
 from speq.hw.config import Mode
-from speq.hw.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
-from speq.hw.logic import ceil_div
-from speq.hw.memory_reader import MemoryReader
-from speq.hw.ranking_writer import ranking_command_layout
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.memory.axi import Fault
+from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.ranking_writer import ranking_command_layout
 from speq.hw.system import ErrorCode, SystemConfig
 
 #: Descriptors that are fetched ahead.
@@ -45,7 +45,7 @@ def walk_layout(config: SystemConfig) -> data.StructLayout:
 
 
 class ProgramWalker(wiring.Component):
-    """Carry out the descriptors of a program, from its first to END (see `speq.hw.descriptor`).
+    """Carry out the descriptors of a program, from its first to END (`speq.hw.control.descriptor`).
 
     Descriptors are fetched up to four ahead. Each is checked before it has any effect: its kind and
     mode, fields that must be 0, sizes, and the alignment of addresses, in this order. GEMM and

@@ -7,9 +7,9 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.gemm_engine import result_layout
-from speq.hw.logic import any_of
-from speq.hw.ram import Ram
+from speq.hw.array.gemm_engine import result_layout
+from speq.hw.common.logic import any_of
+from speq.hw.common.ram import Ram
 from speq.hw.system import CHOICES, TOKEN_BITS, SystemConfig
 
 #: The order key of minus infinity.

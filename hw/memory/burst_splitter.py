@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import BEATS_BITS, LENGTH_BITS, AxiConfig
+from speq.hw.memory.axi import BEATS_BITS, LENGTH_BITS, AxiConfig
 
 
 def burst_layout(config: AxiConfig) -> data.StructLayout:

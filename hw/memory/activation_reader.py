@@ -1,35 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The group bytes of the array's weights, from memory."""
+"""The array's activations, from memory."""
 
 from __future__ import annotations
 
-from amaranth.hdl import Elaboratable, Module
+from amaranth.hdl import Elaboratable, Module, Mux
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import Fault
-from speq.hw.logic import ceil_div
+from speq.hw.common.logic import ceil_div
+from speq.hw.config import DRAFT_LANES, Mode
+from speq.hw.memory.axi import Fault
+from speq.hw.memory.tile_reader import TileReader, forward
 from speq.hw.system import SystemConfig
-from speq.hw.tile_reader import TileReader, forward
-from speq.hw.weight_reader import tile_bits
 
 
-def group_command_layout(config: SystemConfig) -> data.StructLayout:
-    """The group bytes of a GEMM: `tiles` tiles for `k` weights per column, both 1 or more, from
-    byte address `groups` on."""
+def activation_command_layout(config: SystemConfig) -> data.StructLayout:
+    """The activations of a GEMM of reduction dimension `k` (1 or more), from byte address `address`
+    on."""
     return data.StructLayout(
-        {
-            "k": config.engine.k_bits,
-            "tiles": tile_bits(config),
-            "groups": config.address_bits,
-        }
+        {"mode": Mode, "k": config.engine.k_bits, "address": config.address_bits}
     )
 
 
-class GroupReader(wiring.Component):
-    """For each command, ceil(k / group) words of a byte per column for each of its tiles.
+class ActivationReader(wiring.Component):
+    """For each command, k words of the activation store (draft: ceil(k / 4)).
 
-    In memory the bytes are [tile][group][column], each tile padded to a whole beat.
+    In memory a word has `config.activation_bytes`.
 
     Flow control, rate, faults and `clear`: as of `TileReader`.
 
@@ -40,8 +36,8 @@ class GroupReader(wiring.Component):
     Members
     -------
     axi : Out(config.data.read_signature)
-    command : In(stream of group_command_layout(config))
-    groups : Out(stream of config.engine.group_layout)
+    command : In(stream of activation_command_layout(config))
+    activations : Out(stream of config.engine.activation_layout)
     base, limit : In(address_bits)
         First and last byte of the region; to be kept while busy.
     busy : Out(1)
@@ -58,8 +54,8 @@ class GroupReader(wiring.Component):
         super().__init__(
             {
                 "axi": Out(config.data.read_signature),
-                "command": In(stream.Signature(group_command_layout(config))),
-                "groups": Out(stream.Signature(config.engine.group_layout)),
+                "command": In(stream.Signature(activation_command_layout(config))),
+                "activations": Out(stream.Signature(config.engine.activation_layout)),
                 "base": In(config.address_bits),
                 "limit": In(config.address_bits),
                 "busy": Out(1),
@@ -71,19 +67,16 @@ class GroupReader(wiring.Component):
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        engine = self.config.engine
-        group = engine.format.group
+        k_bits = self.config.engine.k_bits
         m.submodules.reader = reader = TileReader(
-            self.config.data,
-            engine.group_layout.size,
-            engine.k_bits,
-            tile_bits(self.config),
+            self.config.data, 8 * self.config.activation_bytes, k_bits, tile_bits=1
         )
-        forward(m, self, reader, self.groups)
+        forward(m, self, reader, self.activations)
         command, tile = self.command.payload, reader.command.payload
+        draft_words = ceil_div(command.k, DRAFT_LANES)
         m.d.comb += [
-            tile.address.eq(command.groups),
-            tile.words.eq(ceil_div(command.k, group)),
-            tile.tiles.eq(command.tiles),
+            tile.address.eq(command.address),
+            tile.words.eq(Mux(command.mode == Mode.DRAFT, draft_words, command.k)),
+            tile.tiles.eq(1),
         ]
         return m

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registers of `speq.hw.register_map` on an AXI4-Lite port."""
+"""The registers of `speq.hw.control.register_map` on an AXI4-Lite port."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ShapeLike, Signa
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.register_map import ADDRESS_BITS, Register, constants, registers
+from speq.hw.control.register_map import ADDRESS_BITS, Register, constants, registers
 from speq.hw.system import SystemConfig
 
 _WORD_BITS = 32

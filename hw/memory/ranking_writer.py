@@ -7,8 +7,8 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.logic import ceil_div
-from speq.hw.memory_writer import write_layout
+from speq.hw.common.logic import ceil_div
+from speq.hw.memory.memory_writer import write_layout
 from speq.hw.system import CHOICES, SystemConfig
 
 _WORD_BITS = 32

@@ -8,10 +8,10 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.array import Array
+from speq.hw.array.array import Array
+from speq.hw.common.logic import ceil_div
+from speq.hw.common.ram import Ram
 from speq.hw.config import DRAFT_LANES, FP16_BITS, AcceleratorConfig, Mode
-from speq.hw.logic import ceil_div
-from speq.hw.ram import Ram
 
 
 def command_layout(config: AcceleratorConfig) -> data.StructLayout:

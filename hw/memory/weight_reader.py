@@ -8,15 +8,15 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import Fault
+from speq.hw.common.logic import ceil_div
+from speq.hw.common.ram_fifo import RamFifo
 from speq.hw.config import DRAFT_LANES, FP16_BITS, Mode
-from speq.hw.logic import ceil_div
-from speq.hw.memory_reader import MemoryReader
-from speq.hw.plane_merger import PlaneMerger, merger_command_layout
-from speq.hw.ram_fifo import RamFifo
-from speq.hw.repeater import Repeater
+from speq.hw.memory.axi import Fault
+from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.plane_merger import PlaneMerger, merger_command_layout
+from speq.hw.memory.repeater import Repeater
+from speq.hw.memory.word_packer import WordPacker
 from speq.hw.system import SystemConfig
-from speq.hw.word_packer import WordPacker
 
 #: Commands whose last word may not have been taken when another is taken.
 _COMMANDS = 4

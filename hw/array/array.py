@@ -7,6 +7,11 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.array.exponent_remap import ExponentRemap
+from speq.hw.array.operands import activation_layout, weight_layout
+from speq.hw.array.pe import Pe
+from speq.hw.array.rounder import Rounder
+from speq.hw.common.unit import Unit
 from speq.hw.config import (
     BLOCK_MAGNITUDE_BITS,
     FP16_BITS,
@@ -15,11 +20,6 @@ from speq.hw.config import (
     AcceleratorConfig,
     Mode,
 )
-from speq.hw.exponent_remap import ExponentRemap
-from speq.hw.operands import activation_layout, weight_layout
-from speq.hw.pe import Pe
-from speq.hw.rounder import Rounder
-from speq.hw.unit import Unit
 from speq.model.number_format import NONFINITE_BASE
 
 _NONFINITE_EXPONENT = 31

@@ -18,10 +18,10 @@ from amaranth.hdl import (
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.fp32_gap import FP32_INFINITY, Fp32Gap
-from speq.hw.memory_writer import write_layout
-from speq.hw.ram import Ram
-from speq.hw.register_file import status_layout, values_layout
+from speq.hw.common.ram import Ram
+from speq.hw.control.fp32_gap import FP32_INFINITY, Fp32Gap
+from speq.hw.control.register_file import status_layout, values_layout
+from speq.hw.memory.memory_writer import write_layout
 from speq.hw.system import CHOICES, TOKEN_BITS, PassKind, SystemConfig, pass_layout
 
 _RANK_BITS = (CHOICES - 1).bit_length()

@@ -7,7 +7,7 @@ from amaranth.hdl import Elaboratable, Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.ram import Ram
+from speq.hw.common.ram import Ram
 
 
 class RamFifo(wiring.Component):

@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Elaboratable, Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import ID_BITS, AxiConfig
+from speq.hw.memory.axi import ID_BITS, AxiConfig
 
 _REQUEST = ("araddr", "arlen", "arsize", "arburst", "arcache", "arprot")
 _RESPONSE = ("rdata", "rresp", "rlast")

@@ -8,8 +8,8 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import BEATS_BITS, AxiConfig
-from speq.hw.memory_writer import write_layout
+from speq.hw.memory.axi import BEATS_BITS, AxiConfig
+from speq.hw.memory.memory_writer import write_layout
 
 #: Commands whose beats have not all been passed on.
 _AHEAD = 4

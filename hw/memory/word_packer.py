@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import BEATS_BITS
+from speq.hw.memory.axi import BEATS_BITS
 
 
 def packer_command_layout(count_bits: int = BEATS_BITS) -> data.StructLayout:

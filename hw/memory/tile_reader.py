@@ -7,11 +7,11 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, S
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import BEATS_BITS, AxiConfig, Fault
-from speq.hw.logic import ceil_div
-from speq.hw.memory_reader import MemoryReader
-from speq.hw.repeater import Repeater
-from speq.hw.word_packer import WordPacker, packer_command_layout
+from speq.hw.common.logic import ceil_div
+from speq.hw.memory.axi import BEATS_BITS, AxiConfig, Fault
+from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.repeater import Repeater
+from speq.hw.memory.word_packer import WordPacker, packer_command_layout
 
 #: Commands whose last word may not have been taken when another is taken.
 _COMMANDS = 4

@@ -7,6 +7,7 @@ from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.array.operands import activation_layout, weight_layout
 from speq.hw.config import (
     BLOCK_MAGNITUDE_BITS,
     DRAFT_LANES,
@@ -14,7 +15,6 @@ from speq.hw.config import (
     LANE_BITS,
     AcceleratorConfig,
 )
-from speq.hw.operands import activation_layout, weight_layout
 from speq.model.number_format import SCALE_DENOMINATOR, SCALE_NUMERATORS, draft_levels
 
 _PRODUCT_BITS = 2 * FP16_SIGNIFICAND_BITS

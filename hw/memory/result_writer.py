@@ -8,9 +8,9 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.array.gemm_engine import result_layout
 from speq.hw.config import FP16_BITS
-from speq.hw.gemm_engine import result_layout
-from speq.hw.memory_writer import write_layout
+from speq.hw.memory.memory_writer import write_layout
 from speq.hw.system import SystemConfig
 
 _FP32_BITS = 32

@@ -8,7 +8,8 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.axi import (
+from speq.hw.common.ram_fifo import RamFifo
+from speq.hw.memory.axi import (
     BURST_INCR,
     CACHE,
     LENGTH_BITS,
@@ -18,8 +19,7 @@ from speq.hw.axi import (
     Fault,
     FaultState,
 )
-from speq.hw.burst_splitter import BurstSplitter
-from speq.hw.ram_fifo import RamFifo
+from speq.hw.memory.burst_splitter import BurstSplitter
 
 
 def write_layout(config: AxiConfig) -> data.StructLayout:

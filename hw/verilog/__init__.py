@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written for other tools: Verilog, register map, C header, core file and example."""
+
+from speq.hw.verilog.generate import (
+    ACCELERATOR_TOP,
+    LINT_WAIVERS,
+    TOP,
+    accelerator_files,
+    convert_unit,
+    generate_top,
+    generate_verilog,
+    write_verilog,
+)
+
+__all__ = [
+    "ACCELERATOR_TOP",
+    "LINT_WAIVERS",
+    "TOP",
+    "accelerator_files",
+    "convert_unit",
+    "generate_top",
+    "generate_verilog",
+    "write_verilog",
+]
