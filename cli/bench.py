@@ -26,9 +26,10 @@ from speq.hw import AcceleratorConfig
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import generate_top, write_verilog
 from speq.model.arith import quantize_activations, verify_gemm
-from speq.model.checkpoint import CheckpointError, linear_names, load_model, smollm2_path
+from speq.model.checkpoint import CheckpointError, linear_names
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
+from speq.model.loaders import load_model, smollm2_path
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings as SpeculationSettings
 from speq.sim.gemm_bench import Gemm, run_gemms

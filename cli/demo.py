@@ -20,8 +20,9 @@ from rich.table import Table
 from speq.hw import AcceleratorConfig, Mode
 from speq.hw.config import DRAFT_LANES
 from speq.model.arith import draft_gemm, quantize_activations, verify_gemm
-from speq.model.checkpoint import LINEARS, CheckpointError, load_model
+from speq.model.checkpoint import LINEARS, CheckpointError
 from speq.model.format import encode
+from speq.model.loaders import load_model
 from speq.model.transformer import linear_inputs
 from speq.sim.compare import mismatched_bits
 from speq.sim.gemm_bench import Gemm, GemmResult, run_gemms

@@ -25,7 +25,7 @@ from rich.table import Table
 from speq.cli.generate import encode_model, rtl_figures, simulated_board, system_for
 from speq.hw.control.descriptor import Kind
 from speq.hw.system import PassKind, SystemConfig
-from speq.model.checkpoint import CheckpointError, Model, ModelConfig, load_model
+from speq.model.checkpoint import CheckpointError, Model, ModelConfig
 from speq.model.cycles import (
     Engine,
     Formats,
@@ -36,6 +36,7 @@ from speq.model.cycles import (
     verify_pass,
 )
 from speq.model.format import EncodedTensor
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import prepare_draft_linears

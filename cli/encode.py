@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from speq.hw.common.files import replacing
-from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.encoder import Journal, Outcome, optimise
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import Prompts, read_prompts, shipped_prompts
 from speq.model.speculation import Settings, pass_costs

@@ -24,7 +24,7 @@ from speq.model.ablation import (
     draft_names,
     run_ablation,
 )
-from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.checkpoint import Model, linear_names
 from speq.model.competitors import collect_stats
 from speq.model.emulation import (
     Linear,
@@ -48,6 +48,7 @@ from speq.model.evaluation import (
 )
 from speq.model.format import EncodedTensor, arranged
 from speq.model.format import encode as encode_tensor
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import Prompts, first_of_each, read_prompts, shipped_prompts
 from speq.model.speculation import Settings

@@ -26,10 +26,11 @@ from rich.text import Text
 
 from speq.hw.config import AcceleratorConfig
 from speq.hw.system import SystemConfig
-from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import EncodedModel, read_encoded
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import (
     Sampling,

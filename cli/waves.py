@@ -33,8 +33,9 @@ from speq.hw.control.register_map import STATES, registers
 from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
 from speq.hw.verilog import generate_top
-from speq.model.checkpoint import Model, load_model
+from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 from speq.sim import fst

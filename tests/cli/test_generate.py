@@ -30,8 +30,8 @@ from speq.cli.generate import (
     summary,
 )
 from speq.hw.control.register_map import COUNTERS
-from speq.model.checkpoint import load_model
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate, pass_costs
 from speq.sim.accelerator_model import AcceleratorModel

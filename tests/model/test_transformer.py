@@ -9,15 +9,9 @@ import pytest
 import torch
 
 from speq.model.arith import draft_gemm, quantize_activations, verify_gemm
-from speq.model.checkpoint import (
-    ARCHITECTURES,
-    LINEARS,
-    CheckpointError,
-    Model,
-    linear_names,
-    load_model,
-)
+from speq.model.checkpoint import ARCHITECTURES, LINEARS, CheckpointError, Model, linear_names
 from speq.model.format import encode
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.transformer import (
     KVCache,

@@ -18,9 +18,10 @@ from speq.hw.config import AcceleratorConfig
 from speq.hw.system import PassKind, SystemConfig
 from speq.hw.verilog import generate_top
 from speq.model import speculation
-from speq.model.checkpoint import Model, load_model
+from speq.model.checkpoint import Model
 from speq.model.cycles import Engine, Job, draft_pass, linear_shapes, stage_cycles, verify_pass
 from speq.model.format import EncodedTensor
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig, draft_words
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import prepare_draft_linears

