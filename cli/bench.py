@@ -22,6 +22,7 @@ from rich.table import Table
 
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.cli.encode import linear_weights
+from speq.host.driver import Host
 from speq.hw import AcceleratorConfig
 from speq.hw.system import SystemConfig
 from speq.hw.verilog import generate_top, write_verilog
@@ -32,8 +33,7 @@ from speq.model.format import encode as encode_tensor
 from speq.model.loaders import load_model, smollm2_path
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings as SpeculationSettings
-from speq.sim.gemm_bench import Gemm, run_gemms
-from speq.sim.host import Host
+from speq.sim.benches.gemm_engine import Gemm, run_gemms
 from speq.sim.simulated_board import MemoryOptions, SimulatedBoard
 
 #: [O, K] of the seven linear layers of a SmolLM2-135M block, and the number of blocks.

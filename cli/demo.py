@@ -24,8 +24,8 @@ from speq.model.checkpoint import LINEARS, CheckpointError
 from speq.model.format import encode
 from speq.model.loaders import load_model
 from speq.model.transformer import linear_inputs
+from speq.sim.benches.gemm_engine import Gemm, GemmResult, run_gemms
 from speq.sim.compare import mismatched_bits
-from speq.sim.gemm_bench import Gemm, GemmResult, run_gemms
 
 PROMPT = "Write a short story about a lighthouse keeper who repairs clocks."
 

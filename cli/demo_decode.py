@@ -23,6 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from speq.cli.generate import encode_model, rtl_figures, simulated_board, system_for
+from speq.host.driver import Host, Pass
+from speq.host.layout import MemoryLayout
 from speq.hw.control.descriptor import Kind
 from speq.hw.system import PassKind, SystemConfig
 from speq.model.checkpoint import CheckpointError, Model, ModelConfig
@@ -41,8 +43,6 @@ from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import prepare_draft_linears
 from speq.sim.compare import mismatched_bits
-from speq.sim.host import Host, Pass
-from speq.sim.layout import MemoryLayout
 
 if TYPE_CHECKING:
     from speq.sim.simulated_board import SimulatedBoard

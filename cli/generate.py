@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
+from speq.host.driver import Host, check_encoded, check_model
+from speq.host.layout import MemoryLayout
 from speq.hw.config import AcceleratorConfig
 from speq.hw.system import SystemConfig
 from speq.model.checkpoint import Model, linear_names
@@ -43,8 +45,6 @@ from speq.model.speculation import (
 )
 from speq.model.tokenizer import Tokenizer
 from speq.model.transformer import prepare_draft_linears
-from speq.sim.host import Host, check_encoded, check_model
-from speq.sim.layout import MemoryLayout
 
 if TYPE_CHECKING:
     from speq.sim.simulated_board import SimulatedBoard

@@ -26,6 +26,8 @@ from rich.console import Console
 from vcd.gtkw import GTKWSave, make_translation_filter
 
 from speq.cli.generate import DEFAULT_THRESHOLD, encode_model, system_for
+from speq.host.driver import Host
+from speq.host.layout import MemoryLayout, host_argument
 from speq.hw.config import Mode
 from speq.hw.control.descriptor import Kind
 from speq.hw.control.program_walker import ProgramWalker
@@ -40,8 +42,6 @@ from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 from speq.sim import fst
 from speq.sim.board_server import CLOCK_NS
-from speq.sim.host import Host
-from speq.sim.layout import MemoryLayout, host_argument
 from speq.sim.simulated_board import MemoryOptions, SimulatedBoard, Waves
 
 #: Passes and what follows them, by the names of --at.

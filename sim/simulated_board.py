@@ -196,7 +196,7 @@ def simulate_board(
 
 
 class SimulatedBoard:
-    """The accelerator in the simulator, with memory; a `speq.sim.board.Board`.
+    """The accelerator in the simulator, with memory; a `speq.host.board.Board`.
 
     Simulated time passes only in register accesses (about five cycles each) and in
     `wait_interrupt`; memory is read and written without. It starts after a reset, with zeros in

@@ -69,7 +69,7 @@ def test_everything_installed_is_pinned_and_nothing_else_is() -> None:
 def test_licence_headers() -> None:
     sources = [
         path
-        for folder in ("hw", "model", "sim", "cli", "tests", "tools")
+        for folder in ("hw", "model", "sim", "cli", "host", "tests")
         for path in (ROOT / folder).rglob("*.py")
     ]
     assert len(sources) > 5

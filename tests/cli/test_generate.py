@@ -29,12 +29,12 @@ from speq.cli.generate import (
     show,
     summary,
 )
+from speq.host.accelerator_model import AcceleratorModel
 from speq.hw.control.register_map import COUNTERS
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate, pass_costs
-from speq.sim.accelerator_model import AcceleratorModel
 from tests.model.drafted import rearranged
 from tests.model.small_models import random_weights, small_config, write_gguf
 

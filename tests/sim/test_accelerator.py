@@ -14,6 +14,10 @@ from functools import cache
 import numpy as np
 import pytest
 
+from speq.host.accelerator_model import AcceleratorModel
+from speq.host.board import Board
+from speq.host.layout import RANKING_BYTES, ceil_div, round_up
+from speq.host.registers import Registers
 from speq.hw.config import AcceleratorConfig, Mode
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.register_map import ANSWERS, registers
@@ -22,11 +26,9 @@ from speq.hw.memory.weight_reader import chunk_words
 from speq.hw.system import ErrorCode, SystemConfig
 from speq.hw.verilog import generate_top
 from speq.model.number_format import FormatConfig, draft_words, residual_words
-from speq.sim.accelerator_model import AcceleratorModel
-from speq.sim.board import Board
-from speq.sim.host import Registers
-from speq.sim.layout import RANKING_BYTES, ceil_div, round_up
-from speq.sim.programs import (
+from speq.sim.runner import seed
+from speq.sim.simulated_board import CHANNELS, MemoryFault, MemoryOptions, SimulatedBoard
+from tests.sim.workloads import (
     BASE,
     READ,
     SIZE,
@@ -38,8 +40,6 @@ from speq.sim.programs import (
     random_workload,
     run,
 )
-from speq.sim.runner import seed
-from speq.sim.simulated_board import CHANNELS, MemoryFault, MemoryOptions, SimulatedBoard
 
 SEED = seed()
 

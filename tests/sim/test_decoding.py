@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from speq.host.driver import Host, Pass
+from speq.host.layout import MemoryLayout
 from speq.hw.config import AcceleratorConfig
 from speq.hw.system import PassKind, SystemConfig
 from speq.hw.verilog import generate_top
@@ -25,12 +27,10 @@ from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig, draft_words
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import prepare_draft_linears
-from speq.sim.host import Host, Pass
-from speq.sim.layout import MemoryLayout
 from speq.sim.simulated_board import CHANNELS, MemoryOptions, SimulatedBoard
+from tests.host.decoding import SEED, check, encoded_linears, system
 from tests.model.drafted import drafted_model
 from tests.model.small_models import random_tokens
-from tests.sim.decoding import SEED, check, encoded_linears, system
 
 # Simulations of these are built for test_accelerator.py as well.
 FULL = system(AcceleratorConfig())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The RAM against an array."""
 
-from speq.sim import ram_tb
+from speq.sim.benches import ram as ram_tb
 
 
 def test_random_accesses() -> None:

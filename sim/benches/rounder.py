@@ -24,8 +24,8 @@ from speq.hw.config import FP16_MAX, AcceleratorConfig
 from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
 from speq.model.number_format import FormatConfig
+from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, play
 from speq.sim.compare import assert_equal_bits
-from speq.sim.cycles import WORD_BITS, bench_verilog, play
 from speq.sim.runner import seed, simulate
 
 _ROUNDERS = 16

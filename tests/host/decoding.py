@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from speq.host.driver import Host
 from speq.hw.config import AcceleratorConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import SystemConfig
@@ -15,7 +16,6 @@ from speq.model.format import EncodedTensor, encode
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Step, generate
 from speq.model.transformer import prepare_draft_linears
-from speq.sim.host import Host
 from speq.sim.runner import seed
 
 SEED = seed()

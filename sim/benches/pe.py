@@ -30,8 +30,8 @@ from speq.hw.config import (
 )
 from speq.hw.verilog import convert_unit
 from speq.model.number_format import SCALE_NUMERATORS, FormatConfig, draft_levels
+from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, pack, play
 from speq.sim.compare import assert_equal_bits
-from speq.sim.cycles import WORD_BITS, bench_verilog, pack, play
 from speq.sim.runner import seed, simulate
 
 _MAX_K = 4096

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The register file against an AXI4-Lite master."""
 
-from speq.sim import registers_tb
+from speq.sim.benches import registers as registers_tb
 
 
 def test_register_file() -> None:

@@ -34,8 +34,8 @@ from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
+from speq.sim.benches.memory import Sink, Source, expected_bursts
 from speq.sim.compare import assert_equal_bits
-from speq.sim.memory_tb import Sink, Source, expected_bursts
 from speq.sim.runner import seed, simulate
 
 _TOP = "readers_tb"

@@ -15,6 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from speq.host.board import Board
+from speq.host.layout import RANKING_BYTES, Region, ceil_div, round_up, tiled, weight_planes
+from speq.host.registers import Registers
 from speq.hw.config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.register_map import ANSWERS, STATES
@@ -22,9 +25,6 @@ from speq.hw.system import ErrorCode, SystemConfig
 from speq.model.arith import BlockActivations, quantize_activations
 from speq.model.format import encode
 from speq.model.number_format import draft_words, residual_words
-from speq.sim.board import Board
-from speq.sim.host import Registers
-from speq.sim.layout import RANKING_BYTES, Region, ceil_div, round_up, tiled, weight_planes
 
 #: Bytes of the memory.
 SIZE = 1 << 20

@@ -18,23 +18,35 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speq.hw.config import AcceleratorConfig, Mode
+from speq.host.board import Board
+from speq.host.kv_entries import KVEntries
+from speq.host.layout import (
+    RANKING_BYTES,
+    RING_LOG2,
+    MemoryLayout,
+    Region,
+    activation_words,
+    draft_activation_words,
+    host_argument,
+    results_bytes,
+    tiled,
+    unpack_batches,
+    unpack_results,
+    weight_planes,
+)
+from speq.host.registers import Registers, read_configuration
+from speq.hw.config import Mode
 from speq.hw.control.descriptor import Kind
 from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
     ERRORS,
     STATES,
-    Register,
-    constants,
-    registers,
 )
-from speq.hw.memory.axi import AxiConfig
 from speq.hw.system import CHOICES, ErrorCode, PassKind, SystemConfig
 from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.format import EncodedTensor
-from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Step, token_limit
 from speq.model.transformer import (
     Attention,
@@ -43,22 +55,6 @@ from speq.model.transformer import (
     block_steps,
     finish,
     rotary_tables,
-)
-from speq.sim.board import Board
-from speq.sim.layout import (
-    RANKING_BYTES,
-    RING_LOG2,
-    MemoryLayout,
-    Region,
-    activation_words,
-    ceil_div,
-    draft_activation_words,
-    host_argument,
-    results_bytes,
-    tiled,
-    unpack_batches,
-    unpack_results,
-    weight_planes,
 )
 
 #: Bits of a 32-bit NaN, as the array gives it.
@@ -81,85 +77,6 @@ class AcceleratorError(OSError):
     def __init__(self, code: ErrorCode, address: int) -> None:
         super().__init__(f"accelerator: {code.name} at {address:#x}: {ERRORS[code]}")
         self.code, self.address = code, address
-
-
-class Registers:
-    """The accelerator's registers by name.
-
-    Parameters
-    ----------
-    board : Board
-    config : SystemConfig
-        Of the accelerator; the default serves to read what it is.
-    """
-
-    def __init__(self, board: Board, config: SystemConfig | None = None) -> None:
-        self._board = board
-        self._registers = {r.name: r for r in registers(config or SystemConfig())}
-
-    def __getitem__(self, name: str) -> int:
-        """The content of a register."""
-        return self.element(name, 0)
-
-    def element(self, name: str, index: int) -> int:
-        """The content of an element of an array of registers."""
-        words = self._registers[name].words
-        offsets = self._registers[name].offsets[index * words :][:words]
-        return sum(self._board.read_register(o) << 32 * i for i, o in enumerate(offsets))
-
-    def fields(self, name: str, index: int = 0) -> dict[str, int]:
-        """The fields of a register."""
-        return split(self._registers[name], self.element(name, index))
-
-    def __setitem__(self, name: str, value: int) -> None:
-        register = self._registers[name]
-        content = register.pack(value)
-        for i, offset in enumerate(register.offsets):
-            self._board.write_register(offset, content >> 32 * i & 0xFFFFFFFF)
-
-    def command(self, name: str) -> None:
-        """Write one bit of CONTROL."""
-        register = self._registers["CONTROL"]
-        self["CONTROL"] = register.pack({f.name: int(f.name == name) for f in register.fields})
-
-
-def split(register: Register, content: int) -> dict[str, int]:
-    """The fields of a register's content."""
-    return {f.name: content >> f.low & (1 << f.bits) - 1 for f in register.fields}
-
-
-def read_configuration(board: Board) -> SystemConfig:
-    """The configuration of the accelerator on a board.
-
-    Raises
-    ------
-    ValueError
-        If it is none, or one that this driver does not know.
-    """
-    r = Registers(board)
-    expected = constants(SystemConfig())
-    for name in ("ID", "VERSION"):
-        if r[name] != expected[name]:
-            raise ValueError(
-                f"register {name} is {r[name]:#010x}; expected {expected[name]:#010x}: no "
-                "accelerator that this driver knows"
-            )
-    array, number_format, bus = (r.fields(name) for name in ("ARRAY", "FORMAT", "BUS"))
-    address_bits = r["ADDRESS_BITS"]
-    ports = {
-        port: AxiConfig(data_bits=8 * bus[f"{port}_bytes"], address_bits=address_bits)
-        for port in ("weights", "data")
-    }
-    engine = AcceleratorConfig(
-        format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
-    )
-    config = SystemConfig(engine, **ports)
-    if bus["activation_bytes"] != config.activation_bytes:
-        raise ValueError(
-            f"an activation word has {bus['activation_bytes']} bytes; this driver expects "
-            f"{config.activation_bytes}"
-        )
-    return config
 
 
 def default_capacity(config: SystemConfig, model: ModelConfig) -> int:
@@ -193,78 +110,6 @@ def check_encoded(config: SystemConfig, encoded: Mapping[str, EncodedTensor]) ->
         else:
             continue
         raise ValueError(f"{name} {problem}, which the accelerator cannot read; {remedy}")
-
-
-class KVEntries:
-    """The KV cache: a copy of what lies in the accelerator's memory, which it keeps up to date.
-
-    Infinite and NaN values are 0 in memory, because a weight of 0 would not hide them from the
-    array; `hidden` says which outputs they make NaN.
-
-    Parameters
-    ----------
-    board : Board
-    layout : MemoryLayout
-    """
-
-    def __init__(self, board: Board, layout: MemoryLayout) -> None:
-        self._board, self._layout = board, layout
-        model, cols = layout.model, layout.config.engine.cols
-        tiles = layout.capacity // cols
-        self._keys = np.zeros((model.blocks, tiles, model.kv_heads, model.head_dim, cols), "<u2")
-        shape = (model.blocks, model.kv_heads, layout.value_tiles, layout.capacity, cols)
-        self._values = np.zeros(shape, "<u2")
-        self._nonfinite = np.zeros(model.blocks, bool)
-
-    def store(self, block: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write float16 [T, kv_heads, head_dim] to the entries from `start` on."""
-        count, heads, _ = keys.shape
-        cols = self._keys.shape[-1]
-        entries = np.arange(start, start + count)
-        self._keys[block, entries // cols, :, :, entries % cols] = keys.numpy().view(np.uint16)
-        self._nonfinite[block] |= not torch.isfinite(values).all()
-        padding = ((0, 0), (0, 0), (0, -values.shape[2] % cols))
-        tiles = np.pad(values.numpy().view(np.uint16), padding).reshape(count, heads, -1, cols)
-        stop = start + count
-        self._values[block, :, :, start:stop] = tiles.transpose(1, 2, 0, 3)
-        self._write(block, start, stop)
-
-    def move(self, source: int, target: int) -> None:
-        """Copy an entry of all blocks to another place."""
-        cols = self._keys.shape[-1]
-        entry = self._keys[:, source // cols, :, :, source % cols]
-        self._keys[:, target // cols, :, :, target % cols] = entry
-        self._values[:, :, :, target] = self._values[:, :, :, source]
-        for block in range(len(self._keys)):
-            self._write(block, target, target + 1)
-
-    def _write(self, block: int, start: int, stop: int) -> None:
-        """Bring entries of a block to memory: the keys' whole tiles, the values."""
-        layout, cols = self._layout, self._keys.shape[-1]
-        first, last = start // cols, ceil_div(stop, cols)
-        self._board.write(layout.keys_address(block, first), self._keys[block, first:last])
-        values = self._values[block, :, :, start:stop]
-        if self._nonfinite[block]:
-            values = np.where(_is_nonfinite(values), np.uint16(0), values)
-        for head in range(values.shape[0]):
-            for tile in range(values.shape[1]):
-                address = layout.values_address(block, head, tile, start)
-                self._board.write(address, values[head, tile])
-
-    def hidden(self, block: int, allowed: torch.Tensor) -> torch.Tensor | None:
-        """Which outputs, bool [kv_heads, N, head_dim], an infinite or NaN value makes NaN, for rows
-        that attend to the entries in `allowed` [N, S]; None if there are no such values."""
-        if not self._nonfinite[block]:
-            return None
-        values = self._values[block, :, :, : allowed.shape[1]].swapaxes(1, 2)
-        bad = _is_nonfinite(values).reshape(*values.shape[:2], -1)
-        bad = torch.from_numpy(bad[..., : self._layout.model.head_dim]).to(torch.float32)
-        return allowed.to(torch.float32) @ bad > 0
-
-
-def _is_nonfinite(patterns: np.ndarray) -> np.ndarray:
-    """Which FP16 bit patterns are infinities or NaNs."""
-    return (patterns & np.uint16(0x7C00)) == 0x7C00
 
 
 @dataclass(frozen=True)

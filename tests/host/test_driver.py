@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from speq.host.accelerator_model import AcceleratorModel
+from speq.host.driver import AcceleratorError, Host, default_capacity, threshold_bits
+from speq.host.kv_entries import KVEntries
+from speq.host.layout import MemoryLayout, Region
+from speq.host.registers import Registers, read_configuration
 from speq.hw.config import AcceleratorConfig, Mode
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.register_map import ANSWERS, STATES
@@ -25,20 +30,7 @@ from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, generate
 from speq.model.transformer import attention
-from speq.sim.accelerator_model import AcceleratorModel
-from speq.sim.host import (
-    AcceleratorError,
-    Host,
-    KVEntries,
-    Registers,
-    default_capacity,
-    read_configuration,
-    threshold_bits,
-)
-from speq.sim.layout import MemoryLayout, Region
-from tests.model.drafted import drafted_model, rearranged
-from tests.model.small_models import random_tokens
-from tests.sim.decoding import (
+from tests.host.decoding import (
     SEED,
     SMALL,
     TOKENS,
@@ -48,6 +40,8 @@ from tests.sim.decoding import (
     encoded_linears,
     system,
 )
+from tests.model.drafted import drafted_model, rearranged
+from tests.model.small_models import random_tokens
 
 
 def make_host(

@@ -4,7 +4,7 @@
 import pytest
 
 from speq.model.number_format import SPLITS, FormatConfig
-from speq.sim import pe_tb
+from speq.sim.benches import pe as pe_tb
 
 _REFERENCE = FormatConfig().split
 

@@ -10,8 +10,8 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ram import RAM_VERILOG, Ram
+from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, pack, play
 from speq.sim.compare import assert_equal_bits
-from speq.sim.cycles import WORD_BITS, bench_verilog, pack, play
 from speq.sim.runner import seed, simulate
 
 _CYCLES = 20_000

@@ -15,6 +15,7 @@ from speq.hw.memory.ranking_writer import RankingWriter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.write_mux import WriteMux
 from speq.hw.system import CHOICES, TOKEN_BITS, SystemConfig
+from speq.sim.benches import writers as writers_tb
 from speq.sim.runner import seed
 from tests.hw.streams import Sink, Source
 
@@ -370,3 +371,7 @@ def test_rankings_in_memory(data_bits: int, pause: float) -> None:
                 words += [token, logit] if valid else [0xFFFFFFFF, 0xFF800000]
         content = b"".join(word.to_bytes(4, "little") for word in words)
         assert_equal(f"byte of {tokens} rows", list(content), written)
+
+
+def test_writers() -> None:
+    writers_tb.run()

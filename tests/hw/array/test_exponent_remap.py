@@ -4,7 +4,7 @@
 import pytest
 
 from speq.model.number_format import SPLITS
-from speq.sim import exponent_remap_tb
+from speq.sim.benches import exponent_remap as exponent_remap_tb
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -14,8 +14,8 @@ from speq.model.arith import draft_gemm, quantize_activations, to_float16, verif
 from speq.model.cycles import Engine, gemm_cycles, gemm_latency
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
+from speq.sim.benches.gemm_engine import Gemm, RunResult, command_word, run_gemms
 from speq.sim.compare import assert_equal_bits
-from speq.sim.gemm_bench import Gemm, RunResult, command_word, run_gemms
 from speq.sim.runner import seed
 
 SMALL = AcceleratorConfig(rows=4, cols=6, draft_rows=2, max_k=300)

@@ -5,7 +5,7 @@ import pytest
 
 from speq.hw import AcceleratorConfig
 from speq.model.number_format import FormatConfig
-from speq.sim import array_tb
+from speq.sim.benches import array as array_tb
 
 
 @pytest.mark.parametrize(

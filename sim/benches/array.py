@@ -23,9 +23,9 @@ from speq.hw.verilog import convert_unit
 from speq.model.arith import draft_gemm, quantize_activations, to_float16, verify_gemm
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
+from speq.sim.benches.gemm_engine import Gemm, activation_beats, group_beats, weight_beats
+from speq.sim.benches.stimulus import WORD_BITS, play
 from speq.sim.compare import assert_equal_bits
-from speq.sim.cycles import WORD_BITS, play
-from speq.sim.gemm_bench import Gemm, activation_beats, group_beats, weight_beats
 from speq.sim.runner import seed, simulate
 
 _TAG_BITS = 6

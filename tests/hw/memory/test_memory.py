@@ -17,6 +17,7 @@ from speq.hw.memory.axi import ID_BITS, AxiConfig
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.memory_writer import MemoryWriter
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
+from speq.sim.benches import memory as memory_tb
 from speq.sim.runner import VERILATOR_BIN
 
 CONFIGS = {
@@ -125,3 +126,19 @@ def test_a_fifo_of_another_depth_is_refused(depth: int) -> None:
     RamFifo._MustUse__silence = True  # else Amaranth warns that it is never elaborated
     with pytest.raises(ValueError, match=f"depth is {depth}"):
         RamFifo(8, depth)
+
+
+def test_readers_and_writers() -> None:
+    memory_tb.run()
+
+
+def test_expected_bursts() -> None:
+    config = memory_tb.AxiConfig(data_bits=64, burst=16)
+    commands = [(0x10F0, 20), (0x2000, 16), (0x3FF8, 1)]
+    assert memory_tb.expected_bursts(config, commands) == [
+        (0x10F0, 2),
+        (0x1100, 16),
+        (0x1180, 2),
+        (0x2000, 16),
+        (0x3FF8, 1),
+    ]

@@ -83,7 +83,7 @@ class _Product:
 
 
 class AcceleratorModel:
-    """A `speq.sim.board.Board` that computes everything at once, when it is started or answered.
+    """A `speq.host.board.Board` that computes everything at once, when it is started or answered.
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ import pytest
 
 from speq.hw.config import AcceleratorConfig
 from speq.model.number_format import FormatConfig
-from speq.sim import rounder_tb
+from speq.sim.benches import rounder as rounder_tb
 
 CONFIGS = {
     "reference": AcceleratorConfig(),

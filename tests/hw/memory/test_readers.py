@@ -30,6 +30,7 @@ from speq.hw.system import SystemConfig
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.model.format import pack_draft, pack_residual
 from speq.model.number_format import FormatConfig
+from speq.sim.benches import readers as readers_tb
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import VERILATOR_BIN, seed
 
@@ -374,3 +375,7 @@ def test_widths_that_are_no_powers_of_two_are_refused(beat: int, word: int, bad:
     WordPacker._MustUse__silence = True  # else Amaranth warns that it is never elaborated
     with pytest.raises(ValueError, match=re.escape(bad)):
         WordPacker(beat, word)
+
+
+def test_readers() -> None:
+    readers_tb.run()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What drives an accelerator, on any board: registers, memory, programs and decoding."""

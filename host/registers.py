@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator's registers by name, and the configuration that they tell."""
+
+from __future__ import annotations
+
+from speq.host.board import Board
+from speq.hw.config import AcceleratorConfig
+from speq.hw.control.register_map import Register, constants, registers
+from speq.hw.memory.axi import AxiConfig
+from speq.hw.system import SystemConfig
+from speq.model.number_format import FormatConfig
+
+
+class Registers:
+    """The accelerator's registers by name.
+
+    Parameters
+    ----------
+    board : Board
+    config : SystemConfig
+        Of the accelerator; the default serves to read what it is.
+    """
+
+    def __init__(self, board: Board, config: SystemConfig | None = None) -> None:
+        self._board = board
+        self._registers = {r.name: r for r in registers(config or SystemConfig())}
+
+    def __getitem__(self, name: str) -> int:
+        """The content of a register."""
+        return self.element(name, 0)
+
+    def element(self, name: str, index: int) -> int:
+        """The content of an element of an array of registers."""
+        words = self._registers[name].words
+        offsets = self._registers[name].offsets[index * words :][:words]
+        return sum(self._board.read_register(o) << 32 * i for i, o in enumerate(offsets))
+
+    def fields(self, name: str, index: int = 0) -> dict[str, int]:
+        """The fields of a register."""
+        return split(self._registers[name], self.element(name, index))
+
+    def __setitem__(self, name: str, value: int) -> None:
+        register = self._registers[name]
+        content = register.pack(value)
+        for i, offset in enumerate(register.offsets):
+            self._board.write_register(offset, content >> 32 * i & 0xFFFFFFFF)
+
+    def command(self, name: str) -> None:
+        """Write one bit of CONTROL."""
+        register = self._registers["CONTROL"]
+        self["CONTROL"] = register.pack({f.name: int(f.name == name) for f in register.fields})
+
+
+def split(register: Register, content: int) -> dict[str, int]:
+    """The fields of a register's content."""
+    return {f.name: content >> f.low & (1 << f.bits) - 1 for f in register.fields}
+
+
+def read_configuration(board: Board) -> SystemConfig:
+    """The configuration of the accelerator on a board.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or one that this driver does not know.
+    """
+    r = Registers(board)
+    expected = constants(SystemConfig())
+    for name in ("ID", "VERSION"):
+        if r[name] != expected[name]:
+            raise ValueError(
+                f"register {name} is {r[name]:#010x}; expected {expected[name]:#010x}: no "
+                "accelerator that this driver knows"
+            )
+    array, number_format, bus = (r.fields(name) for name in ("ARRAY", "FORMAT", "BUS"))
+    address_bits = r["ADDRESS_BITS"]
+    ports = {
+        port: AxiConfig(data_bits=8 * bus[f"{port}_bytes"], address_bits=address_bits)
+        for port in ("weights", "data")
+    }
+    engine = AcceleratorConfig(
+        format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
+    )
+    config = SystemConfig(engine, **ports)
+    if bus["activation_bytes"] != config.activation_bytes:
+        raise ValueError(
+            f"an activation word has {bus['activation_bytes']} bytes; this driver expects "
+            f"{config.activation_bytes}"
+        )
+    return config
