@@ -56,10 +56,10 @@ def verilog_command(
     """Write the accelerator as one Verilog-2005 file, with its register map, C header, FuseSoC core
     and an example of its use."""
     from speq.cli.verilog import Ports, run
-    from speq.hw import AcceleratorConfig
+    from speq.hw import EngineConfig
     from speq.model.number_format import FormatConfig
 
-    config = AcceleratorConfig(
+    config = EngineConfig(
         rows=rows,
         cols=cols,
         format=FormatConfig(group=group, split=split, width=width),

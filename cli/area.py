@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from speq.hw import AcceleratorConfig
+from speq.hw import EngineConfig
 from speq.hw.array.array import array_modules
 from speq.hw.verilog import convert_unit
 
@@ -19,12 +19,12 @@ _CELLS = "cells.lib"
 _REPORT = "report.txt"
 
 
-def unit_areas(config: AcceleratorConfig, liberty: Path) -> dict[str, float]:
+def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
     """Areas of the array's units by the name of their Verilog module.
 
     Parameters
     ----------
-    config : AcceleratorConfig
+    config : EngineConfig
     liberty : Path
         Library in Liberty format, also compressed as .gz.
 
@@ -86,7 +86,7 @@ def pe_overhead(areas: dict[str, float]) -> float:
     return areas["speq_pe_dual"] / areas["speq_pe_fp16"] - 1
 
 
-def column_overhead(areas: dict[str, float], config: AcceleratorConfig) -> float:
+def column_overhead(areas: dict[str, float], config: EngineConfig) -> float:
     """How much larger a column with draft hardware is than one of FP16-only PEs.
 
     With draft hardware a column has one exponent remap and `draft_rows` dual-mode PEs. Rounder

@@ -23,8 +23,8 @@ from rich.table import Table
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.cli.encode import linear_weights
 from speq.host.driver import Host
-from speq.hw import AcceleratorConfig
-from speq.hw.system import SystemConfig
+from speq.hw import EngineConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog import generate_top, write_verilog
 from speq.model.arith import quantize_activations, verify_gemm
 from speq.model.checkpoint import CheckpointError, linear_names
@@ -166,7 +166,7 @@ def verify(settings: Settings) -> list[Figure]:
 
 def verilog(settings: Settings) -> list[Figure]:
     """Generate the Verilog of an 8 x 64 engine (nothing in it is random)."""
-    config = AcceleratorConfig(rows=8, cols=64)
+    config = EngineConfig(rows=8, cols=64)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.v"
         seconds = median_seconds(lambda: write_verilog(config, path), 3)
@@ -179,7 +179,7 @@ def verilog(settings: Settings) -> list[Figure]:
 
 def simulation(settings: Settings) -> list[Figure]:
     """Simulate GEMMs of both modes on the 8 x 16 engine."""
-    config = AcceleratorConfig(rows=8, cols=16)
+    config = EngineConfig(rows=8, cols=16)
     generator = torch.Generator().manual_seed(settings.seed)
     weights = encode_tensor(normal_weights(576, 576, generator), config.format, columns=config.cols)
     x = torch.randn(config.rows, 576, generator=generator).half()
@@ -192,7 +192,7 @@ def simulation(settings: Settings) -> list[Figure]:
 def accelerator(settings: Settings) -> list[Figure]:
     """Decode with `tiny` on the simulated 8 x 16 accelerator and its memory, without stalls."""
     tokens = 64
-    system = SystemConfig(AcceleratorConfig(rows=8, cols=16, max_k=256))
+    system = AcceleratorConfig(EngineConfig(rows=8, cols=16, max_k=256))
     model = load_model("tiny")
     encoded = {
         name: encode_tensor(model.linear_weight(name), system.engine.format, name=name)
@@ -228,7 +228,7 @@ def area(settings: Settings) -> list[Figure]:
     """Synthesise the array's units and compare them with an FP16-only array's."""
     if settings.liberty is None:
         raise Skipped("it needs a standard-cell library: --liberty FILE, or LIBERTY=FILE")
-    config = AcceleratorConfig()
+    config = EngineConfig()
     areas = unit_areas(config, settings.liberty)
     note = f"synthesised with {settings.liberty.name}"
     figures = [Figure(f"area of {name}", value, "um2", note=note) for name, value in areas.items()]

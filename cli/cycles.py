@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from speq.hw.config import AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import SystemConfig
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass
 from speq.model.number_format import FormatConfig
@@ -117,8 +117,8 @@ def run(
             "ports' bursts hide"
         )
     # Refuses arrays that cannot be made, or that are wider than a port.
-    SystemConfig(
-        AcceleratorConfig(rows=rows, cols=cols),
+    AcceleratorConfig(
+        EngineConfig(rows=rows, cols=cols),
         weights=AxiConfig(data_bits=16 * cols),
         data=AxiConfig(data_bits=16 * cols),
     )

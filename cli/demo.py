@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from speq.hw import AcceleratorConfig, Mode
-from speq.hw.config import DRAFT_LANES
+from speq.hw import EngineConfig, Mode
+from speq.hw.engine_config import DRAFT_LANES
 from speq.model.arith import draft_gemm, quantize_activations, verify_gemm
 from speq.model.checkpoint import LINEARS, CheckpointError
 from speq.model.format import encode
@@ -78,9 +78,7 @@ def random_layers(tokens: int, seed: int) -> list[Layer]:
     ]
 
 
-def gemms_with_golden(
-    layers: list[Layer], config: AcceleratorConfig
-) -> list[tuple[Gemm, np.ndarray]]:
+def gemms_with_golden(layers: list[Layer], config: EngineConfig) -> list[tuple[Gemm, np.ndarray]]:
     """For each layer the draft and the verify GEMM, with the golden model's output bits."""
     pairs = []
     for layer in layers:
@@ -98,7 +96,7 @@ def gemms_with_golden(
 
 
 def report(
-    pairs: list[tuple[Gemm, np.ndarray]], results: list[GemmResult], config: AcceleratorConfig
+    pairs: list[tuple[Gemm, np.ndarray]], results: list[GemmResult], config: EngineConfig
 ) -> tuple[Table, int, float]:
     """The table, the number of mismatched bits, and draft cycles over verify cycles."""
     table = Table(title=f"{config.rows} x {config.cols} engine, generated Verilog on Verilator")
@@ -135,7 +133,7 @@ def run(rows: int, cols: int, block: int, seed: int) -> None:
         With code 1 if a bit differs.
     """
     started = time.perf_counter()
-    config = AcceleratorConfig(rows=rows, cols=cols)
+    config = EngineConfig(rows=rows, cols=cols)
     console = Console()
     console = Console(width=max(console.width, 100))  # the table's least width
     columns = (

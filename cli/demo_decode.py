@@ -25,8 +25,8 @@ from rich.table import Table
 from speq.cli.generate import encode_model, rtl_figures, simulated_board, system_for
 from speq.host.driver import Host, Pass
 from speq.host.layout import MemoryLayout
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Kind
-from speq.hw.system import PassKind, SystemConfig
 from speq.model.checkpoint import CheckpointError, Model, ModelConfig
 from speq.model.cycles import (
     Engine,
@@ -430,7 +430,7 @@ def run(request: Request) -> None:
     console.print(f"[green]All tokens equal the golden model's; {compared}.[/]")
 
 
-def cycles_engine(system: SystemConfig, latency: int) -> Engine:
+def cycles_engine(system: AcceleratorConfig, latency: int) -> Engine:
     """What the cycles of an accelerator depend on, with memory of this latency."""
     rows, cols = system.engine.rows, system.engine.cols
     beats = _LOGIT_BITS * cols // system.data.data_bits

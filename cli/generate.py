@@ -26,8 +26,8 @@ from rich.text import Text
 
 from speq.host.driver import Host, check_encoded, check_model
 from speq.host.layout import MemoryLayout
-from speq.hw.config import AcceleratorConfig
-from speq.hw.system import SystemConfig
+from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import EncodedModel, read_encoded
 from speq.model.format import EncodedTensor
@@ -226,7 +226,7 @@ def summary(
 
 def system_for(
     model: Model, encoded: Mapping[str, EncodedTensor], rows: int, cols: int, capacity: int
-) -> SystemConfig:
+) -> AcceleratorConfig:
     """An accelerator for a model with a KV cache of so many entries.
 
     Raises
@@ -239,20 +239,20 @@ def system_for(
     number_format = replace(first.config, width=4) if first else FormatConfig()
     c = model.config
     max_k = max(c.hidden, c.ffn_hidden, c.heads * c.head_dim, capacity, _MIN_MAX_K)
-    engine = AcceleratorConfig(
+    engine = EngineConfig(
         rows=rows,
         cols=cols,
         format=number_format,
         # Powers of two, so that one simulation serves prompts of many lengths.
         max_k=1 << (max_k - 1).bit_length(),
     )
-    system = SystemConfig(replace(engine, max_o=max(engine.max_o, c.vocab_size)))
+    system = AcceleratorConfig(replace(engine, max_o=max(engine.max_o, c.vocab_size)))
     check_encoded(system, encoded)
     return system
 
 
 @contextmanager
-def simulated_board(system: SystemConfig, size: int) -> Iterator[SimulatedBoard]:
+def simulated_board(system: AcceleratorConfig, size: int) -> Iterator[SimulatedBoard]:
     """The accelerator in the simulator, with so many bytes of memory."""
     # Only this backend needs the simulator.
     from speq.hw.verilog import generate_top

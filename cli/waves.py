@@ -28,12 +28,12 @@ from vcd.gtkw import GTKWSave, make_translation_filter
 from speq.cli.generate import DEFAULT_THRESHOLD, encode_model, system_for
 from speq.host.driver import Host
 from speq.host.layout import MemoryLayout, host_argument
-from speq.hw.config import Mode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import Kind
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.control.register_map import STATES, registers
 from speq.hw.control.speculation_controller import SpeculationController
-from speq.hw.system import ErrorCode, PassKind, SystemConfig
+from speq.hw.engine_config import Mode
 from speq.hw.verilog import generate_top
 from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor
@@ -91,13 +91,13 @@ class _Watch:
     Parameters
     ----------
     board : SimulatedBoard
-    config : SystemConfig
+    config : AcceleratorConfig
     enough : function of the watch
         Whether the run shall end; asked at every interrupt.
     """
 
     def __init__(
-        self, board: SimulatedBoard, config: SystemConfig, enough: Callable[[_Watch], bool]
+        self, board: SimulatedBoard, config: AcceleratorConfig, enough: Callable[[_Watch], bool]
     ) -> None:
         self._board, self._enough = board, enough
         offsets = {register.name: register.offset for register in registers(config)}
@@ -358,7 +358,7 @@ LAYOUT = (
 )
 
 
-def value_names(config: SystemConfig) -> dict[str, dict[int, str]]:
+def value_names(config: AcceleratorConfig) -> dict[str, dict[int, str]]:
     """What the values of enumerations are called, by the tables' names."""
     kinds = {kind.value: kind.name for kind in Kind}
     return {
@@ -396,7 +396,7 @@ def _decoded(state: Signal) -> Iterator[tuple[int, str]]:
 
 
 def write_layout(
-    save: Path, recording: Path, config: SystemConfig, marker: int | None = None
+    save: Path, recording: Path, config: AcceleratorConfig, marker: int | None = None
 ) -> None:
     """Write the save file, and beside it the tables that give values their names.
 
@@ -406,7 +406,7 @@ def write_layout(
         Ends in .gtkw.
     recording : Path
         The FST; signals of the layout that it lacks are left out.
-    config : SystemConfig
+    config : AcceleratorConfig
     marker : int, optional
         Cycles from the window's start to the marker.
 

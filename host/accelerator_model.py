@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speq.hw.config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
+from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind, unpack
 from speq.hw.control.register_map import ANSWERS, COUNTERS, STATES, Register, constants, registers
-from speq.hw.system import CHOICES, ErrorCode, PassKind, SystemConfig
+from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import (
     BlockActivations,
     WeightOperand,
@@ -87,14 +87,14 @@ class AcceleratorModel:
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
     size : int
         Bytes of memory.
     base : int
         Address of the first of them. Other addresses answer DECERR.
     """
 
-    def __init__(self, config: SystemConfig, size: int, base: int = 0) -> None:
+    def __init__(self, config: AcceleratorConfig, size: int, base: int = 0) -> None:
         self.config = config
         self._base = base
         self._memory = np.zeros(size, np.uint8)
@@ -558,7 +558,7 @@ class AcceleratorModel:
 
 
 def check_descriptor(
-    config: SystemConfig, fields: dict[str, int], rows: int, position: int
+    config: AcceleratorConfig, fields: dict[str, int], rows: int, position: int
 ) -> ErrorCode:
     """The first thing that is wrong with a descriptor, for a pass of `rows` rows behind `position`
     KV entries; NONE if it is sound."""
@@ -588,7 +588,9 @@ def _uses_reserved(fields: dict[str, int]) -> bool:
     return any(fields[name] for name in unused)
 
 
-def _has_bad_size(config: SystemConfig, fields: dict[str, int], rows: int, position: int) -> bool:
+def _has_bad_size(
+    config: AcceleratorConfig, fields: dict[str, int], rows: int, position: int
+) -> bool:
     engine, kind = config.engine, Kind(fields["kind"])
     if kind not in _PRODUCTS:
         return False
@@ -604,7 +606,7 @@ def _has_bad_size(config: SystemConfig, fields: dict[str, int], rows: int, posit
     return any(not 1 <= size <= limit for size, limit in limits)
 
 
-def _is_misaligned(config: SystemConfig, fields: dict[str, int]) -> bool:
+def _is_misaligned(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
     if Kind(fields["kind"]) not in _PRODUCTS:
         return False
     is_attention = Kind(fields["kind"]) is Kind.ATTENTION

@@ -35,7 +35,7 @@ from speq.host.layout import (
     weight_planes,
 )
 from speq.host.registers import Registers, read_configuration
-from speq.hw.config import Mode
+from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import Kind
 from speq.hw.control.register_map import (
     ANSWERS,
@@ -43,7 +43,7 @@ from speq.hw.control.register_map import (
     ERRORS,
     STATES,
 )
-from speq.hw.system import CHOICES, ErrorCode, PassKind, SystemConfig
+from speq.hw.engine_config import Mode
 from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.format import EncodedTensor
@@ -79,7 +79,7 @@ class AcceleratorError(OSError):
         self.code, self.address = code, address
 
 
-def default_capacity(config: SystemConfig, model: ModelConfig) -> int:
+def default_capacity(config: AcceleratorConfig, model: ModelConfig) -> int:
     """Entries of a KV cache for the model's whole context, or as many as the accelerator allows."""
     return min(model.context + config.engine.rows, config.engine.max_k)
 
@@ -90,7 +90,7 @@ def check_model(model: Model) -> None:
         raise ValueError("the head has a bias, which the accelerator's ranking cannot take")
 
 
-def check_encoded(config: SystemConfig, encoded: Mapping[str, EncodedTensor]) -> None:
+def check_encoded(config: AcceleratorConfig, encoded: Mapping[str, EncodedTensor]) -> None:
     """Raises ValueError, naming the tensor, if the accelerator cannot take an encoded tensor."""
     remedy = "encode the model with --fixed --width 4"
     expected = config.engine.format

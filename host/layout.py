@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from speq.hw.config import BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
+from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
-from speq.hw.system import CHOICES, PassKind, SystemConfig
+from speq.hw.engine_config import BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
 from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes
 from speq.model.format import EncodedTensor
@@ -45,20 +45,20 @@ def host_argument(kind: PassKind, index: int) -> int:
     return kind.value << _ARGUMENT_KIND | index
 
 
-def activation_count(k: int, config: SystemConfig) -> int:
+def activation_count(k: int, config: AcceleratorConfig) -> int:
     """Words in memory of `k` activation words: whole beats of the data port."""
     size = config.activation_bytes
     return round_up(k * size, config.data.beat_bytes) // size
 
 
-def activation_words(patterns: np.ndarray, config: SystemConfig) -> np.ndarray:
+def activation_words(patterns: np.ndarray, config: AcceleratorConfig) -> np.ndarray:
     """Activations for verify and bypass mode as they lie in memory.
 
     Parameters
     ----------
     patterns : uint16 [..., N, K]
         FP16 bit patterns of N rows.
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Returns
     -------
@@ -78,7 +78,7 @@ def activation_words(patterns: np.ndarray, config: SystemConfig) -> np.ndarray:
     return words
 
 
-def draft_activation_words(x: BlockActivations, config: SystemConfig) -> np.ndarray:
+def draft_activation_words(x: BlockActivations, config: AcceleratorConfig) -> np.ndarray:
     """Block activations of one row for draft mode as they lie in memory: uint8 [words,
     activation_bytes]. Byte j of word i is sign and magnitude of activation 4i + j, byte 4 the
     exponent of their block."""
@@ -130,7 +130,7 @@ def tiled(rows: np.ndarray, cols: int) -> np.ndarray:
     return np.ascontiguousarray(rows.reshape(-1, cols, rows.shape[1]).transpose(0, 2, 1))
 
 
-def padded_groups(group_bytes: np.ndarray, config: SystemConfig) -> np.ndarray:
+def padded_groups(group_bytes: np.ndarray, config: AcceleratorConfig) -> np.ndarray:
     """Group bytes [tiles, groups, columns] with each tile padded to whole beats: [tiles, bytes]."""
     tiles = group_bytes.reshape(len(group_bytes), -1)
     return np.pad(tiles, ((0, 0), (0, -tiles.shape[1] % config.data.beat_bytes)))
@@ -169,7 +169,7 @@ class MemoryLayout:
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
     model : ModelConfig
     encoded : names of the linear layers that are encoded; the others are plain FP16
     capacity : int
@@ -196,7 +196,7 @@ class MemoryLayout:
 
     def __init__(
         self,
-        config: SystemConfig,
+        config: AcceleratorConfig,
         model: ModelConfig,
         encoded: Collection[str],
         capacity: int,
@@ -414,7 +414,7 @@ def _program_length(model: ModelConfig, kind: PassKind) -> int:
     return model.blocks * per_block + 3
 
 
-def _check_sizes(config: SystemConfig, model: ModelConfig, capacity: int) -> None:
+def _check_sizes(config: AcceleratorConfig, model: ModelConfig, capacity: int) -> None:
     """Raise ValueError if a dimension of the model exceeds the accelerator's."""
     engine = config.engine
     q_rows = model.heads * model.head_dim
@@ -436,7 +436,7 @@ def _check_sizes(config: SystemConfig, model: ModelConfig, capacity: int) -> Non
 
 
 def weight_planes(
-    tensor: EncodedTensor, config: SystemConfig
+    tensor: EncodedTensor, config: AcceleratorConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draft plane, residual plane and group bytes of an encoded tensor as they lie in memory."""
     o, cols = tensor.shape[0], config.engine.cols

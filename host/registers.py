@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from speq.host.board import Board
-from speq.hw.config import AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.register_map import Register, constants, registers
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import SystemConfig
 from speq.model.number_format import FormatConfig
 
 
@@ -17,13 +17,13 @@ class Registers:
     Parameters
     ----------
     board : Board
-    config : SystemConfig
+    config : AcceleratorConfig
         Of the accelerator; the default serves to read what it is.
     """
 
-    def __init__(self, board: Board, config: SystemConfig | None = None) -> None:
+    def __init__(self, board: Board, config: AcceleratorConfig | None = None) -> None:
         self._board = board
-        self._registers = {r.name: r for r in registers(config or SystemConfig())}
+        self._registers = {r.name: r for r in registers(config or AcceleratorConfig())}
 
     def __getitem__(self, name: str) -> int:
         """The content of a register."""
@@ -56,7 +56,7 @@ def split(register: Register, content: int) -> dict[str, int]:
     return {f.name: content >> f.low & (1 << f.bits) - 1 for f in register.fields}
 
 
-def read_configuration(board: Board) -> SystemConfig:
+def read_configuration(board: Board) -> AcceleratorConfig:
     """The configuration of the accelerator on a board.
 
     Raises
@@ -65,7 +65,7 @@ def read_configuration(board: Board) -> SystemConfig:
         If it is none, or one that this driver does not know.
     """
     r = Registers(board)
-    expected = constants(SystemConfig())
+    expected = constants(AcceleratorConfig())
     for name in ("ID", "VERSION"):
         if r[name] != expected[name]:
             raise ValueError(
@@ -78,10 +78,10 @@ def read_configuration(board: Board) -> SystemConfig:
         port: AxiConfig(data_bits=8 * bus[f"{port}_bytes"], address_bits=address_bits)
         for port in ("weights", "data")
     }
-    engine = AcceleratorConfig(
+    engine = EngineConfig(
         format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
     )
-    config = SystemConfig(engine, **ports)
+    config = AcceleratorConfig(engine, **ports)
     if bus["activation_bytes"] != config.activation_bytes:
         raise ValueError(
             f"an activation word has {bus['activation_bytes']} bytes; this driver expects "

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generator of the accelerator's RTL, written in Amaranth."""
 
-from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.engine_config import EngineConfig, Mode
 
-__all__ = ["AcceleratorConfig", "Mode"]
+__all__ = ["EngineConfig", "Mode"]

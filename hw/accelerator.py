@@ -9,14 +9,14 @@ from amaranth.hdl import Elaboratable, Module, Mux
 from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow, Member, Out
 
-from speq.hw.config import Mode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import Kind
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.control.register_file import RegisterFile, lite_signature
 from speq.hw.control.run_control import RunControl, run_status_layout
 from speq.hw.control.speculation_controller import SpeculationController, speculation_events_layout
 from speq.hw.datapath import Datapath
-from speq.hw.system import ErrorCode, PassKind, SystemConfig
+from speq.hw.engine_config import Mode
 
 #: The counters that the datapath drives by kind of descriptor.
 _MODE_COUNTERS = {
@@ -43,10 +43,10 @@ class Accelerator(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         self.walker = ProgramWalker(config)
         self.datapath = Datapath(config)

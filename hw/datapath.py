@@ -17,11 +17,12 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode
 from speq.hw.array.gemm_engine import STALLS, GemmEngine
 from speq.hw.common.logic import ceil_div
-from speq.hw.config import Mode
 from speq.hw.control.program_walker import read_error
 from speq.hw.control.ranker import Ranker
+from speq.hw.engine_config import Mode
 from speq.hw.memory.activation_reader import ActivationReader
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.group_reader import GroupReader
@@ -31,7 +32,6 @@ from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.write_mux import WriteMux
-from speq.hw.system import CHOICES, ErrorCode, SystemConfig
 
 #: Jobs that are taken before the first of them has finished.
 _JOBS = 8
@@ -51,7 +51,7 @@ class Datapath(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -90,7 +90,7 @@ class Datapath(wiring.Component):
         From the second cycle of `clear` on: no transaction is outstanding any more.
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         address = config.address_bits
         super().__init__(

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from amaranth.hdl import Shape
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import SystemConfig
 from speq.sim import board_server, fst, runner
 from speq.sim.board_server import ANSWER, REQUEST, TIMEOUT, Kind
 from speq.sim.runner import SimulationError
@@ -154,23 +154,23 @@ class MemoryOptions:
         return [f"+memory_{name}={value}" for name, value in values.items()]
 
 
-def parameters(system: SystemConfig) -> dict[str, int]:
+def parameters(config: AcceleratorConfig) -> dict[str, int]:
     """Parameters of module `board` for a configuration."""
 
-    def id_bits(config: AxiConfig) -> int:
-        return Shape.cast(config.read_signature.members["arid"].shape).width
+    def id_bits(port: AxiConfig) -> int:
+        return Shape.cast(port.read_signature.members["arid"].shape).width
 
     return {
-        "WEIGHTS_BITS": system.weights.data_bits,
-        "DATA_BITS": system.data.data_bits,
-        "ADDRESS_BITS": system.address_bits,
-        "WEIGHTS_ID_BITS": id_bits(system.weights),
-        "DATA_ID_BITS": id_bits(system.data),
+        "WEIGHTS_BITS": config.weights.data_bits,
+        "DATA_BITS": config.data.data_bits,
+        "ADDRESS_BITS": config.address_bits,
+        "WEIGHTS_ID_BITS": id_bits(config.weights),
+        "DATA_ID_BITS": id_bits(config.data),
     }
 
 
 def simulate_board(
-    verilog: str, system: SystemConfig, memory: MemoryOptions, test_module: str
+    verilog: str, config: AcceleratorConfig, memory: MemoryOptions, test_module: str
 ) -> None:
     """Run a cocotb test module on the board of board.sv, in the place of `SimulatedBoard`.
 
@@ -188,7 +188,7 @@ def simulate_board(
             TOP,
             test_module,
             sources=SOURCES,
-            parameters=parameters(system),
+            parameters=parameters(config),
             visible=None,
             plusargs=memory.plusargs(f"/dev/fd/{file.fileno()}"),
             descriptors=(file.fileno(),),
@@ -206,7 +206,7 @@ class SimulatedBoard:
     ----------
     verilog : str
         Module speq_top with all that it needs.
-    system : SystemConfig
+    config : AcceleratorConfig
         That the Verilog was made from.
     memory : MemoryOptions
     waves : Waves, optional
@@ -222,7 +222,11 @@ class SimulatedBoard:
     """
 
     def __init__(
-        self, verilog: str, system: SystemConfig, memory: MemoryOptions, waves: Waves | None = None
+        self,
+        verilog: str,
+        config: AcceleratorConfig,
+        memory: MemoryOptions,
+        waves: Waves | None = None,
     ) -> None:
         self.memory = memory
         self._waves = waves
@@ -232,7 +236,7 @@ class SimulatedBoard:
             verilog,
             TOP,
             sources=SOURCES,
-            parameters=parameters(system),
+            parameters=parameters(config),
             visible=None,
             waves=waves is not None,
             unrecorded=waves.unrecorded if waves else None,

@@ -12,12 +12,12 @@ from speq.hw.array.operands import activation_layout, weight_layout
 from speq.hw.array.pe import Pe
 from speq.hw.array.rounder import Rounder
 from speq.hw.common.unit import Unit
-from speq.hw.config import (
+from speq.hw.engine_config import (
     BLOCK_MAGNITUDE_BITS,
     FP16_BITS,
     FP16_SIGNIFICAND_BITS,
     LANE_BITS,
-    AcceleratorConfig,
+    EngineConfig,
     Mode,
 )
 from speq.model.number_format import NONFINITE_BASE
@@ -27,7 +27,7 @@ _LANE_PADDING = FP16_SIGNIFICAND_BITS - BLOCK_MAGNITUDE_BITS
 _FP16 = data.StructLayout({"mantissa": 10, "exponent": 5, "negative": 1})
 
 
-def control_layout(config: AcceleratorConfig, tag: object) -> data.StructLayout:
+def control_layout(config: EngineConfig, tag: object) -> data.StructLayout:
     """What accompanies one step of the array.
 
     Members: `valid`, the step does work; `mode`; `first` and `last` step of a tile; `tokens`,
@@ -48,7 +48,7 @@ def control_layout(config: AcceleratorConfig, tag: object) -> data.StructLayout:
     )
 
 
-def array_modules(config: AcceleratorConfig) -> dict[str, wiring.Component]:
+def array_modules(config: EngineConfig) -> dict[str, wiring.Component]:
     """The units that the array instantiates, by the name of their Verilog module."""
     modules = {"speq_rounder": Rounder(config)}
     if config.draft_rows:
@@ -83,7 +83,7 @@ class Array(wiring.Component):
 
     Parameters
     ----------
-    config : AcceleratorConfig
+    config : EngineConfig
     tag : shape-castable
         Shape of the caller's tag.
 
@@ -105,7 +105,7 @@ class Array(wiring.Component):
         FP32, or FP16 zero-extended.
     """
 
-    def __init__(self, config: AcceleratorConfig, tag: object) -> None:
+    def __init__(self, config: EngineConfig, tag: object) -> None:
         self.config = config
         self.modules = array_modules(config)
         #: Cycles from a step to its sum in the accumulator of row 0.

@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Elaboratable, Module, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.config import DRAFT_LANES, FP16_BITS, LANE_BITS, AcceleratorConfig
+from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, LANE_BITS, EngineConfig
 from speq.model.number_format import BASE_BITS, draft_levels, remap_table, smallest_owned
 
 _NIBBLE_BITS = FP16_BITS // DRAFT_LANES
@@ -30,7 +30,7 @@ class ExponentRemap(wiring.Component):
 
     Parameters
     ----------
-    config : AcceleratorConfig
+    config : EngineConfig
 
     Members
     -------
@@ -41,7 +41,7 @@ class ExponentRemap(wiring.Component):
     levels : Out(ArrayLayout of {significand: 3, shift, negative: 1}, 4)
     """
 
-    def __init__(self, config: AcceleratorConfig) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.config = config
         level = data.StructLayout(
             {"significand": LANE_BITS, "shift": config.level_shift_bits, "negative": 1}

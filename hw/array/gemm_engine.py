@@ -11,10 +11,10 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.array.array import Array
 from speq.hw.common.logic import ceil_div
 from speq.hw.common.ram import Ram
-from speq.hw.config import DRAFT_LANES, FP16_BITS, AcceleratorConfig, Mode
+from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
 
 
-def command_layout(config: AcceleratorConfig) -> data.StructLayout:
+def command_layout(config: EngineConfig) -> data.StructLayout:
     """One GEMM: results[tokens, o] = activations[tokens, k] times weights[o, k] transposed.
 
     `half` asks for FP16 results.
@@ -30,7 +30,7 @@ def command_layout(config: AcceleratorConfig) -> data.StructLayout:
     )
 
 
-def result_layout(config: AcceleratorConfig) -> data.StructLayout:
+def result_layout(config: EngineConfig) -> data.StructLayout:
     """One row of one tile: `data` holds FP32, or FP16 zero-extended, in the columns that `strobe`
     marks; `row` is the token; `last` marks the last beat of a GEMM."""
     return data.StructLayout(
@@ -77,7 +77,7 @@ class GemmEngine(wiring.Component):
 
     Parameters
     ----------
-    config : AcceleratorConfig
+    config : EngineConfig
 
     Members
     -------
@@ -103,7 +103,7 @@ class GemmEngine(wiring.Component):
     #: Cycles from taking a command to taking its first weight word.
     FILL = 2
 
-    def __init__(self, config: AcceleratorConfig) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.config = config
         tag = data.StructLayout({"columns": config.column_index_bits, "final": 1})
         self.array = Array(config, tag)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from amaranth.lib import data
 
-from speq.hw.config import (
+from speq.hw.engine_config import (
     DRAFT_LANES,
     EXPONENT_BITS,
     FP16_SIGNIFICAND_BITS,
     LANE_BITS,
-    AcceleratorConfig,
+    EngineConfig,
 )
 from speq.model.number_format import SCALE_BITS
 
 
-def weight_layout(config: AcceleratorConfig, *, draft: bool) -> data.StructLayout:
+def weight_layout(config: EngineConfig, *, draft: bool) -> data.StructLayout:
     """A column's operand.
 
     The significand is cut into one slice per multiplier lane: in verify mode slices of the

@@ -8,12 +8,12 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.array.operands import activation_layout, weight_layout
-from speq.hw.config import (
+from speq.hw.engine_config import (
     BLOCK_MAGNITUDE_BITS,
     DRAFT_LANES,
     FP16_SIGNIFICAND_BITS,
     LANE_BITS,
-    AcceleratorConfig,
+    EngineConfig,
 )
 from speq.model.number_format import SCALE_DENOMINATOR, SCALE_NUMERATORS, draft_levels
 
@@ -49,7 +49,7 @@ class Pe(wiring.Component):
 
     Parameters
     ----------
-    config : AcceleratorConfig
+    config : EngineConfig
     draft : bool
         Build the draft hardware. Without it the PE is the FP16-only baseline, whose latency is a
         cycle shorter, since it does not multiply by group scales.
@@ -73,7 +73,7 @@ class Pe(wiring.Component):
         The column's result bus, an OR chain: ``drain_out = drain_in | (acc if drain else 0)``.
     """
 
-    def __init__(self, config: AcceleratorConfig, *, draft: bool) -> None:
+    def __init__(self, config: EngineConfig, *, draft: bool) -> None:
         self.config = config
         self.has_draft = draft
         self.ACCUMULATE = 4 if draft else 3

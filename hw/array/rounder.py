@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 
 FP32_NAN = 0x7FC00000
 FP16_NAN = 0x7E00
@@ -32,7 +32,7 @@ class Rounder(wiring.Component):
 
     Parameters
     ----------
-    config : AcceleratorConfig
+    config : EngineConfig
 
     Members
     -------
@@ -45,7 +45,7 @@ class Rounder(wiring.Component):
 
     LATENCY = 4
 
-    def __init__(self, config: AcceleratorConfig) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.config = config
         super().__init__(
             {

@@ -32,10 +32,11 @@ finished, without it the order must not matter.
 
 Planes and group bytes are those of `speq.model.format`, cut into tiles of C outputs, with two
 additions: a tile's group bytes are padded to a multiple of the data port's beat, and every buffer
-starts at a multiple of `SystemConfig.alignment`. Activations are words of
-`SystemConfig.activation_bytes`: word i holds activation i of all rows as FP16 (verify, bypass), or
-block activations 4i .. 4i + 3 of the drafting rows (draft; `AcceleratorConfig.activation_layout`);
-what a pass does not use is 0. Results are [tile][token][column], FP32 or FP16.
+starts at a multiple of `AcceleratorConfig.alignment`. Activations are words of
+`AcceleratorConfig.activation_bytes`: word i holds activation i of all rows as FP16 (verify,
+bypass), or block activations 4i .. 4i + 3 of the drafting rows (draft;
+`EngineConfig.activation_layout`); what a pass does not use is 0. Results are [tile][token][column],
+FP32 or FP16.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from dataclasses import asdict, dataclass
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
 
-from speq.hw.config import Mode
+from speq.hw.engine_config import Mode
 
 #: Bytes of a descriptor.
 DESCRIPTOR_BYTES = 64

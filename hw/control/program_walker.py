@@ -9,13 +9,13 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, S
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.common.logic import ceil_div
-from speq.hw.config import Mode
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.engine_config import Mode
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.ranking_writer import ranking_command_layout
-from speq.hw.system import ErrorCode, SystemConfig
 
 #: Descriptors that are fetched ahead.
 _AHEAD = 4
@@ -33,7 +33,7 @@ _UNUSED = {
 _UNUSED_IN_MODE = {Mode.VERIFY: (), Mode.DRAFT: ("residual",), Mode.BYPASS: ("residual", "groups")}
 
 
-def walk_layout(config: SystemConfig) -> data.StructLayout:
+def walk_layout(config: AcceleratorConfig) -> data.StructLayout:
     """A walk: the program's address, the pass's rows, and KV entries before them."""
     return data.StructLayout(
         {
@@ -61,7 +61,7 @@ class ProgramWalker(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -99,7 +99,7 @@ class ProgramWalker(wiring.Component):
         A walk or a transaction is under way.
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         self._beats = max(1, DESCRIPTOR_BYTES // config.data.beat_bytes)  # of a descriptor
         burst = self._beats

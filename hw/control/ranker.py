@@ -7,16 +7,16 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.logic import any_of
 from speq.hw.common.ram import Ram
-from speq.hw.system import CHOICES, TOKEN_BITS, SystemConfig
 
 #: The order key of minus infinity.
 _LEAST = 0x007F_FFFF
 
 
-def rank_start_layout(config: SystemConfig) -> data.StructLayout:
+def rank_start_layout(config: AcceleratorConfig) -> data.StructLayout:
     """A GEMM whose results are to be ranked: how many rows it has."""
     return data.StructLayout({"tokens": config.engine.token_bits})
 
@@ -52,7 +52,7 @@ class Ranker(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -71,7 +71,7 @@ class Ranker(wiring.Component):
     #: Cycles from `row` to `entries`.
     LATENCY = 1
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         self._layout = data.ArrayLayout(config.ranked_layout, CHOICES)
         super().__init__(

@@ -7,8 +7,8 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ShapeLike, Signa
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.register_map import ADDRESS_BITS, Register, constants, registers
-from speq.hw.system import SystemConfig
 
 _WORD_BITS = 32
 _WORD_BYTES = _WORD_BITS // 8
@@ -52,14 +52,14 @@ def register_shape(register: Register) -> ShapeLike:
     return data.ArrayLayout(shape, register.count) if register.count else shape
 
 
-def values_layout(config: SystemConfig) -> data.StructLayout:
+def values_layout(config: AcceleratorConfig) -> data.StructLayout:
     """What the host has written: all "rw" registers."""
     return data.StructLayout(
         {each.key: register_shape(each) for each in registers(config) if each.access == "rw"}
     )
 
 
-def status_layout(config: SystemConfig) -> data.StructLayout:
+def status_layout(config: AcceleratorConfig) -> data.StructLayout:
     """What the host can read of the hardware: "ro" registers that can change, "w1c" registers."""
     fixed = constants(config)
     return data.StructLayout(
@@ -87,7 +87,7 @@ class RegisterFile(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -109,7 +109,7 @@ class RegisterFile(wiring.Component):
     #: Cycles from a read's address to its answer.
     READ_LATENCY = 2
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         self._registers = registers(config)
         members = {

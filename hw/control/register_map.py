@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from speq.hw.system import ErrorCode, PassKind, SystemConfig
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
@@ -169,7 +169,7 @@ COUNTERS = {
 }
 
 
-def constants(config: SystemConfig) -> dict[str, int | dict[str, int]]:
+def constants(config: AcceleratorConfig) -> dict[str, int | dict[str, int]]:
     """Values of the registers that never change; of those with fields, the fields' values."""
     engine, number_format = config.engine, config.engine.format
     return {
@@ -196,7 +196,7 @@ def _address(name: str, offset: int, about: str, access: str = "rw") -> Register
     return Register(name, offset, access, about, bits=64)
 
 
-def registers(config: SystemConfig) -> tuple[Register, ...]:
+def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
     """All registers of a configuration, by rising offset."""
     rows = config.engine.rows
     states = ", ".join(f"{value} {name}" for name, (value, _) in STATES.items())

@@ -10,6 +10,7 @@ from amaranth.hdl import Const, Elaboratable, Module, Mux, Signal, Value, ValueL
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode
 from speq.hw.control.register_file import register_shape, status_layout, values_layout
 from speq.hw.control.register_map import (
     ADDRESS_BITS,
@@ -20,7 +21,6 @@ from speq.hw.control.register_map import (
     Register,
     registers,
 )
-from speq.hw.system import CHOICES, ErrorCode, SystemConfig
 
 #: The states, with the values of the register STATUS.
 State = enum.Enum("State", {name: value for name, (value, _) in STATES.items()})
@@ -49,7 +49,7 @@ def events_layout() -> data.StructLayout:
     )
 
 
-def run_status_layout(config: SystemConfig) -> data.StructLayout:
+def run_status_layout(config: AcceleratorConfig) -> data.StructLayout:
     """The part of `status_layout` that comes from here: state, error, interrupts, counters."""
     whole = status_layout(config)
     names = ("status", "error", "error_address", "irq_status", *(name.lower() for name in COUNTERS))
@@ -88,7 +88,7 @@ class RunControl(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -122,7 +122,7 @@ class RunControl(wiring.Component):
     events : In(events_layout())
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         super().__init__(
             {

@@ -18,11 +18,11 @@ from amaranth.hdl import (
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig, PassKind, pass_layout
 from speq.hw.common.ram import Ram
 from speq.hw.control.fp32_gap import FP32_INFINITY, Fp32Gap
 from speq.hw.control.register_file import status_layout, values_layout
 from speq.hw.memory.memory_writer import write_layout
-from speq.hw.system import CHOICES, TOKEN_BITS, PassKind, SystemConfig, pass_layout
 
 _RANK_BITS = (CHOICES - 1).bit_length()
 _COUNT_BITS = 8
@@ -87,7 +87,7 @@ class SpeculationController(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -121,7 +121,7 @@ class SpeculationController(wiring.Component):
     clear : In(1)
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         status, values = status_layout(config), values_layout(config)
         super().__init__(
@@ -438,7 +438,7 @@ class SpeculationController(wiring.Component):
 class _Registers:
     """What the states share. Only writes under way are reset; the rest is set before its use."""
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         rows, count_bits = config.engine.rows, config.engine.token_bits
         status, values = status_layout(config).members, values_layout(config).members
 

@@ -7,14 +7,14 @@ from amaranth.hdl import Elaboratable, Module, Mux
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
-from speq.hw.config import DRAFT_LANES, Mode
+from speq.hw.engine_config import DRAFT_LANES, Mode
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.tile_reader import TileReader, forward
-from speq.hw.system import SystemConfig
 
 
-def activation_command_layout(config: SystemConfig) -> data.StructLayout:
+def activation_command_layout(config: AcceleratorConfig) -> data.StructLayout:
     """The activations of a GEMM of reduction dimension `k` (1 or more), from byte address `address`
     on."""
     return data.StructLayout(
@@ -31,7 +31,7 @@ class ActivationReader(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -49,7 +49,7 @@ class ActivationReader(wiring.Component):
         Drop everything; the unit can be used again when it is not busy.
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         super().__init__(
             {

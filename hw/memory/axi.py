@@ -12,7 +12,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.config import check_power_of_two, check_range
+from speq.hw.engine_config import check_power_of_two, check_range
 
 #: Bits of transaction IDs. All transactions of a reader or writer have one ID, so that responses
 #: come in order: 0, or the number of the reader where several share a master (`ReadArbiter`).

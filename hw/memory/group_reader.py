@@ -7,14 +7,14 @@ from amaranth.hdl import Elaboratable, Module
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.tile_reader import TileReader, forward
 from speq.hw.memory.weight_reader import tile_bits
-from speq.hw.system import SystemConfig
 
 
-def group_command_layout(config: SystemConfig) -> data.StructLayout:
+def group_command_layout(config: AcceleratorConfig) -> data.StructLayout:
     """The group bytes of a GEMM: `tiles` tiles for `k` weights per column, both 1 or more, from
     byte address `groups` on."""
     return data.StructLayout(
@@ -35,7 +35,7 @@ class GroupReader(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -53,7 +53,7 @@ class GroupReader(wiring.Component):
         Drop everything; the unit can be used again when it is not busy.
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         super().__init__(
             {

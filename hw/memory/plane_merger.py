@@ -7,14 +7,14 @@ from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.config import DRAFT_LANES, FP16_BITS, AcceleratorConfig
+from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig
 
 _NIBBLE_BITS = FP16_BITS // DRAFT_LANES
 _RESIDUAL_BITS = FP16_BITS - _NIBBLE_BITS
 _LAST_STEP = DRAFT_LANES - 1
 
 
-def merger_command_layout(config: AcceleratorConfig) -> data.StructLayout:
+def merger_command_layout(config: EngineConfig) -> data.StructLayout:
     """One tile: `words` words (1 or more), of both planes if `merge`, else of the draft plane."""
     return data.StructLayout({"words": config.k_bits, "merge": 1})
 
@@ -34,7 +34,7 @@ class PlaneMerger(wiring.Component):
 
     Parameters
     ----------
-    config : AcceleratorConfig
+    config : EngineConfig
 
     Members
     -------
@@ -45,7 +45,7 @@ class PlaneMerger(wiring.Component):
         A command has not been finished.
     """
 
-    def __init__(self, config: AcceleratorConfig) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.config = config
         words = stream.Signature(data.ArrayLayout(FP16_BITS, config.cols))
         super().__init__(

@@ -7,9 +7,9 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import CHOICES, AcceleratorConfig
 from speq.hw.common.logic import ceil_div
 from speq.hw.memory.memory_writer import write_layout
-from speq.hw.system import CHOICES, SystemConfig
 
 _WORD_BITS = 32
 #: Bits of a row's entries in memory.
@@ -19,7 +19,7 @@ _NO_TOKEN = 0xFFFF_FFFF
 _NO_LOGIT = 0xFF80_0000
 
 
-def ranking_command_layout(config: SystemConfig) -> data.StructLayout:
+def ranking_command_layout(config: AcceleratorConfig) -> data.StructLayout:
     """Where the ranking goes, and the number of its rows."""
     return data.StructLayout({"address": config.address_bits, "tokens": config.engine.token_bits})
 
@@ -37,7 +37,7 @@ class RankingWriter(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -52,7 +52,7 @@ class RankingWriter(wiring.Component):
         From the cycle after a command was taken until its last beat has been.
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         super().__init__(
             {

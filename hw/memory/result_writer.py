@@ -8,17 +8,17 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
-from speq.hw.config import FP16_BITS
+from speq.hw.engine_config import FP16_BITS
 from speq.hw.memory.memory_writer import write_layout
-from speq.hw.system import SystemConfig
 
 _FP32_BITS = 32
 #: Commands that wait behind each of the two parts of the unit.
 _QUEUE = 2
 
 
-def result_command_layout(config: SystemConfig) -> data.StructLayout:
+def result_command_layout(config: AcceleratorConfig) -> data.StructLayout:
     """Where the results of a GEMM go: `tiles` times `tokens` result beats, from `address` upwards,
     as FP16 if `half`. With `discard` they are not written, with `rank` they are ranked."""
     engine = config.engine
@@ -50,7 +50,7 @@ class ResultWriter(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -65,7 +65,7 @@ class ResultWriter(wiring.Component):
         command, as by a `WriteMux`, all its write commands have been taken, too.
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         results = result_layout(config.engine)
         super().__init__(

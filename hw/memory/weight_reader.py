@@ -8,15 +8,15 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
 from speq.hw.common.ram_fifo import RamFifo
-from speq.hw.config import DRAFT_LANES, FP16_BITS, Mode
+from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, Mode
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.plane_merger import PlaneMerger, merger_command_layout
 from speq.hw.memory.repeater import Repeater
 from speq.hw.memory.word_packer import WordPacker
-from speq.hw.system import SystemConfig
 
 #: Commands whose last word may not have been taken when another is taken.
 _COMMANDS = 4
@@ -26,27 +26,27 @@ _MAX_CHUNK_WORDS = 16
 _RESIDUAL_WORDS = 3  # of four weights
 
 
-def tile_bits(config: SystemConfig) -> int:
+def tile_bits(config: AcceleratorConfig) -> int:
     """Bits of a number of tiles."""
     engine = config.engine
     return (-(-engine.max_o // engine.cols)).bit_length()
 
 
-def beats_per_word(config: SystemConfig) -> int:
+def beats_per_word(config: AcceleratorConfig) -> int:
     """Beats of the weight port that hold a word of 16 bits per column."""
     return FP16_BITS * config.engine.cols // config.weights.data_bits
 
 
-def chunk_words(config: SystemConfig) -> int:
+def chunk_words(config: AcceleratorConfig) -> int:
     """Words of the draft plane that are read between words of the residual plane: a burst."""
     return min(max(1, config.weights.burst_beats // beats_per_word(config)), _MAX_CHUNK_WORDS)
 
 
-def weight_command_layout(config: SystemConfig) -> data.StructLayout:
+def weight_command_layout(config: AcceleratorConfig) -> data.StructLayout:
     """The weights of a GEMM: `tiles` tiles of `k` weights per column, both 1 or more.
 
     `plane` and `residual` are byte addresses, `stride` the distance of the plane's tiles in bytes,
-    0 if they follow each other; see `SystemConfig.job_layout`.
+    0 if they follow each other; see `AcceleratorConfig.job_layout`.
     """
     return data.StructLayout(
         {
@@ -60,12 +60,12 @@ def weight_command_layout(config: SystemConfig) -> data.StructLayout:
     )
 
 
-def _word_count_bits(config: SystemConfig) -> int:
+def _word_count_bits(config: AcceleratorConfig) -> int:
     """Bits of a number of words of a chunk; the residual's are up to three times a chunk's."""
     return max(config.engine.k_bits, (_RESIDUAL_WORDS * _MAX_CHUNK_WORDS).bit_length())
 
 
-def _chunk_layout(config: SystemConfig) -> data.StructLayout:
+def _chunk_layout(config: AcceleratorConfig) -> data.StructLayout:
     """Words that follow each other in memory, of the residual or of another plane."""
     return data.StructLayout({"words": _word_count_bits(config), "residual": 1})
 
@@ -85,7 +85,7 @@ class _Chunker(wiring.Component):
     busy : Out(1)
     """
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         super().__init__(
             {
@@ -180,7 +180,7 @@ class WeightReader(wiring.Component):
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
 
     Members
     -------
@@ -202,7 +202,7 @@ class WeightReader(wiring.Component):
     #: Cycles from taking a command to its first request on the bus.
     LATENCY = 1 + MemoryReader.LATENCY
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         word = data.ArrayLayout(FP16_BITS, config.engine.cols)
         super().__init__(

@@ -15,11 +15,11 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow
 
 from speq.hw.accelerator import Accelerator
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.gemm_engine import GemmEngine
 from speq.hw.common.files import staged
 from speq.hw.common.ram import RAM_VERILOG
-from speq.hw.config import AcceleratorConfig
-from speq.hw.system import SystemConfig
+from speq.hw.engine_config import EngineConfig
 from speq.hw.verilog.package import axi_example, fusesoc_core
 from speq.hw.verilog.register_docs import c_header, markdown
 
@@ -68,7 +68,7 @@ def convert_unit(component: wiring.Component, name: str, *, reset: bool = True) 
     return text
 
 
-def generate_top(config: SystemConfig) -> str:
+def generate_top(config: AcceleratorConfig) -> str:
     """Verilog of the accelerator, top module `ACCELERATOR_TOP`."""
     return _accelerator_verilog(Accelerator(config))
 
@@ -81,14 +81,23 @@ def _accelerator_verilog(accelerator: Accelerator) -> str:
     )
 
 
-def _file(config: object, top: str, units: Mapping[str, wiring.Component]) -> str:
+def _file(
+    config: EngineConfig | AcceleratorConfig, top: str, units: Mapping[str, wiring.Component]
+) -> str:
     """A Verilog file: the top module, the memory primitive, and units that are instantiated."""
-    header = f"// SPDX-License-Identifier: Apache-2.0\n// {config}\n"
+    header = f"// SPDX-License-Identifier: Apache-2.0\n// {_notation(config)}\n"
     modules = [convert_unit(unit, name, reset=False) for name, unit in units.items()]
     return header + RAM_VERILOG + top + "".join(modules)
 
 
-def accelerator_files(config: SystemConfig, stem: str) -> dict[str, str]:
+def _notation(config: EngineConfig | AcceleratorConfig) -> str:
+    """The parameters in the header's notation. The names in it stay when classes are renamed, so
+    that a file of the same hardware stays the same file."""
+    names = {"AcceleratorConfig": "SystemConfig", "EngineConfig": "AcceleratorConfig"}
+    return re.sub(r"\b(AcceleratorConfig|EngineConfig)\b", lambda m: names[m[1]], repr(config))
+
+
+def accelerator_files(config: AcceleratorConfig, stem: str) -> dict[str, str]:
     """All files of an accelerator by name: Verilog, description (JSON), register map (Markdown), C
     header, FuseSoC core, and an example of its use. Their names begin with `stem`."""
     accelerator = Accelerator(config)
@@ -110,7 +119,7 @@ def accelerator_files(config: SystemConfig, stem: str) -> dict[str, str]:
     }
 
 
-def generate_verilog(config: AcceleratorConfig) -> tuple[str, dict]:
+def generate_verilog(config: EngineConfig) -> tuple[str, dict]:
     """Verilog of the engine, top module `TOP`, and its description.
 
     The description has the parameters, ports and latencies, ready for JSON.
@@ -152,10 +161,10 @@ def _ports(component: wiring.Component) -> list[dict]:
     return ports
 
 
-def write_verilog(config: AcceleratorConfig | SystemConfig, path: Path) -> tuple[Path, ...]:
+def write_verilog(config: EngineConfig | AcceleratorConfig, path: Path) -> tuple[Path, ...]:
     """Write the Verilog to `path` and what goes with it beside it.
 
-    That is, of an engine (AcceleratorConfig) its description, and of an accelerator (SystemConfig)
+    That is, of an engine (EngineConfig) its description, and of an accelerator (AcceleratorConfig)
     all of `accelerator_files`. Returns the paths, the Verilog's first. Nothing appears unless all
     could be written.
 
@@ -170,7 +179,7 @@ def write_verilog(config: AcceleratorConfig | SystemConfig, path: Path) -> tuple
         raise ValueError(f"{path}: name the Verilog file .v; the files beside it get its name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
-    if isinstance(config, SystemConfig):
+    if isinstance(config, AcceleratorConfig):
         contents = accelerator_files(config, path.stem)
     else:
         text, description = generate_verilog(config)

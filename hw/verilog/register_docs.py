@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import inspect
 
-from speq.hw.config import Mode
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control import descriptor
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
 from speq.hw.control.register_map import ANSWERS, ERRORS, STATES, Register, constants, registers
-from speq.hw.system import PassKind, SystemConfig
+from speq.hw.engine_config import Mode
 
 _ACCESSES = {
     "ro": "read only",
@@ -32,7 +32,7 @@ _NUMBERS = (
 )
 
 
-def c_header(config: SystemConfig) -> str:
+def c_header(config: AcceleratorConfig) -> str:
     """A C header (C99, C++) of the registers and descriptors of one configuration.
 
     - SPEQ_REG_name: byte offset of a register. Of one of 64 bits, that of the lower half; the upper
@@ -58,7 +58,7 @@ def c_header(config: SystemConfig) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown(config: SystemConfig) -> str:
+def markdown(config: AcceleratorConfig) -> str:
     """The registers, the numbers in them and the descriptor as Markdown tables."""
     fixed = constants(config)
     parts = [
@@ -118,7 +118,7 @@ def _about(register: Register) -> str:
     return f"{register.access}, {register.bits} bits: {register.about}"
 
 
-def _c_values(config: SystemConfig) -> str:
+def _c_values(config: AcceleratorConfig) -> str:
     fixed = constants(config)
     return "\n".join(
         _define(f"VALUE_{register.name}", f"0x{register.pack(fixed[register.name]):08x}u")

@@ -18,7 +18,7 @@ from amaranth.hdl import Value
 from amaranth.lib.wiring import Flow
 
 from speq.hw.array.array import Array
-from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.verilog import convert_unit
 from speq.model.arith import draft_gemm, quantize_activations, to_float16, verify_gemm
 from speq.model.format import encode
@@ -33,7 +33,7 @@ _TILES = 300
 _LARGEST_K = 150
 
 
-def run(config: AcceleratorConfig) -> None:
+def run(config: EngineConfig) -> None:
     """Check the array of a configuration."""
     array = Array(config, _TAG_BITS)
     ports = _port_places(array)
@@ -77,7 +77,7 @@ def _total_bits(ports: dict[str, tuple[int, int]]) -> int:
 async def random_tiles(dut: object) -> None:
     """Results, row, last, half and tag of every tile, in exactly the cycles that are promised."""
     values = json.loads(os.environ["SPEQ_CONFIG"])
-    config = AcceleratorConfig(**values | {"format": FormatConfig(**values["format"])})
+    config = EngineConfig(**values | {"format": FormatConfig(**values["format"])})
     array = Array(config, _TAG_BITS)
     ports = _port_places(array)
     rng = np.random.default_rng(seed())
@@ -138,7 +138,7 @@ async def random_tiles(dut: object) -> None:
         )
 
 
-def _random_tile(rng: np.random.Generator, config: AcceleratorConfig) -> tuple[Gemm, np.ndarray]:
+def _random_tile(rng: np.random.Generator, config: EngineConfig) -> tuple[Gemm, np.ndarray]:
     """A GEMM of one tile and its golden output bits, uint32 [T, cols]."""
     modes = list(Mode) if config.draft_rows else [Mode.BYPASS]
     mode = modes[rng.integers(len(modes))]
@@ -165,7 +165,7 @@ def _random_tile(rng: np.random.Generator, config: AcceleratorConfig) -> tuple[G
     return gemm, golden.numpy().view(np.uint32)
 
 
-def _tile_beats(gemm: Gemm, config: AcceleratorConfig, array: Array, tag: int) -> list[dict]:
+def _tile_beats(gemm: Gemm, config: EngineConfig, array: Array, tag: int) -> list[dict]:
     """The inputs of the steps of a tile."""
     control = array.control.shape()
     groups = group_beats(gemm, config.cols)

@@ -14,7 +14,7 @@ import numpy as np
 from cocotb.triggers import Timer
 
 from speq.hw.array.exponent_remap import ExponentRemap
-from speq.hw.config import DRAFT_LANES, LANE_BITS, AcceleratorConfig
+from speq.hw.engine_config import DRAFT_LANES, LANE_BITS, EngineConfig
 from speq.hw.verilog import convert_unit
 from speq.model.format import unmap
 from speq.model.number_format import FormatConfig, draft_levels
@@ -25,13 +25,13 @@ _BASES = 32
 _WORDS = 1 << 16
 
 
-def _config() -> AcceleratorConfig:
-    return AcceleratorConfig(format=FormatConfig(split=int(os.environ["SPEQ_SPLIT"])))
+def _config() -> EngineConfig:
+    return EngineConfig(format=FormatConfig(split=int(os.environ["SPEQ_SPLIT"])))
 
 
 def run(split: int) -> None:
     """Check the unit for one split."""
-    unit = ExponentRemap(AcceleratorConfig(format=FormatConfig(split=split)))
+    unit = ExponentRemap(EngineConfig(format=FormatConfig(split=split)))
     level_bits = len(unit.levels.as_value())
     instances = "".join(
         f"  unit u{base} (.word(word), .base(5'd{base}), .fp16(fp16[{base} * 16 +: 16]), "
@@ -76,7 +76,7 @@ async def every_word_and_base(dut: object) -> None:
         )
 
 
-def _level_bits(nibble: int, config: AcceleratorConfig) -> int:
+def _level_bits(nibble: int, config: EngineConfig) -> int:
     """{negative, shift, significand} of a draft code."""
     level = draft_levels(config.format)[nibble & 7]
     negative = (nibble >> 3) << (LANE_BITS + config.level_shift_bits)

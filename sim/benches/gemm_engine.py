@@ -25,11 +25,11 @@ from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, First, RisingEdge, Timer
 
 from speq.hw.array.gemm_engine import command_layout, result_layout
-from speq.hw.config import (
+from speq.hw.engine_config import (
     BLOCK_MAGNITUDE_BITS,
     DRAFT_LANES,
     EXPONENT_BITS,
-    AcceleratorConfig,
+    EngineConfig,
     Mode,
 )
 from speq.hw.verilog import TOP, generate_verilog
@@ -148,7 +148,7 @@ def group_beats(gemm: Gemm, columns: int) -> np.ndarray:
     return gemm.weights.group_bytes.reshape(-1, columns)
 
 
-def activation_beats(gemm: Gemm, config: AcceleratorConfig) -> list[int]:
+def activation_beats(gemm: Gemm, config: EngineConfig) -> list[int]:
     """Words for the activation store, one integer a beat."""
     tokens, k, _ = gemm.size
     if gemm.mode is not Mode.DRAFT:
@@ -172,7 +172,7 @@ def activation_beats(gemm: Gemm, config: AcceleratorConfig) -> list[int]:
 
 
 def command_word(
-    config: AcceleratorConfig, mode: Mode | int, k: int, o: int, tokens: int, half: bool = False
+    config: EngineConfig, mode: Mode | int, k: int, o: int, tokens: int, half: bool = False
 ) -> int:
     """The payload of a command."""
     layout = command_layout(config)
@@ -182,7 +182,7 @@ def command_word(
 
 
 @cache
-def _harness(config: AcceleratorConfig) -> tuple[str, dict[str, int]]:
+def _harness(config: EngineConfig) -> tuple[str, dict[str, int]]:
     """Verilog of the engine between file-driven sources and a file-writing sink, and latencies."""
     engine_verilog, description = generate_verilog(config)
     widths = {port["name"]: port["width"] for port in description["ports"]}
@@ -207,7 +207,7 @@ def _harness(config: AcceleratorConfig) -> tuple[str, dict[str, int]]:
     return top + engine_verilog, description["latencies"]
 
 
-def _sources(config: AcceleratorConfig) -> list[str]:
+def _sources(config: EngineConfig) -> list[str]:
     groups = ["groups"] if config.draft_rows else []
     return ["command", "activations", "weights", *groups]
 
@@ -314,7 +314,7 @@ async def run_to_end(dut: object) -> None:
 
 
 def run_gemms(
-    config: AcceleratorConfig,
+    config: EngineConfig,
     gemms: Sequence[Gemm],
     *,
     impossible: Sequence[int] = (),
@@ -327,7 +327,7 @@ def run_gemms(
 
     Parameters
     ----------
-    config : AcceleratorConfig
+    config : EngineConfig
     gemms : sequence of Gemm
     impossible : sequence of int
         Command words that come first and that the engine must drop.
@@ -410,12 +410,12 @@ def _watch(path: Path, final_size: int, progress: Callable[[float], None] | None
         thread.join()
 
 
-def _tiles(gemm: Gemm, config: AcceleratorConfig) -> int:
+def _tiles(gemm: Gemm, config: EngineConfig) -> int:
     return -(-gemm.size[2] // config.cols)
 
 
 def _write_beats(
-    folder: Path, config: AcceleratorConfig, gemms: Sequence[Gemm], impossible: Sequence[int]
+    folder: Path, config: EngineConfig, gemms: Sequence[Gemm], impossible: Sequence[int]
 ) -> dict[str, int]:
     """Write the sources' files; returns the number of beats of each."""
     columns = config.cols
@@ -453,7 +453,7 @@ def _cycles(path: Path, event: str) -> list[int]:
 
 
 def _collect(
-    config: AcceleratorConfig,
+    config: EngineConfig,
     gemms: Sequence[Gemm],
     commands: list[int],
     starts: list[int],

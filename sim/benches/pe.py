@@ -20,13 +20,13 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.array.operands import activation_layout, weight_layout
 from speq.hw.array.pe import Pe
 from speq.hw.common.unit import Unit
-from speq.hw.config import (
+from speq.hw.engine_config import (
     BLOCK_MAGNITUDE_BITS,
     DRAFT_LANES,
     FP16_MAX_EXPONENT,
     LANE_BITS,
     PRODUCT_UNIT_EXPONENT,
-    AcceleratorConfig,
+    EngineConfig,
 )
 from speq.hw.verilog import convert_unit
 from speq.model.number_format import SCALE_NUMERATORS, FormatConfig, draft_levels
@@ -103,7 +103,7 @@ class _Operands:
 
 
 def _pe(*, draft: bool, split: int) -> Pe:
-    config = AcceleratorConfig(rows=1, cols=1, max_k=_MAX_K, format=FormatConfig(split=split))
+    config = EngineConfig(rows=1, cols=1, max_k=_MAX_K, format=FormatConfig(split=split))
     return Pe(config, draft=draft)
 
 

@@ -24,13 +24,13 @@ from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiReadBus, AxiSlaveRead
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.ram import RAM_VERILOG
-from speq.hw.config import DRAFT_LANES, AcceleratorConfig, Mode
+from speq.hw.engine_config import DRAFT_LANES, EngineConfig, Mode
 from speq.hw.memory.activation_reader import ActivationReader, activation_command_layout
 from speq.hw.memory.axi import AxiConfig, Fault
 from speq.hw.memory.group_reader import GroupReader, group_command_layout
 from speq.hw.memory.weight_reader import WeightReader, chunk_words, weight_command_layout
-from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
@@ -41,14 +41,14 @@ from speq.sim.runner import seed, simulate
 _TOP = "readers_tb"
 #: Words as wide as beats, wider, and narrower; ports as wide as the array and narrower.
 _CONFIGS = (
-    SystemConfig(AcceleratorConfig(rows=4, cols=8)),
-    SystemConfig(
-        AcceleratorConfig(rows=2, cols=4, draft_rows=2, format=FormatConfig(group=32)),
+    AcceleratorConfig(EngineConfig(rows=4, cols=8)),
+    AcceleratorConfig(
+        EngineConfig(rows=2, cols=4, draft_rows=2, format=FormatConfig(group=32)),
         weights=AxiConfig(data_bits=64, address_bits=32, burst=32, depth=64),
         data=AxiConfig(data_bits=64, address_bits=32, burst=4, depth=32, outstanding=13),
     ),
-    SystemConfig(
-        AcceleratorConfig(rows=4, cols=16, format=FormatConfig(group=128), max_k=1000),
+    AcceleratorConfig(
+        EngineConfig(rows=4, cols=16, format=FormatConfig(group=128), max_k=1000),
         weights=AxiConfig(data_bits=64, address_bits=20),
         data=AxiConfig(data_bits=256, address_bits=20),
     ),

@@ -19,11 +19,11 @@ from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiLiteBus, AxiLiteMaster
 from cocotbext.axi.axil_channels import AxiLiteAWTransaction, AxiLiteWTransaction
 
-from speq.hw.config import AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.register_file import RegisterFile, status_layout, values_layout
 from speq.hw.control.register_map import ADDRESS_BITS, Register, constants, registers
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
 from speq.sim.runner import seed, simulate
 
@@ -31,10 +31,10 @@ _TOP = "registers_tb"
 _WIDE = AxiConfig(data_bits=1024, address_bits=64)
 #: Those under test: usual, smallest and largest.
 _CONFIGS = (
-    SystemConfig(),
-    SystemConfig(AcceleratorConfig(rows=1, cols=4, max_k=1, max_o=1)),
-    SystemConfig(
-        AcceleratorConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), _WIDE, _WIDE
+    AcceleratorConfig(),
+    AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    AcceleratorConfig(
+        EngineConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), _WIDE, _WIDE
     ),
 )
 _OPERATIONS = 500

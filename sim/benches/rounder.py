@@ -20,7 +20,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.array.rounder import FP16_NAN, FP32_NAN, Rounder
 from speq.hw.common.unit import Unit
-from speq.hw.config import FP16_MAX, AcceleratorConfig
+from speq.hw.engine_config import FP16_MAX, EngineConfig
 from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
 from speq.model.number_format import FormatConfig
@@ -63,7 +63,7 @@ class _Bench(wiring.Component):
         return m
 
 
-def run(config: AcceleratorConfig) -> None:
+def run(config: EngineConfig) -> None:
     """Check the rounder of a configuration."""
     rounder = Rounder(config)
     verilog = bench_verilog(_Bench(rounder), "rounder_tb")
@@ -72,9 +72,9 @@ def run(config: AcceleratorConfig) -> None:
     simulate(verilog, "rounder_tb", __name__, environment=environment)
 
 
-def _config() -> AcceleratorConfig:
+def _config() -> EngineConfig:
     values = json.loads(os.environ["SPEQ_CONFIG"])
-    return AcceleratorConfig(**values | {"format": FormatConfig(**values["format"])})
+    return EngineConfig(**values | {"format": FormatConfig(**values["format"])})
 
 
 @cocotb.test()
@@ -111,7 +111,7 @@ async def every_cycle(dut: object) -> None:
     )
 
 
-def _directed(config: AcceleratorConfig) -> Iterator[int]:
+def _directed(config: EngineConfig) -> Iterator[int]:
     """Sums around every rounding decision that there can be, both signs, and the extremes."""
     bits = config.accumulator_bits
     magnitudes = {0, (1 << bits - 1) - 1, 1 << bits - 1}
@@ -132,7 +132,7 @@ def _directed(config: AcceleratorConfig) -> Iterator[int]:
         yield -magnitude
 
 
-def _random(rng: np.random.Generator, config: AcceleratorConfig) -> list[int]:
+def _random(rng: np.random.Generator, config: EngineConfig) -> list[int]:
     """Random sums with as many of each bit length."""
     bits = config.accumulator_bits
     words = rng.bytes(_RANDOM_SUMS * 16)

@@ -21,16 +21,16 @@ from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiRamWrite, AxiWriteBus
 
+from speq.hw.accelerator_config import CHOICES, AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.ram import RAM_VERILOG
-from speq.hw.config import AcceleratorConfig
 from speq.hw.control.ranker import Ranker, rank_start_layout
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig, Fault
 from speq.hw.memory.memory_writer import MemoryWriter, write_layout
 from speq.hw.memory.ranking_writer import RankingWriter, ranking_command_layout
 from speq.hw.memory.result_writer import ResultWriter, result_command_layout
 from speq.hw.memory.write_mux import WriteMux
-from speq.hw.system import CHOICES, SystemConfig
 from speq.hw.verilog import convert_unit
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
@@ -47,9 +47,9 @@ _CHANNELS = ("aw_channel", "w_channel", "b_channel")
 _LEAST = 0xFF80_0000
 
 
-def _system(rows: int, cols: int, axi: AxiConfig) -> SystemConfig:
+def _system(rows: int, cols: int, axi: AxiConfig) -> AcceleratorConfig:
     weights = AxiConfig(data_bits=64, address_bits=axi.address_bits)
-    return SystemConfig(AcceleratorConfig(rows=rows, cols=cols), weights=weights, data=axi)
+    return AcceleratorConfig(EngineConfig(rows=rows, cols=cols), weights=weights, data=axi)
 
 
 #: Those under test: beats narrower than a row's ranking, as wide, and wider.
@@ -63,7 +63,7 @@ _CONFIGS = (
 class _Writers(wiring.Component):
     """The units between the array's results and memory."""
 
-    def __init__(self, config: SystemConfig) -> None:
+    def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         address = config.address_bits
         super().__init__(

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
-from speq.hw import AcceleratorConfig
+from speq.hw import EngineConfig
 
-CONFIG = AcceleratorConfig(rows=2, cols=1, max_k=16)
+CONFIG = EngineConfig(rows=2, cols=1, max_k=16)
 AREAS = {
     "speq_exponent_remap": 50.0,
     "speq_pe_dual": 1200.0,
@@ -76,8 +76,8 @@ def test_areas_are_sums_of_cells(tmp_path: Path) -> None:
 def test_overheads() -> None:
     assert pe_overhead(AREAS) == pytest.approx(0.2)
     # A column of 8: the remap's 50 and the dual-mode PE's extra 200 over 8 x 1000.
-    assert column_overhead(AREAS, AcceleratorConfig(rows=8)) == pytest.approx(250 / 8000)
-    both = AcceleratorConfig(rows=8, draft_rows=2)
+    assert column_overhead(AREAS, EngineConfig(rows=8)) == pytest.approx(250 / 8000)
+    both = EngineConfig(rows=8, draft_rows=2)
     assert column_overhead(AREAS, both) == pytest.approx(450 / 8000)
 
 
@@ -124,6 +124,6 @@ def test_the_report_lists_areas_and_overheads(tmp_path: Path) -> None:
     assert all(figures[f"area of {unit}"]["met"] is None for unit in AREAS)
     pe, array = figures["dual-mode PE, extra area"], figures["array, extra area"]
     assert pe["value"] == pytest.approx(100 * pe_overhead(areas))
-    assert array["value"] == pytest.approx(100 * column_overhead(areas, AcceleratorConfig()))
+    assert array["value"] == pytest.approx(100 * column_overhead(areas, EngineConfig()))
     for name in figures:
         assert name in done.stdout

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from speq.cli import app
 from speq.cli.demo_decode import Comparison, Predictor, Walk, load, walks
 from speq.cli.generate import encode_model
-from speq.hw.system import PassKind
+from speq.hw.accelerator_config import PassKind
 from speq.model.checkpoint import CheckpointError
 from speq.model.cycles import Engine
 from speq.model.loaders import load_model

@@ -14,9 +14,9 @@ import pytest
 
 import speq.cli
 from speq.cli.waves import BEFORE, LAYOUT, value_names
-from speq.hw.config import AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import STATES
-from speq.hw.system import PassKind, SystemConfig
+from speq.hw.engine_config import EngineConfig
 from speq.sim.board_server import CLOCK_NS
 from tests.model.small_models import random_weights, small_config, write_gguf
 from tests.sim.fst_reader import FstFile
@@ -165,7 +165,7 @@ def test_impossible_options(speq_waves, tmp_path):
 
 
 def test_values_have_names():
-    names = value_names(SystemConfig(AcceleratorConfig(rows=2, cols=4)))
+    names = value_names(AcceleratorConfig(EngineConfig(rows=2, cols=4)))
     assert names["Walker"][0] == "FETCH" and "HOST" in names["Walker"].values()
     assert names["Speculation"][0] == "IDLE" and "COMMIT" in names["Speculation"].values()
     used = {trace.form for group in LAYOUT for trace in group.traces}

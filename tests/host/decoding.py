@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from speq.host.driver import Host
-from speq.hw.config import AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import SystemConfig
 from speq.model.checkpoint import Model, linear_names
 from speq.model.format import EncodedTensor, encode
 from speq.model.number_format import FormatConfig
@@ -21,18 +21,18 @@ from speq.sim.runner import seed
 SEED = seed()
 #: Tokens that `check` decodes, unless told otherwise.
 TOKENS = 10
-SMALL = AcceleratorConfig(rows=4, cols=8, max_k=256, max_o=1024)
+SMALL = EngineConfig(rows=4, cols=8, max_k=256, max_o=1024)
 
 
 def system(
-    engine: AcceleratorConfig = SMALL, weights: int | None = None, data: int | None = None
-) -> SystemConfig:
+    engine: EngineConfig = SMALL, weights: int | None = None, data: int | None = None
+) -> AcceleratorConfig:
     """A configuration with ports of so many bits, by default as wide as they can be."""
     ports = {
         name: bits and AxiConfig(data_bits=bits)
         for name, bits in (("weights", weights), ("data", data))
     }
-    return SystemConfig(engine, **ports)
+    return AcceleratorConfig(engine, **ports)
 
 
 def encoded_linears(model: Model, config: FormatConfig | None = None) -> dict[str, EncodedTensor]:

@@ -20,10 +20,10 @@ from speq.host.driver import AcceleratorError, Host, default_capacity, threshold
 from speq.host.kv_entries import KVEntries
 from speq.host.layout import MemoryLayout, Region
 from speq.host.registers import Registers, read_configuration
-from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.register_map import ANSWERS, STATES
-from speq.hw.system import ErrorCode, PassKind, SystemConfig
+from speq.hw.engine_config import EngineConfig, Mode
 from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor, encode
 from speq.model.loaders import load_model
@@ -45,7 +45,7 @@ from tests.model.small_models import random_tokens
 
 
 def make_host(
-    model: Model, encoded: dict[str, EncodedTensor] | None, config: SystemConfig, base: int = 0
+    model: Model, encoded: dict[str, EncodedTensor] | None, config: AcceleratorConfig, base: int = 0
 ) -> Host:
     """A driver on a functional model whose memory ends where the model does."""
     capacity = default_capacity(config, model.config)
@@ -129,10 +129,10 @@ def test_architectures(architecture):
     "config",
     [
         system(),
-        system(AcceleratorConfig(rows=5, cols=4, max_k=300, max_o=300), weights=64, data=64),
-        system(AcceleratorConfig(rows=2, cols=32, max_k=256, max_o=999), data=64),
+        system(EngineConfig(rows=5, cols=4, max_k=300, max_o=300), weights=64, data=64),
+        system(EngineConfig(rows=2, cols=32, max_k=256, max_o=999), data=64),
         system(
-            AcceleratorConfig(rows=8, cols=16, format=FormatConfig(32, 1), draft_rows=3, max_k=256),
+            EngineConfig(rows=8, cols=16, format=FormatConfig(32, 1), draft_rows=3, max_k=256),
             weights=64,
         ),
     ],
@@ -158,7 +158,7 @@ def test_layers_without_an_encoding_are_plain_in_draft_passes_too():
 def test_tiny():
     model = load_model("tiny")
     encoded = encoded_linears(model)
-    engine = AcceleratorConfig(rows=8, cols=16, max_k=512)
+    engine = EngineConfig(rows=8, cols=16, max_k=512)
     host = make_host(model, encoded, system(engine))
     prompt = model.tokenizer.encode("Once upon a time, there was a little girl")
     steps = check(host, model, encoded, prompt, Settings(8, threshold=2.0), max_tokens=32)
@@ -275,7 +275,9 @@ def test_thresholds_are_rounded_up():
 # What the driver refuses.
 
 
-def refused(match: str, model: Model, encoded=None, config: SystemConfig | None = None) -> None:
+def refused(
+    match: str, model: Model, encoded=None, config: AcceleratorConfig | None = None
+) -> None:
     config = config or system()
     with pytest.raises(ValueError, match=match):
         Host(AcceleratorModel(config, 1 << 22), model, encoded)
@@ -343,7 +345,7 @@ def test_other_hardware_is_refused():
 
     with pytest.raises(ValueError, match="VERSION is 0x0000dead"):
         read_configuration(Other(system(), 4096))
-    for config in (system(), system(AcceleratorConfig(rows=64, cols=64, draft_rows=2), 128, 1024)):
+    for config in (system(), system(EngineConfig(rows=64, cols=64, draft_rows=2), 128, 1024)):
         assert read_configuration(AcceleratorModel(config, 4096)) == config
 
 

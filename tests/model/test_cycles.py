@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from speq.hw import AcceleratorConfig
+from speq.hw import EngineConfig
 from speq.hw.array.gemm_engine import GemmEngine
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import (
@@ -48,7 +48,7 @@ LLAMA_2_13B = ModelConfig(
 
 
 def test_constants_are_the_engines():
-    config = AcceleratorConfig(rows=ENGINE.rows, cols=ENGINE.cols)
+    config = EngineConfig(rows=ENGINE.rows, cols=ENGINE.cols)
     engine = GemmEngine(config)
     assert (ENGINE.fill, ENGINE.overhead) == (engine.FILL, engine.OVERHEAD)
 

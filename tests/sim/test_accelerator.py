@@ -18,12 +18,12 @@ from speq.host.accelerator_model import AcceleratorModel
 from speq.host.board import Board
 from speq.host.layout import RANKING_BYTES, ceil_div, round_up
 from speq.host.registers import Registers
-from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.register_map import ANSWERS, registers
+from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.weight_reader import chunk_words
-from speq.hw.system import ErrorCode, SystemConfig
 from speq.hw.verilog import generate_top
 from speq.model.number_format import FormatConfig, draft_words, residual_words
 from speq.sim.runner import seed
@@ -49,19 +49,17 @@ def _narrow(bits: int) -> AxiConfig:
 
 
 CONFIGS = {
-    "4x8": SystemConfig(AcceleratorConfig(rows=4, cols=8, draft_rows=2, max_k=1024, max_o=4096)),
-    "3x4 small": SystemConfig(
-        AcceleratorConfig(
-            rows=3, cols=4, draft_rows=3, max_k=40, max_o=50, format=FormatConfig(32, 1)
-        )
+    "4x8": AcceleratorConfig(EngineConfig(rows=4, cols=8, draft_rows=2, max_k=1024, max_o=4096)),
+    "3x4 small": AcceleratorConfig(
+        EngineConfig(rows=3, cols=4, draft_rows=3, max_k=40, max_o=50, format=FormatConfig(32, 1))
     ),
-    "2x8 narrow": SystemConfig(
-        AcceleratorConfig(rows=2, cols=8, max_k=256, max_o=512), _narrow(64), _narrow(64)
+    "2x8 narrow": AcceleratorConfig(
+        EngineConfig(rows=2, cols=8, max_k=256, max_o=512), _narrow(64), _narrow(64)
     ),
-    "2x64 wide data": SystemConfig(
-        AcceleratorConfig(rows=2, cols=64, max_k=256, max_o=512), _narrow(256), _narrow(1024)
+    "2x64 wide data": AcceleratorConfig(
+        EngineConfig(rows=2, cols=64, max_k=256, max_o=512), _narrow(256), _narrow(1024)
     ),
-    "8x16": SystemConfig(AcceleratorConfig()),
+    "8x16": AcceleratorConfig(EngineConfig()),
 }
 QUICK = ["4x8", "3x4 small", "2x8 narrow"]
 
@@ -323,7 +321,7 @@ def faulty(ideal: Pair) -> Pair:
     return ideal
 
 
-def malformed(config: SystemConfig) -> dict[ErrorCode, list[tuple[str, dict[str, int]]]]:
+def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict[str, int]]]]:
     """By the expected error: the name of a sound descriptor of `sound` and what is wrong in it."""
     engine = config.engine
     weights, data = config.weights.beat_bytes, config.data.beat_bytes

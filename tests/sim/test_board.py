@@ -15,12 +15,12 @@ from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.ram import RAM_VERILOG
-from speq.hw.config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig, Fault
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.memory_writer import MemoryWriter
-from speq.hw.system import SystemConfig
 from speq.hw.verilog import convert_unit
 from speq.sim import fst, runner
 from speq.sim.runner import SimulationError
@@ -33,8 +33,8 @@ from speq.sim.simulated_board import (
     simulate_board,
 )
 
-SYSTEM = SystemConfig(
-    engine=AcceleratorConfig(rows=2, cols=8),
+SYSTEM = AcceleratorConfig(
+    engine=EngineConfig(rows=2, cols=8),
     weights=AxiConfig(data_bits=128),
     data=AxiConfig(data_bits=128),
 )

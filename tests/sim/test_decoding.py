@@ -16,8 +16,8 @@ import torch
 
 from speq.host.driver import Host, Pass
 from speq.host.layout import MemoryLayout
-from speq.hw.config import AcceleratorConfig
-from speq.hw.system import PassKind, SystemConfig
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
+from speq.hw.engine_config import EngineConfig
 from speq.hw.verilog import generate_top
 from speq.model import speculation
 from speq.model.checkpoint import Model
@@ -33,9 +33,9 @@ from tests.model.drafted import drafted_model
 from tests.model.small_models import random_tokens
 
 # Simulations of these are built for test_accelerator.py as well.
-FULL = system(AcceleratorConfig())
-FEW = system(AcceleratorConfig(rows=4, cols=8, draft_rows=2, max_k=1024, max_o=4096))
-NARROW = system(AcceleratorConfig(rows=2, cols=8, max_k=256, max_o=512), weights=64, data=64)
+FULL = system(EngineConfig())
+FEW = system(EngineConfig(rows=4, cols=8, draft_rows=2, max_k=1024, max_o=4096))
+NARROW = system(EngineConfig(rows=2, cols=8, max_k=256, max_o=512), weights=64, data=64)
 CAPACITY = 128
 LATENCY = 16
 COUNTED = ("verify_passes", "draft_passes", "committed", "accepted", "alternates", "tree_hits")
@@ -118,13 +118,13 @@ class Meter:
 
 
 @cache
-def verilog(config: SystemConfig) -> str:
+def verilog(config: AcceleratorConfig) -> str:
     return generate_top(config)
 
 
 @contextmanager
 def rtl_host(
-    config: SystemConfig,
+    config: AcceleratorConfig,
     model: Model,
     encoded: Encoded | None,
     capacity: int = CAPACITY,
@@ -280,7 +280,7 @@ def test_other_models(config, shape):
 # Cycles.
 
 
-def engine_of(config: SystemConfig, latency: int) -> Engine:
+def engine_of(config: AcceleratorConfig, latency: int) -> Engine:
     engine = config.engine
     beats = max(1, 32 * engine.cols // config.data.data_bits)
     return Engine(engine.rows, engine.cols, latency=latency, result_beats=beats)

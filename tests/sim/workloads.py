@@ -18,10 +18,10 @@ import torch
 from speq.host.board import Board
 from speq.host.layout import RANKING_BYTES, Region, ceil_div, round_up, tiled, weight_planes
 from speq.host.registers import Registers
-from speq.hw.config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.register_map import ANSWERS, STATES
-from speq.hw.system import ErrorCode, SystemConfig
+from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations, quantize_activations
 from speq.model.format import encode
 from speq.model.number_format import draft_words, residual_words
@@ -70,7 +70,7 @@ class Workload:
 
     Parameters
     ----------
-    config : SystemConfig
+    config : AcceleratorConfig
     random : numpy Generator
         Of operands and places.
     rows : int
@@ -96,7 +96,7 @@ class Workload:
         The host's answer at the HOST descriptor with this index, if it is not CONTINUE.
     """
 
-    config: SystemConfig
+    config: AcceleratorConfig
     random: np.random.Generator
     rows: int = 1
     position: int = 0
@@ -417,9 +417,9 @@ class Workload:
         return "\n".join(lines)
 
 
-def draft_words_of(x: BlockActivations, config: SystemConfig) -> np.ndarray:
+def draft_words_of(x: BlockActivations, config: AcceleratorConfig) -> np.ndarray:
     """Block activations of up to draft_rows rows as they lie in memory: uint8 [words,
-    activation_bytes]; bits are those of `AcceleratorConfig.activation_layout`, the others 0."""
+    activation_bytes]; bits are those of `EngineConfig.activation_layout`, the others 0."""
     mantissa, exponent = x.mantissa.numpy().astype(np.int64), x.exponent.numpy()
     tokens, k = mantissa.shape
     steps = ceil_div(k, DRAFT_LANES)
@@ -439,7 +439,7 @@ def draft_words_of(x: BlockActivations, config: SystemConfig) -> np.ndarray:
     return words
 
 
-def random_workload(config: SystemConfig, random: np.random.Generator) -> Workload:
+def random_workload(config: AcceleratorConfig, random: np.random.Generator) -> Workload:
     """A program of 1 to 8 random descriptors before its END."""
     rows = int(random.integers(1, config.engine.rows + 1))
     position = int(

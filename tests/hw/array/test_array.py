@@ -3,7 +3,7 @@
 
 import pytest
 
-from speq.hw import AcceleratorConfig
+from speq.hw import EngineConfig
 from speq.model.number_format import FormatConfig
 from speq.sim.benches import array as array_tb
 
@@ -11,12 +11,12 @@ from speq.sim.benches import array as array_tb
 @pytest.mark.parametrize(
     "config",
     [
-        AcceleratorConfig(rows=3, cols=2, max_k=200),
-        AcceleratorConfig(rows=2, cols=3, draft_rows=2, max_k=200, format=FormatConfig(32, 0)),
-        AcceleratorConfig(rows=4, cols=1, draft_rows=0, max_k=200),
-        AcceleratorConfig(rows=1, cols=1, max_k=200),
+        EngineConfig(rows=3, cols=2, max_k=200),
+        EngineConfig(rows=2, cols=3, draft_rows=2, max_k=200, format=FormatConfig(32, 0)),
+        EngineConfig(rows=4, cols=1, draft_rows=0, max_k=200),
+        EngineConfig(rows=1, cols=1, max_k=200),
     ],
     ids=["one row drafts", "all rows draft", "baseline", "one PE"],
 )
-def test_random_tiles(config: AcceleratorConfig) -> None:
+def test_random_tiles(config: EngineConfig) -> None:
     array_tb.run(config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from speq.hw import AcceleratorConfig, Mode
+from speq.hw import EngineConfig, Mode
 from speq.model.arith import draft_gemm, quantize_activations, to_float16, verify_gemm
 from speq.model.cycles import Engine, gemm_cycles, gemm_latency
 from speq.model.format import encode
@@ -18,8 +18,8 @@ from speq.sim.benches.gemm_engine import Gemm, RunResult, command_word, run_gemm
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed
 
-SMALL = AcceleratorConfig(rows=4, cols=6, draft_rows=2, max_k=300)
-REFERENCE = AcceleratorConfig()
+SMALL = EngineConfig(rows=4, cols=6, draft_rows=2, max_k=300)
+REFERENCE = EngineConfig()
 
 
 def operands(rng: np.random.Generator, rows: int, k: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ def operands(rng: np.random.Generator, rows: int, k: int) -> torch.Tensor:
 
 def gemm(
     rng: np.random.Generator,
-    config: AcceleratorConfig,
+    config: EngineConfig,
     mode: Mode,
     size: tuple[int, int, int],
     half: bool = False,
@@ -44,7 +44,7 @@ def gemm(
 
 
 def with_golden(
-    config: AcceleratorConfig, mode: Mode, x: torch.Tensor, w: torch.Tensor, half: bool = False
+    config: EngineConfig, mode: Mode, x: torch.Tensor, w: torch.Tensor, half: bool = False
 ) -> tuple[Gemm, np.ndarray]:
     name = f"{mode.name.lower()} T={len(x)} K={x.shape[1]} O={len(w)}"
     if mode is Mode.BYPASS:
@@ -61,7 +61,7 @@ def with_golden(
     return job, golden.numpy().view(np.uint32)
 
 
-def check(config: AcceleratorConfig, pairs: list, **options: object) -> RunResult:
+def check(config: EngineConfig, pairs: list, **options: object) -> RunResult:
     """Run GEMMs one after the other and compare every output bit."""
     outcome = run_gemms(config, [job for job, _ in pairs], **options)
     for (job, golden), result in zip(pairs, outcome.results, strict=True):
@@ -76,7 +76,7 @@ def check(config: AcceleratorConfig, pairs: list, **options: object) -> RunResul
     return outcome
 
 
-def random_gemms(rng: np.random.Generator, config: AcceleratorConfig, count: int) -> list:
+def random_gemms(rng: np.random.Generator, config: EngineConfig, count: int) -> list:
     pairs = []
     for _ in range(count):
         mode = Mode(int(rng.integers(3)))
@@ -107,7 +107,7 @@ def test_random_shapes_modes_and_stalls(case: int) -> None:
 @pytest.mark.parametrize("split", [0, 1, 3])
 def test_other_formats(split: int) -> None:
     group = {0: 32, 1: 64, 3: 128}[split]
-    config = AcceleratorConfig(
+    config = EngineConfig(
         rows=3, cols=2, draft_rows=3, max_k=256, format=FormatConfig(group=group, split=split)
     )
     rng = np.random.default_rng((seed(), split))
@@ -115,7 +115,7 @@ def test_other_formats(split: int) -> None:
 
 
 def test_fp16_only_baseline() -> None:
-    config = AcceleratorConfig(rows=4, cols=3, draft_rows=0, max_k=64)
+    config = EngineConfig(rows=4, cols=3, draft_rows=0, max_k=64)
     rng = np.random.default_rng(seed())
     sizes = [(4, 64, 7), (1, 1, 1), (3, 17, 3), (2, 2, 9)]
     check(config, [gemm(rng, config, Mode.BYPASS, size) for size in sizes])

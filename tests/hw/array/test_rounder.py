@@ -3,17 +3,17 @@
 
 import pytest
 
-from speq.hw.config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 from speq.model.number_format import FormatConfig
 from speq.sim.benches import rounder as rounder_tb
 
 CONFIGS = {
-    "reference": AcceleratorConfig(),
-    "narrowest": AcceleratorConfig(draft_rows=0, max_k=1),
-    "widest": AcceleratorConfig(format=FormatConfig(split=0), max_k=2**16),
+    "reference": EngineConfig(),
+    "narrowest": EngineConfig(draft_rows=0, max_k=1),
+    "widest": EngineConfig(format=FormatConfig(split=0), max_k=2**16),
 }
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_cycle(config: AcceleratorConfig) -> None:
+def test_every_cycle(config: EngineConfig) -> None:
     rounder_tb.run(config)

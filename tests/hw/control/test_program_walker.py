@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 from amaranth.sim import Simulator
 
-from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.program_walker import ProgramWalker
+from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import ErrorCode, SystemConfig
 from speq.sim.runner import seed
 
 pytestmark = pytest.mark.usefixtures("simulable_ram")
@@ -26,12 +26,12 @@ _JOB_FIELDS = ("mode", "k", "o", "tokens", "half", "discard", "rank", "stride")
 _ADDRESSES = ("plane", "residual", "groups", "activations", "results")
 
 
-def system(data_bits: int = 128) -> SystemConfig:
-    engine = AcceleratorConfig(rows=ROWS, cols=COLS, draft_rows=1, max_k=MAX_K, max_o=MAX_O)
+def system(data_bits: int = 128) -> AcceleratorConfig:
+    engine = EngineConfig(rows=ROWS, cols=COLS, draft_rows=1, max_k=MAX_K, max_o=MAX_O)
     axi = AxiConfig(data_bits=data_bits, address_bits=32)
     if data_bits > 16 * COLS:
         engine = replace(engine, cols=64)
-    return SystemConfig(engine, weights=axi, data=axi)
+    return AcceleratorConfig(engine, weights=axi, data=axi)
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def walk(
-    config: SystemConfig,
+    config: AcceleratorConfig,
     program: list[Descriptor] | bytes,
     *,
     rows: int = 2,
@@ -151,7 +151,7 @@ def walk(
     return outcome
 
 
-def jobs_of(config: SystemConfig, d: Descriptor, rows: int, position: int) -> list[dict]:
+def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) -> list[dict]:
     """The jobs that a descriptor means, by its definition."""
     engine = config.engine
     job = {

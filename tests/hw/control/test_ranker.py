@@ -11,10 +11,10 @@ import pytest
 from amaranth.hdl import ResetInserter, Signal
 from amaranth.sim import Simulator, SimulatorContext
 
-from speq.hw.config import AcceleratorConfig
+from speq.hw.accelerator_config import CHOICES, AcceleratorConfig
 from speq.hw.control.ranker import Ranker
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import CHOICES, SystemConfig
 from speq.sim.runner import seed
 
 _INFINITY, _NAN = 0x7F800000, 0x7FC00000
@@ -36,9 +36,9 @@ pytestmark = pytest.mark.usefixtures("simulable_ram")
 each_shape = pytest.mark.parametrize("shape", _SHAPES, ids=str)
 
 
-def system(rows: int, cols: int) -> SystemConfig:
+def system(rows: int, cols: int) -> AcceleratorConfig:
     axi = AxiConfig(data_bits=64)
-    return SystemConfig(AcceleratorConfig(rows=rows, cols=cols), weights=axi, data=axi)
+    return AcceleratorConfig(EngineConfig(rows=rows, cols=cols), weights=axi, data=axi)
 
 
 def value(bits: int) -> float:
@@ -79,7 +79,7 @@ def beats(logits: Logits, cols: int, rng: random.Random) -> list[dict]:
 class Bench:
     """A ranker in the simulator, and the cycles of the current GEMM in which beats were taken."""
 
-    def __init__(self, config: SystemConfig, pause: float = 0) -> None:
+    def __init__(self, config: AcceleratorConfig, pause: float = 0) -> None:
         self.dut, self.clear = Ranker(config), Signal()
         self.rows, self.cols = config.engine.rows, config.engine.cols
         self.rng = random.Random(f"{seed()} {self.rows} {self.cols} {pause}")

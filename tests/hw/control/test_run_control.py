@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator, SimulatorContext
 
-from speq.hw.config import AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.register_map import COUNTERS, registers
 from speq.hw.control.run_control import CLEAR_CYCLES, Answer, RunControl, State, events_layout
-from speq.hw.system import ErrorCode, SystemConfig
+from speq.hw.engine_config import EngineConfig
 from speq.sim.runner import seed
 
-CONFIG = SystemConfig(AcceleratorConfig(rows=4, cols=8, max_k=256))
+CONFIG = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=256))
 START, STOP, CLEAR = 1, 2, 4
 HOST, DONE, ERROR = 1, 2, 4
 

@@ -23,11 +23,11 @@ from amaranth.lib import data
 from amaranth.lib.memory import Memory
 from amaranth.sim import Simulator
 
+from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig, PassKind
 from speq.hw.common.ram import RAM_VERILOG, Ram
-from speq.hw.config import AcceleratorConfig
 from speq.hw.control.speculation_controller import SpeculationController
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import CHOICES, TOKEN_BITS, PassKind, SystemConfig
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.model import speculation
 from speq.model.speculation import Settings, Statistics, ranked
@@ -48,10 +48,10 @@ OUTPUTS = (
 EVENTS = ("draft_passes", "verify_passes", "alternates", "accepted", "tree_hits", "committed")
 
 
-def system(rows: int, data_bits: int = 128) -> SystemConfig:
-    engine = AcceleratorConfig(rows=rows, cols=data_bits // 16, max_k=MAX_K)
+def system(rows: int, data_bits: int = 128) -> AcceleratorConfig:
+    engine = EngineConfig(rows=rows, cols=data_bits // 16, max_k=MAX_K)
     axi = AxiConfig(data_bits=data_bits, address_bits=36)
-    return SystemConfig(engine, weights=axi, data=axi)
+    return AcceleratorConfig(engine, weights=axi, data=axi)
 
 
 def elaborate_ram(self: Ram, platform: object) -> Module:
@@ -145,7 +145,7 @@ def random_logits(rng: random.Random, vocab: int, tokens: list[int]) -> torch.Te
 
 
 def ranking_of(
-    config: SystemConfig, logits: torch.Tensor, labels: list[int], rng: random.Random
+    config: AcceleratorConfig, logits: torch.Tensor, labels: list[int], rng: random.Random
 ) -> int:
     """Entries of a row, as bits; those that do not exist hold anything."""
     layout, entries = data.ArrayLayout(config.ranked_layout, CHOICES), []
@@ -159,7 +159,7 @@ def ranking_of(
     return layout.const(entries).as_bits()
 
 
-def golden_run(config: SystemConfig, rng: random.Random, **given: object) -> Run:
+def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -> Run:
     """A run of the golden loop with random parameters, unless given, and perhaps that of `steps`
     after which the host ends it."""
     rows = config.engine.rows
@@ -245,7 +245,7 @@ def previous_is_draft(run: Run) -> bool:
     return bool(run.passes) and run.passes[-1].kind is PassKind.DRAFT
 
 
-def single_run(config: SystemConfig, rng: random.Random) -> Run:
+def single_run(config: AcceleratorConfig, rng: random.Random) -> Run:
     """A run of a single pass."""
     rows = rng.randint(1, config.engine.rows)
     run = golden_run(config, rng)
@@ -260,7 +260,7 @@ def single_run(config: SystemConfig, rng: random.Random) -> Run:
 class Bench:
     """The controller, and everything around it, in cycles."""
 
-    def __init__(self, config: SystemConfig, rng: random.Random) -> None:
+    def __init__(self, config: AcceleratorConfig, rng: random.Random) -> None:
         self.config = config
         self.rng = rng
         self.noise = random.Random(0)
@@ -463,7 +463,9 @@ def _hex(value: object) -> str:
     return hex(value) if isinstance(value, int) else str(value)
 
 
-def simulate(config: SystemConfig, runs: list[Run], rng: random.Random, *, abort: bool) -> None:
+def simulate(
+    config: AcceleratorConfig, runs: list[Run], rng: random.Random, *, abort: bool
+) -> None:
     """Carry out runs one after the other on one controller, some of them aborted before that."""
     bench = Bench(config, rng)
 

@@ -16,8 +16,9 @@ from amaranth.hdl import Cat, Value
 from amaranth.lib import data
 from amaranth.sim import Simulator, SimulatorContext
 
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.ram import RAM_VERILOG
-from speq.hw.config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.activation_reader import ActivationReader
 from speq.hw.memory.axi import ID_BITS, AxiConfig
 from speq.hw.memory.group_reader import GroupReader
@@ -26,7 +27,6 @@ from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.repeater import Repeater
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.word_packer import WordPacker
-from speq.hw.system import SystemConfig
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.model.format import pack_draft, pack_residual
 from speq.model.number_format import FormatConfig
@@ -172,7 +172,7 @@ def test_word_packer(beat_bits: int, word_bits: int, pause: float) -> None:
 
 @with_pauses
 def test_plane_merger(pause: float) -> None:
-    config = AcceleratorConfig(rows=2, cols=4, max_k=40)
+    config = EngineConfig(rows=2, cols=4, max_k=40)
     unit = PlaneMerger(config)
     bench = Bench(unit, pause)
     draft: list[list[int]] = []
@@ -330,9 +330,9 @@ def split(value: int, axi: object, names: tuple[str, ...]) -> dict[str, int]:
 
 NARROW = AxiConfig(data_bits=64, address_bits=32, burst=1, outstanding=2, depth=2)
 SYSTEMS = {
-    "default": SystemConfig(AcceleratorConfig(rows=2, cols=4)),
-    "narrow ports": SystemConfig(AcceleratorConfig(rows=3, cols=16), NARROW, NARROW),
-    "smallest sizes": SystemConfig(AcceleratorConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    "default": AcceleratorConfig(EngineConfig(rows=2, cols=4)),
+    "narrow ports": AcceleratorConfig(EngineConfig(rows=3, cols=16), NARROW, NARROW),
+    "smallest sizes": AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
 }
 UNITS = {
     "speq_weight_reader": WeightReader,
@@ -345,7 +345,7 @@ UNITS = {
 @pytest.mark.parametrize("config", SYSTEMS.values(), ids=SYSTEMS)
 @pytest.mark.parametrize("name", UNITS)
 def test_verilator_lints_it_without_a_warning(
-    name: str, config: SystemConfig, tmp_path: Path
+    name: str, config: AcceleratorConfig, tmp_path: Path
 ) -> None:
     source = tmp_path / f"{name}.v"
     source.write_text(RAM_VERILOG + convert_unit(UNITS[name](config), name))

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 from amaranth.sim import Simulator, SimulatorContext
 
-from speq.hw.config import AcceleratorConfig
+from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.ranking_writer import RankingWriter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.write_mux import WriteMux
-from speq.hw.system import CHOICES, TOKEN_BITS, SystemConfig
 from speq.sim.benches import writers as writers_tb
 from speq.sim.runner import seed
 from tests.hw.streams import Sink, Source
@@ -28,10 +28,10 @@ each_shape = pytest.mark.parametrize("shape", _SHAPES, ids=str)
 each_pause = pytest.mark.parametrize("pause", [0, _PAUSE])
 
 
-def system(rows: int, cols: int, data_bits: int) -> SystemConfig:
+def system(rows: int, cols: int, data_bits: int) -> AcceleratorConfig:
     data = AxiConfig(data_bits=data_bits, address_bits=32)
     weights = AxiConfig(data_bits=64, address_bits=32)
-    return SystemConfig(AcceleratorConfig(rows=rows, cols=cols), weights=weights, data=data)
+    return AcceleratorConfig(EngineConfig(rows=rows, cols=cols), weights=weights, data=data)
 
 
 def simulate(
@@ -94,7 +94,7 @@ def _hex(value: int | tuple) -> str:
 class Gemm:
     """A random command of the result writer, its results, and what should become of them."""
 
-    def __init__(self, config: SystemConfig, rng: random.Random, **fields: int) -> None:
+    def __init__(self, config: AcceleratorConfig, rng: random.Random, **fields: int) -> None:
         engine = config.engine
         self.command = {
             "tiles": rng.choice((1, 2, 5)),
@@ -136,7 +136,7 @@ class Gemm:
 class ResultBench:
     """GEMMs through a result writer, and what came out."""
 
-    def __init__(self, config: SystemConfig, gemms: list[Gemm], pause: float) -> None:
+    def __init__(self, config: AcceleratorConfig, gemms: list[Gemm], pause: float) -> None:
         dut = ResultWriter(config)
         rng = random.Random(f"{seed()} {config} {pause}")
         results = [beat for gemm in gemms for beat in gemm.results]
@@ -156,7 +156,7 @@ class ResultBench:
         )
         self.check(config)
 
-    def check(self, config: SystemConfig) -> None:
+    def check(self, config: AcceleratorConfig) -> None:
         gemms = self.gemms
         expected = [write for gemm in gemms for write in gemm.writes]
         got = [(item.address, item.beats) for item in self.writes.items]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from speq import hw
-from speq.hw.config import AcceleratorConfig, Mode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR, Descriptor, Kind
 from speq.hw.control.register_map import (
     ADDRESS_BITS,
@@ -22,16 +22,16 @@ from speq.hw.control.register_map import (
     constants,
     registers,
 )
+from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import ErrorCode, PassKind, SystemConfig
 from speq.hw.verilog.register_docs import c_header, markdown
 
 WIDE = AxiConfig(data_bits=1024, address_bits=64)
 CONFIGS = {
-    "default": SystemConfig(),
-    "smallest": SystemConfig(AcceleratorConfig(rows=1, cols=4, max_k=1, max_o=1)),
-    "largest": SystemConfig(
-        AcceleratorConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), WIDE, WIDE
+    "default": AcceleratorConfig(),
+    "smallest": AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    "largest": AcceleratorConfig(
+        EngineConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), WIDE, WIDE
     ),
 }
 COMPILERS = {"C99": ("gcc", "-std=c99", "-xc"), "C++17": ("g++", "-std=c++17", "-xc++")}
@@ -39,7 +39,7 @@ COMPILERS = {"C99": ("gcc", "-std=c99", "-xc"), "C++17": ("g++", "-std=c++17", "
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def expected_macros(config: SystemConfig) -> dict[str, int]:
+def expected_macros(config: AcceleratorConfig) -> dict[str, int]:
     """What the header must define."""
     macros = {}
     for register in registers(config):
@@ -84,7 +84,7 @@ def compile_and_run(program: str, compiler: tuple[str, ...], folder: Path) -> by
 @each_config
 @pytest.mark.parametrize("compiler", COMPILERS.values(), ids=COMPILERS)
 def test_header_agrees_with_the_map(
-    config: SystemConfig, compiler: tuple[str, ...], tmp_path: Path
+    config: AcceleratorConfig, compiler: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "speq.h").write_text(c_header(config))
     macros = expected_macros(config)
@@ -100,7 +100,7 @@ def test_header_agrees_with_the_map(
 
 @pytest.mark.parametrize("compiler", COMPILERS.values(), ids=COMPILERS)
 def test_struct_is_a_descriptor_in_memory(compiler: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "speq.h").write_text(c_header(SystemConfig()))
+    (tmp_path / "speq.h").write_text(c_header(AcceleratorConfig()))
     flags = {"mode": 2, "half": 1, "wait": 0, "discard": 1, "values": 1}
     others = {name: 0x11 * (i + 1) for i, (name, place) in enumerate(DESCRIPTOR)
               if name not in flags and name not in ("kind", "reserved")}  # fmt: skip
@@ -118,7 +118,7 @@ def test_struct_is_a_descriptor_in_memory(compiler: tuple[str, ...], tmp_path: P
 
 
 @each_config
-def test_markdown_has_a_row_for_everything(config: SystemConfig) -> None:
+def test_markdown_has_a_row_for_everything(config: AcceleratorConfig) -> None:
     lines = markdown(config).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
     by_offset = {row[0]: row for row in cells if row[0].startswith("0x")}
@@ -145,7 +145,7 @@ def test_markdown_has_a_row_for_everything(config: SystemConfig) -> None:
 
 
 @each_config
-def test_map_has_no_overlaps_and_fits(config: SystemConfig) -> None:
+def test_map_has_no_overlaps_and_fits(config: AcceleratorConfig) -> None:
     used = list(itertools.chain.from_iterable(each.offsets for each in registers(config)))
     assert used == sorted(set(used)), "registers overlap or are not in order"
     assert used[-1] < 1 << ADDRESS_BITS
@@ -159,7 +159,7 @@ def test_map_has_no_overlaps_and_fits(config: SystemConfig) -> None:
 
 
 def test_values_that_do_not_fit_are_refused() -> None:
-    by_name = {register.name: register for register in registers(SystemConfig())}
+    by_name = {register.name: register for register in registers(AcceleratorConfig())}
     assert by_name["ROOT"].pack(2**24 - 1) == 0xFFFFFF
     assert by_name["PASS"].pack({"kind": 2, "rows": 3, "index": 4}) == 0x04_03_02
     with pytest.raises(ValueError, match="ROOT is 16777216; the register holds 24 bits"):
@@ -171,4 +171,4 @@ def test_values_that_do_not_fit_are_refused() -> None:
 def test_the_map_in_the_repository_is_up_to_date() -> None:
     """hw/verilog/registers.md is what `speq verilog` writes for the default configuration."""
     path = Path(hw.__file__).with_name("verilog") / "registers.md"
-    assert path.read_text() == markdown(SystemConfig())
+    assert path.read_text() == markdown(AcceleratorConfig())

@@ -18,9 +18,9 @@ from amaranth.hdl import Elaboratable, Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw import AcceleratorConfig
+from speq.hw import EngineConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.system import SystemConfig
 from speq.hw.verilog import (
     ACCELERATOR_TOP,
     LINT_WAIVERS,
@@ -32,30 +32,30 @@ from speq.hw.verilog import (
 from speq.model.number_format import FormatConfig
 from speq.sim.runner import VERILATOR_BIN
 
-SMALL = AcceleratorConfig(rows=2, cols=2, max_k=16)
+SMALL = EngineConfig(rows=2, cols=2, max_k=16)
 CONFIGS = {
-    "smallest": AcceleratorConfig(rows=1, cols=1, max_k=1, max_o=1),
-    "1x1": AcceleratorConfig(rows=1, cols=1),
-    "2x3": AcceleratorConfig(rows=2, cols=3, max_k=300),
-    "2x3, FP16 only": AcceleratorConfig(rows=2, cols=3, draft_rows=0, max_k=300),
-    "2x3, all rows draft": AcceleratorConfig(
+    "smallest": EngineConfig(rows=1, cols=1, max_k=1, max_o=1),
+    "1x1": EngineConfig(rows=1, cols=1),
+    "2x3": EngineConfig(rows=2, cols=3, max_k=300),
+    "2x3, FP16 only": EngineConfig(rows=2, cols=3, draft_rows=0, max_k=300),
+    "2x3, all rows draft": EngineConfig(
         rows=2, cols=3, draft_rows=2, format=FormatConfig(split=0, group=32)
     ),
-    "3x5, 2 rows draft": AcceleratorConfig(
+    "3x5, 2 rows draft": EngineConfig(
         rows=3, cols=5, draft_rows=2, format=FormatConfig(split=1), max_k=4097
     ),
-    "4x2": AcceleratorConfig(rows=4, cols=2, format=FormatConfig(split=3, group=128)),
-    "8x16": AcceleratorConfig(),
+    "4x2": EngineConfig(rows=4, cols=2, format=FormatConfig(split=3, group=128)),
+    "8x16": EngineConfig(),
 }
 
 SYSTEMS = {
-    "smallest accelerator": SystemConfig(AcceleratorConfig(rows=1, cols=4, max_k=1, max_o=1)),
-    "accelerator 2x8, narrow ports": SystemConfig(
-        AcceleratorConfig(rows=2, cols=8, draft_rows=2, max_k=300),
+    "smallest accelerator": AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    "accelerator 2x8, narrow ports": AcceleratorConfig(
+        EngineConfig(rows=2, cols=8, draft_rows=2, max_k=300),
         weights=AxiConfig(data_bits=64, address_bits=64),
         data=AxiConfig(data_bits=128, address_bits=64),
     ),
-    "accelerator 3x64": SystemConfig(AcceleratorConfig(rows=3, cols=64)),
+    "accelerator 3x64": AcceleratorConfig(EngineConfig(rows=3, cols=64)),
 }
 TOPS = CONFIGS | SYSTEMS
 
@@ -76,9 +76,9 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
 each_top = pytest.mark.parametrize("config", TOPS.values(), ids=TOPS)
 
 
-def top_of(config: AcceleratorConfig | SystemConfig) -> str:
+def top_of(config: EngineConfig | AcceleratorConfig) -> str:
     """Name of the top module."""
-    return ACCELERATOR_TOP if isinstance(config, SystemConfig) else TOP
+    return ACCELERATOR_TOP if isinstance(config, AcceleratorConfig) else TOP
 
 
 def lint(source: Path, waivers: list[str], top: str = TOP) -> subprocess.CompletedProcess[str]:
@@ -103,7 +103,7 @@ def yosys(folder: Path, script: str) -> str:
     return done.stdout
 
 
-def generate(config: AcceleratorConfig | SystemConfig, folder: Path) -> tuple[Path, dict]:
+def generate(config: EngineConfig | AcceleratorConfig, folder: Path) -> tuple[Path, dict]:
     """The Verilog file and its description, read back."""
     verilog, description, *_ = write_verilog(config, folder / "engine.v")
     return verilog, json.loads(description.read_text())
@@ -113,9 +113,9 @@ def generate(config: AcceleratorConfig | SystemConfig, folder: Path) -> tuple[Pa
 def test_the_same_configuration_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from speq.hw import AcceleratorConfig; from speq.hw.verilog import write_verilog\n"
+        "from speq.hw import EngineConfig; from speq.hw.verilog import write_verilog\n"
         "from speq.hw.memory.axi import AxiConfig\n"
-        "from speq.hw.system import SystemConfig\n"
+        "from speq.hw.accelerator_config import AcceleratorConfig\n"
         "from speq.model.format import FormatConfig\n"
         f"write_verilog({TOPS[name]!r}, Path(sys.argv[1]))"
     )
@@ -130,7 +130,7 @@ def test_the_same_configuration_gives_the_same_bytes(name: str, tmp_path: Path) 
 
 @each_top
 def test_verilator_lints_it_without_a_warning(
-    config: AcceleratorConfig | SystemConfig, tmp_path: Path
+    config: EngineConfig | AcceleratorConfig, tmp_path: Path
 ) -> None:
     source, _ = generate(config, tmp_path)
     done = lint(source, list(LINT_WAIVERS), top_of(config))
@@ -148,7 +148,7 @@ def test_every_lint_waiver_is_needed(waiver: str, tmp_path: Path) -> None:
 
 @each_top
 def test_icarus_compiles_it_without_a_warning(
-    config: AcceleratorConfig | SystemConfig, tmp_path: Path
+    config: EngineConfig | AcceleratorConfig, tmp_path: Path
 ) -> None:
     if shutil.which("iverilog") is None:
         pytest.skip("iverilog is not installed")
@@ -160,7 +160,7 @@ def test_icarus_compiles_it_without_a_warning(
 
 @pytest.mark.parametrize("draft_rows", [0, 1])
 def test_yosys_synthesises_it_without_latches(draft_rows: int, tmp_path: Path) -> None:
-    generate(AcceleratorConfig(rows=2, cols=2, draft_rows=draft_rows, max_k=16), tmp_path)
+    generate(EngineConfig(rows=2, cols=2, draft_rows=draft_rows, max_k=16), tmp_path)
     log = yosys(
         tmp_path,
         f"read_verilog engine.v; synth -top {TOP}; check -assert; "
@@ -230,7 +230,7 @@ def test_what_verilog_would_misunderstand_is_refused() -> None:
 
 
 @each_config
-def test_the_description_has_the_ports_and_units(config: AcceleratorConfig, tmp_path: Path) -> None:
+def test_the_description_has_the_ports_and_units(config: EngineConfig, tmp_path: Path) -> None:
     _, description = generate(config, tmp_path)
     yosys(tmp_path, f"read_verilog engine.v; hierarchy -top {TOP}; proc; write_json net.json")
     modules = json.loads((tmp_path / "net.json").read_text())["modules"]
@@ -253,7 +253,7 @@ def test_the_description_has_the_ports_and_units(config: AcceleratorConfig, tmp_
 
     parameters = description["parameters"]
     assert (
-        AcceleratorConfig(
+        EngineConfig(
             **{name: parameters[name] for name in ("rows", "cols", "draft_rows", "max_k", "max_o")},
             format=FormatConfig(**parameters["format"]),
         )
@@ -264,7 +264,7 @@ def test_the_description_has_the_ports_and_units(config: AcceleratorConfig, tmp_
 
 
 def test_a_large_array_has_each_unit_once_and_is_small() -> None:
-    text, _ = generate_verilog(AcceleratorConfig(rows=8, cols=64))
+    text, _ = generate_verilog(EngineConfig(rows=8, cols=64))
     modules = re.findall(r"^module (\S+?)[ (]", text, re.MULTILINE)
     for name in ("speq_pe_dual", "speq_pe_fp16", "speq_exponent_remap", "speq_rounder", "speq_ram"):
         assert modules.count(name) == 1
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(Path, "write_text", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_verilog(AcceleratorConfig(rows=1, cols=1), tmp_path / "engine.v")
+        write_verilog(EngineConfig(rows=1, cols=1), tmp_path / "engine.v")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator's configuration: the only source of every width in the RTL."""
+"""The matrix engine's configuration: the source of every width of its RTL."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def check_power_of_two(name: str, value: int, low: int, high: int) -> None:
 
 
 @dataclass(frozen=True)
-class AcceleratorConfig:
-    """Everything that determines the RTL.
+class EngineConfig:
+    """Everything that determines the RTL of the matrix engine.
 
     Parameters
     ----------

@@ -9,13 +9,11 @@ from fractions import Fraction
 
 import pytest
 
-from speq.hw import AcceleratorConfig
+from speq.hw import EngineConfig
 from speq.model.number_format import FormatConfig
 
 CONFIGS = [
-    AcceleratorConfig(
-        rows=rows, draft_rows=draft_rows, max_k=max_k, format=FormatConfig(split=split)
-    )
+    EngineConfig(rows=rows, draft_rows=draft_rows, max_k=max_k, format=FormatConfig(split=split))
     for (rows, draft_rows), max_k, split in itertools.product(
         ((1, 0), (1, 1), (8, 0), (8, 1), (8, 8)), (1, 3, 2048, 4096, 65536), range(4)
     )
@@ -46,13 +44,13 @@ def test_impossible_values_are_named_with_the_allowed_ones(
     arguments: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        AcceleratorConfig(**arguments)
+        EngineConfig(**arguments)
 
 
 @pytest.mark.parametrize("width", [5, 6])
 def test_without_draft_hardware_the_draft_width_does_not_matter(width: int) -> None:
-    config = AcceleratorConfig(draft_rows=0, format=FormatConfig(width=width))
-    assert config.accumulator_bits == AcceleratorConfig(draft_rows=0).accumulator_bits
+    config = EngineConfig(draft_rows=0, format=FormatConfig(width=width))
+    assert config.accumulator_bits == EngineConfig(draft_rows=0).accumulator_bits
 
 
 def draft_levels(split: int) -> list[Fraction]:
@@ -73,7 +71,7 @@ def draft_products(split: int, *, largest: bool) -> list[Fraction]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_the_accumulator_holds_every_sum_and_has_no_bit_more(config: AcceleratorConfig) -> None:
+def test_the_accumulator_holds_every_sum_and_has_no_bit_more(config: EngineConfig) -> None:
     products = [Fraction(65504) ** 2]
     if config.draft_rows:
         products += draft_products(config.format.split, largest=True)
@@ -84,7 +82,7 @@ def test_the_accumulator_holds_every_sum_and_has_no_bit_more(config: Accelerator
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_product_is_a_whole_number_of_accumulator_units(config: AcceleratorConfig) -> None:
+def test_every_product_is_a_whole_number_of_accumulator_units(config: EngineConfig) -> None:
     unit = Fraction(2) ** config.accumulator_unit_exponent
     products = [Fraction(1, 2**48)]
     if config.draft_rows:
@@ -95,12 +93,12 @@ def test_every_product_is_a_whole_number_of_accumulator_units(config: Accelerato
 
 
 def test_more_terms_need_log2_more_bits() -> None:
-    bits = [AcceleratorConfig(max_k=2**n).accumulator_bits for n in range(17)]
+    bits = [EngineConfig(max_k=2**n).accumulator_bits for n in range(17)]
     assert [b - bits[0] for b in bits] == list(range(17))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_index_widths_hold_their_largest_value_and_no_bit_more(config: AcceleratorConfig) -> None:
+def test_index_widths_hold_their_largest_value_and_no_bit_more(config: EngineConfig) -> None:
     for bits, largest in (
         (config.token_bits, config.rows),
         (config.column_index_bits, config.cols),
@@ -111,7 +109,7 @@ def test_index_widths_hold_their_largest_value_and_no_bit_more(config: Accelerat
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_an_activation_word_holds_either_mode(config: AcceleratorConfig) -> None:
+def test_an_activation_word_holds_either_mode(config: EngineConfig) -> None:
     verify = config.rows * 16
     draft = config.draft_rows * (4 * 8 + 5)  # four signs and magnitudes, one exponent
     assert config.activation_layout.size == max(verify, draft)

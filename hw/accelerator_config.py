@@ -9,7 +9,7 @@ from functools import cached_property
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
 
-from speq.hw.config import FP16_BITS, AcceleratorConfig, Mode
+from speq.hw.engine_config import FP16_BITS, EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
 
 #: Bits of a token id.
@@ -47,12 +47,12 @@ def _power_of_two(value: int) -> int:
 
 
 @dataclass(frozen=True)
-class SystemConfig:
+class AcceleratorConfig:
     """Everything that determines the RTL of the accelerator.
 
     Parameters
     ----------
-    engine : AcceleratorConfig
+    engine : EngineConfig
         Its cols must be a power of two from 4, and it must be able to draft.
     weights : AxiConfig
         Of the port that reads weights and the KV cache. By default as wide as the array consumes
@@ -66,7 +66,7 @@ class SystemConfig:
         If a value is out of its range or two do not fit together.
     """
 
-    engine: AcceleratorConfig = field(default_factory=AcceleratorConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     weights: AxiConfig | None = None
     data: AxiConfig | None = None
 
@@ -152,7 +152,7 @@ class PassKind(enum.Enum, shape=unsigned(2)):
     VERIFY = 2
 
 
-def pass_layout(config: SystemConfig) -> data.StructLayout:
+def pass_layout(config: AcceleratorConfig) -> data.StructLayout:
     """One walk through a program: `rows` tokens behind `position` entries of the KV cache."""
     return data.StructLayout(
         {"kind": PassKind, "rows": config.engine.token_bits, "position": config.engine.k_bits}
