@@ -11,7 +11,7 @@ cycles of each kind of pass, beside what `speq.model.cycles` predicts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -23,20 +23,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from speq.cli.generate import encode_model, rtl_figures, simulated_board, system_for
-from speq.host.driver import Host, Pass
+from speq.host.driver import Host
 from speq.host.layout import MemoryLayout
-from speq.hw.accelerator_config import AcceleratorConfig, PassKind
-from speq.hw.control.descriptor import Kind
-from speq.model.checkpoint import CheckpointError, Model, ModelConfig
-from speq.model.cycles import (
-    Engine,
-    Formats,
-    Job,
-    draft_pass,
-    linear_shapes,
-    stage_cycles,
-    verify_pass,
-)
+from speq.host.meter import MeasuredPass, Meter, PassShape, busy_cycles, cycle_engine, passes_of
+from speq.model.checkpoint import CheckpointError, Model
 from speq.model.format import EncodedTensor
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
@@ -63,121 +53,6 @@ class Request:
     cols: int
     draft_length: int
     threshold: float
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A pass's kind and what its cycles depend on."""
-
-    kind: PassKind
-    rows: int
-    position: int
-
-    @property
-    def name(self) -> str:
-        """For users; a verify pass of one row is plain decoding."""
-        if self.kind is PassKind.SINGLE:
-            return "prefill"
-        is_plain = self.kind is PassKind.VERIFY and self.rows == 1
-        return "plain" if is_plain else self.kind.name.lower()
-
-
-class Meter:
-    """The counters of each pass, without the host's time.
-
-    A pass lasts from its first HOST descriptor to that of its successor, or to `stop`.
-
-    Parameters
-    ----------
-    host : Host
-        Tells this about its passes.
-    finished : callable, optional
-        Called with each pass that has ended and its cycles.
-
-    Attributes
-    ----------
-    passes : list of (Walk, counters)
-    """
-
-    def __init__(self, host: Host, finished: Callable[[Walk, int], None] | None = None) -> None:
-        self.passes: list[tuple[Walk, dict[str, int]]] = []
-        self._host, self._finished = host, finished
-        self._current: tuple[Walk, dict[str, int]] | None = None
-        # Nothing comes after the last one of a single pass; then the counters may start anew.
-        program = host.layout.program(PassKind.SINGLE)
-        self._last = sum(descriptor.kind is Kind.HOST for descriptor in program) - 1
-        host.observer = self._observe
-
-    def _observe(self, current: Pass, index: int) -> None:
-        if index == 0:
-            self.stop()
-            walk = Walk(current.kind, len(current.tokens), current.start)
-            self._current = walk, self._host.counters()
-        elif current.kind is PassKind.SINGLE and index == self._last:
-            self.stop()
-
-    def stop(self) -> None:
-        """The pass under way, if there is one, has ended."""
-        if self._current is None:
-            return
-        (walk, before), self._current = self._current, None
-        counted = {name: n - before[name] for name, n in self._host.counters().items()}
-        self.passes.append((walk, counted))
-        if self._finished:
-            self._finished(walk, busy_cycles(counted))
-
-
-def busy_cycles(counters: Mapping[str, int]) -> int:
-    """Cycles in which the accelerator did not wait for the host."""
-    return counters["CYCLES"] - counters["HOST_CYCLES"]
-
-
-class Predictor:
-    """Cycles of passes from the analytic model.
-
-    Parameters
-    ----------
-    config : ModelConfig
-    engine : Engine
-    formats : dict
-        Formats of encoded layers by name.
-    """
-
-    def __init__(self, config: ModelConfig, engine: Engine, formats: Formats) -> None:
-        self._config, self._engine, self._formats = config, engine, formats
-
-    def cycles(self, walk: Walk) -> int:
-        """Cycles of a pass, without the host's."""
-        c, engine, formats = self._config, self._engine, self._formats
-        if walk.kind is PassKind.DRAFT:
-            return draft_pass(c, engine, formats, walk.position).cycles
-        if walk.kind is PassKind.VERIFY:
-            return verify_pass(c, engine, formats, walk.rows, walk.position).cycles
-        # It ends with the last block's keys and values.
-        blocks = replace(c, blocks=c.blocks - 1)
-        cycles = verify_pass(blocks, engine, formats, walk.rows, walk.position).cycles
-        last = [f"block.{c.blocks - 1}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
-        return cycles - self._stage(["head"], walk.rows) + self._stage(last, walk.rows)
-
-    def _stage(self, names: Iterable[str], rows: int) -> int:
-        shapes = linear_shapes(self._config)
-        jobs = []
-        for name in names:
-            o, k = shapes[name]
-            jobs.append(Job(k, o, rows, planes=2 if name in self._formats else 1))
-        return stage_cycles(jobs, self._engine)
-
-
-def walks(prompt: Sequence[int], steps: Iterable[Step], rows: int) -> Iterator[Walk]:
-    """The passes that fill the KV cache with a prompt and make these steps."""
-    position = len(prompt) - 1
-    for start in range(0, position, rows):
-        yield Walk(PassKind.SINGLE, min(rows, position - start), start)
-    for step in steps:
-        for i in range(step.drafted):
-            yield Walk(PassKind.DRAFT, 1, position + i)
-        yield Walk(PassKind.VERIFY, 1 + step.drafted + step.alternates, position)
-        position += len(step.tokens)
 
 
 class Comparison:
@@ -248,26 +123,26 @@ class CycleProgress(Progress):
         return super().get_renderables()
 
 
-def pass_table(meters: Iterable[Meter], predictor: Predictor, title: str) -> Table:
+def pass_table(meters: Iterable[Meter], predicted: Callable[[PassShape], int], title: str) -> Table:
     """Cycles of each kind of pass, predicted and counted, and what the array did in them."""
-    groups: dict[str, list[tuple[Walk, dict[str, int]]]] = {}
+    groups: dict[str, list[MeasuredPass]] = {}
     for meter in meters:
-        for walk, counted in meter.passes:
-            groups.setdefault(walk.name, []).append((walk, counted))
+        for measured in meter.passes:
+            groups.setdefault(measured.shape.name, []).append(measured)
     table = Table(title=title, title_justify="left")
     stalls = (f"{cause.lower()} stalls" for cause in STALLS)
     headings = ("pass", "passes", "cycles each", "predicted", "differs", "array busy", *stalls)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "pass" else "right")
     for name, passes in groups.items():
-        cycles = sum(busy_cycles(counted) for _, counted in passes)
-        predicted = sum(predictor.cycles(walk) for walk, _ in passes)
+        cycles = sum(measured.cycles for measured in passes)
+        expected = sum(predicted(measured.shape) for measured in passes)
         parts = ("COMPUTE_CYCLES", *(f"{cause}_STALLS" for cause in STALLS))
-        computing, *stalled = (sum(counted[part] for _, counted in passes) for part in parts)
+        computing, *stalled = (sum(p.counters[part] for p in passes) for part in parts)
         n = len(passes)
         table.add_row(
-            *(name, str(n), f"{cycles / n:,.0f}", f"{predicted / n:,.0f}"),
-            *(f"{cycles / predicted - 1:+.2%}", f"{computing / cycles:.1%}"),
+            *(name, str(n), f"{cycles / n:,.0f}", f"{expected / n:,.0f}"),
+            *(f"{cycles / expected - 1:+.2%}", f"{computing / cycles:.1%}"),
             *(f"{stall / n:,.0f}" for stall in stalled),
         )
     return table
@@ -340,11 +215,11 @@ def decode(
     outcome = Outcome()
     first, started = board.cycles(), time.perf_counter()
 
-    def finished(walk: Walk, cycles: int) -> None:
-        passed = timedelta(seconds=round(time.perf_counter() - started))
+    def finished(measured: MeasuredPass) -> None:
+        passed, shape = timedelta(seconds=round(time.perf_counter() - started)), measured.shape
         console.print(
-            f"{passed}  {walk.name} pass, rows {walk.rows}, position {walk.position}: "
-            f"{cycles:,} cycles"
+            f"{passed}  {shape.name} pass, rows {shape.rows}, position {shape.position}: "
+            f"{measured.cycles:,} cycles"
         )
 
     with CycleProgress(lambda: board.cycles() - first, total, console):
@@ -367,8 +242,8 @@ def figures(outcome: Outcome, steps: Iterable[Step]) -> list[str]:
     for step in steps:
         statistics.add(step)
     *per_token, speed = rtl_figures(outcome.counters, outcome.cycles, outcome.seconds)
-    [(_, counted)] = outcome.meters["plain"].passes
-    plain = busy_cycles(counted)
+    [measured] = outcome.meters["plain"].passes
+    plain = measured.cycles
     ratio = plain * statistics.committed / busy_cycles(outcome.counters)
     return [
         f"{statistics.committed} tokens in {statistics.verify_passes} steps; of "
@@ -405,17 +280,20 @@ def run(request: Request) -> None:
     size = MemoryLayout(system, model.config, encoded, capacity).size
     with simulated_board(system, size) as board:
         formats = {name: tensor.config for name, tensor in encoded.items()}
-        engine = cycles_engine(system, board.memory.latency)
-        predictor = Predictor(model.config, engine, formats)
-        planned = [w for r in runs.values() for w in walks(r.prompt, r.golden, request.rows)]
-        total = sum(map(predictor.cycles, planned))
+        engine = cycle_engine(system, board.memory.latency)
+
+        def predicted(shape: PassShape) -> int:
+            return shape.predicted_cycles(model.config, engine, formats)
+
+        planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, request.rows)]
+        total = sum(map(predicted, planned))
         console.print(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
         host = Host(board, model, encoded, capacity=capacity)
         outcome = decode(board, host, runs, total, console)
 
     comparison = outcome.comparison
     title = f"{model.name} on {request.rows} x {request.cols} PEs, generated Verilog on Verilator"
-    console.print(pass_table(outcome.meters.values(), predictor, title))
+    console.print(pass_table(outcome.meters.values(), predicted, title))
     compared = f"{comparison.bits:,} logit bits compared, {comparison.wrong_bits} differ"
     if comparison.problems:
         for line in (*comparison.problems, f"{compared}."):
@@ -428,10 +306,3 @@ def run(request: Request) -> None:
     console.print(f"text: {model.tokenizer.decode(text)!r}", markup=False)
     console.print(f"everything: {time.perf_counter() - started:.0f} s")
     console.print(f"[green]All tokens equal the golden model's; {compared}.[/]")
-
-
-def cycles_engine(system: AcceleratorConfig, latency: int) -> Engine:
-    """What the cycles of an accelerator depend on, with memory of this latency."""
-    rows, cols = system.engine.rows, system.engine.cols
-    beats = _LOGIT_BITS * cols // system.data.data_bits
-    return Engine(rows=rows, cols=cols, latency=latency, result_beats=beats)

@@ -3,7 +3,7 @@
 
 The array multiplies, the speculation loop is in hardware; everything between the products, that is
 norms, rotary embedding, softmax and activations, is done here with the golden model's operations
-(`block_steps` and `attention_steps` of `speq.model.transformer`), whenever a HOST descriptor asks
+(`pass_steps` and `attention_steps` of `speq.model.transformer`), whenever a HOST descriptor asks
 for it. So all bits are the golden model's.
 """
 
@@ -36,7 +36,6 @@ from speq.host.layout import (
 )
 from speq.host.registers import Registers, read_configuration
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import Kind
 from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
@@ -49,11 +48,14 @@ from speq.model.checkpoint import Model, ModelConfig
 from speq.model.format import EncodedTensor
 from speq.model.speculation import Settings, Step, token_limit
 from speq.model.transformer import (
-    Attention,
-    Linears,
+    AttentionRequest,
+    LinearRequest,
+    PassSteps,
+    Request,
+    StoreRequest,
     attention_steps,
-    block_steps,
     finish,
+    pass_steps,
     rotary_tables,
 )
 
@@ -188,7 +190,8 @@ class Host:
         self._tables = rotary_tables(model, torch.arange(capacity))
         self._kv = KVEntries(board, layout)
         self._write_weights(encoded)
-        self._stages = {kind: self._write_program(kind) for kind in PassKind}
+        for kind in PassKind:
+            self._write_program(kind)
         self._margins: list[float] = []
         self._current: Pass | None = None
         self._stop()
@@ -208,12 +211,9 @@ class Host:
                 patterns = self._model.linear_weight(name).contiguous().numpy().view(np.uint16)
                 self._board.write(place.plane, tiled(patterns, self.config.engine.cols))
 
-    def _write_program(self, kind: PassKind) -> int:
-        """Write a program and return how many HOST descriptors it has."""
-        program = self.layout.program(kind)
-        content = b"".join(descriptor.pack() for descriptor in program)
+    def _write_program(self, kind: PassKind) -> None:
+        content = b"".join(descriptor.pack() for descriptor in self.layout.program(kind))
         self._board.write(self.layout.programs[kind], content)
-        return sum(descriptor.kind is Kind.HOST for descriptor in program)
 
     def _set_up(self) -> None:
         """Write the registers that are the same for all runs."""
@@ -440,7 +440,7 @@ class Host:
         """Answer all HOST descriptors of a pass; the first one waits."""
         self._current = current
         work = self._vector_work(current)
-        for index in range(self._stages[current.kind]):
+        for index in range(self.layout.host_turns(current.kind)):
             if index:
                 self._wait()
             if self.registers["HOST_ARGUMENT"] != host_argument(current.kind, index):
@@ -460,19 +460,22 @@ class Host:
         positions = torch.tensor(current.depths) + current.start
         tables = [(cosine[positions], sine[positions]) for cosine, sine in self._tables]
         masks = attention_masks(c, current, self.layout.sharing)
-        steps = block_steps(self._model, torch.tensor(current.tokens), tables)
+        schedule = self.layout.schedule(current.kind)
+        steps = pass_steps(self._model, schedule, torch.tensor(current.tokens), tables)
         answer = None
-        while True:
-            match steps.send(answer):
-                case Linears(names, x):
+        while (request := _next_request(steps, answer)) is not None:
+            match request:
+                case LinearRequest(names, x):
                     self._write_operands(current.kind, names, x)
                     yield
                     places = zip(names, self.layout.results_of(names), strict=True)
                     answer = [self._read_results(*place, len(x)) for place in places]
-                case Attention(block, queries, keys, values):
-                    self._kv.store(block, current.start, keys, values)
+                case StoreRequest(block, keys, values):
+                    answer = self._kv.store(block, current.start, keys, values)
+                case AttentionRequest(block, queries):
                     allowed = masks[not c.is_global(block)]
                     answer = yield from self._attend(block, queries, allowed)
+        yield  # what lies behind the last stage is done
 
     def _write_operands(self, kind: PassKind, names: Sequence[str], x: torch.Tensor) -> None:
         """Provide the input of linear layers in all forms that their modes need."""
@@ -532,6 +535,16 @@ class Host:
             for head in range(self._model.config.kv_heads)
         ]
         return torch.from_numpy(np.stack(heads))
+
+
+def _next_request(
+    steps: PassSteps, answer: list[torch.Tensor] | torch.Tensor | None
+) -> Request | None:
+    """The next request of a pass, None behind the last one."""
+    try:
+        return steps.send(answer)
+    except StopIteration:
+        return None
 
 
 def threshold_bits(threshold: float) -> int:

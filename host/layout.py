@@ -6,7 +6,7 @@ The forms are those of `speq.hw.control.descriptor`; a driver on another board n
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +16,19 @@ from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.engine_config import BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
-from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes
+from speq.model.checkpoint import ModelConfig, linear_names, tensor_shapes
 from speq.model.format import EncodedTensor
 from speq.model.number_format import draft_words, residual_words
+from speq.model.schedule import (
+    Linears,
+    Scores,
+    Stage,
+    Step,
+    WeightedValues,
+    ends_with_vector_work,
+    pass_schedule,
+    stages,
+)
 
 #: Bytes of a row of a ranking in memory: pairs of index and logit.
 RANKING_BYTES = 8 * CHOICES
@@ -234,16 +244,11 @@ class MemoryLayout:
         self.programs: dict[PassKind, int] = {}
         for kind in PassKind:
             self.programs[kind] = self._take(0)
-            self._take(DESCRIPTOR_BYTES * _program_length(model, kind))
+            self._take(DESCRIPTOR_BYTES * self._program_length(kind))
         self.read = Region(base, self._end)
         self.ranking = self._take(engine.rows * RANKING_BYTES)
         self.ring = self._take(4 << RING_LOG2)
-        stages = [[f"block.0.{name}" for name in LINEARS[:3]], ["block.0.o_proj"], ["head"]]
-        stages += [[f"block.0.{name}" for name in LINEARS[4:6]], ["block.0.down_proj"]]
-        sizes = [sum(self._result_size(name) for name in stage) for stage in stages]
-        sizes += [model.kv_heads * self.attention_result_stride(self.capacity)]
-        sizes += [model.kv_heads * self.attention_result_stride(model.head_dim)]
-        self.results = self._take(max(sizes))
+        self.results = self._take(max(map(self._results_size, self.stages(PassKind.VERIFY))))
         self.write = Region(self.read.stop, self._end)
         if self._end > 1 << config.address_bits:
             raise ValueError(
@@ -325,32 +330,59 @@ class MemoryLayout:
         number = (block * self.model.kv_heads + head) * self.value_tiles + tile
         return self.values + number * self.value_stride + entry * self.config.engine.cols * _WORD
 
-    def program(self, kind: PassKind) -> list[Descriptor]:
-        """The program of a pass.
+    def schedule(self, kind: PassKind) -> list[Step]:
+        """The steps of a pass."""
+        return pass_schedule(self.model, prefill=kind is PassKind.SINGLE)
 
-        Before each stage the host provides operands, which depend on the results before them. A
-        single pass only fills the KV cache, so it ends when the last block's keys and values are
-        there.
-        """
+    def stages(self, kind: PassKind) -> list[Stage]:
+        """What the array computes in a pass."""
+        return stages(self.schedule(kind))
+
+    def host_turns(self, kind: PassKind) -> int:
+        """How often the host is asked for vector work in a pass: before each stage, because its
+        operands depend on the results before it, and behind the last one if something is left."""
+        return len(self.stages(kind)) + ends_with_vector_work(self.schedule(kind))
+
+    def program(self, kind: PassKind) -> list[Descriptor]:
+        """The program of a pass."""
+        products = [self._products(kind, stage) for stage in self.stages(kind)]
         program = []
-        for index, stage in enumerate(self._stages(kind)):
+        for index in range(self.host_turns(kind)):
             program.append(Descriptor(Kind.HOST, argument=host_argument(kind, index)))
-            program += stage
+            program += products[index] if index < len(products) else []
         return [*program, Descriptor(Kind.END)]
 
-    def _stages(self, kind: PassKind) -> list[list[Descriptor]]:
+    def _program_length(self, kind: PassKind) -> int:
+        """Descriptors of a program, END included."""
+        products = (
+            len(stage.names) if isinstance(stage, Linears) else self.model.kv_heads
+            for stage in self.stages(kind)
+        )
+        return self.host_turns(kind) + sum(products) + 1
+
+    def _products(self, kind: PassKind, stage: Stage) -> list[Descriptor]:
+        """The products of a stage."""
+        heads = range(self.model.kv_heads)
+        match stage:
+            case Scores(block):
+                return [self._scores(block, head) for head in heads]
+            case WeightedValues(block):
+                return [self._weighted_values(block, head) for head in heads]
+            case Linears(("head",)):
+                return [self._head(kind)]
+            case Linears(names):
+                return self._linears(kind, names)
+
+    def _results_size(self, stage: Stage) -> int:
+        """Bytes of all results of a stage, for as many tokens as the array has rows."""
         model = self.model
-        stages = []
-        for block in range(model.blocks):
-            names = [f"block.{block}.{name}" for name in LINEARS]
-            stages.append(self._linears(kind, names[:3]))
-            if kind is PassKind.SINGLE and block == model.blocks - 1:
-                return [*stages, []]
-            heads = range(model.kv_heads)
-            stages.append([self._scores(block, head) for head in heads])
-            stages.append([self._weighted_values(block, head) for head in heads])
-            stages += [self._linears(kind, part) for part in (names[3:4], names[4:6], names[6:])]
-        return [*stages, [self._head(kind)]]
+        match stage:
+            case Scores():
+                return model.kv_heads * self.attention_result_stride(self.capacity)
+            case WeightedValues():
+                return model.kv_heads * self.attention_result_stride(model.head_dim)
+            case Linears(names):
+                return sum(map(self._result_size, names))
 
     def _operands(self, kind: PassKind, name: str) -> dict[str, object]:
         """Fields of a descriptor that multiplies with a linear layer."""
@@ -366,7 +398,7 @@ class MemoryLayout:
             "activations": (self.draft_activations if mode is Mode.DRAFT else self.activations),
         }
 
-    def _linears(self, kind: PassKind, names: list[str]) -> list[Descriptor]:
+    def _linears(self, kind: PassKind, names: Sequence[str]) -> list[Descriptor]:
         results = self.results_of(names)
         return [
             Descriptor(Kind.GEMM, **self._operands(kind, name), results=address)
@@ -404,14 +436,6 @@ class MemoryLayout:
             results=self.results + head * self.attention_result_stride(o),
             extra=self.value_stride,
         )
-
-
-def _program_length(model: ModelConfig, kind: PassKind) -> int:
-    """Descriptors of a program, END included."""
-    per_block = 6 + len(LINEARS) + 2 * model.kv_heads
-    if kind is PassKind.SINGLE:
-        return (model.blocks - 1) * per_block + 6
-    return model.blocks * per_block + 3
 
 
 def _check_sizes(config: AcceleratorConfig, model: ModelConfig, capacity: int) -> None:

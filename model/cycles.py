@@ -23,12 +23,13 @@ A linear layer that has no entry in `formats` is stored as plain FP16 and read w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes
+from speq.model.checkpoint import ModelConfig, linear_names, tensor_shapes
 from speq.model.number_format import FormatConfig, draft_words, residual_words
+from speq.model.schedule import Linears, Scores, Stage, WeightedValues, pass_schedule, stages
 
 Formats = Mapping[str, FormatConfig]
 
@@ -220,9 +221,30 @@ def verify_pass(
     config: ModelConfig, engine: Engine, formats: Formats, tokens: int, context: int = 0
 ) -> PassCost:
     """A pass of `tokens` rows over both planes and the group bytes, behind `context` positions."""
+    return _whole_pass(config, engine, formats, tokens, context, prefill=False)
+
+
+def prefill_pass(
+    config: ModelConfig, engine: Engine, formats: Formats, tokens: int, context: int = 0
+) -> PassCost:
+    """A verify pass that ends when the last block's keys and values are there."""
+    return _whole_pass(config, engine, formats, tokens, context, prefill=True)
+
+
+def _whole_pass(
+    config: ModelConfig,
+    engine: Engine,
+    formats: Formats,
+    tokens: int,
+    context: int,
+    *,
+    prefill: bool,
+) -> PassCost:
+    """A pass over all bits of its weights."""
+    schedule = stages(pass_schedule(config, prefill=prefill))
     weights = groups = 0
     jobs = {}
-    for name, (o, k) in linear_shapes(config).items():
+    for name, (o, k) in _shapes_in(schedule, config).items():
         if name in formats:
             padded = _padded(o, engine)
             words = draft_words(k, formats[name]) + residual_words(k, formats[name])
@@ -231,7 +253,8 @@ def verify_pass(
         else:
             weights += 2 * k * o
         jobs[name] = _jobs(k, o, tokens, engine, planes=2 if name in formats else 1)
-    return _pass_cost(config, engine, (weights, groups), jobs, tokens, context, _VERIFY_END)
+    traffic = weights, groups
+    return _pass_cost(config, engine, schedule, traffic, jobs, tokens, context, _VERIFY_END)
 
 
 def draft_pass(
@@ -253,9 +276,10 @@ def draft_pass(
     """
     if head_rows is not None and not 1 <= head_rows <= config.vocab_size:
         raise ValueError(f"head rows are {head_rows}; expected 1 to {config.vocab_size}")
+    schedule = stages(pass_schedule(config))
     weights = groups = 0
     jobs = {}
-    for name, (o, k) in linear_shapes(config).items():
+    for name, (o, k) in _shapes_in(schedule, config).items():
         if name == "head" and head_rows is not None:
             o = head_rows
         if name in formats:
@@ -266,7 +290,8 @@ def draft_pass(
             words = k
             weights += 2 * k * o
         jobs[name] = _jobs(words, o, 1, engine)
-    return _pass_cost(config, engine, (weights, groups), jobs, 1, context, _DRAFT_END)
+    traffic = weights, groups
+    return _pass_cost(config, engine, schedule, traffic, jobs, 1, context, _DRAFT_END)
 
 
 def relative_costs(
@@ -286,6 +311,13 @@ def relative_costs(
     return (draft.weights + draft.groups) / plain, (verify.weights + verify.groups) / plain
 
 
+def _shapes_in(schedule: Sequence[Stage], config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Shape (O, K) of every linear layer of a pass by name."""
+    shapes = linear_shapes(config)
+    layers = (stage.names for stage in schedule if isinstance(stage, Linears))
+    return {name: shapes[name] for name in chain.from_iterable(layers)}
+
+
 def _padded(outputs: int, engine: Engine) -> int:
     """Output rows of an encoded tensor with the padding of its last tile."""
     return -(-outputs // engine.cols) * engine.cols
@@ -300,6 +332,7 @@ def _jobs(words: int, outputs: int, tokens: int, engine: Engine, planes: int = 1
 def _pass_cost(
     config: ModelConfig,
     engine: Engine,
+    schedule: Sequence[Stage],
     traffic: tuple[int, int],
     linears: Mapping[str, list[Job]],
     tokens: int,
@@ -313,22 +346,22 @@ def _pass_cost(
     """
     c = config
     rows = tokens * (c.heads // c.kv_heads)
-    attention = []
-    stages = []
     # The hardware walks through all entries; those outside a sliding window are left out later.
     seen = context + tokens
-    for block in range(c.blocks):
-        scores = c.kv_heads * _jobs(c.head_dim, seen, rows, engine)
-        values = c.kv_heads * _jobs(seen, c.head_dim, rows, engine)
-        attention += scores + values
-        q, k, v, o, gate, up, down = (linears[f"block.{block}.{name}"] for name in LINEARS)
-        stages += [q + k + v, scores, values, o, gate + up, down]
-    stages.append(linears["head"])
-    linear_cycles, attention_cycles = (
-        sum(gemm_cycles(job.words, job.outputs, job.tokens, engine) for job in jobs)
-        for jobs in (chain.from_iterable(linears.values()), attention)
-    )
-    cycles = sum(stage_cycles(stage, engine) for stage in stages) + end + engine.latency
+    attention_cycles = cycles = 0
+    for stage in schedule:
+        match stage:
+            case Linears(names):
+                jobs = [job for name in names for job in linears[name]]
+            case Scores():
+                jobs = c.kv_heads * _jobs(c.head_dim, seen, rows, engine)
+            case WeightedValues():
+                jobs = c.kv_heads * _jobs(seen, c.head_dim, rows, engine)
+        if not isinstance(stage, Linears):
+            attention_cycles += _busy_cycles(jobs, engine)
+        cycles += stage_cycles(jobs, engine)
+    linear_cycles = _busy_cycles(chain.from_iterable(linears.values()), engine)
+    cycles += end + engine.latency
     return PassCost(
         *traffic,
         kv_bytes(c, context, tokens),
@@ -336,3 +369,8 @@ def _pass_cost(
         attention_cycles,
         cycles - linear_cycles - attention_cycles,
     )
+
+
+def _busy_cycles(jobs: Iterable[Job], engine: Engine) -> int:
+    """Cycles in which the array takes weight words."""
+    return sum(gemm_cycles(job.words, job.outputs, job.tokens, engine) for job in jobs)

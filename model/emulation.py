@@ -131,15 +131,17 @@ def prefill(
     positions = torch.arange(len(tokens))
     masks = _visible(c, positions[:, None] - positions)
 
-    def attend(block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def store(block: int, k: torch.Tensor, v: torch.Tensor) -> None:
         keys.append(k.transpose(0, 1))
         values.append(v.transpose(0, 1))
+
+    def attend(block: int, q: torch.Tensor) -> torch.Tensor:
         mask = masks[not c.is_global(block)]
         k, v = keys[-1].to(torch.float32)[None], values[-1].to(torch.float32)[None]
         return attend_masked(q.transpose(0, 1)[None], k, v, mask, c.attention_scale)
 
     tables = rotary_tables(model, positions)
-    logits = run_blocks(model, torch.tensor(tokens), tables, linear, attend, logit_rows)
+    logits = run_blocks(model, torch.tensor(tokens), tables, linear, store, attend, logit_rows)
     return logits, torch.stack(keys), torch.stack(values)
 
 
@@ -200,25 +202,30 @@ def decode(
         length = int(positions.max()) + 1
         masks = _visible(c, (positions[:, None] - torch.arange(length))[:, None, None])
 
-        def attend(
+        def store(
             block: int,
-            q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
             rows: list[int] = rows,
             positions: torch.Tensor = positions,
+        ) -> None:
+            keys[block, rows, :, positions] = k.to(torch.float32)
+            values[block, rows, :, positions] = v.to(torch.float32)
+
+        def attend(
+            block: int,
+            q: torch.Tensor,
+            rows: list[int] = rows,
             length: int = length,
             masks: list[torch.Tensor] = masks,
         ) -> torch.Tensor:
-            keys[block, rows, :, positions] = k.to(torch.float32)
-            values[block, rows, :, positions] = v.to(torch.float32)
             every = slice(None) if len(rows) == len(prompts) else rows
             seen = masks[not c.is_global(block)]
             known = (cache[block, every, :, :length] for cache in (keys, values))
             return attend_masked(q[:, :, None], *known, seen, c.attention_scale)
 
         last = torch.tensor([texts[n][-1] for n in rows])
-        step = run_blocks(model, last, rotary_tables(model, positions), linear, attend)
+        step = run_blocks(model, last, rotary_tables(model, positions), linear, store, attend)
         for n, token in zip(rows, step.argmax(dim=1).tolist(), strict=True):
             texts[n].append(token)
 
@@ -284,13 +291,11 @@ def _draft_batch(
     scores = torch.empty(len(starts), length, choices)
     for j in range(length):
 
-        def attend(
-            block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, j: int = j
-        ) -> torch.Tensor:
-            own[0, block, :, :, j], own[1, block, :, :, j] = (
-                k.to(torch.float32),
-                v.to(torch.float32),
-            )
+        def store(block: int, k: torch.Tensor, v: torch.Tensor, j: int = j) -> None:
+            own[0, block, :, :, j] = k.to(torch.float32)
+            own[1, block, :, :, j] = v.to(torch.float32)
+
+        def attend(block: int, q: torch.Tensor, j: int = j) -> torch.Tensor:
             parts = []
             for n, rows in spans.items():
                 span = slice(rows[0], rows[-1] + 1)
@@ -301,7 +306,7 @@ def _draft_batch(
                 parts.append(_attend_chain(q[span], *entries, drafted, first[span], window, c))
             return torch.cat(parts)
 
-        rows = run_blocks(model, tokens, rotary_tables(model, first + j), linear, attend)
+        rows = run_blocks(model, tokens, rotary_tables(model, first + j), linear, store, attend)
         scores[:, j], candidates[:, j] = torch.topk(rows, choices)
         tokens = candidates[:, j, 0]
     return candidates, scores

@@ -28,8 +28,9 @@ from speq.model.arith import (
     to_float16,
     verify_gemm,
 )
-from speq.model.checkpoint import LINEARS, Model, ModelConfig
+from speq.model.checkpoint import Model, ModelConfig
 from speq.model.format import EncodedTensor
+from speq.model.schedule import Attention, Linears, Operation, Step, Vector, pass_schedule
 from speq.model.vector_ops import (
     gated,
     normalize,
@@ -41,7 +42,8 @@ from speq.model.vector_ops import (
 
 Capture = Callable[[str, torch.Tensor], None]
 Linear = Callable[[str, torch.Tensor], torch.Tensor]
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Store = Callable[[int, torch.Tensor, torch.Tensor], None]
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
 RotaryTable = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -62,15 +64,16 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=torch.float16)
         self.values = torch.zeros(shape, dtype=torch.float16)
 
-    def store(
-        self, block: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes float16 [T, kv_heads, head_dim] behind the slots in use, which `length` does not
-        count yet, and returns the block's keys and values [kv_heads, length + T, head_dim]."""
+        count yet."""
         stop = self.length + len(keys)
         self.keys[block, :, self.length : stop] = keys.transpose(0, 1)
         self.values[block, :, self.length : stop] = values.transpose(0, 1)
-        return self.keys[block, :, :stop], self.values[block, :, :stop]
+
+    def entries(self, block: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A block's keys and values in the first `count` slots, [kv_heads, count, head_dim]."""
+        return self.keys[block, :, :count], self.values[block, :, :count]
 
     def truncate(self, length: int) -> None:
         """Drops every slot from `length` on. Raises ValueError if it exceeds the slots in use."""
@@ -183,18 +186,21 @@ def forward(
             return layer.pad(draft_gemm(layer.quantize(x), layer.operand))
         return verify_gemm(x, model.operands[name])
 
-    def attend(block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys, values = cache.store(block, k, v)
-        seen = mask if c.is_global(block) else window_mask
-        return attention(q, keys, values, seen, c.attention_scale)
+    def store(block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        cache.store(block, keys, values)
 
-    logits = run_blocks(model, tokens, tables, linear, attend, logit_rows)
+    def attend(block: int, queries: torch.Tensor) -> torch.Tensor:
+        seen = mask if c.is_global(block) else window_mask
+        keys, values = cache.entries(block, mask.shape[1])
+        return attention(queries, keys, values, seen, c.attention_scale)
+
+    logits = run_blocks(model, tokens, tables, linear, store, attend, logit_rows)
     cache.length += len(tokens)
     return logits
 
 
 @dataclass(frozen=True, eq=False)
-class Linears:
+class LinearRequest:
     """Linear layers to compute, without their biases: names, and their input x float16 [T, K]."""
 
     names: tuple[str, ...]
@@ -202,17 +208,24 @@ class Linears:
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
-    """Attention of a block to compute: queries float16 [T, heads, D], keys and values float16
-    [T, kv_heads, D], which are to be stored first; queries and keys are rotated."""
+class StoreRequest:
+    """Keys and values float16 [T, kv_heads, D] of a block to store; keys are rotated."""
 
     block: int
-    queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
 
 
-BlockSteps = Generator[Linears | Attention, list[torch.Tensor] | torch.Tensor, torch.Tensor]
+@dataclass(frozen=True, eq=False)
+class AttentionRequest:
+    """Attention of a block to compute, for rotated queries float16 [T, heads, D]."""
+
+    block: int
+    queries: torch.Tensor
+
+
+Request = LinearRequest | StoreRequest | AttentionRequest
+PassSteps = Generator[Request, list[torch.Tensor] | torch.Tensor | None, torch.Tensor | None]
 
 
 def run_blocks(
@@ -220,6 +233,7 @@ def run_blocks(
     tokens: torch.Tensor,
     tables: Sequence[RotaryTable],
     linear: Linear,
+    store: Store,
     attend: Attend,
     logit_rows: slice = slice(None),
 ) -> torch.Tensor:
@@ -232,73 +246,85 @@ def run_blocks(
         From `rotary_tables`.
     linear : (name, x float16 [T, K]) -> float32 [T, O]
         A linear layer without its bias.
-    attend : (block, queries [T, heads, D], keys, values [T, kv_heads, D]) -> [T, heads * D]
-        Attention of a block, float16 in and out; queries and keys are rotated. It stores the keys
-        and values.
+    store : (block, keys, values float16 [T, kv_heads, D]) -> None
+        Writes to the KV cache; keys are rotated.
+    attend : (block, queries float16 [T, heads, D]) -> float16 [T, heads * D]
+        Attention of a block to the KV cache, what was just stored included; queries are rotated.
     """
-    steps = block_steps(model, tokens, tables, logit_rows)
+    steps = pass_steps(model, pass_schedule(model.config), tokens, tables, logit_rows)
     answer = None
     try:
         while True:
             match steps.send(answer):
-                case Linears(names, x):
+                case LinearRequest(names, x):
                     answer = [linear(name, x) for name in names]
-                case Attention(block, queries, keys, values):
-                    answer = attend(block, queries, keys, values)
+                case StoreRequest(block, keys, values):
+                    answer = store(block, keys, values)
+                case AttentionRequest(block, queries):
+                    answer = attend(block, queries)
     except StopIteration as end:
         return end.value
 
 
-def block_steps(
+def pass_steps(
     model: Model,
+    schedule: Sequence[Step],
     tokens: torch.Tensor,
     tables: Sequence[RotaryTable],
     logit_rows: slice = slice(None),
-) -> BlockSteps:
-    """The vector work of a pass, which yields what the array is to compute and returns the logits.
+) -> PassSteps:
+    """The vector work of a pass, which yields what the array and the KV cache are to do and returns
+    the logits, or None where the schedule has none.
 
-    For `Linears` it expects their products, a list of float32 [T, O]; for `Attention` its output,
-    float16 [T, heads * D]. Parameters and result are those of `run_blocks`.
+    For a `LinearRequest` it expects the products, a list of float32 [T, O]; for an
+    `AttentionRequest` its output, float16 [T, heads * D]; for a `StoreRequest` nothing. The other
+    parameters are those of `run_blocks`.
     """
     c = model.config
+    buffers: dict[str, torch.Tensor] = {}
+    for step in schedule:
+        match step:
+            case Linears(names, source, targets):
+                products = yield LinearRequest(names, buffers[source])
+                buffers.update(zip(targets, products, strict=True))
+            case Attention(block, source, target):
+                queries = buffers[source].unflatten(1, (-1, c.head_dim))
+                buffers[target] = yield AttentionRequest(block, queries)
+            case Vector(Operation.STORE, sources, block=block):
+                entries = (buffers[name].unflatten(1, (-1, c.head_dim)) for name in sources)
+                yield StoreRequest(block, *entries)
+            case Vector(Operation.EMBED, target=target, weight=weight):
+                h = model.weights[weight][tokens].to(torch.float32)
+                buffers[target] = h if c.embedding_scale == 1.0 else h * c.embedding_scale
+            case Vector(Operation.SELECT, (source,), target):
+                buffers[target] = buffers[source][logit_rows]
+            case Vector():
+                operands = [buffers[name] for name in step.sources]
+                buffers[step.target] = _compute(model, step, operands, tables)
+    return buffers.get("logits")
 
-    def linears(x: torch.Tensor, *names: str) -> Generator[Linears, list[torch.Tensor], list]:
-        products = yield Linears(names, x)
-        biases = (model.weights.get(name + ".bias") for name in names)
-        return [
-            y if bias is None else y + bias.to(torch.float32)
-            for y, bias in zip(products, biases, strict=True)
-        ]
 
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, model.weights[name], c.norm_eps)
-
-    h = model.weights["embedding"][tokens].to(torch.float32)  # residual stream [T, H]
-    if c.embedding_scale != 1.0:
-        h = h * c.embedding_scale
-    for i in range(c.blocks):
-        block = f"block.{i}."
-        names = [block + name for name in LINEARS]
-        x = to_float16(norm(block + "attn_norm", h))
-        products = yield from linears(x, *names[:3])
-        q, k, v = (y.unflatten(1, (-1, c.head_dim)) for y in products)
-        if block + "q_norm" in model.weights:
-            q, k = norm(block + "q_norm", q), norm(block + "k_norm", k)
-        table = tables[0] if c.is_global(i) else tables[1]
-        x = yield Attention(i, rotate(q, *table), rotate(k, *table), to_float16(v))
-        (y,) = yield from linears(x, names[3])
-        if block + "post_attn_norm" in model.weights:
-            y = norm(block + "post_attn_norm", y)
-        h = h + y
-        x = to_float16(norm(block + "ffn_norm", h))
-        gate, up = yield from linears(x, *names[4:6])
-        (y,) = yield from linears(gated(gate, up, c.activation), names[6])
-        if block + "post_ffn_norm" in model.weights:
-            y = norm(block + "post_ffn_norm", y)
-        h = h + y
-    x = to_float16(norm("final_norm", h[logit_rows]))
-    (logits,) = yield from linears(x, "head")
-    return logits
+def _compute(
+    model: Model, step: Vector, operands: list[torch.Tensor], tables: Sequence[RotaryTable]
+) -> torch.Tensor:
+    """The result [T, n] of an elementwise or row operation."""
+    c, x = model.config, operands[0]
+    match step.operation:
+        case Operation.NORM:
+            weight = model.weights[step.weight]
+            return rms_norm(x.unflatten(1, (-1, len(weight))), weight, c.norm_eps).flatten(1)
+        case Operation.ROUND:
+            return to_float16(x)
+        case Operation.ADD_BIAS:
+            return x + model.weights[step.weight].to(torch.float32)
+        case Operation.ROTATE:
+            table = tables[0] if c.is_global(step.block) else tables[1]
+            return rotate(x.unflatten(1, (-1, c.head_dim)), *table).flatten(1)
+        case Operation.GATE:
+            return gated(*operands, c.activation)
+        case Operation.ADD:
+            return x + operands[1]
+    raise ValueError(f"{step.operation} has no definition")
 
 
 def rotary_tables(model: Model, positions: torch.Tensor) -> list[RotaryTable]:

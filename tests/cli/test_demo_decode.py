@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from speq.cli import app
-from speq.cli.demo_decode import Comparison, Predictor, Walk, load, walks
+from speq.cli.demo_decode import Comparison, load
 from speq.cli.generate import encode_model
+from speq.host.meter import PassShape, passes_of
 from speq.hw.accelerator_config import PassKind
 from speq.model.checkpoint import CheckpointError
-from speq.model.cycles import Engine
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Step, generate
@@ -47,8 +47,8 @@ def test_every_logit_is_the_golden_models():
     bits = 32 * model.config.vocab_size * (len(tokens) + 1)  # and the plain one
     assert f"equal the golden model's; {bits:,} logit bits compared, 0 differ." in result.output
     walked = re.findall(r"(\w+) pass, rows (\d+), position (\d+)", result.output)
-    expected = [Walk(PassKind.VERIFY, 1, 0), *walks(prompt, steps, 4)]
-    assert walked == [(w.name, str(w.rows), str(w.position)) for w in expected]
+    expected = [PassShape(PassKind.VERIFY, 1, 0), *passes_of(prompt, steps, 4)]
+    assert walked == [(p.name, str(p.rows), str(p.position)) for p in expected]
     table = re.findall(r"^│ (\w+) .* ([+-]\d\.\d\d)% │ +(\d+\.\d)% │", result.output, re.MULTILINE)
     assert {name for name, *_ in table} == {"plain", "prefill", "draft", "verify"}
     for name, difference, busy in table:
@@ -111,29 +111,6 @@ def test_comparison():
         "run step 1, row 0, column 0: expected 0x00000000, got 0x80000000"
     ]
     assert not problems([step([1], logits=nan)], [step([1], logits=nan.clone())])
-
-
-def test_passes_of_steps():
-    steps = [step([7, 8]), step([9], drafted=0, alternates=0)]
-    expected = [
-        *[Walk(PassKind.SINGLE, 4, 0), Walk(PassKind.SINGLE, 1, 4)],
-        *[Walk(PassKind.DRAFT, 1, 5), Walk(PassKind.DRAFT, 1, 6), Walk(PassKind.VERIFY, 4, 5)],
-        Walk(PassKind.VERIFY, 1, 7),
-    ]
-    assert list(walks([0] * 6, steps, 4)) == expected
-    names = ["prefill", "prefill", "draft", "draft", "verify", "plain"]
-    assert [walk.name for walk in expected] == names
-
-
-def test_prefill_is_a_pass_without_its_end():
-    config = load_model("tiny").config
-    predictor = Predictor(config, Engine(rows=4, cols=8), {})
-    verify = predictor.cycles(Walk(PassKind.VERIFY, 4, 8))
-    prefill = predictor.cycles(Walk(PassKind.SINGLE, 4, 8))
-    h, f = config.hidden, config.ffn_hidden
-    # The last block's attention output and feed-forward layers and the head, 8 outputs a tile.
-    left_out = h * h / 8 + 3 * h * f / 8 + h * config.vocab_size / 8
-    assert left_out < verify - prefill < 1.2 * left_out
 
 
 def test_missing_models_are_named(monkeypatch):

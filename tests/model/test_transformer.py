@@ -13,15 +13,18 @@ from speq.model.checkpoint import ARCHITECTURES, LINEARS, CheckpointError, Model
 from speq.model.format import encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
+from speq.model.schedule import pass_schedule
 from speq.model.transformer import (
+    AttentionRequest,
     KVCache,
-    Linears,
+    LinearRequest,
+    StoreRequest,
     attention,
     attention_steps,
-    block_steps,
     finish,
     forward,
     linear_inputs,
+    pass_steps,
     prepare_draft_linears,
     rotary_tables,
 )
@@ -186,29 +189,38 @@ def test_a_pass_asks_for_its_products_stage_by_stage():
     """What depends on nothing but one input comes together; attention's two products follow."""
     model = small_model("qwen2")
     c = model.config
-    steps = block_steps(model, torch.tensor([3, 1]), rotary_tables(model, torch.arange(2)))
-    stages = []
-    answer = None
-    with pytest.raises(StopIteration) as end:
-        while True:
-            stage = steps.send(answer)
-            if isinstance(stage, Linears):
-                stages.append(stage.names)
-                answer = [verify_gemm(stage.x, model.operands[name]) for name in stage.names]
-            else:
-                stages.append(stage.block)
-                assert stage.queries.shape == (2, c.heads, c.head_dim)
-                assert stage.keys.shape == stage.values.shape == (2, c.kv_heads, c.head_dim)
-                answer = torch.zeros(2, c.heads * c.head_dim, dtype=torch.float16)
-    assert end.value.value.shape == (2, c.vocab_size)
+    tables = rotary_tables(model, torch.arange(2))
     q, k, v, o, gate, up, down = LINEARS
     expected = []
     for i in range(c.blocks):
-        block = [(q, k, v), i, (o,), (gate, up), (down,)]
-        expected += [
-            part if part == i else tuple(f"block.{i}.{name}" for name in part) for part in block
-        ]
-    assert stages == [*expected, ("head",)]
+        for part in ((q, k, v), ("store",), ("attend",), (o,), (gate, up), (down,)):
+            expected.append(tuple(f"block.{i}.{name}" for name in part))
+
+    def requests(schedule: list) -> tuple[list[tuple[str, ...]], torch.Tensor | None]:
+        steps = pass_steps(model, schedule, torch.tensor([3, 1]), tables)
+        seen = []
+        answer = None
+        with pytest.raises(StopIteration) as end:
+            while True:
+                match steps.send(answer):
+                    case LinearRequest(names, x):
+                        seen.append(names)
+                        answer = [verify_gemm(x, model.operands[name]) for name in names]
+                    case StoreRequest(block, keys, values):
+                        seen.append((f"block.{block}.store",))
+                        assert keys.shape == values.shape == (2, c.kv_heads, c.head_dim)
+                        answer = None
+                    case AttentionRequest(block, queries):
+                        seen.append((f"block.{block}.attend",))
+                        assert queries.shape == (2, c.heads, c.head_dim)
+                        answer = torch.zeros(2, c.heads * c.head_dim, dtype=torch.float16)
+        return seen, end.value.value
+
+    seen, logits = requests(pass_schedule(c))
+    assert seen == [*expected, ("head",)]
+    assert logits.shape == (2, c.vocab_size)
+    # A prefill pass ends with the last block's keys and values.
+    assert requests(pass_schedule(c, prefill=True)) == (expected[:-4], None)
     attention_pass = attention_steps(torch.zeros(1, 2).half(), torch.ones(1, 1).bool(), 1.0)
     next(attention_pass)
     with pytest.raises(RuntimeError, match="more steps"):

@@ -6,25 +6,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from speq.host.driver import Host, Pass
+from speq.host.driver import Host
 from speq.host.layout import MemoryLayout
+from speq.host.meter import Meter, cycle_engine
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.engine_config import EngineConfig
 from speq.hw.verilog import generate_top
 from speq.model import speculation
 from speq.model.checkpoint import Model
-from speq.model.cycles import Engine, Job, draft_pass, linear_shapes, stage_cycles, verify_pass
+from speq.model.cycles import Engine, Job, linear_shapes, stage_cycles
 from speq.model.format import EncodedTensor
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig, draft_words
+from speq.model.schedule import Linears, pass_schedule, stages
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import prepare_draft_linears
 from speq.sim.simulated_board import CHANNELS, MemoryOptions, SimulatedBoard
@@ -48,73 +48,6 @@ PLAIN_CYCLES = 25_000
 SPECULATIVE_RATIO = 0.65
 
 Encoded = dict[str, EncodedTensor]
-
-
-@dataclass(frozen=True)
-class MeasuredPass:
-    """A pass of a decoding run.
-
-    Attributes
-    ----------
-    kind : PassKind
-    rows, start : int
-        Its tokens, and the KV entries before them.
-    cycles : int
-        From its first HOST descriptor to the next pass's, without the host's.
-    stages : list of int
-        The same, from each of its HOST descriptors to the next, without the last stage.
-    """
-
-    kind: PassKind
-    rows: int
-    start: int
-    cycles: int
-    stages: list[int]
-
-
-class Meter:
-    """Looks at the counters of a decoding run at every HOST descriptor.
-
-    Parameters
-    ----------
-    host : Host
-        Before its next run.
-    """
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._times: list[int] = []
-        self._firsts: list[int] = []
-        self._passes: list[Pass] = []
-        host.observer = self._observe
-
-    def _observe(self, current: Pass, index: int) -> None:
-        if current.kind is PassKind.SINGLE:
-            return
-        if index == 0:
-            self._firsts.append(len(self._times))
-            self._passes.append(current)
-        self._times.append(self.cycles())
-
-    def cycles(self) -> int:
-        """Of the run so far, without the host's."""
-        # Both go on while the accelerator waits, so that the difference stands still.
-        return self._host.registers["CYCLES"] - self._host.registers["HOST_CYCLES"]
-
-    def passes(self) -> list[MeasuredPass]:
-        """All passes, when the run is over."""
-        times = [*self._times, self.cycles()]
-        ends = [*self._firsts[1:], len(times) - 1]
-        return [
-            MeasuredPass(
-                current.kind,
-                len(current.tokens),
-                current.start,
-                times[end] - times[first],
-                np.diff(times[first:end]).tolist(),
-            )
-            for current, first, end in zip(self._passes, self._firsts, ends, strict=True)
-        ]
 
 
 @cache
@@ -175,7 +108,7 @@ def test_64_tokens_plain_and_speculative(tiny):
         statistics = decode(tiny, "Once upon a time", settings, 64)
         assert statistics.committed == 64
         cycles[settings.length] = meter.cycles() / 64
-        check_prediction(meter, tiny.model, tiny.encoded, engine_of(FULL, LATENCY))
+        check_prediction(meter, tiny.model, tiny.encoded, cycle_engine(FULL, LATENCY))
     assert statistics.accepted and statistics.tree_hits
     ratio = cycles[7] / cycles[0]
     print(f"\ncycles per token: plain {cycles[0]:,.0f}, speculative {cycles[7]:,.0f} = {ratio:.3f}")
@@ -227,7 +160,7 @@ def test_draft_lengths_thresholds_and_choices(tiny, draft_length, threshold, cho
     meter = Meter(tiny.host)
     statistics = decode(tiny, text, settings, 10)
     assert statistics.committed == 10
-    check_prediction(meter, tiny.model, tiny.encoded, engine_of(FULL, LATENCY))
+    check_prediction(meter, tiny.model, tiny.encoded, cycle_engine(FULL, LATENCY))
 
 
 def test_stalls_and_reordered_responses():
@@ -280,30 +213,19 @@ def test_other_models(config, shape):
 # Cycles.
 
 
-def engine_of(config: AcceleratorConfig, latency: int) -> Engine:
-    engine = config.engine
-    beats = max(1, 32 * engine.cols // config.data.data_bits)
-    return Engine(engine.rows, engine.cols, latency=latency, result_beats=beats)
-
-
-def predicted(measured: MeasuredPass, model: Model, encoded: Encoded, engine: Engine) -> int:
-    """Cycles of a pass as the analytic model says."""
-    formats = {name: tensor.config for name, tensor in encoded.items()}
-    if measured.kind is PassKind.DRAFT:
-        return draft_pass(model.config, engine, formats, measured.start).cycles
-    return verify_pass(model.config, engine, formats, measured.rows, measured.start).cycles
-
-
 def check_prediction(meter: Meter, model: Model, encoded: Encoded, engine: Engine) -> None:
     """Compare every pass of the last run and their sum with the analytic model."""
-    passes = meter.passes()
-    expected = [predicted(measured, model, encoded, engine) for measured in passes]
+    meter.stop()
+    # Prefill passes come before the counters are cleared.
+    passes = [p for p in meter.passes if p.shape.kind is not PassKind.SINGLE]
+    formats = {name: tensor.config for name, tensor in encoded.items()}
+    expected = [p.shape.predicted_cycles(model.config, engine, formats) for p in passes]
     print(f"\nlatency {engine.latency}: pass, rows, passes, predicted, measured, worst error")
-    for kind, rows in sorted({(p.kind.value, p.rows) for p in passes}):
+    for kind, rows in sorted({(p.shape.kind.value, p.shape.rows) for p in passes}):
         pairs = [
             (e, p.cycles)
             for e, p in zip(expected, passes, strict=True)
-            if (p.kind.value, p.rows) == (kind, rows)
+            if (p.shape.kind.value, p.shape.rows) == (kind, rows)
         ]
         worst = max(abs(e / measured - 1) for e, measured in pairs)
         totals = "".join(f"{sum(column):11,}" for column in zip(*pairs, strict=True))
@@ -324,7 +246,7 @@ def test_cycles_at_other_latencies(latency):
         with rtl_host(FULL, model, formats, latency=latency) as host:
             meter = Meter(host)
             check(host, model, formats, prompt, settings, max_tokens=tokens)
-            check_prediction(meter, model, formats, engine_of(FULL, latency))
+            check_prediction(meter, model, formats, cycle_engine(FULL, latency))
 
 
 def test_cycles_of_single_layers_of_smollm2():
@@ -332,25 +254,30 @@ def test_cycles_of_single_layers_of_smollm2():
     dimensions = {"hidden": 576, "ffn_hidden": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
     model = drafted_model("llama", SEED, blocks=1, vocab_size=512, **dimensions)
     encoded = encoded_linears(model)
-    engine = engine_of(FULL, LATENCY)
+    engine = cycle_engine(FULL, LATENCY)
     shapes = linear_shapes(model.config)
-    stages = {0: ("q_proj", "k_proj", "v_proj"), 3: ("o_proj",)}
-    stages |= {4: ("gate_proj", "up_proj"), 5: ("down_proj",)}
+    layers = {
+        index: stage.names
+        for index, stage in enumerate(stages(pass_schedule(model.config)))
+        if isinstance(stage, Linears) and stage.names != ("head",)
+    }
+    assert list(layers) == [0, 3, 4, 5]
     with rtl_host(FULL, model, encoded, capacity=32) as host:
         meter = Meter(host)
         check(host, model, encoded, [1, 2, 3], Settings(8, 2), max_tokens=4)
         check_prediction(meter, model, encoded, engine)
-        passes = meter.passes()
-    assert {p.kind for p in passes} == {PassKind.DRAFT, PassKind.VERIFY}
+    passes = [p for p in meter.passes if p.shape.kind is not PassKind.SINGLE]
+    assert {p.shape.kind for p in passes} == {PassKind.DRAFT, PassKind.VERIFY}
     print("\npass, rows, layers, predicted, measured")
     for measured in passes:
-        drafting = measured.kind is PassKind.DRAFT
-        for index, names in stages.items():
+        kind, rows = measured.shape.kind, measured.shape.rows
+        drafting = kind is PassKind.DRAFT
+        for index, names in layers.items():
             jobs = []
             for name in names:
-                o, k = shapes[f"block.0.{name}"]
+                o, k = shapes[name]
                 words = draft_words(k, FormatConfig()) if drafting else k
-                jobs.append(Job(words, o, measured.rows, planes=1 if drafting else 2))
+                jobs.append(Job(words, o, rows, planes=1 if drafting else 2))
             expected, got = stage_cycles(jobs, engine), measured.stages[index]
-            print(f"{measured.kind.name:6} {measured.rows} {'+'.join(names):20} {expected} {got}")
+            print(f"{kind.name:6} {rows} {'+'.join(names):20} {expected} {got}")
             assert expected == pytest.approx(got, rel=TOLERANCE)

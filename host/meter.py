@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cycles of the passes of a run: counted by the accelerator, and predicted by the cycle model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from speq.host.driver import Host, Pass
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
+from speq.model.checkpoint import ModelConfig
+from speq.model.cycles import Engine, Formats, draft_pass, prefill_pass, verify_pass
+from speq.model.speculation import Step
+
+_RESULT_BITS = 32
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What the cycles of a pass depend on: its kind, its rows, and the KV entries before them."""
+
+    kind: PassKind
+    rows: int
+    position: int
+
+    @property
+    def name(self) -> str:
+        """For users; a verify pass of one row is plain decoding."""
+        if self.kind is PassKind.SINGLE:
+            return "prefill"
+        is_plain = self.kind is PassKind.VERIFY and self.rows == 1
+        return "plain" if is_plain else self.kind.name.lower()
+
+    def predicted_cycles(self, config: ModelConfig, engine: Engine, formats: Formats) -> int:
+        """Cycles of such a pass from the analytic model, without the host's."""
+        if self.kind is PassKind.DRAFT:
+            return draft_pass(config, engine, formats, self.position).cycles
+        cost = prefill_pass if self.kind is PassKind.SINGLE else verify_pass
+        return cost(config, engine, formats, self.rows, self.position).cycles
+
+
+@dataclass(frozen=True)
+class MeasuredPass:
+    """A pass that has ended.
+
+    Attributes
+    ----------
+    shape : PassShape
+    counters : dict
+        What each counter of the accelerator has counted in it.
+    stages : list of int
+        Cycles from each of its HOST descriptors to the next, without the host's and without the
+        last stage.
+    """
+
+    shape: PassShape
+    counters: dict[str, int]
+    stages: list[int] = field(default_factory=list)
+
+    @property
+    def cycles(self) -> int:
+        """From its first HOST descriptor to its successor's, without the host's."""
+        return busy_cycles(self.counters)
+
+
+def busy_cycles(counters: Mapping[str, int]) -> int:
+    """Cycles in which the accelerator did not wait for the host."""
+    return counters["CYCLES"] - counters["HOST_CYCLES"]
+
+
+class Meter:
+    """The counters of each pass of a driver's next run.
+
+    A pass lasts from its first HOST descriptor to that of its successor, or to `stop`.
+
+    Parameters
+    ----------
+    host : Host
+        Tells this about its passes.
+    finished : callable, optional
+        Called with each pass that has ended.
+
+    Attributes
+    ----------
+    passes : list of MeasuredPass
+    """
+
+    def __init__(self, host: Host, finished: Callable[[MeasuredPass], None] | None = None) -> None:
+        self.passes: list[MeasuredPass] = []
+        self._host, self._finished = host, finished
+        self._shape: PassShape | None = None  # of the pass under way
+        self._before: dict[str, int] = {}
+        self._times: list[int] = []
+        host.observer = self._observe
+
+    def _observe(self, current: Pass, index: int) -> None:
+        if index == 0:
+            self.stop()
+            self._shape = PassShape(current.kind, len(current.tokens), current.start)
+            self._before, self._times = self._host.counters(), []
+        self._times.append(self.cycles())
+        # Nothing follows the last turn of a prefill pass; then the counters may start anew.
+        last = self._host.layout.host_turns(current.kind) - 1
+        if current.kind is PassKind.SINGLE and index == last:
+            self.stop()
+
+    def cycles(self) -> int:
+        """Since the counters were last cleared, without the host's."""
+        # Both go on while the accelerator waits, so that the difference stands still.
+        return busy_cycles({name: self._host.registers[name] for name in ("CYCLES", "HOST_CYCLES")})
+
+    def stop(self) -> None:
+        """The pass under way, if there is one, has ended."""
+        if self._shape is None:
+            return
+        shape, self._shape = self._shape, None
+        counted = {name: n - self._before[name] for name, n in self._host.counters().items()}
+        stages = [end - start for start, end in zip(self._times, self._times[1:], strict=False)]
+        self.passes.append(MeasuredPass(shape, counted, stages))
+        if self._finished:
+            self._finished(self.passes[-1])
+
+
+def passes_of(prompt: Sequence[int], steps: Iterable[Step], rows: int) -> Iterator[PassShape]:
+    """The passes that fill the KV cache with a prompt and make these steps."""
+    position = len(prompt) - 1
+    for start in range(0, position, rows):
+        yield PassShape(PassKind.SINGLE, min(rows, position - start), start)
+    for step in steps:
+        for i in range(step.drafted):
+            yield PassShape(PassKind.DRAFT, 1, position + i)
+        yield PassShape(PassKind.VERIFY, 1 + step.drafted + step.alternates, position)
+        position += len(step.tokens)
+
+
+def cycle_engine(config: AcceleratorConfig, latency: int) -> Engine:
+    """What the cycles of an accelerator depend on, with memory of this latency."""
+    engine = config.engine
+    beats = max(1, _RESULT_BITS * engine.cols // config.data.data_bits)
+    return Engine(engine.rows, engine.cols, latency=latency, result_beats=beats)
