@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test run says first, and how many threads it has."""
+"""What every test run says first, how many threads it has and what comes last."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 from speq.sim.runner import seed
 
@@ -13,3 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_report_header() -> str:
     return f"SPEQ_SEED={seed()} (set the environment variable for other random tests)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the model, which are many short files, come last: no worker is left with a long
+    simulation when the others have nothing to do."""
+    model = Path(__file__).parent / "model"
+    items.sort(key=lambda item: item.path.is_relative_to(model))
