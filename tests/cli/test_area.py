@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import speq.cli
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.hw import EngineConfig
 
@@ -25,6 +27,8 @@ AREAS = {
     "speq_rounder": 700.0,
 }
 GATES = {"buffer": "A", "inverter": "!A", "nand": "!(A & B)", "nor": "!(A | B)"}
+
+Bench = Callable[..., SimpleNamespace]
 
 
 def library(areas: dict[str, float]) -> str:
@@ -81,17 +85,31 @@ def test_overheads() -> None:
     assert column_overhead(AREAS, both) == pytest.approx(450 / 8000)
 
 
-def bench(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "LIBERTY"}
-    return subprocess.run(
-        [Path(sys.executable).with_name("speq"), "bench", "--only", "area", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=inherited | {"COLUMNS": "200"} | environment,
-    )
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Call `speq bench --only area` with arguments and environment variables."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
+    for name in ("LIBERTY", "SPEQ_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object, **environment: str) -> SimpleNamespace:
+        command = ["speq", "bench", "--only", "area", *map(str, arguments)]
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", command)
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            with pytest.raises(SystemExit) as stop:
+                speq.cli.main()
+        captured = capsys.readouterr()
+        return SimpleNamespace(
+            returncode=stop.value.code or 0, stdout=captured.out, stderr=captured.err
+        )
+
+    return call
 
 
-def test_without_a_library_it_is_skipped_with_the_reason(tmp_path: Path) -> None:
+def test_without_a_library_it_is_skipped_with_the_reason(bench: Bench, tmp_path: Path) -> None:
     report = tmp_path / "bench.json"
     done = bench("--json", report)
     assert done.returncode == 0, done.stderr
@@ -99,7 +117,7 @@ def test_without_a_library_it_is_skipped_with_the_reason(tmp_path: Path) -> None
     assert list(json.loads(report.read_text())["skipped"]) == ["area"]
 
 
-def test_a_file_that_is_no_library_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_file_that_is_no_library_is_one_clear_line(bench: Bench, tmp_path: Path) -> None:
     liberty = tmp_path / "broken.lib"
     liberty.write_text("cell (")
     for done in (bench("--liberty", liberty), bench(LIBERTY=str(liberty))):
@@ -108,13 +126,27 @@ def test_a_file_that_is_no_library_is_one_clear_line(tmp_path: Path) -> None:
         assert re.fullmatch(rf"speq: error: {liberty}: Yosys fails on .*\n", done.stderr)
 
 
-def test_a_library_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_broken_library_shows_before_the_units_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("work for nothing")
+
+    for name in ("array_modules", "convert_unit"):
+        monkeypatch.setattr(f"speq.cli.area.{name}", refuse)
+    for text in ("cell (", ""):
+        (tmp_path / "broken.lib").write_text(text)
+        with pytest.raises(ValueError, match=r"broken\.lib: Yosys fails on it: ERROR"):
+            unit_areas(CONFIG, tmp_path / "broken.lib")
+
+
+def test_a_library_that_is_missing_is_named(bench: Bench, tmp_path: Path) -> None:
     done = bench("--liberty", tmp_path / "absent.lib")
     assert done.returncode == 1
     assert done.stderr == f"speq: error: {tmp_path}/absent.lib: No such file or directory\n"
 
 
-def test_the_report_lists_areas_and_overheads(tmp_path: Path) -> None:
+def test_the_report_lists_areas_and_overheads(bench: Bench, tmp_path: Path) -> None:
     liberty, report = tmp_path / "tiny.lib", tmp_path / "bench.json"
     liberty.write_text(library({"buffer": 1, "inverter": 1, "nand": 2, "nor": 3, "flop": 10}))
     done = bench("--liberty", liberty, "--json", report)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from itertools import islice
@@ -57,11 +58,13 @@ def words(text: str) -> list[str]:
 # Stories.
 
 
-def test_stories_are_the_same_everywhere() -> None:
+def test_stories_are_the_same_everywhere(trained) -> None:
     """Python promises the sequence of `Random.random`, so the text must not change either."""
     assert story(1).startswith(
         "Once upon a time, in the park, there lived a boy named Jack. He had a golden"
     )
+    digest = hashlib.sha256("\n".join(trained).encode()).hexdigest()
+    assert digest == "8dfbb0b6d5707cf8f20bc7b535467c9d47e566db1f26d4d1af2a8401ceb93021"
 
 
 def test_stories_are_finished_text(trained) -> None:
