@@ -201,7 +201,6 @@ def start(
     *,
     environment: Mapping[str, str] | None = None,
     plusargs: Sequence[str] = (),
-    waves: bool = False,
     descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Run a cocotb test module on a build, in the background.
@@ -219,8 +218,6 @@ def start(
         Environment variables for the test.
     plusargs : sequence of str, optional
         Arguments for $value$plusargs.
-    waves : bool
-        Record all signals in dump.vcd; the build must allow it.
     descriptors : sequence of int, optional
         File descriptors that the process inherits.
     """
@@ -236,7 +233,6 @@ def start(
             results_xml=str(run / "results.xml"),
             extra_env=dict(environment or {}) | {"PYTHONPATH": os.pathsep.join(sys.path)},
             plusargs=list(plusargs),
-            waves=waves,
             log_file=run / "test.log",
         )
     return runner.process
@@ -249,7 +245,6 @@ def simulate(
     *,
     environment: Mapping[str, str] | None = None,
     plusargs: Sequence[str] = (),
-    waves: bool = False,
     sources: Sequence[Path] = (),
     parameters: Mapping[str, int] | None = None,
     visible: str | None = "*",
@@ -269,9 +264,7 @@ def simulate(
     SimulationError
         If the build fails, a test fails or no test ran, with the end of the log.
     """
-    folder = build(
-        verilog, top, sources=sources, parameters=parameters, visible=visible, waves=waves
-    )
+    folder = build(verilog, top, sources=sources, parameters=parameters, visible=visible)
     run = folder / f"run-{os.getpid()}"
     run.mkdir(exist_ok=True)
     process = start(
@@ -281,7 +274,6 @@ def simulate(
         run,
         environment=environment,
         plusargs=plusargs,
-        waves=waves,
         descriptors=descriptors,
     )
     try:

@@ -7,10 +7,6 @@ enters, and in which cycle which row's results are due.
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict
-
 import cocotb
 import numpy as np
 import torch
@@ -22,9 +18,8 @@ from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.verilog import convert_unit
 from speq.model.arith import draft_gemm, quantize_activations, to_float16, verify_gemm
 from speq.model.format import encode
-from speq.model.number_format import FormatConfig
 from speq.sim.benches.gemm_engine import Gemm, activation_beats, group_beats, weight_beats
-from speq.sim.benches.stimulus import WORD_BITS, play
+from speq.sim.benches.stimulus import WORD_BITS, config_environment, config_of_test, play
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
@@ -53,8 +48,8 @@ def run(config: EngineConfig) -> None:
     )
     modules = [convert_unit(array, "array")]
     modules += [convert_unit(unit, name, reset=False) for name, unit in array.modules.items()]
-    environment = {"SPEQ_CONFIG": json.dumps(asdict(config))}
-    simulate(top + "".join(modules), "array_tb", __name__, environment=environment)
+    verilog = top + "".join(modules)
+    simulate(verilog, "array_tb", __name__, environment=config_environment(config))
 
 
 def _port_places(array: Array) -> dict[Flow, dict[str, tuple[int, int]]]:
@@ -76,8 +71,7 @@ def _total_bits(ports: dict[str, tuple[int, int]]) -> int:
 @cocotb.test()
 async def random_tiles(dut: object) -> None:
     """Results, row, last, half and tag of every tile, in exactly the cycles that are promised."""
-    values = json.loads(os.environ["SPEQ_CONFIG"])
-    config = EngineConfig(**values | {"format": FormatConfig(**values["format"])})
+    config = config_of_test()
     array = Array(config, _TAG_BITS)
     ports = _port_places(array)
     rng = np.random.default_rng(seed())

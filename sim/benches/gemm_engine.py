@@ -320,7 +320,6 @@ def run_gemms(
     impossible: Sequence[int] = (),
     stalls: Mapping[str, int] | None = None,
     seed: int = 0,
-    waves: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> RunResult:
     """Run GEMMs one after another on the simulated engine.
@@ -336,8 +335,6 @@ def run_gemms(
         probability, in 256ths, that it stalls in a cycle; 0 when not given.
     seed : int
         Of the stalls.
-    waves : bool
-        Record all signals in dump.vcd in the folder of the simulation.
     progress : callable, optional
         Called, from another thread, with the share of the results that is there.
 
@@ -375,7 +372,6 @@ def run_gemms(
                 __name__,
                 environment={"SPEQ_CYCLE_LIMIT": str(limit)},
                 plusargs=plusargs,
-                waves=waves,
             )
         report = json.loads((run / "report.json").read_text())
         if not (report["done"] and report["idle"]) or report["rejected"] != bool(impossible):

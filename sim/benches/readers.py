@@ -2,27 +2,19 @@
 """Testbench of the readers of weights, group bytes and activations.
 
 The readers run against cocotbext-axi's memory model, which was written independently, with random
-pauses on all channels; exact timing and bad responses come from the memory
-below. Expected words are cut out of the random contents of that memory with numpy, and both planes
-of an encoded tensor are joined by the number format's own code.
+pauses on all channels; exact timing and bad responses come from a responder. Expected words are cut
+out of the random contents of that memory with numpy, and both planes of an encoded tensor are
+joined by the number format's own code.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cocotb
 import numpy as np
-from amaranth.hdl import Elaboratable, Module
-from amaranth.lib import data, wiring
-from amaranth.lib.wiring import Out
-from cocotb.clock import Clock
-from cocotb.triggers import RisingEdge
-from cocotbext.axi import AxiReadBus, AxiSlaveRead
+from amaranth.lib import data
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.ram import RAM_VERILOG
@@ -34,8 +26,9 @@ from speq.hw.memory.weight_reader import WeightReader, chunk_words, weight_comma
 from speq.hw.verilog import convert_unit
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
-from speq.sim.benches.memory import Sink, Source, expected_bursts
-from speq.sim.compare import assert_equal_bits
+from speq.sim.benches.axi import Memory, ReadResponder, Transfer, expected_bursts, serve_reads
+from speq.sim.benches.streams import Sink, Source
+from speq.sim.benches.world import Ports, SideBySide, World
 from speq.sim.runner import seed, simulate
 
 _TOP = "readers_tb"
@@ -56,8 +49,6 @@ _CONFIGS = (
 _READERS = {"weights": WeightReader, "groups": GroupReader, "activations": ActivationReader}
 #: Bytes of the memory, which fills a region that begins at a multiple of its size.
 _SIZE = 1 << 17
-#: Latency of the memory below, in cycles.
-_LATENCY = 20
 #: Cycles after which a test gives up waiting.
 _PATIENCE = 30_000
 #: Share of cycles in which a paused channel pauses.
@@ -69,28 +60,14 @@ _WORD_BYTES = 2
 _RESIDUAL_WORDS = 3  # of four weights
 
 
-class _Bench(wiring.Component):
-    """All readers of all configurations: weights_0, groups_0, activations_0, weights_1, ..."""
-
-    def __init__(self) -> None:
-        self.units = {
-            f"{name}_{i}": reader(config)
-            for i, config in enumerate(_CONFIGS)
-            for name, reader in _READERS.items()
-        }
-        super().__init__({name: Out(unit.signature) for name, unit in self.units.items()})
-
-    def elaborate(self, platform: object) -> Elaboratable:
-        m = Module()
-        for name, unit in self.units.items():
-            m.submodules[name] = unit
-            wiring.connect(m, wiring.flipped(getattr(self, name)), unit)
-        return m
-
-
 def run() -> None:
     """Check the readers with several parameters."""
-    simulate(convert_unit(_Bench(), _TOP) + RAM_VERILOG, _TOP, __name__)
+    units = {
+        f"{name}_{i}": reader(config)
+        for i, config in enumerate(_CONFIGS)
+        for name, reader in _READERS.items()
+    }
+    simulate(convert_unit(SideBySide(units), _TOP) + RAM_VERILOG, _TOP, __name__)
 
 
 @dataclass(frozen=True)
@@ -100,76 +77,23 @@ class _Job:
 
     command: int
     words: list[int]
-    transfers: dict[str, list[tuple[int, int]]]
+    transfers: dict[str, list[Transfer]]
 
 
-class _Memory:
-    """Memory on one bus: a latency, then one beat per cycle, in order.
-
-    `responses` gives the response of a beat at an address.
-    """
-
-    def __init__(self, world: _World) -> None:
-        self.world = world
-        self.responses: dict[int, int] = {}
-        # Cycle from which it may be given, and the fields of the beat.
-        self.pending: deque[tuple[int, dict[str, int]]] = deque()
-        names = ("id", "addr", "len", "valid", "ready")
-        self.request = {name: world.port(f"axi__ar{name}") for name in names}
-        names = ("id", "data", "resp", "last", "valid", "ready")
-        self.response = {name: world.port(f"axi__r{name}") for name in names}
-        self.request["ready"].value = 1
-        self.response["valid"].value = 0
-
-    def step(self, cycle: int) -> None:
-        if int(self.request["valid"].value):
-            identity, address, length = (
-                int(self.request[name].value) for name in ("id", "addr", "len")
-            )
-            size = self.world.port_config.beat_bytes
-            for i in range(length + 1):
-                place = address + i * size
-                beat = {
-                    "id": identity,
-                    "data": int.from_bytes(self.world.load(place, size), "little"),
-                    "resp": self.responses.get(place, 0),
-                    "last": i == length,
-                }
-                self.pending.append((cycle + _LATENCY, beat))
-        assert int(self.response["ready"].value), f"cycle {cycle}: not ready for read data"
-        give = bool(self.pending) and self.pending[0][0] <= cycle + 1
-        self.response["valid"].value = give
-        if give:
-            for name, value in self.pending.popleft()[1].items():
-                self.response[name].value = value
-
-
-class _Target:
-    """The memory of cocotbext-axi's slave."""
-
-    def __init__(self, world: _World) -> None:
-        self.world = world
-
-    async def read(self, address: int, length: int) -> bytes:
-        return self.world.load(address, length)
-
-
-class _World:
+class _World(World):
     """The reader under test and its surroundings."""
 
-    def __init__(self, dut: object, index: int, reader: str) -> None:
-        self.dut = dut
+    def __init__(self, dut: object, index: int, reader: str, independent: bool) -> None:
         self.config = _CONFIGS[index]
         self.reader = reader
-        self.prefix = f"{reader}_{index}"
+        self.ports = Ports(dut, f"{reader}_{index}")
         self.port_config = self.config.weights if reader == "weights" else self.config.data
-        self.rng = np.random.default_rng([seed(), index, *reader.encode()])
-        self.cycle = 0
-        self.content = self.rng.integers(0, 256, _SIZE, np.uint8)
-        self.base = int(self.rng.integers(1, (1 << self.config.address_bits) // _SIZE - 1)) * _SIZE
-        self.memory: _Memory | None = None
-        self.slave: AxiSlaveRead | None = None
-        dut._log.info(f"seed {seed()}, {self.prefix}, {self.config}")
+        rng = np.random.default_rng([seed(), index, *reader.encode()])
+        super().__init__(dut, f"{self.ports.unit}, {self.config}", rng, _PATIENCE)
+        content = self.rng.integers(0, 256, _SIZE, np.uint8).tobytes()
+        regions = (1 << self.config.address_bits) // _SIZE
+        self.memory = Memory(content, int(self.rng.integers(1, regions - 1)) * _SIZE)
+        self.independent = independent
 
     @classmethod
     async def start(
@@ -181,108 +105,70 @@ class _World:
         independent: bool = False,
         pause: float = 0.0,
     ) -> _World:
-        """After a reset, with cocotbext-axi's memory model or with the memory above."""
-        world = cls(dut, index, reader)
-        Clock(dut.clk, 2, "ns").start()
+        """After a reset, with cocotbext-axi's memory model or with a responder."""
+        world = cls(dut, index, reader, independent)
+        world.start_clock()
         for name in ("clear", "axi__arready", "axi__rvalid"):
-            world.port(name).value = 0
-        world.port("base").value = world.base
-        world.port("limit").value = world.base + _SIZE - 1
-        world.command = Source(world._stream("command"), world.rng)
-        world.words = Sink(world._stream(reader), world.rng)
+            world.ports[name].value = 0
+        world.ports["base"].value = world.memory.base
+        world.set_limit(world.memory.base + _SIZE - 1)
         if independent:
-            world._connect_slave(pause)
-        else:
-            world.memory = _Memory(world)
-        dut.rst.value = 1
-        for _ in range(3):
-            await RisingEdge(dut.clk)
-        dut.rst.value = 0
-        await RisingEdge(dut.clk)
+            serve_reads(world.ports, world.memory, world.rng, pause)
+        await world.reset()
         world.command.pause = world.words.pause = pause
         return world
 
-    def _connect_slave(self, pause: float) -> None:
-        bus = AxiReadBus.from_prefix(self.dut, f"{self.prefix}__axi_")
-        self.slave = AxiSlaveRead(bus, self.dut.clk, self.dut.rst, target=_Target(self))
-        self.slave.log.setLevel(logging.ERROR)  # else it tells of every burst
-        if pause:
-            for channel in (self.slave.ar_channel, self.slave.r_channel):
-                channel.set_pause_generator(self._pauses())
+    def connect(self) -> list[Callable[[int], None]]:
+        self.command = Source(self.ports, "command", self.rng)
+        self.words = Sink(self.ports, self.reader, self.rng)
+        agents = [self._check_busy, self.command.step, self.words.step]
+        if not self.independent:
+            self.responder = ReadResponder(self.ports, self.port_config, self.memory)
+            agents.append(self.responder.step)
+        return agents
 
-    def _pauses(self) -> Iterator[bool]:
-        rng = np.random.default_rng(self.rng.integers(1 << 32))
-        return (bool(rng.random() < _PAUSE) for _ in itertools.count())
+    def _check_busy(self, cycle: int) -> None:
+        if self.words.valid.value:
+            assert self.ports.get("busy"), f"{self.name}: cycle {cycle}: a word, but not busy"
 
-    def port(self, name: str) -> object:
-        """A port of the reader."""
-        return getattr(self.dut, f"{self.prefix}__{name}")
-
-    def get(self, name: str) -> int:
-        """Value of a port."""
-        return int(self.port(name).value)
-
-    def _stream(self, name: str) -> tuple[object, object, object]:
-        """Ports of a stream."""
-        return tuple(self.port(f"{name}__{part}") for part in ("valid", "ready", "payload"))
-
-    def load(self, address: int, size: int) -> bytes:
-        """Bytes of memory. Raises ValueError if they are not all in the region."""
-        first = address - self.base
-        if not 0 <= first <= _SIZE - size:
-            raise ValueError(f"{address:#x} is outside the region")
-        return self.content[first : first + size].tobytes()
-
-    async def step(self, cycles: int = 1) -> None:
-        """Let clock cycles pass."""
-        for _ in range(cycles):
-            await RisingEdge(self.dut.clk)
-            self.cycle += 1
-            if self.words.valid.value:
-                assert self.get("busy"), f"{self.prefix}: cycle {self.cycle}: a word, but not busy"
-            self.command.step(self.cycle)
-            self.words.step(self.cycle)
-            if self.memory is not None:
-                self.memory.step(self.cycle)
-
-    async def until(self, what: str, condition: Callable[[], bool]) -> None:
-        """Let clock cycles pass until something is so."""
-        for _ in range(_PATIENCE):
-            if condition():
-                return
-            await self.step()
-        raise AssertionError(
-            f"{self.prefix}: cycle {self.cycle}: not within {_PATIENCE} cycles: {what}"
-        )
+    def set_limit(self, limit: int) -> None:
+        """Set the region's last address."""
+        self.ports["limit"].value = limit
 
     def idle(self) -> bool:
         """Whether the reader has nothing to do."""
-        taken = self.command.taken[-1:] == [self.cycle]  # it is busy from the next cycle on
-        return not (self.command.queue or self.get("busy") or taken)
+        return self.command.is_done(self.cycle) and not self.ports.get("busy")
+
+    def has_error(self) -> bool:
+        """Whether the reader reports an error."""
+        return self.ports.get("error") != Fault.NONE.value
 
     async def clear(self, cycles: int = 1) -> None:
         """Clear the reader and wait until it is idle; no word of before may come any more."""
         self.command.withdraw()
-        self.port("clear").value = 1
+        self.ports["clear"].value = 1
         await self.step()
-        self.words.offer = None  # the clear withdraws it
+        self.words.forget_offer()
         received = len(self.words.items)
         await self.step(cycles - 1)
-        self.port("clear").value = 0
+        self.ports["clear"].value = 0
         await self.step()
         await self.until("cleared", self.idle)
-        assert len(self.words.items) == received, f"{self.prefix}: words behind a clear"
-        assert self.get("error") == Fault.NONE.value
+        assert len(self.words.items) == received, f"{self.name}: words behind a clear"
+        self.ports.check(self.cycle, error=Fault.NONE.value)
 
     def place(self, size: int) -> int:
         """A random address of a buffer of `size` bytes."""
         alignment = self.config.alignment
-        return self.base + int(self.rng.integers(0, (_SIZE - size) // alignment + 1)) * alignment
+        return (
+            self.memory.base
+            + int(self.rng.integers(0, (_SIZE - size) // alignment + 1)) * alignment
+        )
 
     def array(self, address: int, shape: tuple[int, ...], dtype: type, stride: int) -> np.ndarray:
         """An array of tiles in memory, `stride` bytes apart."""
         size = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
-        tiles = [self.load(address + i * stride, size) for i in range(shape[0])]
+        tiles = [self.memory.load(address + i * stride, size) for i in range(shape[0])]
         return np.frombuffer(b"".join(tiles), dtype).reshape(shape)
 
     def job(self, **sizes: object) -> _Job:
@@ -361,7 +247,7 @@ class _World:
 
     def _transfers(
         self, address: int, tiles: int, stride: int, size: int, chunk: int
-    ) -> list[tuple[int, int]]:
+    ) -> list[Transfer]:
         """Addresses and beats that tiles are read in, `chunk` bytes at a time."""
         return [
             (address + i * stride + start, min(chunk, size - start) // self.port_config.beat_bytes)
@@ -374,7 +260,7 @@ class _World:
         layout: data.Layout,
         fields: dict[str, object],
         content: np.ndarray,
-        transfers: dict[str, list[tuple[int, int]]],
+        transfers: dict[str, list[Transfer]],
     ) -> _Job:
         """The job with these words, [tiles, words, bytes or columns]."""
         mask = (1 << len(self.words.payload)) - 1
@@ -387,35 +273,18 @@ class _World:
         first = len(self.words.items)
         self.command.queue.extend(job.command for job in jobs)
         await self.until("the jobs are finished", self.idle)
-        assert self.get("error") == Fault.NONE.value, f"{self.prefix}: an error"
-        self.check([word for job in jobs for word in job.words], first)
-
-    def check(self, expected: list[int], first: int) -> None:
-        """Compare the words from number `first` on."""
-        got = self.words.items[first:]
-        assert len(got) == len(expected), (
-            f"{self.prefix}: {len(got)} words, expected {len(expected)}"
-        )
-        assert_equal_bits(
-            self.prefix,
-            expected=np.array(expected, dtype=object),
-            got=np.array(got, dtype=object),
-            cycles=np.array(self.words.cycles[first:]),
-        )
+        self.ports.check(self.cycle, error=Fault.NONE.value)
+        self.words.check([word for job in jobs for word in job.words], first)
 
     def check_error(self, error: Fault, address: int) -> None:
         """Compare the report of an error with what it should be."""
-        for output, expected in (("error", error.value), ("error_address", address)):
-            got = self.get(output)
-            assert got == expected, (
-                f"{self.prefix}.{output}: cycle {self.cycle}: expected {expected:#x}, got {got:#x}"
-            )
+        self.ports.check(self.cycle, error=error.value, error_address=address)
 
-    def spoil(self, transfer: tuple[int, int], response: int) -> int:
+    def spoil(self, transfer: Transfer, response: int) -> int:
         """Let a random beat of a transfer have a bad response; the address of its burst."""
         address, beats = transfer
         bad = address + int(self.rng.integers(0, beats)) * self.port_config.beat_bytes
-        self.memory.responses[bad] = response
+        self.responder.responses[bad] = response
         bursts = expected_bursts(self.port_config, [transfer])
         return max(first for first, _ in bursts if first <= bad)
 
@@ -452,7 +321,7 @@ async def bad_responses(dut: object, index: int, reader: str) -> None:
     """A bad response is reported with its burst's address; only words before it are given."""
     world = await _World.start(dut, index, reader)
     for response in (Fault.SLAVE, Fault.DECODE) * _ROUNDS:
-        world.memory.responses.clear()
+        world.responder.responses.clear()
         mode = Mode.VERIFY if reader == "weights" else Mode.DRAFT
         k = DRAFT_LANES * int(world.rng.integers(1, 30))  # no padding, whose bits do not matter
         job = world.job(mode=mode, k=k)
@@ -461,14 +330,14 @@ async def bad_responses(dut: object, index: int, reader: str) -> None:
         address = world.spoil(job.transfers[plane][transfer], response.value)
         first = len(world.words.items)
         world.command.queue.append(job.command)
-        await world.until("an error", lambda w=world: w.get("error"))
+        await world.until("an error", world.has_error)
         world.check_error(response, address)
         await world.step(100)
         world.check_error(response, address)
         received = len(world.words.items) - first
         assert received < len(job.words)
-        world.check(job.words[:received], first)
-        world.memory.responses.clear()
+        world.words.check(job.words[:received], first)
+        world.responder.responses.clear()
         await world.clear()
         await world.do(world.jobs(3))
 
@@ -486,14 +355,14 @@ async def commands_outside_the_region(dut: object, index: int, reader: str) -> N
         address, beats = transfers[tile]
         # The last beat of the tile is the first one outside.
         limit = address + (beats - 1) * world.port_config.beat_bytes - 1
-        world.port("limit").value = limit
+        world.set_limit(limit)
         first = len(world.words.items)
         world.command.queue.append(job.command)
-        await world.until("an error", lambda w=world: w.get("error"))
+        await world.until("an error", world.has_error)
         await world.step(200)
         world.check_error(Fault.REFUSED, address)
-        world.check(job.words[: len(job.words) // len(transfers) * tile], first)
-        world.port("limit").value = world.base + _SIZE - 1
+        world.words.check(job.words[: len(job.words) // len(transfers) * tile], first)
+        world.set_limit(world.memory.base + _SIZE - 1)
         await world.clear()
         await world.do(world.jobs(3))
 
@@ -519,7 +388,7 @@ async def rate_of_weights(dut: object, index: int, mode: Mode, k: int) -> None:
     tiles = -(-512 // steps)
     jobs = [world.job(mode=mode, k=k, tiles=tiles, gap=gap) for gap in (0, 0, 1)]
     rate = await _rate(world, jobs)
-    dut._log.info(f"rate of {world.prefix}, {mode.name}, k {k}: {rate:.4f} of {possible:.4f}")
+    dut._log.info(f"rate of {world.ports.unit}, {mode.name}, k {k}: {rate:.4f} of {possible:.4f}")
     assert rate >= _MIN_RATE * possible
 
 
@@ -535,5 +404,5 @@ async def rate_of_the_others(dut: object, index: int, reader: str) -> None:
         bits, k, tiles = 8 * config.activation_bytes, 512, 1
     possible = min(1.0, world.port_config.data_bits / bits)
     rate = await _rate(world, [world.job(mode=Mode.VERIFY, k=k, tiles=tiles) for _ in range(3)])
-    dut._log.info(f"rate of {world.prefix}: {rate:.4f} of {possible:.4f}")
+    dut._log.info(f"rate of {world.ports.unit}: {rate:.4f} of {possible:.4f}")
     assert rate >= _MIN_RATE * possible

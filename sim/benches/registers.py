@@ -7,14 +7,10 @@ the response channels stay, that responses are OKAY, and which write pulses come
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import cocotb
 import numpy as np
-from amaranth.hdl import Elaboratable, Module
-from amaranth.lib import wiring
-from amaranth.lib.wiring import Out
-from cocotb.clock import Clock
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiLiteBus, AxiLiteMaster
 from cocotbext.axi.axil_channels import AxiLiteAWTransaction, AxiLiteWTransaction
@@ -25,6 +21,8 @@ from speq.hw.control.register_map import ADDRESS_BITS, Register, constants, regi
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.verilog import convert_unit
+from speq.sim.benches.axi import Channel
+from speq.sim.benches.world import Ports, SideBySide, World, pauses
 from speq.sim.runner import seed, simulate
 
 _TOP = "registers_tb"
@@ -42,35 +40,19 @@ _PAUSE = 0.5
 _SPACE = 1 << ADDRESS_BITS
 
 
-class _Bench(wiring.Component):
-    """A register file of each configuration: file_0, file_1, ..."""
-
-    def __init__(self) -> None:
-        self.units = {f"file_{i}": RegisterFile(config) for i, config in enumerate(_CONFIGS)}
-        super().__init__({name: Out(unit.signature) for name, unit in self.units.items()})
-
-    def elaborate(self, platform: object) -> Elaboratable:
-        m = Module()
-        for name, unit in self.units.items():
-            m.submodules[name] = unit
-            wiring.connect(m, wiring.flipped(getattr(self, name)), unit)
-        return m
-
-
 def run() -> None:
     """Check register files of several configurations."""
-    simulate(convert_unit(_Bench(), _TOP), _TOP, __name__)
+    units = {f"file_{i}": RegisterFile(config) for i, config in enumerate(_CONFIGS)}
+    simulate(convert_unit(SideBySide(units), _TOP), _TOP, __name__)
 
 
-class _World:
+class _World(World):
     """The design under test, its golden model and what is around it."""
 
     def __init__(self, dut: object, index: int) -> None:
-        self.dut = dut
-        self.index = index
         self.config = _CONFIGS[index]
-        self.rng = np.random.default_rng(seed())
-        self.cycle = 0
+        super().__init__(dut, f"unit RegisterFile, {self.config}", np.random.default_rng(seed()))
+        self.ports = Ports(dut, f"file_{index}")
         self.places = {
             offset: (register, i)
             for register in registers(self.config)
@@ -78,73 +60,60 @@ class _World:
         }
         self.stored = {each.key: 0 for each in registers(self.config) if each.access == "rw"}
         self.status = 0
+        self.pulse_keys = [
+            each.key for each in registers(self.config) if each.access in ("wo", "w1c")
+        ]
         self.pulses: list[tuple[str, int]] = []
         self.expected_pulses: list[tuple[str, int]] = []
-        dut._log.info(f"seed {seed()}, {self.config}")
 
     @classmethod
     async def start(cls, dut: object, index: int, pause: float = 0.0) -> _World:
         """After a reset, with a master that pauses all channels at random."""
         world = cls(dut, index)
-        Clock(dut.clk, 2, "ns").start()
+        world.start_clock()
         for key in ("position", "root"):
-            world.port(f"{key}_update").value = 0
-        bus = AxiLiteBus.from_prefix(dut, f"file_{index}__bus_")
+            world.ports[f"{key}_update"].value = 0
+        bus = AxiLiteBus.from_prefix(dut, f"{world.ports.unit}__bus_")
         world.master = AxiLiteMaster(bus, dut.clk, dut.rst)
         write, read = world.master.write_if, world.master.read_if
         for channel in (write.aw_channel, write.w_channel, write.b_channel):
-            channel.set_pause_generator(world.pauses(pause))
+            channel.set_pause_generator(pauses(world.rng, pause))
         for channel in (read.ar_channel, read.r_channel):
-            channel.set_pause_generator(world.pauses(pause))
+            channel.set_pause_generator(pauses(world.rng, pause))
         world.change_status()
-        dut.rst.value = 1
-        for _ in range(2):
-            await RisingEdge(dut.clk)
-        dut.rst.value = 0
-        await RisingEdge(dut.clk)
+        await world.reset()
         cocotb.start_soon(world.watch())
         return world
 
-    def port(self, name: str) -> object:
-        """A port of the register file."""
-        return getattr(self.dut, f"file_{self.index}__{name}")
-
-    def pauses(self, share: float) -> Iterator[bool]:
-        """Whether to pause, cycle by cycle."""
-        while True:
-            yield self.rng.random() < share
+    def connect(self) -> list[Callable[[int], None]]:
+        self.responses = (
+            Channel(self.ports, "bus__b", ("resp",)),
+            Channel(self.ports, "bus__r", ("resp", "data")),
+        )
+        return [self._record_pulses, self._check_responses]
 
     def change_status(self) -> None:
         """Give everything that the hardware determines a new value."""
         size = status_layout(self.config).size
         self.status = int.from_bytes(self.rng.bytes(-(-size // 8)), "little") % (1 << size)
-        self.port("status").value = self.status
+        self.ports["status"].value = self.status
 
     async def watch(self) -> None:
-        """Record the write pulses, and see that responses are OKAY and stay."""
-        pulses = [each.key for each in registers(self.config) if each.access in ("wo", "w1c")]
-        waiting = {"b": None, "r": None}
+        """Let the agents look at each cycle."""
         while True:
-            await RisingEdge(self.dut.clk)
-            self.cycle += 1
-            for key in pulses:
-                if int(self.port(f"{key}_write").value):
-                    self.pulses.append((key, int(self.port("write_data").value)))
-            for channel, fields in {"b": ("resp",), "r": ("resp", "data")}.items():
-                waiting[channel] = self.check_channel(channel, fields, waiting[channel])
+            await self.step()
 
-    def check_channel(
-        self, channel: str, fields: tuple[str, ...], waiting: list[int] | None
-    ) -> list[int] | None:
-        """What waits on a response channel after this cycle."""
-        at = f"channel {channel}: cycle {self.cycle}"
-        if not int(self.port(f"bus__{channel}valid").value):
-            assert waiting is None, f"{at}: valid fell without ready"
-            return None
-        offer = [int(self.port(f"bus__{channel}{field}").value) for field in fields]
-        assert offer[0] == 0, f"{at}: response expected 0x0, got {offer[0]:#x}"
-        assert waiting in (None, offer), f"{at}: an offer changed: {waiting}, then {offer}"
-        return None if int(self.port(f"bus__{channel}ready").value) else offer
+    def _record_pulses(self, cycle: int) -> None:
+        for key in self.pulse_keys:
+            if self.ports.get(f"{key}_write"):
+                self.pulses.append((key, self.ports.get("write_data")))
+
+    def _check_responses(self, cycle: int) -> None:
+        for channel in self.responses:
+            offer, _ = channel.sample(cycle)
+            assert offer is None or offer["resp"] == 0, (
+                f"{channel.name}: cycle {cycle}: response expected 0x0, got {offer['resp']:#x}"
+            )
 
     def content(self, register: Register) -> int:
         """All words of a register as one number."""
@@ -202,7 +171,7 @@ class _World:
     def check_inside(self, what: str) -> None:
         """Compare the values and the pulses towards the hardware."""
         layout = values_layout(self.config)
-        values = int(self.port("values").value)
+        values = self.ports.get("values")
         for key, expected in self.stored.items():
             got = values >> layout[key].offset & (1 << layout[key].width) - 1
             assert got == expected, f"{what}: {key}: expected {expected:#x}, got {got:#x}"
@@ -298,13 +267,13 @@ async def hardware_updates(dut: object) -> None:
         for held in (False, True):
             await world.write(offsets[name], world.rng.bytes(4))
             value = int(world.rng.integers(1 << bits))
-            world.port(f"{key}_value").value = value
-            world.port(f"{key}_update").value = 1
+            world.ports[f"{key}_value"].value = value
+            world.ports[f"{key}_update"].value = 1
             await RisingEdge(dut.clk)
             if held:
                 # An update in each cycle, so also in that of the host's write.
                 await world.master.write(offsets[name], bytes(4))
-            world.port(f"{key}_update").value = 0
+            world.ports[f"{key}_update"].value = 0
             await RisingEdge(dut.clk)
             world.stored[key] = value
             world.check_inside(f"an update of {name}")

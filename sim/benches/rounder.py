@@ -6,10 +6,7 @@ The design under test holds several rounders side by side; each takes a new sum 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import cocotb
 import numpy as np
@@ -23,8 +20,13 @@ from speq.hw.common.unit import Unit
 from speq.hw.engine_config import FP16_MAX, EngineConfig
 from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
-from speq.model.number_format import FormatConfig
-from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, play
+from speq.sim.benches.stimulus import (
+    WORD_BITS,
+    bench_verilog,
+    config_environment,
+    config_of_test,
+    play,
+)
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
@@ -68,19 +70,13 @@ def run(config: EngineConfig) -> None:
     rounder = Rounder(config)
     verilog = bench_verilog(_Bench(rounder), "rounder_tb")
     verilog += convert_unit(rounder, "rounder", reset=False)
-    environment = {"SPEQ_CONFIG": json.dumps(asdict(config))}
-    simulate(verilog, "rounder_tb", __name__, environment=environment)
-
-
-def _config() -> EngineConfig:
-    values = json.loads(os.environ["SPEQ_CONFIG"])
-    return EngineConfig(**values | {"format": FormatConfig(**values["format"])})
+    simulate(verilog, "rounder_tb", __name__, environment=config_environment(config))
 
 
 @cocotb.test()
 async def every_cycle(dut: object) -> None:
     """Directed and random sums, each result exactly `LATENCY` cycles after its sum."""
-    config = _config()
+    config = config_of_test()
     rng = np.random.default_rng(seed())
     directed = list(_directed(config))
     sums = [*directed, *directed, *_random(rng, config)]

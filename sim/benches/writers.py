@@ -7,19 +7,13 @@ accelerator's datapath. Afterwards the memory must be what Python has computed, 
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import cocotb
 import numpy as np
 from amaranth.hdl import Elaboratable, Module, Mux, ResetInserter, Signal
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
-from cocotb.clock import Clock
-from cocotb.triggers import RisingEdge
-from cocotbext.axi import AxiRamWrite, AxiWriteBus
 
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
@@ -32,6 +26,9 @@ from speq.hw.memory.ranking_writer import RankingWriter, ranking_command_layout
 from speq.hw.memory.result_writer import ResultWriter, result_command_layout
 from speq.hw.memory.write_mux import WriteMux
 from speq.hw.verilog import convert_unit
+from speq.sim.benches.axi import Memory, serve_writes
+from speq.sim.benches.streams import Source
+from speq.sim.benches.world import Ports, SideBySide, World
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
@@ -43,7 +40,6 @@ _BASE = 5 * _SIZE
 _PAUSE = 0.4
 _PATIENCE = 50_000
 _ROUNDS = 12
-_CHANNELS = ("aw_channel", "w_channel", "b_channel")
 _LEAST = 0xFF80_0000
 
 
@@ -133,68 +129,22 @@ class _Writers(wiring.Component):
         return m
 
 
-class _Bench(wiring.Component):
-    """The units for each configuration, side by side."""
-
-    def __init__(self) -> None:
-        self.units = {f"u{i}": _Writers(config) for i, config in enumerate(_CONFIGS)}
-        super().__init__({name: Out(unit.signature) for name, unit in self.units.items()})
-
-    def elaborate(self, platform: object) -> Elaboratable:
-        m = Module()
-        for name, unit in self.units.items():
-            m.submodules[name] = unit
-            wiring.connect(m, wiring.flipped(getattr(self, name)), unit)
-        return m
-
-
 def run() -> None:
     """Check the writers with several configurations."""
-    simulate(convert_unit(_Bench(), _TOP) + RAM_VERILOG, _TOP, __name__)
+    units = {f"u{i}": _Writers(config) for i, config in enumerate(_CONFIGS)}
+    simulate(convert_unit(SideBySide(units), _TOP) + RAM_VERILOG, _TOP, __name__)
 
 
-class _Source:
-    """Offers the items of `queue` on a stream, in random cycles if `pause` is not 0."""
-
-    def __init__(self, world: _World, name: str, layout: data.Layout) -> None:
-        parts = ("valid", "ready", "payload")
-        self.valid, self.ready, self.payload = (world.port(f"{name}__{part}") for part in parts)
-        self.layout = layout
-        self.rng = world.rng
-        self.pause = 0.0
-        self.queue: deque[int] = deque()
-        self.is_offered = False
-        self.valid.value = 0
-
-    def add(self, **fields: object) -> None:
-        self.queue.append(self.layout.const(fields).as_bits())
-
-    def step(self) -> None:
-        if self.is_offered and int(self.ready.value):
-            self.queue.popleft()
-            self.is_offered = False
-        if not self.is_offered and self.queue and self.rng.random() >= self.pause:
-            self.payload.value = self.queue[0]
-            self.is_offered = True
-        self.valid.value = self.is_offered
-
-    def withdraw(self) -> None:
-        """Forget what has not been taken."""
-        self.queue.clear()
-        self.is_offered = False
-        self.valid.value = 0
-
-
-class _World:
+class _World(World):
     """The units of one configuration, their memory, and what should be in it."""
 
     def __init__(self, dut: object, index: int, pause: float) -> None:
-        self.dut, self.index, self.pause = dut, index, pause
         self.config = config = _CONFIGS[index]
-        self.rng = np.random.default_rng([seed(), index])
-        self.cycle = 0
-        dut._log.info(f"seed {seed()}, {config}")
-        self.sources = {
+        rng = np.random.default_rng([seed(), index])
+        super().__init__(dut, f"writers, {config}", rng, _PATIENCE)
+        self.ports = Ports(dut, f"u{index}")
+        self.pause = pause
+        self.layouts = {
             "command": result_command_layout(config),
             "results": result_layout(config.engine),
             "start": rank_start_layout(config),
@@ -202,82 +152,69 @@ class _World:
             "other_command": config.data.command_layout,
             "other_data": write_layout(config.data),
         }
-        self.sources = {n: _Source(self, n, layout) for n, layout in self.sources.items()}
-        for source in self.sources.values():
-            source.pause = pause
         self.done = 0
         self.written = [0, 0, 0]
-        self.golden = bytearray(self.rng.bytes(_SIZE))
+        self.memory = Memory(self.rng.bytes(_SIZE), _BASE)
+        self.golden = bytearray(self.memory.content)
 
     @classmethod
     async def start(cls, dut: object, index: int, pause: float) -> _World:
         """After a reset."""
         world = cls(dut, index, pause)
-        Clock(dut.clk, 2, "ns").start()
-        world.port("base").value = _BASE
-        world.port("limit").value = _BASE + _SIZE - 1
-        world.port("clear").value = 0
-        dut.rst.value = 1
-        bus = AxiWriteBus.from_prefix(dut, f"u{index}__axi_")
-        # The region's address is a multiple of the memory's size.
-        world.memory = AxiRamWrite(bus, dut.clk, dut.rst, size=_SIZE)
-        world.memory.write(0, bytes(world.golden))
-        world.memory.log.setLevel(logging.ERROR)  # else it tells of every burst
-        if pause:
-            for channel in _CHANNELS:
-                getattr(world.memory, channel).set_pause_generator(world._pauses())
-        for _ in range(3):
-            await RisingEdge(dut.clk)
-        dut.rst.value = 0
-        await RisingEdge(dut.clk)
+        world.start_clock()
+        world.ports["base"].value = _BASE
+        world.ports["limit"].value = _BASE + _SIZE - 1
+        world.ports["clear"].value = 0
+        serve_writes(world.ports, world.memory, world.rng, pause)
+        await world.reset()
         return world
 
-    def _pauses(self) -> Iterator[bool]:
-        rng = np.random.default_rng(self.rng.integers(1 << 32))
-        return (bool(rng.random() < _PAUSE) for _ in itertools.count())
+    def connect(self) -> list[Callable[[int], None]]:
+        self.sources = {name: Source(self.ports, name, self.rng) for name in self.layouts}
+        for source in self.sources.values():
+            source.pause = self.pause
+        return [*(source.step for source in self.sources.values()), self._count]
 
-    def port(self, name: str) -> object:
-        """A port of the units."""
-        return getattr(self.dut, f"u{self.index}__{name}")
+    def _count(self, cycle: int) -> None:
+        self.done += self.ports.get("done")
+        written = self.ports.get("written")
+        for i in range(len(self.written)):
+            self.written[i] += written >> i & 1
 
-    async def step(self, cycles: int = 1) -> None:
-        """Let clock cycles pass."""
-        for _ in range(cycles):
-            await RisingEdge(self.dut.clk)
-            self.cycle += 1
-            for source in self.sources.values():
-                source.step()
-            self.done += int(self.port("done").value)
-            written = int(self.port("written").value)
-            for i in range(len(self.written)):
-                self.written[i] += written >> i & 1
+    def add(self, stream: str, **fields: object) -> None:
+        """Queue an item of a stream."""
+        self.sources[stream].queue.append(self.layouts[stream].const(fields).as_bits())
+
+    def is_idle(self) -> bool:
+        """Whether nothing is being written."""
+        return not self.ports.get("busy")
 
     async def until_written(self, done: int, written: list[int]) -> None:
         """Wait until so many result commands and write commands have ended, and no more."""
-        for _ in range(_PATIENCE):
-            if (self.done, self.written) == (done, written) and not int(self.port("busy").value):
-                break
-            await self.step()
-        else:
-            raise AssertionError(
-                f"cycle {self.cycle}: seed {seed()}: not within {_PATIENCE} cycles: commands done "
-                f"{self.done}, expected {done}; written {self.written}, expected {written}"
-            )
+        expected = done, written
+        await self.until(
+            lambda: f"(done, written) {expected}, but {(self.done, self.written)}",
+            lambda: (self.done, self.written) == expected and self.is_idle(),
+        )
         await self.step(20)
-        assert (self.done, self.written) == (done, written)
-        assert int(self.port("error").value) == Fault.NONE.value
+        assert (self.done, self.written) == expected
+        self.ports.check(self.cycle, error=Fault.NONE.value)
 
     def place(self, size: int, lane: int) -> int:
         """Random place in the memory for `size` bytes; the lanes 0 to 3 are disjoint."""
         step = self.config.alignment
         return lane * (_SIZE // 4) + int(self.rng.integers((_SIZE // 4 - size) // step + 1)) * step
 
+    def contents(self) -> np.ndarray:
+        """The memory's bytes, uint8 [bytes]."""
+        return np.frombuffer(bytes(self.memory.content), np.uint8)
+
     def check_memory(self) -> None:
         """Compare the memory with what it should hold."""
         assert_equal_bits(
             f"writers: seed {seed()}: memory (by byte)",
             expected=np.frombuffer(bytes(self.golden), np.uint8),
-            got=np.frombuffer(self.memory.read(0, _SIZE), np.uint8),
+            got=self.contents(),
         )
 
     def add_gemm(self, lane: int, *, rank: bool) -> tuple[int, np.ndarray]:
@@ -294,11 +231,12 @@ class _World:
             some = rng.integers(1 << 32, size=6, dtype=np.uint32)
             some = np.append(some, np.array([0x7F800000, 0x7FC00000, _LEAST], np.uint32))
             results = rng.choice(some, size=results.shape)
-            self.sources["start"].add(tokens=tokens)
+            self.add("start", tokens=tokens)
         columns = np.arange(tiles * engine.cols).reshape(tiles, engine.cols)
         for tile in range(tiles):
             for row in range(tokens):
-                self.sources["results"].add(
+                self.add(
+                    "results",
                     data=[int(value) for value in results[row, columns[tile]]],
                     strobe=int(sum(int(i < outputs) << n for n, i in enumerate(columns[tile]))),
                     row=row,
@@ -308,7 +246,8 @@ class _World:
         by_tile = kept.reshape(tokens, tiles, engine.cols).transpose(1, 0, 2)
         content = by_tile.astype(kind).tobytes()
         place = self.place(len(content), lane)
-        self.sources["command"].add(
+        self.add(
+            "command",
             tiles=tiles,
             tokens=tokens,
             half=half,
@@ -325,10 +264,11 @@ class _World:
         rng, size = self.rng, self.config.data.beat_bytes
         beats = int(rng.integers(1, 20))
         place = self.place(beats * size, lane)
-        self.sources["other_command"].add(address=_BASE + place, beats=beats)
+        self.add("other_command", address=_BASE + place, beats=beats)
         for _ in range(beats):
             content, marks = rng.bytes(size), rng.integers(2, size=size)
-            self.sources["other_data"].add(
+            self.add(
+                "other_data",
                 data=int.from_bytes(content, "little"),
                 strobe=int(sum(int(mark) << i for i, mark in enumerate(marks))),
             )
@@ -340,7 +280,7 @@ class _World:
         """Queue the transfer of the ranking of FP32 results [T, O]."""
         content = _ranking(results).astype("<u4").tobytes()
         place = self.place(len(content), lane)
-        self.sources["rank_command"].add(address=_BASE + place, tokens=len(results))
+        self.add("rank_command", address=_BASE + place, tokens=len(results))
         self.golden[place : place + len(content)] = content
 
 
@@ -374,7 +314,7 @@ async def writes(dut: object, index: int, pause: float) -> None:
         done += number
         written[_OTHER] += others
         await world.until_written(done, written)
-        assert not int(world.port("ranker_busy").value)
+        assert not world.ports.get("ranker_busy")
         world.add_ranking(3, results)
         written[_RANKING] += 1
         await world.until_written(done, written)
@@ -395,15 +335,13 @@ async def clear_at_any_time(dut: object, index: int) -> None:
         await world.step(int(world.rng.integers(1, 300)))
         for source in world.sources.values():
             source.withdraw()
-        world.port("clear").value = 1
+        world.ports["clear"].value = 1
         await world.step()
-        world.port("clear").value = 0
-        for _ in range(_PATIENCE):
-            await world.step()
-            if not int(world.port("busy").value):
-                break
+        world.ports["clear"].value = 0
+        await world.step()
+        await world.until("cleared", world.is_idle)
         # Every byte is the old one or the new one.
-        got = np.frombuffer(world.memory.read(0, _SIZE), np.uint8)
+        got = world.contents()
         old = np.frombuffer(before, np.uint8)
         assert_equal_bits(
             f"writers: seed {seed()}: memory after a clear (by byte)",

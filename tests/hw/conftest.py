@@ -11,9 +11,13 @@ from speq.hw.common.ram import Ram
 
 
 def _elaborate(self: Ram, platform: object) -> Elaboratable:
-    """What the Verilog of `Ram` does: a read of the address being written gives the old value."""
+    """What the Verilog of `Ram` does: a read of the address being written gives the old value.
+
+    Words that have not been written, which are undefined in Verilog, are all ones.
+    """
     m = Module()
-    m.submodules.memory = memory = Memory(shape=self.width, depth=self.depth, init=[])
+    ones = [2**self.width - 1] * self.depth
+    m.submodules.memory = memory = Memory(shape=self.width, depth=self.depth, init=ones)
     write, read = memory.write_port(), memory.read_port()
     m.d.comb += [
         write.en.eq(self.write_enable),

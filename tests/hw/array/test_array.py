@@ -5,7 +5,7 @@ import pytest
 
 from speq.hw import EngineConfig
 from speq.model.number_format import FormatConfig
-from speq.sim.benches import array as array_tb
+from speq.sim.benches import array
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,4 @@ from speq.sim.benches import array as array_tb
     ids=["one row drafts", "all rows draft", "baseline", "one PE"],
 )
 def test_random_tiles(config: EngineConfig) -> None:
-    array_tb.run(config)
+    array.run(config)

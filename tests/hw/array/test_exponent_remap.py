@@ -4,9 +4,9 @@
 import pytest
 
 from speq.model.number_format import SPLITS
-from speq.sim.benches import exponent_remap as exponent_remap_tb
+from speq.sim.benches import exponent_remap
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_word_and_base(split: int) -> None:
-    exponent_remap_tb.run(split)
+    exponent_remap.run(split)

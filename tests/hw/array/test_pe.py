@@ -4,19 +4,19 @@
 import pytest
 
 from speq.model.number_format import SPLITS, FormatConfig
-from speq.sim.benches import pe as pe_tb
+from speq.sim.benches import pe
 
 _REFERENCE = FormatConfig().split
 
 
 def test_dual_mode() -> None:
-    pe_tb.run(draft=True, split=_REFERENCE)
+    pe.run(draft=True, split=_REFERENCE)
 
 
 def test_fp16_only() -> None:
-    pe_tb.run(draft=False)
+    pe.run(draft=False)
 
 
 @pytest.mark.parametrize("split", [split for split in SPLITS if split != _REFERENCE])
 def test_other_splits(split: int) -> None:
-    pe_tb.run(draft=True, split=split, macs=250_000)
+    pe.run(draft=True, split=split, macs=250_000)

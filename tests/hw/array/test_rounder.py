@@ -5,7 +5,7 @@ import pytest
 
 from speq.hw.engine_config import EngineConfig
 from speq.model.number_format import FormatConfig
-from speq.sim.benches import rounder as rounder_tb
+from speq.sim.benches import rounder
 
 CONFIGS = {
     "reference": EngineConfig(),
@@ -16,4 +16,4 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_cycle(config: EngineConfig) -> None:
-    rounder_tb.run(config)
+    rounder.run(config)

@@ -15,6 +15,7 @@ from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
 from speq.sim.runner import seed
+from tests.hw.streams import Source
 
 pytestmark = pytest.mark.usefixtures("simulable_ram")
 
@@ -133,20 +134,18 @@ def walk(
             ctx.set(dut.idle, not left)
             ctx.set(dut.rank_idle, transfer == 0)
 
-    async def start(ctx):
+    async def configure(ctx):
         ctx.set(dut.base, BASE)
         ctx.set(dut.limit, LIMIT)
         ctx.set(dut.length, length)
-        ctx.set(dut.walk.payload, {"program": address, "rows": rows, "position": position})
-        ctx.set(dut.walk.valid, 1)
-        await ctx.tick().until(dut.walk.ready)
-        ctx.set(dut.walk.valid, 0)
 
+    request = {"program": address, "rows": rows, "position": position}
     simulator = Simulator(dut)
     simulator.add_clock(1e-9)
     simulator.add_process(read_port)
     simulator.add_testbench(taker)
-    simulator.add_testbench(start, background=True)
+    simulator.add_testbench(configure, background=True)
+    simulator.add_testbench(Source(dut.walk, [request], rng).run, background=True)
     simulator.run()
     return outcome
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The register file against an AXI4-Lite master."""
 
-from speq.sim.benches import registers as registers_tb
+from speq.sim.benches import registers
 
 
 def test_register_file() -> None:
-    registers_tb.run()
+    registers.run()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import struct
-import subprocess
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -18,20 +17,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from amaranth.hdl import Cat, Module, Value
+from amaranth.hdl import Value
 from amaranth.lib import data
-from amaranth.lib.memory import Memory
 from amaranth.sim import Simulator
 
 from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig, PassKind
-from speq.hw.common.ram import RAM_VERILOG, Ram
 from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.model import speculation
 from speq.model.speculation import Settings, Statistics, ranked
-from speq.sim.runner import VERILATOR_BIN, seed
+from speq.sim.runner import seed
+from tests.hw.verilog_tools import lint, write_unit
 
 MAX_K = 500
 POOL = [0.0, -0.0, 1.0, 1.0, 1.25, 1.5, 1.5, 2.0, 2.0, 1e-40, -3.0]
@@ -47,33 +44,13 @@ OUTPUTS = (
 )  # fmt: skip
 EVENTS = ("draft_passes", "verify_passes", "alternates", "accepted", "tree_hits", "committed")
 
+pytestmark = pytest.mark.usefixtures("simulable_ram")
+
 
 def system(rows: int, data_bits: int = 128) -> AcceleratorConfig:
     engine = EngineConfig(rows=rows, cols=data_bits // 16, max_k=MAX_K)
     axi = AxiConfig(data_bits=data_bits, address_bits=36)
     return AcceleratorConfig(engine, weights=axi, data=axi)
-
-
-def elaborate_ram(self: Ram, platform: object) -> Module:
-    """The memory primitive for Amaranth's simulator, which runs no Verilog; undefined words are all
-    ones."""
-    m = Module()
-    ones = [2**self.width - 1] * self.depth
-    m.submodules.memory = memory = Memory(shape=self.width, depth=self.depth, init=ones)
-    write, read = memory.write_port(), memory.read_port()
-    m.d.comb += [
-        Cat(write.en, write.addr, write.data).eq(
-            Cat(self.write_enable, self.write_address, self.write_data)
-        ),
-        Cat(read.en, read.addr).eq(Cat(self.read_enable, self.read_address)),
-        self.read_data.eq(read.data),
-    ]
-    return m
-
-
-@pytest.fixture(autouse=True)
-def simulated_ram(monkeypatch) -> None:
-    monkeypatch.setattr(Ram, "elaborate", elaborate_ram)
 
 
 # The golden side.
@@ -515,14 +492,6 @@ def test_clear_ends_a_run_at_any_time():
 
 def test_verilator_lints_it_without_a_warning(tmp_path, monkeypatch):
     monkeypatch.undo()  # the real memory
-    source = tmp_path / "controller.v"
     name = "speq_speculation_controller"
-    source.write_text(RAM_VERILOG + convert_unit(SpeculationController(system(6)), name))
-    waivers = [f"-Wno-{waiver}" for waiver in LINT_WAIVERS]
-    done = subprocess.run(
-        [VERILATOR_BIN / "verilator", "--lint-only", "--quiet", "-Wall", *waivers, source],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (0, "")
+    source = write_unit(SpeculationController(system(6)), name, tmp_path)
+    assert lint(name, source) == (0, "")

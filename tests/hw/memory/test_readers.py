@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of the readers of weights, group bytes and activations, each against a few lines of
-Python."""
+"""The readers of weights, group bytes and activations: their parts, each against a few lines of
+Python, their Verilog, and all of them against a model of memory."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import deque
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from amaranth.lib import data
 from amaranth.sim import Simulator, SimulatorContext
 
 from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.activation_reader import ActivationReader
 from speq.hw.memory.axi import ID_BITS, AxiConfig
@@ -27,12 +24,13 @@ from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.repeater import Repeater
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.word_packer import WordPacker
-from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.model.format import pack_draft, pack_residual
 from speq.model.number_format import FormatConfig
-from speq.sim.benches import readers as readers_tb
+from speq.sim.benches import readers
 from speq.sim.compare import assert_equal_bits
-from speq.sim.runner import VERILATOR_BIN, seed
+from speq.sim.runner import seed
+from tests.hw.streams import Rng, Sink, Source, simulate
+from tests.hw.verilog_tools import lint, write_unit
 
 #: Share of cycles in which a stream pauses, in the tests with pauses.
 PAUSE = 0.4
@@ -42,85 +40,44 @@ PATIENCE = 20_000
 with_pauses = pytest.mark.parametrize("pause", [0.0, PAUSE], ids=["full rate", "pauses"])
 
 
-class Bench:
-    """One unit in the simulator, with sources and sinks on its streams."""
+def passed_through(
+    unit: object, inputs: dict[str, list], output: str, number: int, rng: Rng, pause: float
+) -> Sink:
+    """What a unit made of the items of its input streams: `number` items, and no more.
 
-    def __init__(self, unit: object, pause: float) -> None:
-        print(f"seed {seed()}")
-        self.rng = np.random.default_rng(seed())
-        self.pause = pause
-        self.simulator = Simulator(unit)
-        self.simulator.add_clock(1e-6)
+    The unit must be busy until the last item was taken and padding has been dropped, and not after
+    that.
+    """
+    name = type(unit).__name__
+    sources = [Source(getattr(unit, stream), items, rng, pause) for stream, items in inputs.items()]
+    sink = Sink(getattr(unit, output), rng, pause)
+    is_busy = None
 
-    def pauses(self) -> bool:
-        return bool(self.rng.random() < self.pause)
+    async def watch(context: SimulatorContext) -> None:
+        nonlocal is_busy
+        async for *_, valid, busy in context.tick().sample(sink.stream.valid, unit.busy):
+            assert busy or not valid, f"{name}: an item behind {len(sink.items)}, but not busy"
+            is_busy = busy
 
-    def source(self, port: object, items: Iterable[object]) -> None:
-        """Offer the items on a stream."""
-
-        async def offer(context: SimulatorContext) -> None:
-            for item in items:
-                while self.pauses():
-                    await context.tick()
-                context.set(port.valid, 1)
-                context.set(port.payload, item)
-                await context.tick().until(port.ready)
-                context.set(port.valid, 0)
-
-        self.simulator.add_testbench(offer, background=True)
-
-    def sink(self, unit: object, port: object, number: int) -> tuple[list[int], list[int]]:
-        """Take `number` items from a stream; returns lists that items and cycles are put into.
-
-        An offer that is not taken must stay; the unit must be busy until the last item was taken
-        and padding has been dropped, and not after that.
-        """
-        items: list[int] = []
-        cycles: list[int] = []
-        name = type(unit).__name__
-
-        async def take(context: SimulatorContext) -> None:
-            offer = None
-            for cycle in range(PATIENCE):
-                if len(items) == number:
-                    break
-                ready = not self.pauses()
-                context.set(port.ready, ready)
-                *_, valid, got, busy = await context.tick().sample(
-                    port.valid, Value.cast(port.payload), unit.busy
-                )
-                assert busy or not valid, f"{name}: cycle {cycle}: an item, but not busy"
-                if offer is not None:
-                    assert valid, f"{name}: cycle {cycle}: an offer was withdrawn"
-                    assert got == offer, (
-                        f"{name}: cycle {cycle}: an offer changed: "
-                        f"expected {offer:#x}, got {got:#x}"
-                    )
-                offer = got if valid and not ready else None
-                if valid and ready:
-                    items.append(got)
-                    cycles.append(cycle)
-            assert len(items) == number, f"{name}: {len(items)} items, expected {number}"
-            context.set(port.ready, 1)
-            for _ in range(20):
-                *_, valid = await context.tick().sample(port.valid)
-                assert not valid, f"{name}: an item behind the last one"
-            assert not context.get(unit.busy), f"{name}: busy behind the last item"
-
-        self.simulator.add_testbench(take)
-        return items, cycles
-
-    def run(self) -> None:
-        self.simulator.run()
+    simulate(unit, sources, [sink], lambda: len(sink.items) >= number, watch)
+    assert len(sink.items) == number, f"{name}: {len(sink.items)} items, expected {number}"
+    assert is_busy == 0, f"{name}: busy behind the last item"
+    return sink
 
 
-def compare(unit: str, expected: list[int], got: list[int], cycles: list[int]) -> None:
+def random_numbers() -> np.random.Generator:
+    """Those of a test, whose seed is printed."""
+    print(f"seed {seed()}")
+    return np.random.default_rng(seed())
+
+
+def compare(unit: str, expected: list[int], sink: Sink) -> None:
     """Compare the items of a stream."""
     assert_equal_bits(
         unit,
         expected=np.array(expected, dtype=object),
-        got=np.array(got, dtype=object),
-        cycles=np.array(cycles),
+        got=np.array(sink.bits, dtype=object),
+        cycles=np.array(sink.cycles),
     )
 
 
@@ -128,62 +85,56 @@ def compare(unit: str, expected: list[int], got: list[int], cycles: list[int]) -
 def test_repeater(pause: float) -> None:
     layout = data.StructLayout({"value": 8})
     unit = Repeater(layout, 3, 4)
-    bench = Bench(unit, pause)
+    rng = random_numbers()
     commands = [
         {"item": {"value": int(value)}, "times": int(times)}
-        for value, times in zip(
-            bench.rng.integers(0, 256, 40), bench.rng.integers(1, 8, 40), strict=True
-        )
+        for value, times in zip(rng.integers(0, 256, 40), rng.integers(1, 8, 40), strict=True)
     ]
     expected = [each["item"]["value"] for each in commands for _ in range(each["times"])]
-    bench.source(unit.command, commands)
-    items, cycles = bench.sink(unit, unit.items, len(expected))
-    bench.run()
-    compare("repeater", expected, items, cycles)
+    sink = passed_through(unit, {"command": commands}, "items", len(expected), rng, pause)
+    compare("repeater", expected, sink)
     if not pause:
-        assert cycles[-1] - cycles[0] == len(expected) - 1
+        assert sink.cycles[-1] - sink.cycles[0] == len(expected) - 1
 
 
 @with_pauses
 @pytest.mark.parametrize(("beat_bits", "word_bits"), [(64, 64), (64, 16), (32, 4), (16, 64)])
 def test_word_packer(beat_bits: int, word_bits: int, pause: float) -> None:
     unit = WordPacker(beat_bits, word_bits)
-    bench = Bench(unit, pause)
-    counts = [1, 1, 2, *map(int, bench.rng.integers(1, 20, 30))]
+    rng = random_numbers()
+    counts = [1, 1, 2, *map(int, rng.integers(1, 20, 30))]
     beats: list[int] = []
     words: list[int] = []
     beats_taken = 0
     for count in counts:
         number = -(-count * word_bits // beat_bits)
-        content = bench.rng.bytes(number * beat_bits // 8)
+        content = rng.bytes(number * beat_bits // 8)
         whole = int.from_bytes(content, "little")
         beats += [whole >> beat_bits * i & (1 << beat_bits) - 1 for i in range(number)]
         words += [whole >> word_bits * i & (1 << word_bits) - 1 for i in range(count)]
         beats_taken += max(number, count)
-    bench.source(unit.command, [{"words": count} for count in counts])
-    bench.source(unit.beats, beats)
-    items, cycles = bench.sink(unit, unit.words, len(words))
-    bench.run()
-    compare(f"{beat_bits} to {word_bits} bits", words, items, cycles)
+    inputs = {"command": [{"words": count} for count in counts], "beats": beats}
+    sink = passed_through(unit, inputs, "words", len(words), rng, pause)
+    compare(f"{beat_bits} to {word_bits} bits", words, sink)
     if not pause:
         lead = max(1, word_bits // beat_bits)  # until the first word is there
-        assert cycles[-1] - cycles[0] == beats_taken - lead
+        assert sink.cycles[-1] - sink.cycles[0] == beats_taken - lead
 
 
 @with_pauses
 def test_plane_merger(pause: float) -> None:
     config = EngineConfig(rows=2, cols=4, max_k=40)
     unit = PlaneMerger(config)
-    bench = Bench(unit, pause)
+    rng = random_numbers()
     draft: list[list[int]] = []
     residual: list[list[int]] = []
     words: list[list[int]] = []
     commands = []
     steps = 0
-    sizes = [*range(1, 10), *map(int, bench.rng.integers(1, 41, 20))]
+    sizes = [*range(1, 10), *map(int, rng.integers(1, 41, 20))]
     for k in sizes:
-        merge = bool(bench.rng.random() < 0.7)
-        weights = bench.rng.integers(0, 1 << 16, (config.cols, k), np.uint16)
+        merge = bool(rng.random() < 0.7)
+        weights = rng.integers(0, 1 << 16, (config.cols, k), np.uint16)
         if merge:
             form = FormatConfig()
             draft += pack_draft(weights >> form.residual_bits, form).T.tolist()
@@ -195,16 +146,13 @@ def test_plane_merger(pause: float) -> None:
         commands.append({"words": k, "merge": merge})
         # A residual word is taken in each cycle but every fourth.
         steps += max(k, 4 * -(-k // 4) - 1) if merge else k
-    bench.source(unit.command, commands)
-    bench.source(unit.draft, draft)
-    bench.source(unit.residual, residual)
-    items, cycles = bench.sink(unit, unit.words, len(words))
-    bench.run()
+    inputs = {"command": commands, "draft": draft, "residual": residual}
+    sink = passed_through(unit, inputs, "words", len(words), rng, pause)
     expected = [sum(word << 16 * i for i, word in enumerate(row)) for row in words]
-    compare("plane merger", expected, items, cycles)
+    compare("plane merger", expected, sink)
     if not pause:
         dropped = max(0, 3 - sizes[-1] % 4) if sizes[-1] % 4 and commands[-1]["merge"] else 0
-        assert cycles[-1] - cycles[0] == steps - dropped - 1
+        assert sink.cycles[-1] - sink.cycles[0] == steps - dropped - 1
 
 
 @pytest.mark.parametrize("ports", [1, 2, 3, 4])
@@ -213,8 +161,7 @@ def test_read_arbiter(ports: int, pause: float) -> None:
     """Every port gets what it asked for, in order, from a memory that interleaves IDs."""
     requests_each = 40
     unit = ReadArbiter(AxiConfig(data_bits=64, address_bits=32), ports)
-    bench = Bench(unit, pause)
-    rng = bench.rng
+    rng = random_numbers()
     wanted = [
         [(int(rng.integers(1 << 29)) * 8, int(rng.integers(0, 4))) for _ in range(requests_each)]
         for _ in range(ports)
@@ -224,14 +171,17 @@ def test_read_arbiter(ports: int, pause: float) -> None:
     queues: list[deque[tuple[int, int, int]]] = [deque() for _ in range(ports)]
     order: list[tuple[int, int]] = []  # cycle and port of each request
 
+    def pauses() -> bool:
+        return bool(rng.random() < pause)
+
     async def memory(context: SimulatorContext) -> None:
         axi = unit.axi
         held = None
         for cycle in range(PATIENCE):
-            ready = not bench.pauses()
+            ready = not pauses()
             context.set(axi.arready, ready)
             choices = [i for i, queue in enumerate(queues) if queue]
-            give = bool(choices) and not bench.pauses()
+            give = bool(choices) and not pauses()
             context.set(axi.rvalid, give)
             if give:
                 port = int(rng.choice(choices))
@@ -266,7 +216,9 @@ def test_read_arbiter(ports: int, pause: float) -> None:
                 return
         raise AssertionError(f"{len(order)} requests in {PATIENCE} cycles")
 
-    bench.simulator.add_testbench(memory)
+    simulator = Simulator(unit)
+    simulator.add_clock(1e-6)
+    simulator.add_testbench(memory)
     for number in range(ports):
 
         async def ask(context: SimulatorContext, number: int = number) -> None:
@@ -277,7 +229,7 @@ def test_read_arbiter(ports: int, pause: float) -> None:
             context.set(port.arcache, number)
             context.set(port.arprot, 5)
             for address, length in wanted[number]:
-                while bench.pauses():
+                while pauses():
                     await context.tick()
                 context.set(port.arvalid, 1)
                 context.set(port.araddr, address)
@@ -295,9 +247,9 @@ def test_read_arbiter(ports: int, pause: float) -> None:
                 if valid:
                     got[number].append((identity, value, last))
 
-        bench.simulator.add_testbench(ask, background=True)
-        bench.simulator.add_testbench(listen, background=True)
-    bench.run()
+        simulator.add_testbench(ask, background=True)
+        simulator.add_testbench(listen, background=True)
+    simulator.run()
     for number in range(ports):
         expected = [
             (0, address + i, int(i == length))
@@ -347,18 +299,8 @@ UNITS = {
 def test_verilator_lints_it_without_a_warning(
     name: str, config: AcceleratorConfig, tmp_path: Path
 ) -> None:
-    source = tmp_path / f"{name}.v"
-    source.write_text(RAM_VERILOG + convert_unit(UNITS[name](config), name))
-    waivers = [f"-Wno-{waiver}" for waiver in LINT_WAIVERS]
-    options = ("--lint-only", "--quiet", "-Wall", "--top-module", name, *waivers)
-    done = subprocess.run(
-        [VERILATOR_BIN / "verilator", *options, source],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (0, "")
+    source = write_unit(UNITS[name](config), name, tmp_path)
+    assert lint(name, source) == (0, "")
 
 
 @pytest.mark.parametrize("ports", [0, (1 << ID_BITS) + 1])
@@ -378,4 +320,4 @@ def test_widths_that_are_no_powers_of_two_are_refused(beat: int, word: int, bad:
 
 
 def test_readers() -> None:
-    readers_tb.run()
+    readers.run()

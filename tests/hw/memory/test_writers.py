@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result writer, the write multiplexer and the ranking writer against their definitions."""
+"""The result writer, the write multiplexer and the ranking writer, each against its definition, and
+all of them, with ranker and memory writer, against a model of memory."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
-from amaranth.sim import Simulator, SimulatorContext
+from amaranth.sim import SimulatorContext
 
 from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
@@ -15,11 +15,10 @@ from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.ranking_writer import RankingWriter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.write_mux import WriteMux
-from speq.sim.benches import writers as writers_tb
+from speq.sim.benches import writers
 from speq.sim.runner import seed
-from tests.hw.streams import Sink, Source
+from tests.hw.streams import Pulses, Sink, Source, simulate
 
-_PATIENCE = 100_000
 _PAUSE = 0.4
 #: Rows, columns, bits of the data port: from as wide as an FP16 beat to a sixteenth of an FP32 one.
 _SHAPES = ((3, 4, 64), (2, 8, 128), (4, 8, 64), (1, 16, 256), (2, 32, 64))
@@ -32,49 +31,6 @@ def system(rows: int, cols: int, data_bits: int) -> AcceleratorConfig:
     data = AxiConfig(data_bits=data_bits, address_bits=32)
     weights = AxiConfig(data_bits=64, address_bits=32)
     return AcceleratorConfig(EngineConfig(rows=rows, cols=cols), weights=weights, data=data)
-
-
-def simulate(
-    dut: object,
-    sources: list[Source],
-    sinks: list[Sink],
-    finished: Callable[[], bool],
-    *more: object,
-) -> None:
-    """Run until all sources are empty and `finished`, and some cycles longer."""
-
-    async def wait(ctx: SimulatorContext) -> None:
-        for _ in range(_PATIENCE):
-            if all(len(s.taken) == len(s.items) for s in sources) and finished():
-                await ctx.tick().repeat(20)
-                return
-            await ctx.tick()
-        raise AssertionError(f"not within {_PATIENCE} cycles")
-
-    simulator = Simulator(dut)
-    simulator.add_clock(1e-6)
-    for agent in (*sources, *sinks):
-        simulator.add_testbench(agent.run, background=True)
-    for testbench in more:
-        simulator.add_testbench(testbench, background=True)
-    simulator.add_testbench(wait)
-    simulator.run()
-
-
-class Pulses:
-    """The cycles in which a signal is high."""
-
-    def __init__(self, signal: object) -> None:
-        self.signal = signal
-        self.cycles: list[int] = []
-
-    async def run(self, ctx: SimulatorContext) -> None:
-        """The testbench, to run in the background."""
-        cycle = 0
-        async for *_, value in ctx.tick().sample(self.signal):
-            if value:
-                self.cycles.append(cycle)
-            cycle += 1
 
 
 def assert_equal(what: str, expected: list, got: list) -> None:
@@ -374,4 +330,4 @@ def test_rankings_in_memory(data_bits: int, pause: float) -> None:
 
 
 def test_writers() -> None:
-    writers_tb.run()
+    writers.run()

