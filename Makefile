@@ -26,7 +26,7 @@ ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo demo-smollm2 verilog sim test slow lint bench tiny clean simulator-tools smollm2
+.PHONY: help setup demo demo-smollm2 verilog sim test slow lint typings bench tiny clean simulator-tools smollm2
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -48,15 +48,19 @@ verilog: $(STAMP)  ## write the accelerator's Verilog, register map, C header an
 sim: simulator-tools $(STAMP)  ## run the RTL regression (cocotb on Verilator)
 	@$(PY) -m pytest tests/hw tests/host tests/sim -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test: simulator-tools $(STAMP)  ## run the tests, golden model and RTL
+test: simulator-tools lint  ## check style and types, then run the tests, golden model and RTL
 	@$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 slow: $(STAMP) smollm2  ## run the slow sweeps that `make test` leaves out
 	@$(PY) -m pytest -m slow -s $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## check style and formatting with ruff
+lint: $(STAMP)  ## check style and formatting with ruff, types with basedpyright
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
+	@$(PY) -m basedpyright
+
+typings: $(STAMP)  ## tell the type checker and editors of modules that were added, moved or removed
+	@$(PY) typings/update.py
 
 bench: simulator-tools $(STAMP) smollm2  ## measure speeds and sizes and compare them with their targets
 	@$(SPEQ) bench

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from amaranth.hdl import Elaboratable, Module, Mux
+from amaranth.hdl import Elaboratable, Module, Mux, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow, Member, Out
 
@@ -149,7 +149,7 @@ class Accelerator(wiring.Component):
         self._report(m, registers, control, speculation)
         return m
 
-    def _pass(self, m: Module, outer: object, inner: object, member: Member) -> None:
+    def _pass(self, m: Module, outer: Value, inner: Value, member: Member) -> None:
         """Connect a port with a unit's."""
         target, source = (outer, inner) if member.flow is Flow.Out else (inner, outer)
         m.d.comb += target.eq(source)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from amaranth.hdl import unsigned
@@ -46,7 +46,7 @@ def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class AcceleratorConfig:
     """Everything that determines the RTL of the accelerator.
 
@@ -66,27 +66,33 @@ class AcceleratorConfig:
         If a value is out of its range or two do not fit together.
     """
 
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    weights: AxiConfig | None = None
-    data: AxiConfig | None = None
+    engine: EngineConfig
+    weights: AxiConfig
+    data: AxiConfig
 
-    def __post_init__(self) -> None:
-        cols = self.engine.cols
+    def __init__(
+        self,
+        engine: EngineConfig | None = None,
+        weights: AxiConfig | None = None,
+        data: AxiConfig | None = None,
+    ) -> None:
+        engine = engine or EngineConfig()
+        cols = engine.cols
         if cols < _MIN_COLS or cols & (cols - 1):
             raise ValueError(
                 f"cols is {cols}; the accelerator needs a power of two from {_MIN_COLS}"
             )
-        if not self.engine.draft_rows:
+        if not engine.draft_rows:
             raise ValueError("draft_rows is 0; the accelerator needs at least 1")
-        for name in ("weights", "data"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, AxiConfig(data_bits=min(FP16_BITS * cols, 1024)))
-            bits = getattr(self, name).data_bits
-            if bits > FP16_BITS * cols:
+        object.__setattr__(self, "engine", engine)
+        for name, port in (("weights", weights), ("data", data)):
+            port = port or AxiConfig(data_bits=min(FP16_BITS * cols, 1024))
+            if port.data_bits > FP16_BITS * cols:
                 raise ValueError(
-                    f"the {name} port's data width is {bits}; {cols} columns allow at most "
-                    f"{FP16_BITS * cols}"
+                    f"the {name} port's data width is {port.data_bits}; {cols} columns allow at "
+                    f"most {FP16_BITS * cols}"
                 )
+            object.__setattr__(self, name, port)
         if self.weights.address_bits != self.data.address_bits:
             raise ValueError(
                 f"address bits are {self.weights.address_bits} (weights) and "

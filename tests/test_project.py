@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,18 @@ PINS = {
     if line and not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-TARGETS = ("setup", "demo", "demo-smollm2", "verilog", "sim", "test", "lint", "bench", "clean")
+TARGETS = (
+    "setup",
+    "demo",
+    "demo-smollm2",
+    "verilog",
+    "sim",
+    "test",
+    "lint",
+    "typings",
+    "bench",
+    "clean",
+)
 # Parts of torch's accelerator builds, which a CPU build does not have.
 ACCELERATOR_PREFIXES = ("nvidia-", "cuda-", "triton")
 
@@ -155,7 +167,24 @@ def test_finished_environment_is_used_as_it_is(tree: Path) -> None:
     pretend_installed(tree)
     plan = run_make(tree, "--dry-run", "lint").stdout
     assert "ruff check" in plan
+    assert "-m basedpyright" in plan
     assert "pip" not in plan
+
+
+def test_tests_begin_with_lint(tree: Path) -> None:
+    pretend_installed(tree)
+    plan = run_make(tree, "--dry-run", "test").stdout
+    lint = run_make(tree, "--dry-run", "lint").stdout
+    assert lint.strip() and lint in plan
+    assert plan.index(lint) < plan.index("-m pytest")
+
+
+def test_every_module_has_a_stub() -> None:
+    folder = ROOT / "typings/speq"
+    written = {p.relative_to(folder): p.read_text() for p in folder.rglob("*.pyi")}
+    expected = runpy.run_path(str(ROOT / "typings/update.py"))["stubs"]()
+    assert len(expected) > 5
+    assert written == expected, "run `make typings`"
 
 
 @pytest.mark.parametrize("damage", ["stamp", "interpreter", "copied", "pins"])

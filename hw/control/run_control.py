@@ -22,10 +22,25 @@ from speq.hw.control.register_map import (
     registers,
 )
 
-#: The states, with the values of the register STATUS.
-State = enum.Enum("State", {name: value for name, (value, _) in STATES.items()})
-#: The host's answers, with the values of the register HOST_ANSWER.
-Answer = enum.Enum("Answer", {name: value for name, (value, _) in ANSWERS.items()})
+
+class State(enum.Enum):
+    """The states, with the values of the register STATUS."""
+
+    IDLE = STATES["IDLE"][0]
+    RUNNING = STATES["RUNNING"][0]
+    HOST = STATES["HOST"][0]
+    STEP = STATES["STEP"][0]
+    STOPPING = STATES["STOPPING"][0]
+    ERROR = STATES["ERROR"][0]
+
+
+class Answer(enum.Enum):
+    """The host's answers, with the values of the register HOST_ANSWER."""
+
+    CONTINUE = ANSWERS["CONTINUE"][0]
+    FINISH = ANSWERS["FINISH"][0]
+    FAIL = ANSWERS["FAIL"][0]
+
 
 #: Cycles for which `clear` is given. What a unit passes on in the first is dropped in the second.
 CLEAR_CYCLES = 2

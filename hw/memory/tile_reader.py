@@ -161,7 +161,9 @@ class TileReader(wiring.Component):
         return ceil_div(words, per_beat)
 
 
-def forward(m: Module, outer: wiring.Component, reader: TileReader, words: object) -> None:
+def forward(
+    m: Module, outer: wiring.Component, reader: TileReader, words: stream.Interface
+) -> None:
     """Connect a unit that only words its commands differently with its TileReader: all but the
     command's payload. `words` is the unit's output stream."""
     wiring.connect(m, reader.axi, wiring.flipped(outer.axi))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control import descriptor
@@ -164,7 +165,7 @@ def _c_descriptor() -> str:
 
 def _register_rows(
     register: Register, fixed: dict[str, int | dict[str, int]]
-) -> list[tuple[object, ...]]:
+) -> list[tuple[str, str, str, str, str]]:
     """A register's row of the table, and one for each of its fields."""
     offset, name, about = f"0x{register.offset:03x}", f"`{register.name}`", register.about
     if register.count:
@@ -182,7 +183,7 @@ def _bits(low: int, bits: int) -> str:
     return f"{low + bits - 1}:{low}" if bits > 1 else f"{low}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines

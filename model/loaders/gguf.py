@@ -56,7 +56,7 @@ def load_gguf(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokeniz
     metadata = _Metadata(fields)
     config = _config(metadata, tensors)
     weights = collect_weights(config, _weight_reader(config, tensors))
-    expect_all_read(tensors, [*map(_stored_name, weights), "rope_freqs.weight"])
+    expect_all_read(tensors, [*map(stored_name, weights), "rope_freqs.weight"])
     return config, weights, _tokenizer(metadata)
 
 
@@ -140,7 +140,7 @@ def _rope_divisors(
     return None
 
 
-def _stored_name(name: str) -> str:
+def stored_name(name: str) -> str:
     """The file's name of a weight."""
     if name.startswith("block."):
         _, block, part = name.split(".", 2)
@@ -150,7 +150,7 @@ def _stored_name(name: str) -> str:
 
 def _weight_reader(config: ModelConfig, tensors: dict[str, GgufTensor]) -> WeightReader:
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        stored = _stored_name(name)
+        stored = stored_name(name)
         if stored not in tensors:
             raise CheckpointError(f"tensor {stored!r} is missing")
         tensor = tensors[stored]

@@ -204,7 +204,7 @@ def _check_layer_types(settings: _Settings, config: ModelConfig) -> None:
         raise CheckpointError("setting layer_types is not the regular pattern")
 
 
-def _stored_name(name: str, gemma: bool) -> str:
+def stored_name(name: str, gemma: bool) -> str:
     """The file's name of a weight."""
     names = _TENSOR_NAMES | _GEMMA_NAMES if gemma else _TENSOR_NAMES
     if name.startswith("block."):
@@ -228,7 +228,7 @@ def _weight_reader(folder: Path, config: ModelConfig, stack: contextlib.ExitStac
     if not files:
         raise CheckpointError("no model*.safetensors with weights (pickled weights are not read)")
     gemma = config.architecture == "gemma3"
-    stored_names = {name: _stored_name(name, gemma) for name, _ in tensor_shapes(config)}
+    stored_names = {name: stored_name(name, gemma) for name, _ in tensor_shapes(config)}
     # Old files store the rotary frequencies, tied models sometimes the head once more.
     unused = [name for name in files if name.endswith("rotary_emb.inv_freq")]
     expect_all_read(files, [*stored_names.values(), *unused, _TENSOR_NAMES["head"]])

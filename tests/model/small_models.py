@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from speq.model.checkpoint import LINEARS, ModelConfig, tensor_shapes
-from speq.model.loaders.gguf import _stored_name as gguf_name
-from speq.model.loaders.hf import _stored_name as hf_name
+from speq.model.loaders.gguf import stored_name as gguf_name
+from speq.model.loaders.hf import stored_name as hf_name
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("h e", "l l", "he ll", "hell o", "Ġ t")

@@ -1,0 +1,1 @@
+from cli.eval_report import *

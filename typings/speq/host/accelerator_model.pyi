@@ -1,0 +1,1 @@
+from host.accelerator_model import *

@@ -1,0 +1,1 @@
+from host.board import *

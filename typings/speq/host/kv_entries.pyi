@@ -1,0 +1,1 @@
+from host.kv_entries import *

@@ -1,0 +1,1 @@
+from hw.accelerator_config import *

@@ -1,0 +1,1 @@
+from hw.array import *

@@ -1,0 +1,1 @@
+from hw.array.exponent_remap import *

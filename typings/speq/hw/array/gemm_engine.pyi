@@ -1,0 +1,1 @@
+from hw.array.gemm_engine import *

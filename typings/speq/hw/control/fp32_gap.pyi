@@ -1,0 +1,1 @@
+from hw.control.fp32_gap import *

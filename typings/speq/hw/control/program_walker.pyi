@@ -1,0 +1,1 @@
+from hw.control.program_walker import *

@@ -1,0 +1,1 @@
+from hw.control.register_map import *

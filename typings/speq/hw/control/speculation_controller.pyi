@@ -1,0 +1,1 @@
+from hw.control.speculation_controller import *

@@ -1,0 +1,1 @@
+from hw.engine_config import *

@@ -1,0 +1,1 @@
+from hw.memory.activation_reader import *

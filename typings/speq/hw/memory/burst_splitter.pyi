@@ -1,0 +1,1 @@
+from hw.memory.burst_splitter import *

@@ -1,0 +1,1 @@
+from hw.memory.group_reader import *

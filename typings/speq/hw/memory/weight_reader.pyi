@@ -1,0 +1,1 @@
+from hw.memory.weight_reader import *

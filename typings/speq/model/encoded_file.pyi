@@ -1,0 +1,1 @@
+from model.encoded_file import *

@@ -1,0 +1,1 @@
+from model.number_format import *

@@ -1,0 +1,1 @@
+from model.train_tiny import *

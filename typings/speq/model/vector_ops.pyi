@@ -1,0 +1,1 @@
+from model.vector_ops import *

@@ -1,0 +1,1 @@
+from sim.simulated_board import *
