@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import click
 import pytest
-import typer.main
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import speq.cli
 from speq.hw.verilog import convert_unit
@@ -55,11 +55,10 @@ def anchors(page: Path) -> set[str]:
 @cache
 def options() -> dict[str, set[str]]:
     """Long options of the commands of `speq`, by command."""
-    group = typer.main.get_command(speq.cli.app)
-    context = click.Context(group)
+    group = get_command(speq.cli.app)
+    assert isinstance(group, TyperGroup)
     found = {}
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
+    for name, command in group.commands.items():
         names = (opt for parameter in command.params for opt in parameter.opts)
         found[name] = {"--help", *(opt for opt in names if opt.startswith("--"))}
     return found
