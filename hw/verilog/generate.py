@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 from amaranth.back import verilog
@@ -68,8 +69,9 @@ def convert_unit(component: wiring.Component, name: str, *, reset: bool = True) 
     return text
 
 
+@lru_cache(maxsize=8)
 def generate_top(config: AcceleratorConfig) -> str:
-    """Verilog of the accelerator, top module `ACCELERATOR_TOP`."""
+    """Verilog of the accelerator, top module `ACCELERATOR_TOP`; kept, as it takes seconds."""
     return _accelerator_verilog(Accelerator(config))
 
 
