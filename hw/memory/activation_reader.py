@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
 from speq.hw.engine_config import DRAFT_LANES, Mode
-from speq.hw.memory.axi import Fault
+from speq.hw.memory.axi import guarded_members
 from speq.hw.memory.tile_reader import TileReader, forward
 
 
@@ -38,15 +38,7 @@ class ActivationReader(wiring.Component):
     axi : Out(config.data.read_signature)
     command : In(stream of activation_command_layout(config))
     activations : Out(stream of config.engine.activation_layout)
-    base, limit : In(address_bits)
-        First and last byte of the region; to be kept while busy.
-    busy : Out(1)
-        There are commands or words not taken, or transactions without an answer, or the unit waits
-        for `clear` after an error.
-    error : Out(Fault)
-    error_address : Out(address_bits)
-    clear : In(1)
-        Drop everything; the unit can be used again when it is not busy.
+    and `guarded_members(address_bits)`
     """
 
     def __init__(self, config: AcceleratorConfig) -> None:
@@ -56,13 +48,8 @@ class ActivationReader(wiring.Component):
                 "axi": Out(config.data.read_signature),
                 "command": In(stream.Signature(activation_command_layout(config))),
                 "activations": Out(stream.Signature(config.engine.activation_layout)),
-                "base": In(config.address_bits),
-                "limit": In(config.address_bits),
-                "busy": Out(1),
-                "error": Out(Fault),
-                "error_address": Out(config.address_bits),
-                "clear": In(1),
             }
+            | guarded_members(config.address_bits)
         )
 
     def elaborate(self, platform: object) -> Elaboratable:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -30,6 +30,7 @@ PROTECTION = 0b000
 
 #: No burst may cross a multiple of this many bytes.
 PAGE_BYTES = 4096
+_ADDRESS_SIGNALS = ("size", "burst", "cache", "prot", "valid", "addr", "len", "ready")
 _MIN_DATA_BITS = 64
 _MAX_DATA_BITS = 1024
 _MIN_ADDRESS_BITS = 16
@@ -151,6 +152,41 @@ class AxiConfig:
         }
 
 
+def guarded_members(address_bits: int) -> dict[str, wiring.Member]:
+    """Members of every unit that reads or writes memory.
+
+    base, limit : In(address_bits)
+        First and last byte of the region; to be kept while busy.
+    busy : Out(1)
+        There are commands or items not taken, or transactions without an answer, or the unit waits
+        for `clear` after an error.
+    error : Out(Fault)
+    error_address : Out(address_bits)
+        Of the refused transfer or the burst with the bad response.
+    clear : In(1)
+        Drop everything; the unit can be used again when it is not busy.
+    """
+    return {
+        "base": In(address_bits),
+        "limit": In(address_bits),
+        "busy": Out(1),
+        "error": Out(Fault),
+        "error_address": Out(address_bits),
+        "clear": In(1),
+    }
+
+
+def guard(m: Module, outer: wiring.Component, inner: wiring.Component) -> None:
+    """Connect the `guarded_members` of a unit with those of the one in it, all but `busy`."""
+    m.d.comb += [
+        inner.base.eq(outer.base),
+        inner.limit.eq(outer.limit),
+        inner.clear.eq(outer.clear),
+        outer.error.eq(inner.error),
+        outer.error_address.eq(inner.error_address),
+    ]
+
+
 class AddressChannel(wiring.Component):
     """Requests of a master on its read or write address channel: a register with a spare one.
 
@@ -181,6 +217,23 @@ class AddressChannel(wiring.Component):
                 "ready": In(1),
             }
         )
+
+    def drive(
+        self, m: Module, axi: wiring.PureInterface, prefix: str, response_ready: Signal
+    ) -> None:
+        """Connect it with the channel "ar" or "aw" of a bus, whose responses are always taken."""
+        channel = {name: getattr(axi, f"{prefix}{name}") for name in _ADDRESS_SIGNALS}
+        m.d.comb += [
+            channel["size"].eq(self.config.offset_bits),
+            channel["burst"].eq(BURST_INCR),
+            channel["cache"].eq(CACHE),
+            channel["prot"].eq(PROTECTION),
+            response_ready.eq(1),
+            channel["valid"].eq(self.valid),
+            channel["addr"].eq(self.address),
+            channel["len"].eq(self.length),
+            self.ready.eq(channel["ready"]),
+        ]
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
@@ -251,6 +304,7 @@ class FaultState(wiring.Component):
     """
 
     def __init__(self, config: AxiConfig) -> None:
+        self.config = config
         super().__init__(
             {
                 "refused": In(1),
@@ -266,6 +320,36 @@ class FaultState(wiring.Component):
                 "restart": Out(1),
             }
         )
+
+    def supervise(
+        self,
+        m: Module,
+        unit: wiring.Component,
+        splitter: wiring.Component,
+        *,
+        valid: Value,
+        response: Value,
+        word: Value,
+        outstanding: Value,
+    ) -> None:
+        """Connect it with a reader or writer and its BurstSplitter: `valid` and `response` of the
+        bus, the address in beats of the burst that it answers, and the number of bursts
+        outstanding."""
+        m.d.comb += [
+            splitter.base.eq(unit.base),
+            splitter.limit.eq(unit.limit),
+            splitter.hold.eq(self.error != Fault.NONE),
+            splitter.clear.eq(unit.clear | self.stopped),
+            self.refused.eq(splitter.refused),
+            self.refused_address.eq(splitter.refused_address),
+            self.response_valid.eq(valid),
+            self.response.eq(response),
+            self.response_address.eq(Cat(Const(0, self.config.offset_bits), word)),
+            self.drained.eq(outstanding == 0),
+            self.clear.eq(unit.clear),
+            unit.error.eq(self.error),
+            unit.error_address.eq(self.error_address),
+        ]
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()

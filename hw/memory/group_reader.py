@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
-from speq.hw.memory.axi import Fault
+from speq.hw.memory.axi import guarded_members
 from speq.hw.memory.tile_reader import TileReader, forward
 from speq.hw.memory.weight_reader import tile_bits
 
@@ -42,15 +42,7 @@ class GroupReader(wiring.Component):
     axi : Out(config.data.read_signature)
     command : In(stream of group_command_layout(config))
     groups : Out(stream of config.engine.group_layout)
-    base, limit : In(address_bits)
-        First and last byte of the region; to be kept while busy.
-    busy : Out(1)
-        There are commands or words not taken, or transactions without an answer, or the unit waits
-        for `clear` after an error.
-    error : Out(Fault)
-    error_address : Out(address_bits)
-    clear : In(1)
-        Drop everything; the unit can be used again when it is not busy.
+    and `guarded_members(address_bits)`
     """
 
     def __init__(self, config: AcceleratorConfig) -> None:
@@ -60,13 +52,8 @@ class GroupReader(wiring.Component):
                 "axi": Out(config.data.read_signature),
                 "command": In(stream.Signature(group_command_layout(config))),
                 "groups": Out(stream.Signature(config.engine.group_layout)),
-                "base": In(config.address_bits),
-                "limit": In(config.address_bits),
-                "busy": Out(1),
-                "error": Out(Fault),
-                "error_address": Out(config.address_bits),
-                "clear": In(1),
             }
+            | guarded_members(config.address_bits)
         )
 
     def elaborate(self, platform: object) -> Elaboratable:

@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal
+from amaranth.hdl import Elaboratable, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ram_fifo import RamFifo
 from speq.hw.memory.axi import (
-    BURST_INCR,
-    CACHE,
-    PROTECTION,
     AddressChannel,
     AxiConfig,
-    Fault,
     FaultState,
+    guarded_members,
 )
 from speq.hw.memory.burst_splitter import BurstSplitter
 
@@ -70,13 +67,8 @@ class MemoryReader(wiring.Component):
                 "axi": Out(config.read_signature),
                 "command": In(stream.Signature(config.command_layout)),
                 "data": Out(stream.Signature(config.data_bits)),
-                "base": In(config.address_bits),
-                "limit": In(config.address_bits),
-                "busy": Out(1),
-                "error": Out(Fault),
-                "error_address": Out(config.address_bits),
-                "clear": In(1),
             }
+            | guarded_members(config.address_bits)
         )
 
     def elaborate(self, platform: object) -> Elaboratable:
@@ -120,17 +112,7 @@ class MemoryReader(wiring.Component):
         with m.Else():
             m.d.sync += room.eq(room + taken - Mux(request, burst.length + 1, 0))
 
-        m.d.comb += [
-            axi.arsize.eq(config.offset_bits),
-            axi.arburst.eq(BURST_INCR),
-            axi.arcache.eq(CACHE),
-            axi.arprot.eq(PROTECTION),
-            axi.rready.eq(1),
-            axi.arvalid.eq(channel.valid),
-            axi.araddr.eq(channel.address),
-            axi.arlen.eq(channel.length),
-            channel.ready.eq(axi.arready),
-        ]
+        channel.drive(m, axi, "ar", axi.rready)
         m.d.comb += [
             requested.w_data.eq(burst.word),
             requested.w_en.eq(request),
@@ -140,20 +122,14 @@ class MemoryReader(wiring.Component):
             buffer.clear.eq(self.clear),
         ]
 
-        m.d.comb += [
-            splitter.base.eq(self.base),
-            splitter.limit.eq(self.limit),
-            splitter.hold.eq(faults.error != Fault.NONE),
-            splitter.clear.eq(self.clear | faults.stopped),
-            faults.refused.eq(splitter.refused),
-            faults.refused_address.eq(splitter.refused_address),
-            faults.response_valid.eq(axi.rvalid),
-            faults.response.eq(axi.rresp),
-            faults.response_address.eq(Cat(Const(0, config.offset_bits), requested.r_data)),
-            faults.drained.eq(outstanding == 0),
-            faults.clear.eq(self.clear),
-            self.error.eq(faults.error),
-            self.error_address.eq(faults.error_address),
-            self.busy.eq(splitter.busy | (room != config.depth) | faults.stopped),
-        ]
+        faults.supervise(
+            m,
+            self,
+            splitter,
+            valid=axi.rvalid,
+            response=axi.rresp,
+            word=requested.r_data,
+            outstanding=outstanding,
+        )
+        m.d.comb += self.busy.eq(splitter.busy | (room != config.depth) | faults.stopped)
         return m

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal
+from amaranth.hdl import Elaboratable, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ram_fifo import RamFifo
 from speq.hw.memory.axi import (
-    BURST_INCR,
-    CACHE,
     LENGTH_BITS,
-    PROTECTION,
     AddressChannel,
     AxiConfig,
-    Fault,
     FaultState,
+    guarded_members,
 )
 from speq.hw.memory.burst_splitter import BurstSplitter
 
@@ -81,14 +78,9 @@ class MemoryWriter(wiring.Component):
                 "axi": Out(config.write_signature),
                 "command": In(stream.Signature(config.command_layout)),
                 "data": In(stream.Signature(write_layout(config))),
-                "base": In(config.address_bits),
-                "limit": In(config.address_bits),
                 "done": Out(1),
-                "busy": Out(1),
-                "error": Out(Fault),
-                "error_address": Out(config.address_bits),
-                "clear": In(1),
             }
+            | guarded_members(config.address_bits)
         )
 
     def elaborate(self, platform: object) -> Elaboratable:
@@ -124,17 +116,7 @@ class MemoryWriter(wiring.Component):
         with m.Else():
             m.d.sync += available.eq(available + taken - Mux(request, burst.length + 1, 0))
 
-        m.d.comb += [
-            axi.awsize.eq(config.offset_bits),
-            axi.awburst.eq(BURST_INCR),
-            axi.awcache.eq(CACHE),
-            axi.awprot.eq(PROTECTION),
-            axi.bready.eq(1),
-            axi.awvalid.eq(channel.valid),
-            axi.awaddr.eq(channel.address),
-            axi.awlen.eq(channel.length),
-            channel.ready.eq(axi.awready),
-        ]
+        channel.drive(m, axi, "aw", axi.bready)
         self._send_data(m, request, faults)
 
         # What a response belongs to.
@@ -152,22 +134,16 @@ class MemoryWriter(wiring.Component):
             self.done.eq(axi.bvalid & answered.last & ~axi.bresp[1] & ~faults.stopped),
         ]
 
-        m.d.comb += [
-            splitter.base.eq(self.base),
-            splitter.limit.eq(self.limit),
-            splitter.hold.eq(faults.error != Fault.NONE),
-            splitter.clear.eq(self.clear | faults.stopped),
-            faults.refused.eq(splitter.refused),
-            faults.refused_address.eq(splitter.refused_address),
-            faults.response_valid.eq(axi.bvalid),
-            faults.response.eq(axi.bresp),
-            faults.response_address.eq(Cat(Const(0, config.offset_bits), answered.word)),
-            faults.drained.eq(outstanding == 0),
-            faults.clear.eq(self.clear),
-            self.error.eq(faults.error),
-            self.error_address.eq(faults.error_address),
-            self.busy.eq(splitter.busy | (outstanding != 0) | faults.stopped),
-        ]
+        faults.supervise(
+            m,
+            self,
+            splitter,
+            valid=axi.bvalid,
+            response=axi.bresp,
+            word=answered.word,
+            outstanding=outstanding,
+        )
+        m.d.comb += self.busy.eq(splitter.busy | (outstanding != 0) | faults.stopped)
         return m
 
     def _send_data(self, m: Module, request: Signal, faults: FaultState) -> None:

@@ -8,7 +8,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.logic import ceil_div
-from speq.hw.memory.axi import BEATS_BITS, AxiConfig, Fault
+from speq.hw.memory.axi import BEATS_BITS, AxiConfig, guard, guarded_members
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.repeater import Repeater
 from speq.hw.memory.word_packer import WordPacker, packer_command_layout
@@ -58,14 +58,7 @@ class TileReader(wiring.Component):
     axi : Out(config.read_signature)
     command : In(stream of tile_command_layout(config, word_count_bits, tile_bits))
     words : Out(stream of word_bits)
-    base, limit : In(address_bits)
-        First and last byte of the region; to be kept while busy.
-    busy : Out(1)
-        There are commands or words not taken, or transactions without an answer, or the unit waits
-        for `clear` after an error.
-    error : Out(Fault)
-    error_address : Out(address_bits)
-    clear : In(1)
+    and `guarded_members(address_bits)`
     """
 
     #: Cycles from taking a command to its first request on the bus.
@@ -84,13 +77,8 @@ class TileReader(wiring.Component):
                 "axi": Out(config.read_signature),
                 "command": In(stream.Signature(command)),
                 "words": Out(stream.Signature(word_bits)),
-                "base": In(config.address_bits),
-                "limit": In(config.address_bits),
-                "busy": Out(1),
-                "error": Out(Fault),
-                "error_address": Out(config.address_bits),
-                "clear": In(1),
             }
+            | guarded_members(config.address_bits)
         )
 
     def elaborate(self, platform: object) -> Elaboratable:
@@ -143,14 +131,8 @@ class TileReader(wiring.Component):
         with m.If(self.clear):
             m.d.sync += left.eq(0)
 
-        m.d.comb += [
-            reader.base.eq(self.base),
-            reader.limit.eq(self.limit),
-            reader.clear.eq(self.clear),
-            self.error.eq(reader.error),
-            self.error_address.eq(reader.error_address),
-            self.busy.eq((left != 0) | lengths.busy | packer.busy | reader.busy),
-        ]
+        guard(m, self, reader)
+        m.d.comb += self.busy.eq((left != 0) | lengths.busy | packer.busy | reader.busy)
         return m
 
     def _beats(self, words: Value) -> Value:

@@ -12,7 +12,7 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
 from speq.hw.common.ram_fifo import RamFifo
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, Mode
-from speq.hw.memory.axi import Fault
+from speq.hw.memory.axi import guard, guarded_members
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.plane_merger import PlaneMerger, merger_command_layout
 from speq.hw.memory.repeater import Repeater
@@ -187,16 +187,7 @@ class WeightReader(wiring.Component):
     axi : Out(config.weights.read_signature)
     command : In(stream of weight_command_layout(config))
     weights : Out(stream of ArrayLayout(16, cols))
-    base, limit : In(address_bits)
-        First and last byte of the region; to be kept while busy.
-    busy : Out(1)
-        There are commands or words not taken, or transactions without an answer, or the unit waits
-        for `clear` after an error.
-    error : Out(Fault)
-    error_address : Out(address_bits)
-        Of the refused chunk or the burst with the bad response.
-    clear : In(1)
-        Drop everything; the unit can be used again when it is not busy.
+    and `guarded_members(address_bits)`, where a refused transfer is a chunk
     """
 
     #: Cycles from taking a command to its first request on the bus.
@@ -210,13 +201,8 @@ class WeightReader(wiring.Component):
                 "axi": Out(config.weights.read_signature),
                 "command": In(stream.Signature(weight_command_layout(config))),
                 "weights": Out(stream.Signature(word)),
-                "base": In(config.address_bits),
-                "limit": In(config.address_bits),
-                "busy": Out(1),
-                "error": Out(Fault),
-                "error_address": Out(config.address_bits),
-                "clear": In(1),
             }
+            | guarded_members(config.address_bits)
         )
 
     def elaborate(self, platform: object) -> Elaboratable:
@@ -250,14 +236,8 @@ class WeightReader(wiring.Component):
         ]
         self._route(m, reader, chunker, merger)
 
-        m.d.comb += [
-            reader.base.eq(self.base),
-            reader.limit.eq(self.limit),
-            reader.clear.eq(self.clear),
-            self.error.eq(reader.error),
-            self.error_address.eq(reader.error_address),
-            self.busy.eq(chunker.busy | reader.busy | merges.busy | merger.busy),
-        ]
+        guard(m, self, reader)
+        m.d.comb += self.busy.eq(chunker.busy | reader.busy | merges.busy | merger.busy)
         return m
 
     def _route(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from cocotbext.axi import AxiReadBus, AxiSlaveRead, AxiSlaveWrite, AxiWriteBus
@@ -123,7 +124,7 @@ def serve_writes(
 
 def _prepare(
     slave: AxiSlaveRead | AxiSlaveWrite,
-    channels: tuple[object, ...],
+    channels: tuple[Any, ...],
     rng: np.random.Generator,
     pause: float,
 ) -> None:
@@ -133,7 +134,7 @@ def _prepare(
             channel.set_pause_generator(pauses(rng, pause))
 
 
-class _Responder:
+class Responder:
     """Memory on one half of the bus `axi`: a latency, then one response per cycle, in order.
 
     Parameters
@@ -180,8 +181,8 @@ class _Responder:
         raise NotImplementedError
 
 
-class ReadResponder(_Responder):
-    __doc__ = _Responder.__doc__
+class ReadResponder(Responder):
+    """The reading half."""
 
     CHANNEL = "r"
     FIELDS = ("id", "data", "resp", "last")
@@ -208,8 +209,8 @@ class ReadResponder(_Responder):
             self.pending.append((cycle + LATENCY, beat))
 
 
-class WriteResponder(_Responder):
-    __doc__ = _Responder.__doc__
+class WriteResponder(Responder):
+    """The writing half; memory changes as soon as a burst's address and last beat are there."""
 
     CHANNEL = "b"
     FIELDS = ("id", "resp")

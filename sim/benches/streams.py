@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -120,6 +121,6 @@ class Sink:
         )
 
 
-def _ports(ports: Ports, stream: str) -> tuple[object, object, object]:
+def _ports(ports: Ports, stream: str) -> tuple[Any, ...]:
     """`valid`, `ready` and `payload` of a stream."""
     return tuple(ports[f"{stream}__{part}"] for part in ("valid", "ready", "payload"))

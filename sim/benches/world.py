@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from amaranth.hdl import Elaboratable, Module
@@ -52,10 +53,10 @@ class Ports:
     unit : str
     """
 
-    def __init__(self, dut: object, unit: str) -> None:
+    def __init__(self, dut: Any, unit: str) -> None:
         self.dut, self.unit = dut, unit
 
-    def __getitem__(self, name: str) -> object:
+    def __getitem__(self, name: str) -> Any:
         return getattr(self.dut, f"{self.unit}__{name}")
 
     def get(self, name: str) -> int:
@@ -93,7 +94,7 @@ class World:
     """
 
     def __init__(
-        self, dut: object, name: str, rng: np.random.Generator, patience: int = 10_000
+        self, dut: Any, name: str, rng: np.random.Generator, patience: int = 10_000
     ) -> None:
         self.dut, self.name, self.rng, self.patience = dut, name, rng, patience
         self.cycle = 0
