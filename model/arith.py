@@ -360,21 +360,21 @@ def _products(columns: torch.Tensor, w: WeightOperand, cut: int) -> list[tuple[t
     o, k = w.values.shape
     rows = min(o, max(1, _BLOCK_WEIGHTS // k))
     block = torch.empty(rows, k, dtype=torch.float64)
-    upper_block = torch.empty_like(block) if cut else None
     low = torch.empty(len(columns), o, dtype=torch.float64)
-    high = torch.empty_like(low) if cut else None
+    above = (torch.empty_like(block), torch.empty_like(low)) if cut else None
     scaled = columns * 2.0**-w.unit  # cheaper than scaling the weights
     cut_unit = 2.0 ** (w.unit + cut)
     for start in range(0, o, rows):
         stop = min(start + rows, o)
         # By way of float32: both of these conversions are vectorised, the direct one is not.
         part = block[: stop - start].copy_(w.values[start:stop].to(torch.float32))
-        if cut:
+        if above:
+            upper_block, high = above
             upper = torch.mul(part, 1 / cut_unit, out=upper_block[: stop - start]).trunc_()
             _matmul(columns, upper, high[:, start:stop])
             part.sub_(upper, alpha=cut_unit)
         _matmul(scaled, part, low[:, start:stop])
-    return [(high, cut), (low, 0)] if cut else [(low, 0)]
+    return [(above[1], cut), (low, 0)] if above else [(low, 0)]
 
 
 def _matmul(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
@@ -395,7 +395,8 @@ def _two_term_sum(terms: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, 
         integers, shift = terms[0]
         return integers * 2.0**shift, torch.zeros_like(integers)
     if len(terms) == 2:
-        return tuple(integers * 2.0**shift for integers, shift in terms)
+        (upper, upper_shift), (lower, lower_shift) = terms
+        return upper * 2.0**upper_shift, lower * 2.0**lower_shift
     low = torch.zeros(terms[0][0].shape, dtype=torch.int64)
     high = torch.zeros_like(low)
     for integers, shift in terms:

@@ -381,13 +381,27 @@ def tender(bits: int, name: str, weight: torch.Tensor, stats: ActivationStats) -
 
 # Whole models
 
+
+def _with_stats(
+    quantizer: Callable[[str, torch.Tensor, ActivationStats], QuantizedLinear],
+) -> Quantizer:
+    """The same, refusing a layer without statistics."""
+
+    def checked(name: str, weight: torch.Tensor, stats: ActivationStats | None) -> QuantizedLinear:
+        if stats is None:
+            raise ValueError(f"{name} has no activation statistics")
+        return quantizer(name, weight, stats)
+
+    return checked
+
+
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("olive4", partial(olive, 4), calibrated=True),
-        Scheme("olive8", partial(olive, 8), calibrated=True),
-        Scheme("tender4", partial(tender, 4), calibrated=True),
-        Scheme("tender8", partial(tender, 8), calibrated=True),
+        Scheme("olive4", _with_stats(partial(olive, 4)), calibrated=True),
+        Scheme("olive8", _with_stats(partial(olive, 8)), calibrated=True),
+        Scheme("tender4", _with_stats(partial(tender, 4)), calibrated=True),
+        Scheme("tender8", _with_stats(partial(tender, 8)), calibrated=True),
         Scheme("int4", partial(weight_only, int4, False), calibrated=False),
         Scheme("nf4", partial(weight_only, nf4, False), calibrated=False),
         Scheme(

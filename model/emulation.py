@@ -92,7 +92,7 @@ def draft_linear(encoded: Mapping[str, EncodedTensor], otherwise: Linear | None 
     layers = prepare_draft_linears(encoded)
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        if name not in layers:
+        if otherwise is not None and name not in layers:
             return otherwise(name, x)
         layer = layers[name]
         return layer.pad(layer.quantize(x).values() @ layer.operand.values.T)
@@ -221,8 +221,9 @@ def decode(
         ) -> torch.Tensor:
             every = slice(None) if len(rows) == len(prompts) else rows
             seen = masks[not c.is_global(block)]
-            known = (cache[block, every, :, :length] for cache in (keys, values))
-            return attend_masked(q[:, :, None], *known, seen, c.attention_scale)
+            known_keys, known_values = (t[block, every, :, :length] for t in (keys, values))
+            q = q[:, :, None]
+            return attend_masked(q, known_keys, known_values, seen, c.attention_scale)
 
         last = torch.tensor([texts[n][-1] for n in rows])
         step = run_blocks(model, last, rotary_tables(model, positions), linear, store, attend)
@@ -300,10 +301,10 @@ def _draft_batch(
             for n, rows in spans.items():
                 span = slice(rows[0], rows[-1] + 1)
                 past = int(first[span].max())
-                entries = (t[block, :, :past] for t in (texts[n].keys, texts[n].values))
+                keys, values = (t[block, :, :past] for t in (texts[n].keys, texts[n].values))
                 drafted = own[:, block, span, :, : j + 1]
                 window = None if c.is_global(block) else c.sliding_window
-                parts.append(_attend_chain(q[span], *entries, drafted, first[span], window, c))
+                parts.append(_attend_chain(q[span], keys, values, drafted, first[span], window, c))
             return torch.cat(parts)
 
         rows = run_blocks(model, tokens, rotary_tables(model, first + j), linear, store, attend)

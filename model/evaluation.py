@@ -343,7 +343,7 @@ class Curve:
     """Speedup against one setting, whose name it has; `chosen` is the value in use."""
 
     setting: str
-    values: list[float]
+    values: Sequence[float]
     speedups: list[float]
     chosen: float
 

@@ -112,10 +112,11 @@ def byte_level_bpe(
         raise ValueError(
             f"pre-tokenizer {splitter!r:.40} is not supported, only {', '.join(rules)}"
         )
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [merge.split(" ") for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("a merge of the tokenizer is not two tokens")
-    bpe = models.BPE(_vocabulary(tokens), pairs, ignore_merges=splitter == "llama-bpe")
+    both = [(first, second) for first, second in pairs]
+    bpe = models.BPE(_vocabulary(tokens), both, ignore_merges=splitter == "llama-bpe")
     backend = tokenizers.Tokenizer(bpe)
     if splitter == "qwen2":
         backend.normalizer = normalizers.NFC()

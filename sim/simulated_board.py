@@ -349,20 +349,20 @@ class SimulatedBoard:
         except ConnectionError:
             message = b""
         if len(message) < ANSWER.size:
-            raise self._failure()
+            raise self._failure(self._process)
         answer, response, self._cycles = ANSWER.unpack(message)
         if response:
             what = "no answer" if response == TIMEOUT else f"response {response}"
             raise SimulationError(f"{what} to a {kind.name.lower()} of register {address:#x}")
         return answer
 
-    def _failure(self) -> SimulationError:
+    def _failure(self, process: subprocess.Popen[bytes]) -> SimulationError:
         """Why the simulator ended, and the end of its log."""
-        self._process.wait()
+        process.wait()
         log = Path(self._run.name) / "test.log"
         lines = log.read_text().splitlines()
         reasons = [line for line in lines if line.startswith("memory: ")]
-        reason = reasons[0] if reasons else f"exit code {self._process.returncode}"
+        reason = reasons[0] if reasons else f"exit code {process.returncode}"
         error = SimulationError(f"the simulator ended: {reason}")
         error.add_note("\n".join(lines[-40:]))
         return error

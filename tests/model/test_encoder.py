@@ -286,7 +286,7 @@ def test_allocation_is_the_best_of_its_size(generator):
             return sum(weight[name] * option.error for name, option in chosen.items())
 
         smallest, largest = min(map(bits, every)), max(map(bits, every))
-        previous = None
+        previous, chosen = None, {}
         for budget in (0, smallest, *range(smallest, largest, 300), largest, 10 * largest):
             chosen = allocate(choices, weight, budget)
             assert bits(chosen) <= max(budget, smallest)

@@ -220,7 +220,7 @@ def batch_dependent_gemm(x: torch.Tensor, w: torch.Tensor | WeightOperand) -> to
         for part in (slice(middle), slice(middle, None))
         if x[:, part].numel()
     ]
-    return sum(halves)
+    return sum(halves, torch.zeros(()))
 
 
 def one_token_too_many(proposal: Proposal, logits: torch.Tensor, *_) -> tuple[list, list]:

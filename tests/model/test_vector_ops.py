@@ -144,8 +144,8 @@ def soft_tree_sum(row: list) -> softfloatpy.Float32:
     return soft_tree_sum([a + b for a, b in zip(row[:half], upper, strict=True)])
 
 
-def soft_exp(x: float) -> softfloatpy.Float32:
-    x, magic = soft(min(max(x, -104.0), 89.0)), soft(1.5 * 2**23)
+def soft_exp(value: float) -> softfloatpy.Float32:
+    x, magic = soft(min(max(value, -104.0), 89.0)), soft(1.5 * 2**23)
     n = (x * soft(1 / math.log(2)) + magic) - magic
     r = (x - n * soft(0.693359375)) - n * soft(-2.12194440e-4)
     p = soft(vector_ops._EXP_POLYNOMIAL[0])

@@ -110,6 +110,7 @@ class Pair:
         """Run a workload on both; everything must be equal wherever they stand still. `between` is
         called before the host answers, for each of them."""
         runs = [run(board, workload) for board in (self.model, self.rtl)]
+        expected = None
         for expected in runs[0]:
             got = next(runs[1])
             assert got == expected, f"SPEQ_SEED={SEED}: got {got}, expected {expected}\n{workload}"

@@ -329,7 +329,7 @@ class Workload:
                 values=values,
                 half=half,
                 wait=wait,
-                gap=random.choice([None, 0, int(random.integers(1, 40))]),
+                gap=random.choice(np.array([None, 0, int(random.integers(1, 40))])),
             )
         mode = Mode(int(random.integers(3)))
         most = engine.draft_rows if mode is Mode.DRAFT else engine.rows
@@ -354,12 +354,14 @@ class Workload:
         """A size, often small or near a multiple."""
         random = self.random
         size = random.choice(
-            [
-                random.integers(1, 9),
-                random.integers(1, 4) * multiple + random.integers(-1, 2),
-                random.integers(1, 140),
-                limit if limit < 140 else 1,
-            ],
+            np.array(
+                [
+                    random.integers(1, 9),
+                    random.integers(1, 4) * multiple + random.integers(-1, 2),
+                    random.integers(1, 140),
+                    limit if limit < 140 else 1,
+                ]
+            ),
             p=[0.35, 0.3, 0.3, 0.05],
         )
         return int(min(size, limit, 200))

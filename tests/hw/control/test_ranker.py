@@ -49,7 +49,7 @@ def value(bits: int) -> float:
 
 def golden(logits: Logits, rows: int) -> list[list[Entry | None]]:
     """The entries of all rows; None for those that are not valid."""
-    none = [None] * CHOICES
+    none: list[Entry | None] = [None] * CHOICES
     ranking = [none] * rows
     for i, row in enumerate(logits):
         order = sorted(range(len(row)), key=lambda j, row=row: (-value(row[j]), j))
