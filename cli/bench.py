@@ -22,7 +22,7 @@ from rich.table import Table
 
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.cli.encode import linear_weights
-from speq.host.driver import Host
+from speq.host.driver import Driver
 from speq.hw import EngineConfig
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog import generate_top, write_verilog
@@ -202,15 +202,15 @@ def accelerator(settings: Settings) -> list[Figure]:
     note = f"tiny, 8 x 16, {tokens} tokens, memory latency 16 cycles"
     cycles, seconds, simulated = {}, {}, 0
     with SimulatedBoard(generate_top(system), system, MemoryOptions(size=1 << 24)) as board:
-        host = Host(board, model, encoded)
+        driver = Driver(board, model, encoded)
         for name, length in (("plain", 0), ("speculative", 7)):
             first, started = board.cycles(), time.perf_counter()
             options = SpeculationSettings(rows=8, draft_length=length, threshold=1.0)
-            for _ in host.generate(prompt, max_tokens=tokens, settings=options):
+            for _ in driver.generate(prompt, max_tokens=tokens, settings=options):
                 pass
             seconds[name] = time.perf_counter() - started
             simulated += board.cycles() - first
-            counters = host.counters()
+            counters = driver.counters()
             cycles[name] = (counters["CYCLES"] - counters["HOST_CYCLES"]) / tokens
     speed = simulated / sum(seconds.values())
     rate = tokens / seconds["speculative"]

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from speq.cli.generate import encode_model, rtl_figures, simulated_board, system_for
-from speq.host.driver import Host
+from speq.host.driver import Driver
 from speq.host.layout import MemoryLayout
 from speq.host.meter import MeasuredPass, Meter, PassShape, busy_cycles, cycle_engine, passes_of
 from speq.model.checkpoint import CheckpointError, Model
@@ -209,7 +209,7 @@ class Outcome:
 
 
 def decode(
-    board: SimulatedBoard, host: Host, runs: Mapping[str, Run], total: int, console: Console
+    board: SimulatedBoard, driver: Driver, runs: Mapping[str, Run], total: int, console: Console
 ) -> Outcome:
     """Decode all runs, about `total` cycles, and compare, up to the first step that differs."""
     outcome = Outcome()
@@ -224,14 +224,14 @@ def decode(
 
     with CycleProgress(lambda: board.cycles() - first, total, console):
         for name, run in runs.items():
-            meter = outcome.meters[name] = Meter(host, finished)
-            steps = host.generate(run.prompt, max_tokens=run.max_tokens, settings=run.settings)
+            meter = outcome.meters[name] = Meter(driver, finished)
+            steps = driver.generate(run.prompt, max_tokens=run.max_tokens, settings=run.settings)
             outcome.comparison.compare(name, run.golden, steps)
             if outcome.comparison.problems:
                 steps.close()
                 break
             meter.stop()
-            outcome.counters = host.counters()
+            outcome.counters = driver.counters()
     outcome.cycles, outcome.seconds = board.cycles() - first, time.perf_counter() - started
     return outcome
 
@@ -288,8 +288,8 @@ def run(request: Request) -> None:
         planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, request.rows)]
         total = sum(map(predicted, planned))
         console.print(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
-        host = Host(board, model, encoded, capacity=capacity)
-        outcome = decode(board, host, runs, total, console)
+        driver = Driver(board, model, encoded, capacity=capacity)
+        outcome = decode(board, driver, runs, total, console)
 
     comparison = outcome.comparison
     title = f"{model.name} on {request.rows} x {request.cols} PEs, generated Verilog on Verilator"

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from speq.host.driver import Host, check_encoded, check_model
+from speq.host.driver import Driver, check_encoded, check_model
 from speq.host.layout import MemoryLayout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
@@ -289,16 +289,16 @@ def rtl_steps(
     system = system_for(model, encoded, settings.rows, cols, capacity)
     size = MemoryLayout(system, c, encoded, capacity).size
     with simulated_board(system, size) as board:
-        host = Host(board, model, encoded, capacity=capacity)
+        driver = Driver(board, model, encoded, capacity=capacity)
         first, started = board.cycles(), time.perf_counter()
-        yield host.generate(
+        yield driver.generate(
             prompt,
             max_tokens=request.max_tokens,
             settings=settings,
             stop_ids=model.tokenizer.stop_ids,
         )
         simulated, seconds = board.cycles() - first, time.perf_counter() - started
-        figures += rtl_figures(host.counters(), simulated, seconds)
+        figures += rtl_figures(driver.counters(), simulated, seconds)
 
 
 def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:

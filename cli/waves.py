@@ -26,7 +26,7 @@ from rich.console import Console
 from vcd.gtkw import GTKWSave, make_translation_filter
 
 from speq.cli.generate import DEFAULT_THRESHOLD, encode_model, system_for
-from speq.host.driver import Host
+from speq.host.driver import Driver
 from speq.host.layout import MemoryLayout, host_argument
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import Kind
@@ -166,8 +166,8 @@ class _Decoding:
         with SimulatedBoard(self._verilog, self.system, self._memory, waves) as board:
             watch = _Watch(board, self.system, lambda watch: enough(board, watch))
             try:
-                host = Host(watch, self._model, self._encoded, capacity=self._capacity)
-                for _ in host.generate(
+                driver = Driver(watch, self._model, self._encoded, capacity=self._capacity)
+                for _ in driver.generate(
                     self._prompt,
                     max_tokens=self._request.max_tokens,
                     settings=self._settings,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from speq.host.driver import Host
+from speq.host.driver import Driver
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
@@ -64,7 +64,7 @@ def assert_same_steps(got: list[Step], expected: list[Step]) -> None:
 
 
 def check(
-    host: Host,
+    driver: Driver,
     model: Model,
     encoded: dict[str, EncodedTensor] | None,
     prompt: list[int],
@@ -73,7 +73,7 @@ def check(
 ) -> list[Step]:
     """Decode with the driver and with the golden model and compare."""
     options = {"max_tokens": TOKENS, "settings": settings} | options
-    got = list(host.generate(prompt, **options))
+    got = list(driver.generate(prompt, **options))
     layers = prepare_draft_linears(encoded) if encoded else None
     assert_same_steps(got, list(generate(model, prompt, layers, **options)))
     return got

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from speq.host.driver import Host
+from speq.host.driver import Driver
 from speq.host.layout import MemoryLayout
 from speq.host.meter import Meter, cycle_engine
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
@@ -56,26 +56,26 @@ def verilog(config: AcceleratorConfig) -> str:
 
 
 @contextmanager
-def rtl_host(
+def rtl_driver(
     config: AcceleratorConfig,
     model: Model,
     encoded: Encoded | None,
     capacity: int = CAPACITY,
     **memory: object,
-) -> Iterator[Host]:
+) -> Iterator[Driver]:
     """A driver of the accelerator in the simulator."""
     size = MemoryLayout(config, model.config, encoded or {}, capacity).size
     options = MemoryOptions(size, **{"latency": LATENCY} | memory)
     with SimulatedBoard(verilog(config), config, options) as board:
-        yield Host(board, model, encoded, capacity=capacity)
+        yield Driver(board, model, encoded, capacity=capacity)
 
 
-def check_counters(host: Host, steps: list[Step]) -> Statistics:
+def check_counters(driver: Driver, steps: list[Step]) -> Statistics:
     """The accelerator counts what the steps say, which are the golden model's."""
     statistics = Statistics()
     for step in steps:
         statistics.add(step)
-    counters = host.counters()
+    counters = driver.counters()
     counted = {name: counters[name.upper()] for name in COUNTED}
     assert counted == {name: getattr(statistics, name) for name in COUNTED}
     return statistics
@@ -89,22 +89,22 @@ def tiny() -> Iterator[SimpleNamespace]:
     """The model with a driver, which decodes one text after the other."""
     model = load_model("tiny")
     encoded = encoded_linears(model)
-    with rtl_host(FULL, model, encoded) as host:
-        yield SimpleNamespace(model=model, encoded=encoded, host=host)
+    with rtl_driver(FULL, model, encoded) as driver:
+        yield SimpleNamespace(model=model, encoded=encoded, driver=driver)
 
 
 def decode(tiny: SimpleNamespace, text: str, settings: Settings, tokens: int) -> Statistics:
     """Decode text with `tiny` and compare steps and counters with the golden model's."""
     prompt = tiny.model.tokenizer.encode(text)
-    steps = check(tiny.host, tiny.model, tiny.encoded, prompt, settings, max_tokens=tokens)
-    return check_counters(tiny.host, steps)
+    steps = check(tiny.driver, tiny.model, tiny.encoded, prompt, settings, max_tokens=tokens)
+    return check_counters(tiny.driver, steps)
 
 
 def test_64_tokens_plain_and_speculative(tiny):
     """All bits, all counts, and both targets of speed."""
     cycles = {}
     for settings in (Settings(8, 0), Settings(8, threshold=1.0)):
-        meter = Meter(tiny.host)
+        meter = Meter(tiny.driver)
         statistics = decode(tiny, "Once upon a time", settings, 64)
         assert statistics.committed == 64
         cycles[settings.length] = meter.cycles() / 64
@@ -131,8 +131,8 @@ def test_logits_of_all_rows(tiny, monkeypatch):
     layers = prepare_draft_linears(tiny.encoded)
     list(generate(tiny.model, prompt, layers, max_tokens=16, settings=settings))
     got = []
-    for _ in tiny.host.generate(prompt, max_tokens=16, settings=settings):
-        got.append(tiny.host.verify_logits)
+    for _ in tiny.driver.generate(prompt, max_tokens=16, settings=settings):
+        got.append(tiny.driver.verify_logits)
     assert len(got) == len(expected)
     for mine, golden in zip(got, expected, strict=True):
         assert mine.shape == golden.shape
@@ -157,7 +157,7 @@ def test_logits_of_all_rows(tiny, monkeypatch):
 def test_draft_lengths_thresholds_and_choices(tiny, draft_length, threshold, choices, text):
     """Behind prompts of one token and of several prefill passes."""
     settings = Settings(8, draft_length, threshold, choices)
-    meter = Meter(tiny.host)
+    meter = Meter(tiny.driver)
     statistics = decode(tiny, text, settings, 10)
     assert statistics.committed == 10
     check_prediction(meter, tiny.model, tiny.encoded, cycle_engine(FULL, LATENCY))
@@ -169,8 +169,8 @@ def test_stalls_and_reordered_responses():
     encoded = encoded_linears(model)
     text = "Once upon a time, there was a big"
     memory = {"stalls": dict.fromkeys(CHANNELS, 80), "reorder": True, "seed": SEED, "latency": 5}
-    with rtl_host(FULL, model, encoded, **memory) as host:
-        stalled = SimpleNamespace(model=model, encoded=encoded, host=host)
+    with rtl_driver(FULL, model, encoded, **memory) as driver:
+        stalled = SimpleNamespace(model=model, encoded=encoded, driver=driver)
         for settings, tokens in ((Settings(8, threshold=0.5), 16), (Settings(8, 0), 3)):
             decode(stalled, text, settings, tokens)
 
@@ -202,11 +202,11 @@ def test_other_models(config, shape):
     prompt = random_tokens(model.config, 7, SEED)
     rows = config.engine.rows
     for encoded, lengths in ((encoded_linears(model), (rows - 1, 0)), (None, (rows - 1,))):
-        with rtl_host(config, model, encoded, capacity=24) as host:
+        with rtl_driver(config, model, encoded, capacity=24) as driver:
             for length in lengths:
                 options = {"max_tokens": 8 if length and encoded else 3}
-                steps = check(host, model, encoded, prompt, Settings(rows, length), **options)
-                statistics = check_counters(host, steps)
+                steps = check(driver, model, encoded, prompt, Settings(rows, length), **options)
+                statistics = check_counters(driver, steps)
                 assert bool(statistics.draft_passes) == bool(length and encoded)
 
 
@@ -243,9 +243,9 @@ def test_cycles_at_other_latencies(latency):
     runs = [({}, Settings(8, 0), 3), (encoded, Settings(8, 0), 3)]
     runs += [(encoded, Settings(8, 7, 1.0, choices), 12) for choices in (1, 4)]
     for formats, settings, tokens in runs:
-        with rtl_host(FULL, model, formats, latency=latency) as host:
-            meter = Meter(host)
-            check(host, model, formats, prompt, settings, max_tokens=tokens)
+        with rtl_driver(FULL, model, formats, latency=latency) as driver:
+            meter = Meter(driver)
+            check(driver, model, formats, prompt, settings, max_tokens=tokens)
             check_prediction(meter, model, formats, cycle_engine(FULL, latency))
 
 
@@ -262,9 +262,9 @@ def test_cycles_of_single_layers_of_smollm2():
         if isinstance(stage, Linears) and stage.names != ("head",)
     }
     assert list(layers) == [0, 3, 4, 5]
-    with rtl_host(FULL, model, encoded, capacity=32) as host:
-        meter = Meter(host)
-        check(host, model, encoded, [1, 2, 3], Settings(8, 2), max_tokens=4)
+    with rtl_driver(FULL, model, encoded, capacity=32) as driver:
+        meter = Meter(driver)
+        check(driver, model, encoded, [1, 2, 3], Settings(8, 2), max_tokens=4)
         check_prediction(meter, model, encoded, engine)
     passes = [p for p in meter.passes if p.shape.kind is not PassKind.SINGLE]
     assert {p.shape.kind for p in passes} == {PassKind.DRAFT, PassKind.VERIFY}
