@@ -1,267 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`speq bench`: measured speeds and sizes beside their targets.
-
-A benchmark is a function from settings to figures; adding one is adding it to `BENCHMARKS`.
-"""
+"""`speq bench`: measured speeds and sizes beside their targets."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from speq.cli.area import column_overhead, pe_overhead, unit_areas
-from speq.cli.encode import linear_weights
-from speq.host.driver import Host
-from speq.hw import EngineConfig
-from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.verilog import generate_top, write_verilog
-from speq.model.arith import quantize_activations, verify_gemm
-from speq.model.checkpoint import CheckpointError, linear_names
-from speq.model.format import EncodedTensor
-from speq.model.format import encode as encode_tensor
-from speq.model.loaders import load_model, smollm2_path
-from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings as SpeculationSettings
-from speq.sim.benches.gemm_engine import Gemm, run_gemms
-from speq.sim.simulated_board import MemoryOptions, SimulatedBoard
+from speq.cli.options import Seed
 
-#: [O, K] of the seven linear layers of a SmolLM2-135M block, and the number of blocks.
-SMOLLM2_BLOCK = (
-    (576, 576),
-    (192, 576),
-    (192, 576),
-    (576, 576),
-    (1536, 576),
-    (1536, 576),
-    (576, 1536),
-)
-SMOLLM2_BLOCKS = 30
+if TYPE_CHECKING:
+    from speq.cli.benchmarks import Figure
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What benchmarks are told.
+def run(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Run only the benchmark of this name.")] = "",
+    seed: Seed = 0,
+    liberty: Annotated[
+        Path | None,
+        typer.Option(envvar="LIBERTY", help="Standard-cell library (.lib, .lib.gz) for areas."),
+    ] = None,
+) -> None:
+    """Measure speeds and sizes and compare them with their targets."""
+    from speq.cli.benchmarks import BenchSettings, Skipped, choose
 
-    Attributes
-    ----------
-    seed : int
-        Seed of everything random.
-    liberty : Path or None
-        Standard-cell library to measure areas with.
-    """
-
-    seed: int
-    liberty: Path | None = None
-
-
-class Skipped(Exception):
-    """A benchmark cannot run; the message says why, and what would help."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value and its target.
-
-    Attributes
-    ----------
-    name, unit : str
-    value : float
-        In `unit`.
-    target : float or None
-        In `unit`; None for a value without a target.
-    at_most : bool
-        Whether the target is an upper limit, else it is a lower one.
-    note : str
-        What it was measured on.
-    """
-
-    name: str
-    value: float
-    unit: str
-    target: float | None = None
-    at_most: bool = True
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the value keeps to its target, if there is one."""
-        if self.target is None:
-            return None
-        return self.value <= self.target if self.at_most else self.value >= self.target
-
-
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median duration of `repeats` calls, in seconds, after one call that is not counted."""
-    work()
-    durations = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        durations.append(time.perf_counter() - start)
-    return statistics.median(durations)
-
-
-def normal_weights(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Random weights with the spread of a trained layer's, torch.float16 [rows, columns]."""
-    return (torch.randn(rows, columns, generator=generator) * 0.05).half()
-
-
-def block_weights(seed: int) -> tuple[list[torch.Tensor], str]:
-    """The weights of SmolLM2-135M's blocks, or random ones of their shapes, and which these are."""
-    try:
-        smollm2_path()
-    except CheckpointError:
-        generator = torch.Generator().manual_seed(seed)
-        shapes = SMOLLM2_BLOCK * SMOLLM2_BLOCKS
-        weights = [normal_weights(*shape, generator) for shape in shapes]
-        return weights, f"random weights in SmolLM2-135M's shapes, seed {seed}"
-    return list(
-        linear_weights(load_model("smollm2"), r"^block\.").values()
-    ), "SmolLM2-135M's blocks"
-
-
-def codec(settings: Settings) -> list[Figure]:
-    """Encode and decode the weights of SmolLM2-135M's blocks."""
-    weights, source = block_weights(settings.seed)
-    config = FormatConfig()
-
-    def encode_all() -> list[EncodedTensor]:
-        return [encode_tensor(weight, config) for weight in weights]
-
-    encoded = encode_all()
-    note = f"{sum(weight.numel() for weight in weights) / 1e6:.0f} M weights: {source}"
-    encode_seconds = median_seconds(encode_all, 3)
-    decode_seconds = median_seconds(lambda: [tensor.decode() for tensor in encoded], 3)
-    return [
-        Figure("encode", encode_seconds, "s", 15, True, note),
-        Figure("decode", decode_seconds, "s", 15, True, note),
-    ]
-
-
-def verify(settings: Settings) -> list[Figure]:
-    """Exact verify-mode products of the largest SmolLM2 layer, for one token and for eight."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    outputs, inputs = 1536, 576
-    weights = normal_weights(outputs, inputs, generator)
-    figures = []
-    for tokens, target in ((1, 200), (8, 1000)):
-        x = torch.randn(tokens, inputs, generator=generator).half()
-        seconds = median_seconds(lambda x=x: verify_gemm(x, weights), 21)
-        rate = tokens * inputs * outputs / seconds / 1e6
-        note = f"K = {inputs}, O = {outputs}, random, seed {settings.seed}"
-        figures.append(Figure(f"verify_gemm, T = {tokens}", rate, "M MAC/s", target, False, note))
-    return figures
-
-
-def verilog(settings: Settings) -> list[Figure]:
-    """Generate the Verilog of an 8 x 64 engine (nothing in it is random)."""
-    config = EngineConfig(rows=8, cols=64)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "engine.v"
-        seconds = median_seconds(lambda: write_verilog(config, path), 3)
-        megabytes = path.stat().st_size / 1e6
-    return [
-        Figure("Verilog generation", seconds, "s", 20, True, "8 x 64"),
-        Figure("Verilog size", megabytes, "MB", 2, True, "8 x 64"),
-    ]
-
-
-def simulation(settings: Settings) -> list[Figure]:
-    """Simulate GEMMs of both modes on the 8 x 16 engine."""
-    config = EngineConfig(rows=8, cols=16)
-    generator = torch.Generator().manual_seed(settings.seed)
-    weights = encode_tensor(normal_weights(576, 576, generator), config.format, columns=config.cols)
-    x = torch.randn(config.rows, 576, generator=generator).half()
-    gemms = [Gemm(x, weights), Gemm(quantize_activations(x[:1]), weights)] * 4
-    speeds = [run_gemms(config, gemms, seed=settings.seed).cycles_per_second for _ in range(3)]
-    note = f"8 x 16, {len(gemms)} GEMMs of K = O = 576, verify and draft"
-    return [Figure("simulation", statistics.median(speeds), "cycles/s", 15_000, False, note)]
-
-
-def accelerator(settings: Settings) -> list[Figure]:
-    """Decode with `tiny` on the simulated 8 x 16 accelerator and its memory, without stalls."""
-    tokens = 64
-    system = AcceleratorConfig(EngineConfig(rows=8, cols=16, max_k=256))
-    model = load_model("tiny")
-    encoded = {
-        name: encode_tensor(model.linear_weight(name), system.engine.format, name=name)
-        for name in linear_names(model.config)
-    }
-    prompt = model.tokenizer.encode("Once upon a time")
-    note = f"tiny, 8 x 16, {tokens} tokens, memory latency 16 cycles"
-    cycles, seconds, simulated = {}, {}, 0
-    with SimulatedBoard(generate_top(system), system, MemoryOptions(size=1 << 24)) as board:
-        host = Host(board, model, encoded)
-        for name, length in (("plain", 0), ("speculative", 7)):
-            first, started = board.cycles(), time.perf_counter()
-            options = SpeculationSettings(rows=8, draft_length=length, threshold=1.0)
-            for _ in host.generate(prompt, max_tokens=tokens, settings=options):
-                pass
-            seconds[name] = time.perf_counter() - started
-            simulated += board.cycles() - first
-            counters = host.counters()
-            cycles[name] = (counters["CYCLES"] - counters["HOST_CYCLES"]) / tokens
-    speed = simulated / sum(seconds.values())
-    rate = tokens / seconds["speculative"]
-    ratio = cycles["speculative"] / cycles["plain"]
-    return [
-        Figure("accelerator, plain", cycles["plain"], "cycles/token", 25_000, True, note),
-        Figure("accelerator, speculative", cycles["speculative"], "cycles/token", note=note),
-        Figure("speculative / plain", ratio, "", 0.65, True, note),
-        Figure("simulation of the accelerator", speed, "cycles/s", 20_000, False, note),
-        Figure("decoding in simulation", rate, "tokens/s", 1, False, note),
-    ]
-
-
-def area(settings: Settings) -> list[Figure]:
-    """Synthesise the array's units and compare them with an FP16-only array's."""
-    if settings.liberty is None:
-        raise Skipped("it needs a standard-cell library: --liberty FILE, or LIBERTY=FILE")
-    config = EngineConfig()
-    areas = unit_areas(config, settings.liberty)
-    note = f"synthesised with {settings.liberty.name}"
-    figures = [Figure(f"area of {name}", value, "um2", note=note) for name, value in areas.items()]
-    pe, column = 100 * pe_overhead(areas), 100 * column_overhead(areas, config)
-    extra = f"remap and {config.draft_rows} dual-mode PE in a column of {config.rows} PEs"
-    return [
-        *figures,
-        Figure("dual-mode PE, extra area", pe, "%", 30, True, "against the FP16-only PE"),
-        Figure("array, extra area", column, "%", 5, True, f"{extra}, against {config.rows} FP16"),
-    ]
-
-
-Benchmark = Callable[[Settings], list[Figure]]
-BENCHMARKS: tuple[Benchmark, ...] = (codec, verify, verilog, simulation, accelerator, area)
-
-
-def choose(only: str) -> tuple[Benchmark, ...]:
-    """The benchmark of that name, or all of them for an empty one.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
-    chosen = tuple(b for b in BENCHMARKS if only in ("", b.__name__))
-    if not chosen:
-        names = ", ".join(b.__name__ for b in BENCHMARKS)
-        raise ValueError(f"there is no benchmark {only!r}; choose one of {names}")
-    return chosen
+    settings = BenchSettings(seed, liberty)
+    chosen = choose(only)
+    console = Console()
+    figures: list[Figure] = []
+    skipped: dict[str, str] = {}
+    with Console(stderr=True).status("") as status:
+        for benchmark in chosen:
+            status.update(f"measuring {benchmark.__name__}")
+            # One that cannot run here is named with its reason and does not count as a failure.
+            try:
+                figures += benchmark(settings)
+            except Skipped as reason:
+                skipped[benchmark.__name__] = str(reason)
+    if figures:
+        console.print(table(figures))
+    for name, reason in skipped.items():
+        console.print(f"{name} is skipped: {reason}", soft_wrap=True)
+    if json_file is not None:
+        rows = [asdict(f) | {"met": f.met} for f in figures]
+        report = {
+            "seed": seed,
+            "machine": machine(),
+            "figures": rows,
+            "skipped": skipped,
+        }
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def machine() -> dict[str, str | int | None]:
     """What the figures were measured on."""
+    import torch
+
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -288,41 +92,3 @@ def table(figures: list[Figure]) -> Table:
         value = f"{f.value:,.0f}" if f.value >= 1000 else f"{f.value:.4g}"
         out.add_row(f.name, value, f.unit, target, met, f.note)
     return out
-
-
-def run(json_file: Path | None, only: str, settings: Settings) -> None:
-    """Run the benchmarks, print a table and, with `json_file`, write the figures to it.
-
-    A benchmark that cannot run here is named with its reason and does not count as a failure.
-
-    Raises
-    ------
-    ValueError
-        If `only` names no benchmark.
-    OSError
-        If the file cannot be written.
-    """
-    chosen = choose(only)
-    console = Console()
-    figures: list[Figure] = []
-    skipped: dict[str, str] = {}
-    with Console(stderr=True).status("") as status:
-        for benchmark in chosen:
-            status.update(f"measuring {benchmark.__name__}")
-            try:
-                figures += benchmark(settings)
-            except Skipped as reason:
-                skipped[benchmark.__name__] = str(reason)
-    if figures:
-        console.print(table(figures))
-    for name, reason in skipped.items():
-        console.print(f"{name} is skipped: {reason}", soft_wrap=True)
-    if json_file is not None:
-        rows = [asdict(f) | {"met": f.met} for f in figures]
-        report = {
-            "seed": settings.seed,
-            "machine": machine(),
-            "figures": rows,
-            "skipped": skipped,
-        }
-        json_file.write_text(json.dumps(report, indent=2) + "\n")

@@ -14,45 +14,123 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from speq.cli.generate import encode_model, rtl_figures, simulated_board, system_for
-from speq.host.driver import Host
-from speq.host.layout import MemoryLayout
-from speq.host.meter import MeasuredPass, Meter, PassShape, busy_cycles, cycle_engine, passes_of
-from speq.model.checkpoint import CheckpointError, Model
-from speq.model.format import EncodedTensor
-from speq.model.loaders import load_model
-from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings, Statistics, Step, generate
-from speq.model.transformer import prepare_draft_linears
-from speq.sim.compare import mismatched_bits
+from speq.cli.options import Cols, Continued, Rows
+from speq.cli.progress import with_passing_bar
+from speq.cli.simulation import rtl_figures, simulated_board
 
 if TYPE_CHECKING:
-    from speq.sim.simulated_board import SimulatedBoard
+    from speq.host.meter import MeasuredPass, Meter, PassShape
+    from speq.host.session import Session
+    from speq.model.checkpoint import Model
+    from speq.model.speculation import Settings, Step
 
 STALLS = ("WEIGHT", "GROUP", "ACTIVATION", "RESULT")
 _REPORTED = 4
 _LOGIT_BITS = 32
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of the command; `speq demo-decode --help` explains them."""
+def run(
+    model: Annotated[str, typer.Option(help="A checkpoint's path, or an alias.")] = "smollm2",
+    prompt: Continued = "The quick brown fox jumps",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 12,
+    rows: Rows = 8,
+    cols: Cols = 32,
+    draft_length: Annotated[int, typer.Option(help="Most tokens to draft.")] = 4,
+    threshold: Annotated[
+        float, typer.Option(help="Stop drafting below this margin of the best logit.")
+    ] = 0.5,
+) -> None:
+    """Decode with a real LLM on the accelerator's RTL and compare every token and logit bit."""
+    from speq.host.meter import cycle_engine, passes_of
+    from speq.host.session import Session, accelerator_for, kv_capacity
+    from speq.model.encoding import encode_linears
+    from speq.model.speculation import Settings
 
-    model: str
-    prompt: str
+    started = time.perf_counter()
+    console = Console()
+    console = Console(width=max(console.width, 120), highlight=False)
+    loaded = load(model)
+    encoded = encode_linears(loaded, track=with_passing_bar)
+    # What is impossible shows before anything takes long.
+    ids = loaded.tokenizer.encode(prompt)
+    capacity = kv_capacity(loaded, ids, max_tokens, rows)
+    config = accelerator_for(loaded, encoded, rows, cols, capacity)
+    settings = Settings(rows, draft_length, threshold)
+    console.print(f"{loaded.name}: the golden model decodes ...")
+    runs = golden_runs(Session(loaded, encoded), ids, settings, max_tokens)
+    board = simulated_board(loaded, encoded, config, capacity)
+    with Session(loaded, encoded, board, capacity=capacity) as session:
+        formats = {name: tensor.config for name, tensor in encoded.items()}
+        engine = cycle_engine(config, board.memory.latency)
+
+        def predicted(shape: PassShape) -> int:
+            return shape.predicted_cycles(loaded.config, engine, formats)
+
+        planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, rows)]
+        total = sum(map(predicted, planned))
+        console.print(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
+        done = decode(session, runs, total, console)
+
+    comparison = done.comparison
+    title = f"{loaded.name} on {rows} x {cols} PEs, generated Verilog on Verilator"
+    console.print(pass_table(done.meters.values(), predicted, title))
+    compared = f"{comparison.bits:,} logit bits compared, {comparison.wrong_bits} differ"
+    if comparison.problems:
+        for line in (*comparison.problems, f"{compared}."):
+            console.print(line, style="red", markup=False)
+        raise typer.Exit(1)
+    steps = runs["speculative"].golden
+    for line in figures(done, steps):
+        console.print(line, markup=False)
+    text = runs["speculative"].prompt + [token for step in steps for token in step.tokens]
+    console.print(f"text: {loaded.tokenizer.decode(text)!r}", markup=False)
+    console.print(f"everything: {time.perf_counter() - started:.0f} s")
+    console.print(f"[green]All tokens equal the golden model's; {compared}.[/]")
+
+
+def load(name: str) -> Model:
+    """The model. Raises CheckpointError, with what may run instead, if there is none."""
+    from speq.model.checkpoint import CheckpointError
+    from speq.model.loaders import load_model
+
+    try:
+        return load_model(name)
+    except CheckpointError as error:
+        if name == "tiny":
+            raise
+        message = f"{error} (--model tiny decodes the model that comes with the project)"
+        raise CheckpointError(message) from error
+
+
+@dataclass(frozen=True)
+class GoldenRun:
+    """What both decode, and the golden model's steps."""
+
+    prompt: list[int]
+    settings: Settings
     max_tokens: int
-    rows: int
-    cols: int
-    draft_length: int
-    threshold: float
+    golden: list[Step]
+
+
+def golden_runs(
+    session: Session, prompt: list[int], settings: Settings, max_tokens: int
+) -> dict[str, GoldenRun]:
+    """The runs by name, as the golden model decodes them."""
+    runs = {}
+    for name, ids, chosen, count in (
+        ("plain", prompt[:1], replace(settings, draft_length=0), 1),
+        ("speculative", prompt, settings, max_tokens),
+    ):
+        steps = list(session.golden(ids, max_tokens=count, settings=chosen))
+        runs[name] = GoldenRun(ids, chosen, count, steps)
+    return runs
 
 
 class Comparison:
@@ -85,6 +163,10 @@ class Comparison:
             self.problems.append(f"{name}: {number} steps; expected {len(expected)}")
 
     def _compare_step(self, where: str, expected: Step, got: Step) -> None:
+        import numpy as np
+
+        from speq.sim.compare import mismatched_bits
+
         if replace(got, logits=expected.logits) != expected:
             self.problems.append(f"{where}: {got}; expected {expected}")
         if got.logits.shape != expected.logits.shape:
@@ -148,47 +230,9 @@ def pass_table(meters: Iterable[Meter], predicted: Callable[[PassShape], int], t
     return table
 
 
-def load(name: str) -> Model:
-    """The model. Raises CheckpointError, with what may run instead, if there is none."""
-    try:
-        return load_model(name)
-    except CheckpointError as error:
-        if name == "tiny":
-            raise
-        message = f"{error} (--model tiny decodes the model that comes with the project)"
-        raise CheckpointError(message) from error
-
-
-@dataclass(frozen=True)
-class Run:
-    """What both decode, and the golden model's steps."""
-
-    prompt: list[int]
-    settings: Settings
-    max_tokens: int
-    golden: list[Step]
-
-
-def golden_runs(
-    request: Request, model: Model, encoded: Mapping[str, EncodedTensor]
-) -> dict[str, Run]:
-    """The runs by name, as the golden model decodes them."""
-    settings = Settings(request.rows, request.draft_length, request.threshold)
-    prompt = model.tokenizer.encode(request.prompt)
-    layers = prepare_draft_linears(encoded)
-    runs = {}
-    for name, ids, chosen, count in (
-        ("plain", prompt[:1], replace(settings, draft_length=0), 1),
-        ("speculative", prompt, settings, request.max_tokens),
-    ):
-        steps = list(generate(model, ids, layers, max_tokens=count, settings=chosen))
-        runs[name] = Run(ids, chosen, count, steps)
-    return runs
-
-
 @dataclass
-class Outcome:
-    """What the simulation has done.
+class SimulatedRuns:
+    """What the simulation of the runs has shown.
 
     Attributes
     ----------
@@ -209,10 +253,14 @@ class Outcome:
 
 
 def decode(
-    board: SimulatedBoard, host: Host, runs: Mapping[str, Run], total: int, console: Console
-) -> Outcome:
-    """Decode all runs, about `total` cycles, and compare, up to the first step that differs."""
-    outcome = Outcome()
+    session: Session, runs: Mapping[str, GoldenRun], total: int, console: Console
+) -> SimulatedRuns:
+    """Decode all runs on the session's simulated board, about `total` cycles, and compare, up to
+    the first step that differs."""
+    from speq.host.meter import Meter
+
+    board = session.board
+    done = SimulatedRuns()
     first, started = board.cycles(), time.perf_counter()
 
     def finished(measured: MeasuredPass) -> None:
@@ -224,27 +272,30 @@ def decode(
 
     with CycleProgress(lambda: board.cycles() - first, total, console):
         for name, run in runs.items():
-            meter = outcome.meters[name] = Meter(host, finished)
-            steps = host.generate(run.prompt, max_tokens=run.max_tokens, settings=run.settings)
-            outcome.comparison.compare(name, run.golden, steps)
-            if outcome.comparison.problems:
+            meter = done.meters[name] = Meter(session.driver, finished)
+            steps = session.generate(run.prompt, max_tokens=run.max_tokens, settings=run.settings)
+            done.comparison.compare(name, run.golden, steps)
+            if done.comparison.problems:
                 steps.close()
                 break
             meter.stop()
-            outcome.counters = host.counters()
-    outcome.cycles, outcome.seconds = board.cycles() - first, time.perf_counter() - started
-    return outcome
+            done.counters = session.driver.counters()
+    done.cycles, done.seconds = board.cycles() - first, time.perf_counter() - started
+    return done
 
 
-def figures(outcome: Outcome, steps: Iterable[Step]) -> list[str]:
+def figures(done: SimulatedRuns, steps: Iterable[Step]) -> list[str]:
     """Lines with what the runs took; `steps` are those of the speculative one."""
+    from speq.host.meter import busy_cycles
+    from speq.model.speculation import Statistics
+
     statistics = Statistics()
     for step in steps:
         statistics.add(step)
-    *per_token, speed = rtl_figures(outcome.counters, outcome.cycles, outcome.seconds)
-    [measured] = outcome.meters["plain"].passes
+    *per_token, speed = rtl_figures(done.counters, done.cycles, done.seconds)
+    [measured] = done.meters["plain"].passes
     plain = measured.cycles
-    ratio = plain * statistics.committed / busy_cycles(outcome.counters)
+    ratio = plain * statistics.committed / busy_cycles(done.counters)
     return [
         f"{statistics.committed} tokens in {statistics.verify_passes} steps; of "
         f"{statistics.draft_passes} drafted ones {statistics.accepted} accepted, and "
@@ -253,56 +304,3 @@ def figures(outcome: Outcome, steps: Iterable[Step]) -> list[str]:
         f"plain: {plain:,} cycles per token, {ratio:.2f} times as many",
         speed,
     ]
-
-
-def run(request: Request) -> None:
-    """Run the demo.
-
-    Raises
-    ------
-    ValueError
-        If an argument is impossible or the model cannot be used.
-    SimulationError
-        If the simulation cannot be built or run.
-    typer.Exit
-        With code 1 if a step differs.
-    """
-    started = time.perf_counter()
-    console = Console()
-    console = Console(width=max(console.width, 120), highlight=False)
-    model = load(request.model)
-    encoded = encode_model(model, FormatConfig(), FormatConfig())
-    # What is impossible shows before anything takes long.
-    capacity = len(model.tokenizer.encode(request.prompt)) + request.max_tokens + request.rows
-    system = system_for(model, encoded, request.rows, request.cols, capacity)
-    console.print(f"{model.name}: the golden model decodes ...")
-    runs = golden_runs(request, model, encoded)
-    size = MemoryLayout(system, model.config, encoded, capacity).size
-    with simulated_board(system, size) as board:
-        formats = {name: tensor.config for name, tensor in encoded.items()}
-        engine = cycle_engine(system, board.memory.latency)
-
-        def predicted(shape: PassShape) -> int:
-            return shape.predicted_cycles(model.config, engine, formats)
-
-        planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, request.rows)]
-        total = sum(map(predicted, planned))
-        console.print(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
-        host = Host(board, model, encoded, capacity=capacity)
-        outcome = decode(board, host, runs, total, console)
-
-    comparison = outcome.comparison
-    title = f"{model.name} on {request.rows} x {request.cols} PEs, generated Verilog on Verilator"
-    console.print(pass_table(outcome.meters.values(), predicted, title))
-    compared = f"{comparison.bits:,} logit bits compared, {comparison.wrong_bits} differ"
-    if comparison.problems:
-        for line in (*comparison.problems, f"{compared}."):
-            console.print(line, style="red", markup=False)
-        raise typer.Exit(1)
-    steps = runs["speculative"].golden
-    for line in figures(outcome, steps):
-        console.print(line, markup=False)
-    text = runs["speculative"].prompt + [token for step in steps for token in step.tokens]
-    console.print(f"text: {model.tokenizer.decode(text)!r}", markup=False)
-    console.print(f"everything: {time.perf_counter() - started:.0f} s")
-    console.print(f"[green]All tokens equal the golden model's; {compared}.[/]")

@@ -54,24 +54,28 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Request:
-    """The options of the command; `speq eval --help` explains them."""
+class Conditions:
+    """What a study is made under.
 
-    model: str
-    output: Path
-    prompts: Path | None
-    raw: bool
-    prompts_per_kind: int | None
-    max_tokens: int
+    Attributes
+    ----------
+    rows : int
+        Of the array.
+    choices : int
+        Candidates per position of the tree.
+    max_tokens : int
+        Per prompt.
+    seed : int
+        Of everything random.
+    raw : bool
+        Whether prompts are continued, without a chat format.
+    """
+
     rows: int
     choices: int
-    group: int | None
-    split: int | None
-    width: int | None
-    head_width: int | None
-    encoded: Path | None
-    ablation: bool
+    max_tokens: int
     seed: int
+    raw: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,15 +126,17 @@ def usual_format(done: Study) -> FormatConfig:
     return Counter(tensor.config for tensor in done.encoded.values()).most_common(1)[0][0]
 
 
-def report(request: Request, model: Model, raw: bool, done: Study) -> dict[str, Any]:
+def report(
+    conditions: Conditions, model: Model, encoded_file: Path | None, done: Study
+) -> dict[str, Any]:
     """The content of report.json, as this module describes it."""
-    engine = Engine(rows=request.rows)
+    engine = Engine(rows=conditions.rows)
     formats = {name: tensor.config for name, tensor in done.encoded.items()}
     head_rows = done.encoded["head"].draft_rows if "head" in done.encoded else None
     passes = {
         "plain": plain_pass(model.config, engine),
         "draft": draft_pass(model.config, engine, formats, head_rows=head_rows),
-        "verify": verify_pass(model.config, engine, formats, request.rows),
+        "verify": verify_pass(model.config, engine, formats, conditions.rows),
     }
     usual = usual_format(done)
     return as_json(
@@ -138,13 +144,9 @@ def report(request: Request, model: Model, raw: bool, done: Study) -> dict[str, 
             "version": VERSION,
             "model": {"name": model.name, "config": model.config},
             "settings": {
-                "rows": request.rows,
-                "choices": request.choices,
-                "max_tokens": request.max_tokens,
-                "seed": request.seed,
-                "raw": raw,
+                **asdict(conditions),
                 "draft": {
-                    "encoded": None if request.encoded is None else str(request.encoded),
+                    "encoded": None if encoded_file is None else str(encoded_file),
                     "formats": [
                         {"format": form, "tensors": count}
                         for form, count in Counter(formats.values()).items()

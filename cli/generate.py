@@ -14,77 +14,169 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+import typer
 from rich.console import Console
-from rich.progress import track
 from rich.text import Text
 
-from speq.host.driver import Host, check_encoded, check_model
-from speq.host.layout import MemoryLayout
-from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.engine_config import EngineConfig
-from speq.model.checkpoint import Model, linear_names
-from speq.model.encoded_file import EncodedModel, read_encoded
-from speq.model.format import EncodedTensor
-from speq.model.format import encode as encode_tensor
-from speq.model.loaders import load_model
-from speq.model.number_format import FormatConfig
-from speq.model.speculation import (
-    Sampling,
-    Settings,
-    Statistics,
-    Step,
-    generate,
-    pass_costs,
-    token_limit,
+from speq.cli.options import (
+    DEFAULT_THRESHOLD,
+    DraftLength,
+    GroupOfEncode,
+    HeadWidth,
+    MaxTokens,
+    ModelName,
+    Seed,
+    SplitOfEncode,
+    WidthOfEncode,
+    chosen_formats,
 )
-from speq.model.tokenizer import Tokenizer
-from speq.model.transformer import prepare_draft_linears
+from speq.cli.progress import with_passing_bar
+from speq.cli.simulation import rtl_figures, simulated_board
 
 if TYPE_CHECKING:
-    from speq.sim.simulated_board import SimulatedBoard
+    from speq.host.session import Session
+    from speq.model.checkpoint import Model
+    from speq.model.encoded_file import EncodedModel
+    from speq.model.format import EncodedTensor
+    from speq.model.speculation import Sampling, Settings, Statistics, Step
+    from speq.model.tokenizer import Tokenizer
 
 STYLES = {"draft": "green", "alternate": "cyan", "target": "bold yellow"}
-#: Early exit of models that are not calibrated.
-DEFAULT_THRESHOLD = 2.0
-#: Columns of the array.
+#: Columns of the simulated array.
 DEFAULT_COLS = 16
-_MIN_MAX_K = 256
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a tokenizer shows the first bytes of a character
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of the command; `speq generate --help` explains them."""
+class Decoding(StrEnum):
+    """How to decode."""
 
-    model: str
-    prompt: str
-    speculative: bool
-    max_tokens: int
-    seed: int
-    temperature: float
-    top_k: int
-    top_p: float
-    encoded: Path | None
-    rows: int | None
-    draft_length: int | None
-    threshold: float | None
-    choices: int | None
-    raw: bool
-    group: int | None
-    split: int | None
-    width: int | None
-    head_width: int | None
-    rtl: bool = False
-    cols: int | None = None
+    SPEQ = "speq"
+    FP16 = "fp16"
 
 
-def sampling_of(request: Request) -> Sampling | None:
+class Backend(StrEnum):
+    """What to decode with."""
+
+    GOLDEN = "golden"
+    RTL = "rtl"
+
+
+def run(
+    model: ModelName,
+    prompt: Annotated[str, typer.Option(help="What to answer, or with --raw to continue.")],
+    mode: Annotated[
+        Decoding, typer.Option(help="Speculative decoding, or FP16 token by token.")
+    ] = Decoding.SPEQ,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = 0,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest of this sum.")] = 1.0,
+    encoded: Annotated[
+        Path | None, typer.Option(help="The model as speq encode has written it.")
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows of the array: tokens in a verify pass.", show_default="8"),
+    ] = None,
+    draft_length: DraftLength = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop drafting below this margin of the best logit.",
+            show_default=f"{DEFAULT_THRESHOLD:g}",
+        ),
+    ] = None,
+    choices: Annotated[
+        int | None,
+        typer.Option(help="Candidates per position for spare rows; 1: none.", show_default="4"),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt: no chat format.")
+    ] = False,
+    group: GroupOfEncode = None,
+    split: SplitOfEncode = None,
+    width: WidthOfEncode = None,
+    head_width: HeadWidth = None,
+    backend: Annotated[
+        Backend, typer.Option(help="The golden model, or the accelerator's RTL, simulated.")
+    ] = Backend.GOLDEN,
+    cols: Annotated[
+        int | None,
+        typer.Option(help="With rtl: columns of the array.", show_default=str(DEFAULT_COLS)),
+    ] = None,
+) -> None:
+    """Generate text losslessly with the draft model inside the weights, and report the speedup."""
+    import torch
+
+    from speq.host.session import Session
+    from speq.model.encoded_file import read_encoded
+    from speq.model.encoding import encode_linears, tensors_for
+    from speq.model.loaders import load_model
+    from speq.model.speculation import Statistics, pass_costs
+
+    speculative, rtl = mode is Decoding.SPEQ, backend is Backend.RTL
+    sampling = chosen_sampling(temperature, top_k, top_p)
+    if rtl and sampling is not None:
+        raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
+    if not rtl and cols is not None:
+        raise ValueError("--cols is of the simulated array: give --backend rtl")
+    formats = chosen_formats(group, split, width, head_width, encoded)
+    file = read_encoded(encoded) if encoded else None
+    settings = chosen_settings(
+        file, rows=rows, draft_length=draft_length, threshold=threshold, choices=choices
+    )
+    loaded = load_model(model)
+    tokenizer = loaded.tokenizer
+    ids = tokenizer.encode(prompt if raw else tokenizer.chat(prompt))
+    tensors: Mapping[str, EncodedTensor] = {}
+    if speculative and file:
+        tensors = tensors_for(loaded, file, encoded)
+    elif speculative:
+        tensors = encode_linears(loaded, *formats, track=with_passing_bar)
+    costs = pass_costs(tensors) if tensors else None
+
+    statistics = Statistics()
+    stream = TextStream(tokenizer, ids)
+    output = Console(soft_wrap=True, highlight=False)
+    options = {"max_tokens": max_tokens, "settings": settings, "stop_ids": tokenizer.stop_ids}
+    if rtl:
+        session = rtl_session(loaded, tensors, ids, max_tokens, settings.rows, cols or DEFAULT_COLS)
+    else:
+        session = Session(loaded, tensors)
+    with session:
+        if sampling is None:
+            steps = session.generate(ids, **options)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            steps = session.golden(ids, **options, sampling=sampling, generator=generator)
+        first = session.board.cycles() if rtl else 0
+        started = time.perf_counter()
+        for step in steps:
+            statistics.add(step)
+            for token, origin in origins(step):
+                show(output, stream.push(token), origin if speculative else None)
+        seconds = time.perf_counter() - started
+        lines = summary(statistics, seconds, costs, "RTL simulation" if rtl else "golden model")
+        if rtl:
+            cycles = session.board.cycles() - first
+            lines += rtl_figures(session.driver.counters(), cycles, seconds)
+    show(output, stream.flush(), None)
+    print(flush=True)
+    if sampling is not None:
+        lines.append(f"sampled with seed {seed}")
+    print(*lines, sep="\n", file=sys.stderr)
+    if speculative and output.is_terminal:
+        legend = Console(stderr=True, highlight=False)
+        legend.print(*(f"[{style}]{origin}[/]" for origin, style in STYLES.items()), sep=", ")
+
+
+def chosen_sampling(temperature: float, top_k: int, top_p: float) -> Sampling | None:
     """How to sample; None for greedy decoding, temperature 0.
 
     Raises
@@ -92,33 +184,16 @@ def sampling_of(request: Request) -> Sampling | None:
     ValueError
         If a value is impossible, or if top-k or top-p is given for greedy decoding.
     """
-    if request.temperature != 0:
-        return Sampling(request.temperature, request.top_k, request.top_p)
-    if request.top_k != 0 or request.top_p != 1:
+    from speq.model.speculation import Sampling
+
+    if temperature != 0:
+        return Sampling(temperature, top_k, top_p)
+    if top_k != 0 or top_p != 1:
         raise ValueError("top-k and top-p need sampling: give a --temperature above 0")
     return None
 
 
-def formats_of(request: Request) -> tuple[FormatConfig, FormatConfig]:
-    """Formats of the blocks and of the head, of a model that is encoded here.
-
-    Raises
-    ------
-    ValueError
-        If a value is impossible, or if one is given beside an encoded file.
-    """
-    given = {"group": request.group, "split": request.split, "width": request.width}
-    given = {name: value for name, value in given.items() if value is not None}
-    if request.encoded and (given or request.head_width is not None):
-        name = next(iter(given), "head-width")
-        raise ValueError(f"--{name} and --encoded exclude each other: the file says the formats")
-    config = FormatConfig(**given)
-    if request.head_width is None:
-        return config, config
-    return config, replace(config, width=request.head_width)
-
-
-def settings_of(request: Request, file: EncodedModel | None) -> Settings:
+def chosen_settings(file: EncodedModel | None, **options: float | None) -> Settings:
     """Settings of speculation: an encoded file's, if it has any, but for what the options say.
 
     Raises
@@ -126,12 +201,8 @@ def settings_of(request: Request, file: EncodedModel | None) -> Settings:
     ValueError
         If a value is out of range.
     """
-    options = {
-        "rows": request.rows,
-        "draft_length": request.draft_length,
-        "threshold": request.threshold,
-        "choices": request.choices,
-    }
+    from speq.model.speculation import Settings
+
     given = {name: value for name, value in options.items() if value is not None}
     base = Settings(threshold=DEFAULT_THRESHOLD)
     if file and "tree" in file.settings:
@@ -142,30 +213,26 @@ def settings_of(request: Request, file: EncodedModel | None) -> Settings:
     return replace(base, **given)
 
 
-def read_tensors(path: Path, file: EncodedModel, model: Model) -> Mapping[str, EncodedTensor]:
-    """The tensors of an encoded file, which must be this model's. Raises ValueError if not."""
-    try:
-        file.check_source(model)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return file.tensors
+def rtl_session(
+    model: Model,
+    encoded: Mapping[str, EncodedTensor],
+    prompt: Sequence[int],
+    max_tokens: int,
+    rows: int,
+    cols: int,
+) -> Session:
+    """A session on the simulated RTL of an array of this size, for so many tokens behind a prompt.
 
+    Raises ValueError, before anything takes long, if that is impossible.
+    """
+    from speq.host.session import Session, accelerator_for, kv_capacity
+    from speq.model.speculation import token_limit
 
-def encode_model(
-    model: Model, config: FormatConfig, head_config: FormatConfig
-) -> dict[str, EncodedTensor]:
-    """All linear layers, the head included, encoded by name, with a progress bar."""
-    names = linear_names(model.config)
-    console = Console(stderr=True)
-    shown = track(
-        names, "encoding", console=console, transient=True, disable=not console.is_terminal
-    )
-    return {
-        name: encode_tensor(
-            model.linear_weight(name), head_config if name == "head" else config, name=name
-        )
-        for name in shown
-    }
+    token_limit(model, prompt, max_tokens)
+    capacity = kv_capacity(model, prompt, max_tokens, rows)
+    config = accelerator_for(model, encoded, rows, cols, capacity)
+    board = simulated_board(model, encoded, config, capacity)
+    return Session(model, encoded, board, capacity=capacity)
 
 
 class TextStream:
@@ -222,172 +289,6 @@ def summary(
         f"{costs[0]:.4f}, {s.verify_passes} verify passes at {costs[1]:.4f} of a plain pass)"
     )
     return lines
-
-
-def system_for(
-    model: Model, encoded: Mapping[str, EncodedTensor], rows: int, cols: int, capacity: int
-) -> AcceleratorConfig:
-    """An accelerator for a model with a KV cache of so many entries.
-
-    Raises
-    ------
-    ValueError
-        If there can be none, or it could not read the encoding.
-    """
-    first = next(iter(encoded.values()), None)
-    # Whatever the width: `check_encoded` says which tensor has another one.
-    number_format = replace(first.config, width=4) if first else FormatConfig()
-    c = model.config
-    max_k = max(c.hidden, c.ffn_hidden, c.heads * c.head_dim, capacity, _MIN_MAX_K)
-    engine = EngineConfig(
-        rows=rows,
-        cols=cols,
-        format=number_format,
-        # Powers of two, so that one simulation serves prompts of many lengths.
-        max_k=1 << (max_k - 1).bit_length(),
-    )
-    system = AcceleratorConfig(replace(engine, max_o=max(engine.max_o, c.vocab_size)))
-    check_encoded(system, encoded)
-    return system
-
-
-@contextmanager
-def simulated_board(system: AcceleratorConfig, size: int) -> Iterator[SimulatedBoard]:
-    """The accelerator in the simulator, with so many bytes of memory."""
-    # Only this backend needs the simulator.
-    from speq.hw.verilog import generate_top
-    from speq.sim.simulated_board import MemoryOptions, SimulatedBoard
-
-    console = Console(stderr=True)
-    note = (
-        f"building the simulation of {system.engine.rows} x {system.engine.cols} PEs "
-        "(a minute or two, unless it is there from an earlier run)"
-    )
-    if not console.is_terminal:
-        print(f"speq: {note}", file=sys.stderr)
-    with console.status(note) if console.is_terminal else nullcontext():
-        board = SimulatedBoard(generate_top(system), system, MemoryOptions(size))
-    with board:
-        yield board
-
-
-@contextmanager
-def rtl_steps(
-    request: Request,
-    model: Model,
-    encoded: Mapping[str, EncodedTensor],
-    prompt: Sequence[int],
-    settings: Settings,
-    figures: list[str],
-) -> Iterator[Iterator[Step]]:
-    """Steps of the accelerator's RTL; at the end, its cycles are added to `figures`."""
-    c = model.config
-    check_model(model)
-    token_limit(model, prompt, request.max_tokens)
-    capacity = min(c.context, len(prompt) + request.max_tokens) + settings.rows
-    cols = request.cols or DEFAULT_COLS
-    system = system_for(model, encoded, settings.rows, cols, capacity)
-    size = MemoryLayout(system, c, encoded, capacity).size
-    with simulated_board(system, size) as board:
-        host = Host(board, model, encoded, capacity=capacity)
-        first, started = board.cycles(), time.perf_counter()
-        yield host.generate(
-            prompt,
-            max_tokens=request.max_tokens,
-            settings=settings,
-            stop_ids=model.tokenizer.stop_ids,
-        )
-        simulated, seconds = board.cycles() - first, time.perf_counter() - started
-        figures += rtl_figures(host.counters(), simulated, seconds)
-
-
-def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:
-    """Lines with what the accelerator has counted since the prompt was in, per token; and how fast
-    the simulation was, which took so many cycles and seconds, the prompt included."""
-    tokens = counters["COMMITTED"]
-    if not tokens:
-        return []
-
-    def per_token(*names: str, suffix: str) -> str:
-        return ", ".join(
-            f"{name.lower()} {counters[f'{name}_{suffix}'] / tokens:,.0f}" for name in names
-        )
-
-    cycles = counters["CYCLES"] - counters["HOST_CYCLES"]
-    kinds = per_token("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX", suffix="CYCLES")
-    stalls = per_token("WEIGHT", "GROUP", "ACTIVATION", "RESULT", suffix="STALLS")
-    busy = f" (the array computes in {counters['COMPUTE_CYCLES'] / cycles:.1%})" if cycles else ""
-    return [
-        f"cycles per token: {cycles / tokens:,.0f}{busy}, and "
-        f"{counters['HOST_CYCLES'] / tokens:,.0f} of waiting for the host",
-        f"  by descriptor: {kinds}",
-        f"  stalls: {stalls}",
-        f"simulation: {simulated:,} cycles in {seconds:.1f} s, {simulated / seconds:,.0f} cycles/s",
-    ]
-
-
-def run(request: Request) -> None:
-    """Generate text and print it and its figures.
-
-    Raises
-    ------
-    ValueError
-        If an option is impossible or the model cannot be used.
-    """
-    sampling = sampling_of(request)
-    if request.rtl and sampling is not None:
-        raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
-    if not request.rtl and request.cols is not None:
-        raise ValueError("--cols is of the simulated array: give --backend rtl")
-    formats = formats_of(request)
-    file = read_encoded(request.encoded) if request.encoded else None
-    settings = settings_of(request, file)
-    model = load_model(request.model)
-    text = request.prompt if request.raw else model.tokenizer.chat(request.prompt)
-    prompt = model.tokenizer.encode(text)
-    encoded: Mapping[str, EncodedTensor] = {}
-    if request.speculative:
-        encoded = (
-            read_tensors(request.encoded, file, model) if file else encode_model(model, *formats)
-        )
-    costs = pass_costs(encoded) if encoded else None
-    figures: list[str] = []
-    if request.rtl:
-        source = rtl_steps(request, model, encoded, prompt, settings, figures)
-    else:
-        source = nullcontext(
-            generate(
-                model,
-                prompt,
-                prepare_draft_linears(encoded) if encoded else None,
-                max_tokens=request.max_tokens,
-                settings=settings,
-                sampling=sampling,
-                generator=torch.Generator().manual_seed(request.seed),
-                stop_ids=model.tokenizer.stop_ids,
-            )
-        )
-
-    statistics = Statistics()
-    stream = TextStream(model.tokenizer, prompt)
-    output = Console(soft_wrap=True, highlight=False)
-    with source as steps:
-        started = time.perf_counter()
-        for step in steps:
-            statistics.add(step)
-            for token, origin in origins(step):
-                show(output, stream.push(token), origin if request.speculative else None)
-        seconds = time.perf_counter() - started
-    show(output, stream.flush(), None)
-    print(flush=True)
-    backend = "RTL simulation" if request.rtl else "golden model"
-    lines = summary(statistics, seconds, costs, backend) + figures
-    if sampling is not None:
-        lines.append(f"sampled with seed {request.seed}")
-    print(*lines, sep="\n", file=sys.stderr)
-    if request.speculative and output.is_terminal:
-        legend = Console(stderr=True, highlight=False)
-        legend.print(*(f"[{style}]{origin}[/]" for origin, style in STYLES.items()), sep=", ")
 
 
 def show(output: Console, text: str, origin: str | None) -> None:

@@ -3,46 +3,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from speq.hw import EngineConfig
-from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.memory.axi import AxiConfig
-from speq.hw.verilog import write_verilog
+import typer
 
-
-@dataclass(frozen=True)
-class Ports:
-    """Widths in bits of the accelerator's AXI ports; None is the default of `AcceleratorConfig`."""
-
-    weights: int | None
-    data: int | None
-    address: int
+from speq.cli.options import Cols, Group, Rows
 
 
-def system_config(engine: EngineConfig, ports: Ports) -> AcceleratorConfig:
-    """The accelerator's configuration. Raises ValueError if a parameter is not allowed."""
-    default = AcceleratorConfig(engine)
-    weights, data = (
-        AxiConfig(data_bits=given or port.data_bits, address_bits=ports.address)
-        for given, port in ((ports.weights, default.weights), (ports.data, default.data))
+def run(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The Verilog file to write.")],
+    rows: Rows = 8,
+    cols: Cols = 16,
+    draft_rows: Annotated[int, typer.Option(help="Rows that can also draft.")] = 1,
+    max_k: Annotated[int, typer.Option(help="Longest dot product that the engine stores.")] = 2048,
+    group: Group = 64,
+    split: Annotated[
+        int, typer.Option(help="Exponents told apart by their top mantissa bit: 0 to 3.")
+    ] = 2,
+    width: Annotated[int, typer.Option(help="Bits of a draft weight: 4, 5 or 6.")] = 4,
+    weights_bits: Annotated[
+        int | None,
+        typer.Option(help="Data width of the weights port.", show_default="16 per column"),
+    ] = None,
+    data_bits: Annotated[
+        int | None,
+        typer.Option(help="Data width of the data port.", show_default="16 per column"),
+    ] = None,
+    address_bits: Annotated[int, typer.Option(help="Bits of an address in memory.")] = 40,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
+    ] = False,
+) -> None:
+    """Write the accelerator as one Verilog-2005 file, with its register map, C header, FuseSoC core
+    and an example of its use."""
+    from speq.hw import EngineConfig
+    from speq.hw.accelerator_config import AcceleratorConfig
+    from speq.hw.memory.axi import AxiConfig
+    from speq.hw.verilog import write_verilog
+    from speq.model.number_format import FormatConfig
+
+    config = EngineConfig(
+        rows=rows,
+        cols=cols,
+        format=FormatConfig(group=group, split=split, width=width),
+        draft_rows=draft_rows,
+        max_k=max_k,
     )
-    return AcceleratorConfig(engine, weights=weights, data=data)
-
-
-def run(output: Path, engine: EngineConfig, ports: Ports | None) -> None:
-    """Write `output` and what goes with it, and print what was written.
-
-    Without `ports` it is the engine alone.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is not allowed.
-    OSError
-        If a file cannot be written.
-    """
-    config = engine if ports is None else system_config(engine, ports)
+    if not engine:
+        default = AcceleratorConfig(config)
+        weights, data = (
+            AxiConfig(data_bits=given or port.data_bits, address_bits=address_bits)
+            for given, port in ((weights_bits, default.weights), (data_bits, default.data))
+        )
+        config = AcceleratorConfig(config, weights=weights, data=data)
     for path in write_verilog(config, output):
         print(f"{path}  {path.stat().st_size:,} bytes")

@@ -172,6 +172,11 @@ class AcceleratorModel:
             raise OSError("no interrupt can come: the accelerator is not running")
         return high
 
+    def close(self) -> None:
+        """Free the memory."""
+        self._memory = np.zeros(0, np.uint8)
+        self._weights.clear()
+
     def _span(self, address: int, size: int) -> np.ndarray:
         first = address - self._base
         if not 0 <= first <= first + size <= len(self._memory):

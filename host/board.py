@@ -50,3 +50,8 @@ class Board(Protocol):
             Whether the line is high: False after the time-out.
         """
         ...
+
+    def close(self) -> None:
+        """Release what the board takes up; no other call is allowed from then on, but another
+        `close`, which does nothing."""
+        ...

@@ -129,7 +129,7 @@ class Pass:
         return self.start + len(self.tokens)
 
 
-class Host:
+class Driver:
     """A model on an accelerator: decodes like `speq.model.speculation.generate`, greedily.
 
     One run at a time. All memory in `memory` belongs to it.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from speq.host.driver import Host, Pass
+from speq.host.driver import Driver, Pass
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Engine, Formats, draft_pass, prefill_pass, verify_pass
@@ -75,7 +75,7 @@ class Meter:
 
     Parameters
     ----------
-    host : Host
+    driver : Driver
         Tells this about its passes.
     finished : callable, optional
         Called with each pass that has ended.
@@ -85,36 +85,40 @@ class Meter:
     passes : list of MeasuredPass
     """
 
-    def __init__(self, host: Host, finished: Callable[[MeasuredPass], None] | None = None) -> None:
+    def __init__(
+        self, driver: Driver, finished: Callable[[MeasuredPass], None] | None = None
+    ) -> None:
         self.passes: list[MeasuredPass] = []
-        self._host, self._finished = host, finished
+        self._driver, self._finished = driver, finished
         self._shape: PassShape | None = None  # of the pass under way
         self._before: dict[str, int] = {}
         self._times: list[int] = []
-        host.observer = self._observe
+        driver.observer = self._observe
 
     def _observe(self, current: Pass, index: int) -> None:
         if index == 0:
             self.stop()
             self._shape = PassShape(current.kind, len(current.tokens), current.start)
-            self._before, self._times = self._host.counters(), []
+            self._before, self._times = self._driver.counters(), []
         self._times.append(self.cycles())
         # Nothing follows the last turn of a prefill pass; then the counters may start anew.
-        last = self._host.layout.host_turns(current.kind) - 1
+        last = self._driver.layout.host_turns(current.kind) - 1
         if current.kind is PassKind.SINGLE and index == last:
             self.stop()
 
     def cycles(self) -> int:
         """Since the counters were last cleared, without the host's."""
         # Both go on while the accelerator waits, so that the difference stands still.
-        return busy_cycles({name: self._host.registers[name] for name in ("CYCLES", "HOST_CYCLES")})
+        return busy_cycles(
+            {name: self._driver.registers[name] for name in ("CYCLES", "HOST_CYCLES")}
+        )
 
     def stop(self) -> None:
         """The pass under way, if there is one, has ended."""
         if self._shape is None:
             return
         shape, self._shape = self._shape, None
-        counted = {name: n - self._before[name] for name, n in self._host.counters().items()}
+        counted = {name: n - self._before[name] for name, n in self._driver.counters().items()}
         stages = [end - start for start, end in zip(self._times, self._times[1:], strict=False)]
         self.passes.append(MeasuredPass(shape, counted, stages))
         if self._finished:

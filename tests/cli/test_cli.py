@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import speq.cli
-from speq.cli import bench, encode
-from speq.model import encoder
+from speq.cli import benchmarks
+from speq.model import encoded_file, encoder, encoding, loaders
 from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import read_encoded
 from speq.model.format import encode as encode_tensor
@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The checkpoint's model, which `speq encode` finds under any name."""
     model = load_model(checkpoint)
-    monkeypatch.setattr(encode, "load_model", lambda name: replace(model, name=name))
+    monkeypatch.setattr(loaders, "load_model", lambda name: replace(model, name=name))
     return model
 
 
@@ -85,6 +85,19 @@ def test_help_does_not_import_the_heavy_packages() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+def test_verilog_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
+    """Neither the command nor the library behind it."""
+    arguments = ["verilog", "--rows", "1", "--cols", "4", "-o", str(tmp_path / "x.v")]
+    for work in (
+        "import speq.hw.verilog",
+        f"import speq.cli; speq.cli.app({arguments}, standalone_mode=False)",
+    ):
+        code = f"import sys; {work}; sys.exit(*sorted({{'torch', 'numpy'}} & set(sys.modules)))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "x.v").exists()
 
 
 def test_installed_command_lists_its_commands() -> None:
@@ -260,7 +273,7 @@ def test_failed_encode_leaves_nothing_behind(
         file.write_bytes(b"part")
         raise failure
 
-    monkeypatch.setattr(encode, "write_encoded", write_a_part)
+    monkeypatch.setattr(encoded_file, "write_encoded", write_a_part)
     assert speq_command("encode", "m", "-o", path, "--fixed").code != 0
     left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert left == ({} if earlier is None else {path.name: earlier})
@@ -276,7 +289,7 @@ def test_verify_finds_one_wrong_bit(
             getattr(tensor, plane)[0, 0, 0] ^= 1
         return tensor
 
-    monkeypatch.setattr(encode, "encode_tensor", encode_wrongly)
+    monkeypatch.setattr(encoding, "encode", encode_wrongly)
     result = speq_command("encode", "m", "-o", tmp_path / "x", "--fixed", "--verify")
     assert result.code == 1
     assert "block.0.k_proj does not decode to its original bits" in result.err[-1]
@@ -445,9 +458,9 @@ def test_verilog_writes_all_files(
 def test_median_leaves_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # Durations 100 (warm-up, not timed), then 1, 9 and 2.
     times = iter([0, 1, 10, 19, 20, 22])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(benchmarks.time, "perf_counter", lambda: next(times))
     calls = []
-    assert bench.median_seconds(lambda: calls.append(1), 3) == 2
+    assert benchmarks.median_seconds(lambda: calls.append(1), 3) == 2
     assert len(calls) == 4
 
 
@@ -456,7 +469,7 @@ def test_median_leaves_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     [(1, True, True), (2, True, True), (3, True, False), (1, False, False), (2, False, True)],
 )
 def test_figure_is_compared_with_its_target(value: float, at_most: bool, met: bool) -> None:
-    assert bench.Figure("size", value, "MB", 2, at_most).met is met
+    assert benchmarks.Figure("size", value, "MB", 2, at_most).met is met
 
 
 def test_bench_prints_and_stores_the_figures(
@@ -480,12 +493,12 @@ def test_bench_prints_and_stores_the_figures(
 
 def test_codec_bench_labels_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> Path:
-        raise bench.CheckpointError("not installed")
+        raise benchmarks.CheckpointError("not installed")
 
-    monkeypatch.setattr(bench, "smollm2_path", absent)
-    monkeypatch.setattr(bench, "SMOLLM2_BLOCKS", 1)
-    weights, source = bench.block_weights(3)
-    assert [tuple(w.shape) for w in weights] == list(bench.SMOLLM2_BLOCK)
+    monkeypatch.setattr(benchmarks, "smollm2_path", absent)
+    monkeypatch.setattr(benchmarks, "SMOLLM2_BLOCKS", 1)
+    weights, source = benchmarks.block_weights(3)
+    assert [tuple(w.shape) for w in weights] == list(benchmarks.SMOLLM2_BLOCK)
     assert "random" in source and "seed 3" in source
-    again, _ = bench.block_weights(3)
+    again, _ = benchmarks.block_weights(3)
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))

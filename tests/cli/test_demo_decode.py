@@ -13,14 +13,13 @@ from typer.testing import CliRunner
 
 from speq.cli import app
 from speq.cli.demo_decode import Comparison, load
-from speq.cli.generate import encode_model
 from speq.host.meter import PassShape, passes_of
+from speq.host.session import Session
 from speq.hw.accelerator_config import PassKind
 from speq.model.checkpoint import CheckpointError
+from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
-from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Step, generate
-from speq.model.transformer import prepare_draft_linears
 
 PROMPT = "Once upon a time"
 TOKENS = 8
@@ -37,11 +36,10 @@ def test_every_logit_is_the_golden_models():
     result = demo()
     assert result.exit_code == 0, result.output
     model = load_model("tiny")
-    layers = prepare_draft_linears(encode_model(model, FormatConfig(), FormatConfig()))
+    session = Session(model, encode_linears(model))
     prompt = model.tokenizer.encode(PROMPT)
-    steps = list(
-        generate(model, prompt, layers, max_tokens=TOKENS, settings=Settings(4, 3, threshold=0.5))
-    )
+    settings = Settings(4, 3, threshold=0.5)
+    steps = list(session.golden(prompt, max_tokens=TOKENS, settings=settings))
     tokens = [token for step in steps for token in step.tokens]
     assert repr(model.tokenizer.decode(prompt + tokens)) in result.output
     bits = 32 * model.config.vocab_size * (len(tokens) + 1)  # and the plain one
@@ -67,7 +65,7 @@ def test_a_wrong_bit_is_named(monkeypatch):
                 step.logits.view(torch.int32)[0, 77] ^= 1 << 9
             yield step
 
-    monkeypatch.setattr("speq.cli.demo_decode.generate", flawed)
+    monkeypatch.setattr("speq.host.session.generate", flawed)
     result = demo()
     assert result.exit_code == 1
     found = re.search(

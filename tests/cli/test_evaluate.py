@@ -17,20 +17,21 @@ from PIL import Image
 from rich.console import Console
 
 import speq.cli
-from speq.cli import evaluate, plots
+from speq.cli import eval_report, plots
 from speq.cli.eval_report import as_json, number, percent, print_study
+from speq.host.session import Session
 from speq.hw.common.files import staged
 from speq.model import ablation
 from speq.model.checkpoint import linear_names
 from speq.model.cycles import relative_costs, uniform_formats
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
+from speq.model.encoding import encode_linears
 from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate
 from speq.model.format import encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import shipped_prompts
-from speq.model.speculation import Settings, Statistics, generate, pass_costs
-from speq.model.transformer import prepare_draft_linears
+from speq.model.speculation import Settings, Statistics, pass_costs
 from tests.model.small_models import VOCABULARY, random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -136,20 +137,14 @@ def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path):
     assert made.code == 0, made.err
     report = read(tmp_path / "out")
     model = load_model(checkpoint)
-    encoded = {
-        name: encode(model.linear_weight(name), FormatConfig(width=6), name=name)
-        for name in linear_names(model.config)
-    }
-    layers = prepare_draft_linears(encoded)
+    session = Session(model, encode_linears(model, FormatConfig(width=6)))
     for name in ("chain", "tree"):
         settings = Settings(**report["results"][name]["settings"])
         total = Statistics()
         for prompt in (prompt for texts in prompts.values() for prompt in texts):
             ids = model.tokenizer.encode(model.tokenizer.chat(prompt))
             stop_ids = model.tokenizer.stop_ids
-            for step in generate(
-                model, ids, layers, max_tokens=12, settings=settings, stop_ids=stop_ids
-            ):
+            for step in session.golden(ids, max_tokens=12, settings=settings, stop_ids=stop_ids):
                 total.add(step)
         figures = report["results"][name]["figures"]["all"]
         assert figures["tokens"] == total.committed
@@ -304,7 +299,7 @@ def test_values_for_json():
 def test_tables_fit_a_terminal(speq_eval, tmp_path, monkeypatch):
     """No figure is cut off in 80 columns."""
     kept = []
-    monkeypatch.setattr(evaluate, "print_study", lambda done, console: kept.append(done))
+    monkeypatch.setattr(eval_report, "print_study", lambda done, console: kept.append(done))
     assert speq_eval(*QUICK, "-o", tmp_path / "out").code == 0
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     print_study(kept[0], console)

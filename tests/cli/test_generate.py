@@ -8,8 +8,6 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,18 +18,13 @@ from rich.console import Console
 from rich.text import Text
 
 import speq.cli
-from speq.cli.generate import (
-    TextStream,
-    encode_model,
-    origins,
-    rtl_figures,
-    settings_of,
-    show,
-    summary,
-)
+from speq.cli.generate import TextStream, chosen_settings, origins, show, summary
+from speq.cli.simulation import rtl_figures
 from speq.host.accelerator_model import AcceleratorModel
+from speq.host.session import memory_size
 from speq.hw.control.register_map import COUNTERS
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
+from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate, pass_costs
@@ -148,7 +141,7 @@ def test_text_of_an_encoded_file_is_that_of_fp16(speq_generate, encoded_file, mo
         used.append(settings)
         return generate(*arguments, settings=settings, **options)
 
-    monkeypatch.setattr("speq.cli.generate.generate", watched)
+    monkeypatch.setattr("speq.host.session.generate", watched)
     costs = pass_costs(read_encoded(encoded_file).tensors)
     for options, settings in (
         ((), FILE_SETTINGS["tree"]),
@@ -170,7 +163,7 @@ def test_settings_come_from_the_file_and_the_options():
     def settings(file: bool = True, **given: object) -> Settings:
         options = dict.fromkeys(("rows", "draft_length", "threshold", "choices")) | given
         contents = SimpleNamespace(settings=FILE_SETTINGS) if file else None
-        return settings_of(SimpleNamespace(**options), contents)
+        return chosen_settings(contents, **options)
 
     assert settings() == FILE_SETTINGS["tree"]
     assert settings(choices=1) == FILE_SETTINGS["chain"]
@@ -181,8 +174,8 @@ def test_settings_come_from_the_file_and_the_options():
     assert settings(file=False) == Settings(8, None, 2.0, choices=4)
     assert settings(file=False, rows=4, threshold=0.0) == Settings(4, None, 0.0, choices=4)
     uncalibrated = SimpleNamespace(settings={})
-    request = SimpleNamespace(rows=5, draft_length=None, threshold=None, choices=None)
-    assert settings_of(request, uncalibrated) == Settings(5, None, 2.0, choices=4)
+    options = {"rows": 5, "draft_length": None, "threshold": None, "choices": None}
+    assert chosen_settings(uncalibrated, **options) == Settings(5, None, 2.0, choices=4)
     with pytest.raises(ValueError, match="draft length is 6"):
         settings(draft_length=6)
 
@@ -209,7 +202,7 @@ def test_encoded_files_that_cannot_be_used_are_refused(
 
 def test_every_linear_layer_is_encoded_and_counted(checkpoint):
     model = load_model(checkpoint)
-    encoded = encode_model(model, FormatConfig(), FormatConfig(width=6))
+    encoded = encode_linears(model, FormatConfig(), FormatConfig(width=6))
     assert encoded["head"].config.width == 6
     assert {t.config.width for name, t in encoded.items() if name != "head"} == {4}
     assert len(encoded) == 2 * 7 + 1
@@ -278,19 +271,18 @@ def test_summary_of_short_runs():
 @pytest.fixture
 def accelerator(monkeypatch) -> list:
     """The functional model in place of the simulation; the configurations that were asked for."""
-    systems = []
+    configs = []
 
     class Simulated(AcceleratorModel):
         def cycles(self) -> int:
             return 0
 
-    @contextmanager
-    def board(system: object, size: int) -> Iterator[Simulated]:
-        systems.append(system)
-        yield Simulated(system, size)
+    def board(model: object, encoded: object, config: object, capacity: int) -> Simulated:
+        configs.append(config)
+        return Simulated(config, memory_size(config, model, encoded, capacity))
 
     monkeypatch.setattr("speq.cli.generate.simulated_board", board)
-    return systems
+    return configs
 
 
 def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator):
@@ -303,7 +295,7 @@ def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator):
         assert f"{COUNT} tokens in" in made.err and "(RTL simulation" in made.err
         assert "cycles per token: 0, and 0 of waiting for the host" in made.err
         assert "simulation: 0 cycles in" in made.err
-    arrays = [(system.engine.rows, system.engine.cols) for system in accelerator]
+    arrays = [(config.engine.rows, config.engine.cols) for config in accelerator]
     assert arrays == [(8, 16), (8, 16), (4, 8)]
 
 

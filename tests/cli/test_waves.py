@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 import speq.cli
-from speq.cli.waves import BEFORE, LAYOUT, value_names
+from speq.cli.waves import BEFORE
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import STATES
 from speq.hw.engine_config import EngineConfig
 from speq.sim.board_server import CLOCK_NS
+from speq.sim.gtkwave import LAYOUT, value_names
 from tests.model.small_models import random_weights, small_config, write_gguf
 from tests.sim.fst_reader import FstFile
 

@@ -7,15 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from speq.host.driver import Host
+from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.model.checkpoint import Model, linear_names
-from speq.model.format import EncodedTensor, encode
-from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings, Step, generate
-from speq.model.transformer import prepare_draft_linears
+from speq.model.speculation import Settings, Step
 from speq.sim.runner import seed
 
 SEED = seed()
@@ -33,14 +29,6 @@ def system(
         for name, bits in (("weights", weights), ("data", data))
     }
     return AcceleratorConfig(engine, **ports)
-
-
-def encoded_linears(model: Model, config: FormatConfig | None = None) -> dict[str, EncodedTensor]:
-    """All linear layers, for an array of 16 columns."""
-    return {
-        name: encode(model.linear_weight(name), config or FormatConfig(), name=name)
-        for name in linear_names(model.config)
-    }
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -63,17 +51,9 @@ def assert_same_steps(got: list[Step], expected: list[Step]) -> None:
         assert replace(a, logits=b.logits) == b, f"SPEQ_SEED={SEED}: step {number}"
 
 
-def check(
-    host: Host,
-    model: Model,
-    encoded: dict[str, EncodedTensor] | None,
-    prompt: list[int],
-    settings: Settings,
-    **options: object,
-) -> list[Step]:
-    """Decode with the driver and with the golden model and compare."""
+def check(session: Session, prompt: list[int], settings: Settings, **options: object) -> list[Step]:
+    """Decode on the session's board and with the golden model and compare."""
     options = {"max_tokens": TOKENS, "settings": settings} | options
-    got = list(host.generate(prompt, **options))
-    layers = prepare_draft_linears(encoded) if encoded else None
-    assert_same_steps(got, list(generate(model, prompt, layers, **options)))
+    got = list(session.generate(prompt, **options))
+    assert_same_steps(got, list(session.golden(prompt, **options)))
     return got

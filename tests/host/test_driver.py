@@ -16,15 +16,17 @@ import pytest
 import torch
 
 from speq.host.accelerator_model import AcceleratorModel
-from speq.host.driver import AcceleratorError, Host, default_capacity, threshold_bits
+from speq.host.driver import AcceleratorError, Driver, default_capacity, threshold_bits
 from speq.host.kv_entries import KVEntries
-from speq.host.layout import MemoryLayout, Region
+from speq.host.layout import Region
 from speq.host.registers import Registers, read_configuration
+from speq.host.session import Session, memory_size
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.model.checkpoint import Model
+from speq.model.encoding import encode_linears
 from speq.model.format import EncodedTensor, encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
@@ -37,36 +39,33 @@ from tests.host.decoding import (
     assert_same_steps,
     bits,
     check,
-    encoded_linears,
     system,
 )
 from tests.model.drafted import drafted_model, rearranged
 from tests.model.small_models import random_tokens
 
 
-def make_host(
+def make_session(
     model: Model, encoded: dict[str, EncodedTensor] | None, config: AcceleratorConfig, base: int = 0
-) -> Host:
-    """A driver on a functional model whose memory ends where the model does."""
+) -> Session:
+    """A session on a functional model whose memory ends where the model does."""
     capacity = default_capacity(config, model.config)
-    size = MemoryLayout(config, model.config, encoded or {}, capacity, base).size
+    size = memory_size(config, model, encoded or {}, capacity, base)
     board = AcceleratorModel(config, size, base)
     board.write(base, np.random.default_rng(SEED).integers(0, 256, size, np.uint8))
-    return Host(board, model, encoded, memory=Region(base, base + size))
+    return Session(model, encoded, board, memory=Region(base, base + size))
 
 
 # Decoding.
 
 
 @pytest.fixture(scope="module")
-def llama() -> SimpleNamespace:
-    """A small model with a driver."""
+def llama() -> Session:
+    """A small model on 8 rows."""
     model = drafted_model("llama", SEED)
-    encoded = encoded_linears(model)
+    encoded = encode_linears(model)
     engine = replace(SMALL, rows=8)
-    return SimpleNamespace(
-        model=model, encoded=encoded, host=make_host(model, encoded, system(engine))
-    )
+    return make_session(model, encoded, system(engine))
 
 
 @pytest.mark.parametrize("draft_length", range(8))
@@ -76,7 +75,7 @@ def test_steps_are_the_golden_models(llama, draft_length):
     for choices, threshold in ((1, 0.0), (2, 0.5), (3, 0.1), (4, math.inf), (4, 0.0)):
         settings = Settings(8, draft_length, threshold, choices=choices)
         prompt = random_tokens(llama.model.config, 1 + choices, SEED + draft_length)
-        steps += check(llama.host, llama.model, llama.encoded, prompt, settings)
+        steps += check(llama, prompt, settings)
     assert max(step.drafted for step in steps) == draft_length
 
 
@@ -87,9 +86,9 @@ def test_alternates_and_chains_are_accepted_and_counted(llama):
     for i in range(8):
         prompt = random_tokens(llama.model.config, 3, SEED + i)
         statistics = Statistics()
-        for step in check(llama.host, llama.model, llama.encoded, prompt, Settings(8, 3)):
+        for step in check(llama, prompt, Settings(8, 3)):
             statistics.add(step)
-        counters = llama.host.counters()
+        counters = llama.driver.counters()
         for name in names:
             assert counters[name.upper()] == getattr(statistics, name)
             total[name] += counters[name.upper()]
@@ -98,8 +97,8 @@ def test_alternates_and_chains_are_accepted_and_counted(llama):
 
 def test_plain_decoding_of_weights_without_encoding():
     model = drafted_model("llama", SEED, hidden=20, ffn_hidden=33)
-    host = make_host(model, None, system())
-    steps = check(host, model, None, random_tokens(model.config, 6, SEED), Settings(4))
+    session = make_session(model, None, system())
+    steps = check(session, random_tokens(model.config, 6, SEED), Settings(4))
     assert len(steps) == TOKENS
 
 
@@ -107,11 +106,11 @@ def test_plain_decoding_of_weights_without_encoding():
 def test_architectures(architecture):
     """Biases, norms of queries and keys, norms behind layers, sliding windows (6 positions)."""
     model = drafted_model(architecture, SEED)
-    encoded = encoded_linears(model)
-    host = make_host(model, encoded, system())
+    encoded = encode_linears(model)
+    session = make_session(model, encoded, system())
     for length in (1, 2, 11):
         prompt = random_tokens(model.config, length, SEED)
-        check(host, model, encoded, prompt, Settings(4), max_tokens=12)
+        check(session, prompt, Settings(4), max_tokens=12)
 
 
 @pytest.mark.parametrize(
@@ -140,28 +139,28 @@ def test_architectures(architecture):
 )
 def test_any_dimensions(config, changes):
     model = drafted_model("llama", SEED, **changes)
-    encoded = encoded_linears(model, config.engine.format)
-    host = make_host(model, encoded, config, base=3 * config.alignment)
+    encoded = encode_linears(model, config.engine.format)
+    session = make_session(model, encoded, config, base=3 * config.alignment)
     prompt = random_tokens(model.config, 7, SEED)
-    check(host, model, encoded, prompt, Settings(config.engine.rows), max_tokens=9)
+    check(session, prompt, Settings(config.engine.rows), max_tokens=9)
 
 
 def test_layers_without_an_encoding_are_plain_in_draft_passes_too():
     model = drafted_model("qwen2", SEED)
-    encoded = encoded_linears(model)
+    encoded = encode_linears(model)
     for name in ("head", "block.0.k_proj", "block.1.down_proj"):
         del encoded[name]
-    host = make_host(model, encoded, system())
-    check(host, model, encoded, random_tokens(model.config, 5, SEED), Settings(4))
+    session = make_session(model, encoded, system())
+    check(session, random_tokens(model.config, 5, SEED), Settings(4))
 
 
 def test_tiny():
     model = load_model("tiny")
-    encoded = encoded_linears(model)
+    encoded = encode_linears(model)
     engine = EngineConfig(rows=8, cols=16, max_k=512)
-    host = make_host(model, encoded, system(engine))
+    session = make_session(model, encoded, system(engine))
     prompt = model.tokenizer.encode("Once upon a time, there was a little girl")
-    steps = check(host, model, encoded, prompt, Settings(8, threshold=2.0), max_tokens=32)
+    steps = check(session, prompt, Settings(8, threshold=2.0), max_tokens=32)
     assert sum(step.accepted for step in steps) > 0
 
 
@@ -169,7 +168,7 @@ def test_tiny():
 def test_prompts_of_any_length(llama, length):
     """Batches of 8 rows before the last token; then from a cache that another prompt has used."""
     prompt = random_tokens(llama.model.config, length, SEED)
-    check(llama.host, llama.model, llama.encoded, prompt, Settings(8, 2), max_tokens=5)
+    check(llama, prompt, Settings(8, 2), max_tokens=5)
 
 
 def test_ends_of_decoding(llama):
@@ -178,50 +177,50 @@ def test_ends_of_decoding(llama):
     prompt = random_tokens(model.config, 4, SEED)
     settings = Settings(8, 5)
     for limit in (0, 1, 2, 3, 7):
-        steps = check(llama.host, model, llama.encoded, prompt, settings, max_tokens=limit)
+        steps = check(llama, prompt, settings, max_tokens=limit)
         assert sum(len(step.tokens) for step in steps) == limit
     text = [token for step in steps for token in step.tokens]
     for stop in set(text):
         options = {"stop_ids": frozenset({stop}), "max_tokens": 20}
-        steps = check(llama.host, model, llama.encoded, prompt, settings, **options)
+        steps = check(llama, prompt, settings, **options)
         assert steps[-1].tokens[-1] == stop
     long = random_tokens(model.config, context - 3, SEED)
-    steps = check(llama.host, model, llama.encoded, long, settings, max_tokens=50)
+    steps = check(llama, long, settings, max_tokens=50)
     assert sum(len(step.tokens) for step in steps) == 3
 
 
 def test_the_weights_in_memory_are_what_counts(llama):
     """A test of these tests: flipped bits of some weights in memory change the logits."""
-    layout = llama.host.layout
+    layout = llama.driver.layout
     prompt = random_tokens(llama.model.config, 9, SEED)
     settings = Settings(8, 0)
     expected = list(generate(llama.model, prompt, None, max_tokens=3, settings=settings))
     weights = layout.weights["block.1.up_proj"]
     for address in (weights.plane, weights.residual, weights.groups):
-        content = llama.host._board.read(address, 16)
-        llama.host._board.write(address, content ^ 0x0F)
-        got = list(llama.host.generate(prompt, max_tokens=3, settings=settings))
+        content = llama.board.read(address, 16)
+        llama.board.write(address, content ^ 0x0F)
+        got = list(llama.generate(prompt, max_tokens=3, settings=settings))
         assert (bits(got[0].logits) != bits(expected[0].logits)).any()
-        llama.host._board.write(address, content)
-    assert_same_steps(list(llama.host.generate(prompt, max_tokens=3, settings=settings)), expected)
+        llama.board.write(address, content)
+    assert_same_steps(list(llama.generate(prompt, max_tokens=3, settings=settings)), expected)
 
 
 def test_infinite_values_are_hidden_from_rows_that_do_not_attend_to_them():
     """As in the golden attention; in memory they are 0."""
     model = drafted_model("llama", SEED, blocks=1, heads=2, kv_heads=2, head_dim=6)
-    host = make_host(model, None, system())
+    session = make_session(model, None, system())
     generator = torch.Generator().manual_seed(SEED)
     q, k, v = (torch.randn(n, 2, 6, generator=generator).half() for n in (3, 9, 9))
     v[4, 0, 5], v[8, 1, 0], v[2, 1, 3] = math.inf, math.nan, -math.inf
     allowed = torch.rand(3, 9, generator=generator) < 0.5
     allowed[:, 8] = torch.tensor([True, True, False])
-    kv = KVEntries(host._board, host.layout)
+    kv = KVEntries(session.board, session.driver.layout)
     kv.store(0, 0, k, v)
     expected = attention(q, k.transpose(0, 1), v.transpose(0, 1), allowed, 0.3).unflatten(1, (2, 6))
     hidden = kv.hidden(0, allowed).transpose(0, 1)
     assert torch.equal(hidden, expected.isnan()) and hidden.any() and not hidden.all()
     for head in range(2):
-        content = host._board.read(host.layout.values_address(0, head), 9 * 8 * 2)
+        content = session.board.read(session.driver.layout.values_address(0, head), 9 * 8 * 2)
         stored = content.view(np.float16).reshape(9, 8)[:, :6]
         clean = torch.where(torch.isfinite(v[:, head]), v[:, head], 0).numpy()
         assert np.array_equal(stored, clean)
@@ -232,35 +231,35 @@ def test_values_that_overflow_decode_like_the_golden_model():
     for scale in (2.0**14.5, 2.0**15.5):
         model = drafted_model("llama", SEED)
         model.weights["block.0.v_proj"] *= scale
-        encoded = encoded_linears(model)
-        host = make_host(model, encoded, system())
+        encoded = encode_linears(model)
+        session = make_session(model, encoded, system())
         prompt = random_tokens(model.config, 5, SEED + 1)
-        steps = check(host, model, encoded, prompt, Settings(4, threshold=0.1))
+        steps = check(session, prompt, Settings(4, threshold=0.1))
     assert all(step.logits.isnan().any() for step in steps)
 
 
 def test_a_run_that_nobody_finishes_is_stopped(llama):
-    steps = llama.host.generate([1, 2, 3], max_tokens=20, settings=Settings(8, 2))
+    steps = llama.generate([1, 2, 3], max_tokens=20, settings=Settings(8, 2))
     next(steps)
     steps.close()
-    assert llama.host.registers["STATUS"] == STATES["IDLE"][0]
-    check(llama.host, llama.model, llama.encoded, [1, 2, 3], Settings(8, 2))
+    assert llama.driver.registers["STATUS"] == STATES["IDLE"][0]
+    check(llama, [1, 2, 3], Settings(8, 2))
 
 
 @pytest.mark.parametrize("left", ["HOST", "ERROR"])
 def test_whatever_an_earlier_driver_left(left):
     """A driver may find the accelerator in the middle of a run, or behind an error."""
     model = drafted_model("llama", SEED)
-    encoded = encoded_linears(model)
-    first = make_host(model, encoded, system())
+    encoded = encode_linears(model)
+    first = make_session(model, encoded, system())
     steps = first.generate([1, 2, 3], max_tokens=20, settings=Settings(4, 2))
     next(steps)
     if left == "ERROR":
-        first.registers.command("stop")
-    assert first.registers["STATUS"] == STATES["ERROR" if left == "ERROR" else "HOST"][0]
-    second = Host(first._board, model, encoded, memory=Region(0, first.layout.size))
-    assert second.registers["STATUS"] == STATES["IDLE"][0]
-    check(second, model, encoded, [1, 2, 3], Settings(4, 2))
+        first.driver.registers.command("stop")
+    assert first.driver.registers["STATUS"] == STATES["ERROR" if left == "ERROR" else "HOST"][0]
+    second = Session(model, encoded, first.board, memory=Region(0, first.driver.layout.size))
+    assert second.driver.registers["STATUS"] == STATES["IDLE"][0]
+    check(second, [1, 2, 3], Settings(4, 2))
 
 
 def test_thresholds_are_rounded_up():
@@ -280,13 +279,13 @@ def refused(
 ) -> None:
     config = config or system()
     with pytest.raises(ValueError, match=match):
-        Host(AcceleratorModel(config, 1 << 22), model, encoded)
+        Driver(AcceleratorModel(config, 1 << 22), model, encoded)
 
 
 def test_encodings_that_the_array_cannot_read_are_refused():
     model = drafted_model("llama", SEED)
     for width in (5, 6):
-        encoded = encoded_linears(model, FormatConfig(width=width))
+        encoded = encode_linears(model, FormatConfig(width=width))
         refused(f"block.0.q_proj has draft width {width}.*--fixed --width 4", model, encoded)
     channels = rearranged(model, np.random.default_rng(SEED))
     refused("permuted or scaled input channels.*--fixed --width 4", model, channels)
@@ -295,7 +294,7 @@ def test_encodings_that_the_array_cannot_read_are_refused():
     refused(
         "group 32 and split 2.*--group 64 --split 2",
         model,
-        encoded_linears(model, FormatConfig(32)),
+        encode_linears(model, FormatConfig(32)),
     )
 
 
@@ -317,12 +316,12 @@ def test_models_that_do_not_fit_are_refused():
     refused("head has a bias", biased)
     board = AcceleratorModel(system(), 1 << 20)
     with pytest.raises(ValueError, match="bytes of memory, not 4096"):
-        Host(board, model, memory=Region(0, 4096))
+        Driver(board, model, memory=Region(0, 4096))
 
 
 def test_requests_that_are_impossible_are_refused(llama):
     def attempt(prompt: list[int], max_tokens: int = 4, **settings: object) -> None:
-        list(llama.host.generate(prompt, max_tokens=max_tokens, settings=Settings(**settings)))
+        list(llama.generate(prompt, max_tokens=max_tokens, settings=Settings(**settings)))
 
     for match, arguments in (
         ("prompt has 0 tokens", {"prompt": []}),
@@ -332,10 +331,10 @@ def test_requests_that_are_impossible_are_refused(llama):
     ):
         with pytest.raises(ValueError, match=match):
             attempt(**arguments)
-    host = Host(AcceleratorModel(system(), 1 << 20), llama.model, capacity=20)
+    driver = Driver(AcceleratorModel(system(), 1 << 20), llama.model, capacity=20)
     with pytest.raises(ValueError, match="need a KV cache of 21 entries; this one has 20"):
-        list(host.generate([1] * 10, max_tokens=9, settings=Settings(4)))
-    assert len(list(host.generate([1] * 10, max_tokens=8, settings=Settings(4)))) == 8
+        list(driver.generate([1] * 10, max_tokens=9, settings=Settings(4)))
+    assert len(list(driver.generate([1] * 10, max_tokens=8, settings=Settings(4)))) == 8
 
 
 def test_other_hardware_is_refused():
@@ -562,12 +561,12 @@ def test_answers_of_the_host(bench):
 
 def test_errors_reach_the_caller_and_the_accelerator_goes_on(llama):
     """A descriptor is spoilt and repaired."""
-    place = llama.host.layout.programs[PassKind.VERIFY] + 2 * DESCRIPTOR_BYTES
-    board = llama.host._board
+    place = llama.driver.layout.programs[PassKind.VERIFY] + 2 * DESCRIPTOR_BYTES
+    board = llama.board
     content = board.read(place, 1)
     board.write(place, np.array([99], np.uint8))
     with pytest.raises(AcceleratorError, match=f"UNKNOWN_KIND at {place:#x}") as caught:
-        list(llama.host.generate([1, 2], max_tokens=4, settings=Settings(8)))
+        list(llama.generate([1, 2], max_tokens=4, settings=Settings(8)))
     assert (caught.value.code, caught.value.address) == (ErrorCode.UNKNOWN_KIND, place)
     board.write(place, content)
-    check(llama.host, llama.model, llama.encoded, [1, 2], Settings(8))
+    check(llama, [1, 2], Settings(8))

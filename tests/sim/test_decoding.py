@@ -5,30 +5,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from speq.host.driver import Host
-from speq.host.layout import MemoryLayout
 from speq.host.meter import Meter, cycle_engine
+from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.engine_config import EngineConfig
-from speq.hw.verilog import generate_top
 from speq.model import speculation
 from speq.model.checkpoint import Model
 from speq.model.cycles import Engine, Job, linear_shapes, stage_cycles
+from speq.model.encoding import encode_linears
 from speq.model.format import EncodedTensor
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig, draft_words
 from speq.model.schedule import Linears, pass_schedule, stages
-from speq.model.speculation import Settings, Statistics, Step, generate
-from speq.model.transformer import prepare_draft_linears
-from speq.sim.simulated_board import CHANNELS, MemoryOptions, SimulatedBoard
-from tests.host.decoding import SEED, check, encoded_linears, system
+from speq.model.speculation import Settings, Statistics, Step
+from speq.sim.session import simulated_session
+from speq.sim.simulated_board import CHANNELS
+from tests.host.decoding import SEED, check, system
 from tests.model.drafted import drafted_model
 from tests.model.small_models import random_tokens
 
@@ -50,32 +46,24 @@ SPECULATIVE_RATIO = 0.65
 Encoded = dict[str, EncodedTensor]
 
 
-@cache
-def verilog(config: AcceleratorConfig) -> str:
-    return generate_top(config)
-
-
-@contextmanager
-def rtl_host(
+def rtl_session(
     config: AcceleratorConfig,
     model: Model,
     encoded: Encoded | None,
     capacity: int = CAPACITY,
     **memory: object,
-) -> Iterator[Host]:
-    """A driver of the accelerator in the simulator."""
-    size = MemoryLayout(config, model.config, encoded or {}, capacity).size
-    options = MemoryOptions(size, **{"latency": LATENCY} | memory)
-    with SimulatedBoard(verilog(config), config, options) as board:
-        yield Host(board, model, encoded, capacity=capacity)
+) -> Session:
+    """A session on the accelerator in the simulator."""
+    memory = {"latency": LATENCY} | memory
+    return simulated_session(model, encoded, config, capacity=capacity, **memory)
 
 
-def check_counters(host: Host, steps: list[Step]) -> Statistics:
+def check_counters(session: Session, steps: list[Step]) -> Statistics:
     """The accelerator counts what the steps say, which are the golden model's."""
     statistics = Statistics()
     for step in steps:
         statistics.add(step)
-    counters = host.counters()
+    counters = session.driver.counters()
     counted = {name: counters[name.upper()] for name in COUNTED}
     assert counted == {name: getattr(statistics, name) for name in COUNTED}
     return statistics
@@ -85,26 +73,25 @@ def check_counters(host: Host, steps: list[Step]) -> Statistics:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Iterator[SimpleNamespace]:
-    """The model with a driver, which decodes one text after the other."""
+def tiny() -> Iterator[Session]:
+    """The model, which decodes one text after the other."""
     model = load_model("tiny")
-    encoded = encoded_linears(model)
-    with rtl_host(FULL, model, encoded) as host:
-        yield SimpleNamespace(model=model, encoded=encoded, host=host)
+    with rtl_session(FULL, model, encode_linears(model)) as session:
+        yield session
 
 
-def decode(tiny: SimpleNamespace, text: str, settings: Settings, tokens: int) -> Statistics:
-    """Decode text with `tiny` and compare steps and counters with the golden model's."""
-    prompt = tiny.model.tokenizer.encode(text)
-    steps = check(tiny.host, tiny.model, tiny.encoded, prompt, settings, max_tokens=tokens)
-    return check_counters(tiny.host, steps)
+def decode(session: Session, text: str, settings: Settings, tokens: int) -> Statistics:
+    """Decode text and compare steps and counters with the golden model's."""
+    prompt = session.model.tokenizer.encode(text)
+    steps = check(session, prompt, settings, max_tokens=tokens)
+    return check_counters(session, steps)
 
 
 def test_64_tokens_plain_and_speculative(tiny):
     """All bits, all counts, and both targets of speed."""
     cycles = {}
     for settings in (Settings(8, 0), Settings(8, threshold=1.0)):
-        meter = Meter(tiny.host)
+        meter = Meter(tiny.driver)
         statistics = decode(tiny, "Once upon a time", settings, 64)
         assert statistics.committed == 64
         cycles[settings.length] = meter.cycles() / 64
@@ -128,11 +115,10 @@ def test_logits_of_all_rows(tiny, monkeypatch):
     monkeypatch.setattr(speculation, "verify", recorded)
     settings = Settings(8, 5, 0.25)
     prompt = tiny.model.tokenizer.encode("Once upon a time")
-    layers = prepare_draft_linears(tiny.encoded)
-    list(generate(tiny.model, prompt, layers, max_tokens=16, settings=settings))
+    list(tiny.golden(prompt, max_tokens=16, settings=settings))
     got = []
-    for _ in tiny.host.generate(prompt, max_tokens=16, settings=settings):
-        got.append(tiny.host.verify_logits)
+    for _ in tiny.generate(prompt, max_tokens=16, settings=settings):
+        got.append(tiny.driver.verify_logits)
     assert len(got) == len(expected)
     for mine, golden in zip(got, expected, strict=True):
         assert mine.shape == golden.shape
@@ -157,7 +143,7 @@ def test_logits_of_all_rows(tiny, monkeypatch):
 def test_draft_lengths_thresholds_and_choices(tiny, draft_length, threshold, choices, text):
     """Behind prompts of one token and of several prefill passes."""
     settings = Settings(8, draft_length, threshold, choices)
-    meter = Meter(tiny.host)
+    meter = Meter(tiny.driver)
     statistics = decode(tiny, text, settings, 10)
     assert statistics.committed == 10
     check_prediction(meter, tiny.model, tiny.encoded, cycle_engine(FULL, LATENCY))
@@ -166,11 +152,10 @@ def test_draft_lengths_thresholds_and_choices(tiny, draft_length, threshold, cho
 def test_stalls_and_reordered_responses():
     """On all channels of the memory."""
     model = load_model("tiny")
-    encoded = encoded_linears(model)
+    encoded = encode_linears(model)
     text = "Once upon a time, there was a big"
     memory = {"stalls": dict.fromkeys(CHANNELS, 80), "reorder": True, "seed": SEED, "latency": 5}
-    with rtl_host(FULL, model, encoded, **memory) as host:
-        stalled = SimpleNamespace(model=model, encoded=encoded, host=host)
+    with rtl_session(FULL, model, encoded, **memory) as stalled:
         for settings, tokens in ((Settings(8, threshold=0.5), 16), (Settings(8, 0), 3)):
             decode(stalled, text, settings, tokens)
 
@@ -201,12 +186,12 @@ def test_other_models(config, shape):
     model = drafted_model(architecture, SEED, **changes)
     prompt = random_tokens(model.config, 7, SEED)
     rows = config.engine.rows
-    for encoded, lengths in ((encoded_linears(model), (rows - 1, 0)), (None, (rows - 1,))):
-        with rtl_host(config, model, encoded, capacity=24) as host:
+    for encoded, lengths in ((encode_linears(model), (rows - 1, 0)), (None, (rows - 1,))):
+        with rtl_session(config, model, encoded, capacity=24) as session:
             for length in lengths:
                 options = {"max_tokens": 8 if length and encoded else 3}
-                steps = check(host, model, encoded, prompt, Settings(rows, length), **options)
-                statistics = check_counters(host, steps)
+                steps = check(session, prompt, Settings(rows, length), **options)
+                statistics = check_counters(session, steps)
                 assert bool(statistics.draft_passes) == bool(length and encoded)
 
 
@@ -238,14 +223,14 @@ def check_prediction(meter: Meter, model: Model, encoded: Encoded, engine: Engin
 def test_cycles_at_other_latencies(latency):
     """Plain from FP16 weights, plain from encoded ones, and speculative."""
     model = load_model("tiny")
-    encoded = encoded_linears(model)
+    encoded = encode_linears(model)
     prompt = model.tokenizer.encode("Once upon a time")
     runs = [({}, Settings(8, 0), 3), (encoded, Settings(8, 0), 3)]
     runs += [(encoded, Settings(8, 7, 1.0, choices), 12) for choices in (1, 4)]
     for formats, settings, tokens in runs:
-        with rtl_host(FULL, model, formats, latency=latency) as host:
-            meter = Meter(host)
-            check(host, model, formats, prompt, settings, max_tokens=tokens)
+        with rtl_session(FULL, model, formats, latency=latency) as session:
+            meter = Meter(session.driver)
+            check(session, prompt, settings, max_tokens=tokens)
             check_prediction(meter, model, formats, cycle_engine(FULL, latency))
 
 
@@ -253,7 +238,7 @@ def test_cycles_of_single_layers_of_smollm2():
     """A block of SmolLM2-135M's dimensions with random weights: stages with its linear layers."""
     dimensions = {"hidden": 576, "ffn_hidden": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
     model = drafted_model("llama", SEED, blocks=1, vocab_size=512, **dimensions)
-    encoded = encoded_linears(model)
+    encoded = encode_linears(model)
     engine = cycle_engine(FULL, LATENCY)
     shapes = linear_shapes(model.config)
     layers = {
@@ -262,9 +247,9 @@ def test_cycles_of_single_layers_of_smollm2():
         if isinstance(stage, Linears) and stage.names != ("head",)
     }
     assert list(layers) == [0, 3, 4, 5]
-    with rtl_host(FULL, model, encoded, capacity=32) as host:
-        meter = Meter(host)
-        check(host, model, encoded, [1, 2, 3], Settings(8, 2), max_tokens=4)
+    with rtl_session(FULL, model, encoded, capacity=32) as session:
+        meter = Meter(session.driver)
+        check(session, [1, 2, 3], Settings(8, 2), max_tokens=4)
         check_prediction(meter, model, encoded, engine)
     passes = [p for p in meter.passes if p.shape.kind is not PassKind.SINGLE]
     assert {p.shape.kind for p in passes} == {PassKind.DRAFT, PassKind.VERIFY}

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`speq cycles`: the predictions, and the table."""
+"""Predictions of speed: dimensions of the models, and the best length of a chain."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from typer.testing import CliRunner
 
-from speq.cli import app
-from speq.cli.cycles import MODELS, predict
 from speq.model.checkpoint import tensor_shapes
 from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass
 from speq.model.number_format import FormatConfig
+from speq.model.prediction import MODELS, predict
 
 ENGINE = Engine(rows=8, cols=16)
 SMOLLM2 = MODELS["SmolLM2-135M"]
@@ -44,32 +42,3 @@ def test_hopeless_and_perfect_drafts():
 def test_the_best_length_grows_with_the_acceptance():
     lengths = [predict(SMOLLM2, ENGINE, p / 10).length for p in range(11)]
     assert lengths == sorted(lengths) and lengths[0] == 0 and lengths[-1] == 7
-
-
-def test_table():
-    result = CliRunner().invoke(app, ["cycles", "--cols", "16", "--acceptance", "0.8"])
-    assert result.exit_code == 0
-    p = predict(SMOLLM2, Engine(rows=8, cols=16, latency=48), 0.8, 1024)
-    line = next(line for line in result.output.splitlines() if "SmolLM2" in line)
-    for value in (f"{p.plain / 1e6:.3f} M", f"{500e6 / p.plain:.4g}", f"{p.speedup:.2f}"):
-        assert value in line
-    assert "16 GB/s" in result.output  # 16 columns of 2 bytes at 500 MHz
-    for name in MODELS:
-        assert name in result.output
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--acceptance", "2"),
-        ("--clock", "0"),
-        ("--context", "-1"),
-        ("--rows", "0"),
-        ("--cols", "128"),
-        ("--cols", "24"),
-        ("--latency", "49"),
-    ],
-)
-def test_impossible_values(options):
-    result = CliRunner().invoke(app, ["cycles", *options])
-    assert isinstance(result.exception, ValueError)

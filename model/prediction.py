@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`speq cycles`: predicted cycles, tokens per second and speedup of models too large to simulate.
+"""Speed of speculative decoding on the accelerator, predicted for models of known dimensions.
 
 The cycles of a pass are those of `speq.model.cycles`, which tests/sim/test_decoding.py compares
 with the accelerator's own counters. A chain of L tokens, each of which the target accepts with
@@ -10,15 +10,8 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
-from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.engine_config import EngineConfig
-from speq.hw.memory.axi import AxiConfig
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass
 from speq.model.number_format import FormatConfig
@@ -97,52 +90,3 @@ def predict(config: ModelConfig, engine: Engine, acceptance: float, context: int
         speedup = plain * committed / (length * draft + verify)
         choices.append(Prediction(plain, draft, verify, length, speedup))
     return max(choices, key=lambda choice: choice.speedup)
-
-
-def run(
-    rows: int, cols: int, clock: float, latency: int, context: int, acceptances: Sequence[float]
-) -> None:
-    """Print the table; `clock` in MHz, `latency` of memory in cycles.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of range.
-    """
-    if clock <= 0 or context < 0:
-        raise ValueError(f"clock and context are {clock} and {context}; expected more than 0, or 0")
-    if not 1 <= latency <= MAX_LATENCY:
-        raise ValueError(
-            f"latency is {latency}; the prediction holds for 1 to {MAX_LATENCY} cycles, which the "
-            "ports' bursts hide"
-        )
-    # Refuses arrays that cannot be made, or that are wider than a port.
-    AcceleratorConfig(
-        EngineConfig(rows=rows, cols=cols),
-        weights=AxiConfig(data_bits=16 * cols),
-        data=AxiConfig(data_bits=16 * cols),
-    )
-    engine = Engine(rows=rows, cols=cols, latency=latency)
-    bandwidth = 2 * cols * clock / 1000
-    table = Table(
-        title=f"{rows} x {cols} array at {clock:g} MHz: {bandwidth:.4g} GB/s of weights; "
-        f"memory latency {latency} cycles, context {context}",
-        title_justify="left",
-    )
-    columns = ("model", "accepted", "L", "plain", "draft", "verify", "tokens/s plain", "tokens/s")
-    for name in (*columns, "speedup"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for name, config in MODELS.items():
-        for acceptance in acceptances:
-            p = predict(config, engine, acceptance, context)
-            rates = [clock * 1e6 / cycles for cycles in (p.plain, p.cycles_per_token)]
-            table.add_row(
-                name,
-                f"{acceptance:.0%}",
-                str(p.length),
-                *(f"{cycles / 1e6:.3f} M" for cycles in (p.plain, p.draft, p.verify)),
-                *(f"{rate:.4g}" for rate in rates),
-                f"{p.speedup:.2f}",
-            )
-        table.add_section()
-    Console(width=None if Console().is_terminal else 120).print(table)

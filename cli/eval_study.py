@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurements of `speq eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.progress import Progress
+
+from speq.cli.eval_report import Conditions, Study
+from speq.host.session import Session
+from speq.model.ablation import Materials, draft_names, run_ablation
+from speq.model.checkpoint import Model
+from speq.model.competitors import collect_stats
+from speq.model.emulation import (
+    Linear,
+    Text,
+    decode,
+    draft_chains,
+    draft_linear,
+    float_linear,
+    float_weights,
+)
+from speq.model.evaluation import (
+    Sample,
+    acceptance_by_position,
+    best_settings,
+    by_kind,
+    encoded_costs,
+    exponent_counts,
+    length_curve,
+    threshold_curve,
+)
+from speq.model.format import arranged
+from speq.model.prompts import Prompts
+
+
+def decode_all(
+    model: Model, target: Linear, prompts: Sequence[Prompts], conditions: Conditions
+) -> list[list[tuple[str, Text]]]:
+    """The target's texts with their kinds, for each of some sets of prompts."""
+    tokenizer = model.tokenizer
+    flat = [
+        (kind, tokenizer.encode(prompt if conditions.raw else tokenizer.chat(prompt)))
+        for group in prompts
+        for kind, texts in group.items()
+        for prompt in texts
+    ]
+    texts = decode(
+        model, [ids for _, ids in flat], conditions.max_tokens, target, tokenizer.stop_ids
+    )
+    found = iter([(kind, text) for (kind, _), text in zip(flat, texts, strict=True)])
+    return [[next(found) for texts in group.values() for _ in texts] for group in prompts]
+
+
+def samples_of(
+    model: Model,
+    texts: Sequence[tuple[str, Text]],
+    linear: Linear,
+    conditions: Conditions,
+    progress: Progress,
+) -> list[Sample]:
+    """The draft's chains along all texts."""
+    total = sum(len(text.tokens) for _, text in texts)
+    task = progress.add_task("drafting", total=total)
+    chains = draft_chains(
+        model,
+        [text for _, text in texts],
+        linear,
+        conditions.rows - 1,
+        max(2, conditions.choices),
+        progress=lambda count: progress.advance(task, count),
+    )
+    return [Sample(kind, text, c) for (kind, text), c in zip(texts, chains, strict=True)]
+
+
+def study(
+    session: Session,
+    prompts: tuple[Prompts, Prompts],
+    conditions: Conditions,
+    progress: Progress,
+    *,
+    ablation: bool,
+) -> Study:
+    """Decode, draft, choose settings and measure.
+
+    Parameters
+    ----------
+    session : Session
+        The model and its encoding.
+    prompts : for calibration and for evaluation
+    conditions : Conditions
+    progress : Progress
+    ablation : bool
+        Whether to compare formats and competitors as well.
+    """
+    model, encoded = session.model, session.encoded
+    target = float_linear(float_weights(model))
+    waiting = progress.add_task("decoding the FP16 texts", total=None)
+    calibration, evaluation = decode_all(model, target, prompts, conditions)
+    progress.update(waiting, total=1, completed=1)
+
+    costs = encoded_costs(model.config, encoded)
+    draft = draft_linear(encoded, target)
+    tried = samples_of(model, calibration, draft, conditions, progress)
+    samples = samples_of(model, evaluation, draft, conditions, progress)
+    settings = {
+        name: best_settings(tried, costs, conditions.rows, choices)
+        for name, choices in (("chain", 1), ("tree", conditions.choices))
+    }
+    exponents = sum(
+        exponent_counts(
+            arranged(model.linear_weight(name), tensor.order, tensor.shift), tensor.config.group
+        )
+        for name, tensor in encoded.items()
+    )
+    compared = None
+    if ablation:
+        texts = [[*text.prompt, *text.tokens] for _, text in calibration]
+        materials = Materials(
+            model=model,
+            target=target,
+            encoded=encoded,
+            stats=collect_stats(model, texts),
+            calibration=calibration,
+            evaluation=evaluation,
+            stop_ids=model.tokenizer.stop_ids,
+            max_tokens=conditions.max_tokens,
+        )
+        task = progress.add_task("ablation", total=len(draft_names()))
+
+        def show(name: str) -> None:
+            progress.update(task, description=f"ablation: {name}", advance=1)
+
+        compared = run_ablation(materials, conditions.seed, progress=show)
+    return Study(
+        prompts={
+            purpose: {kind: len(texts) for kind, texts in group.items()}
+            for purpose, group in zip(("calibration", "evaluation"), prompts, strict=True)
+        },
+        encoded=encoded,
+        costs=costs,
+        settings=settings,
+        figures={
+            name: by_kind(samples, chosen, costs, conditions.seed)
+            for name, chosen in settings.items()
+        },
+        acceptance=acceptance_by_position(samples),
+        curves={
+            name: [length_curve(samples, chosen, costs), threshold_curve(samples, chosen, costs)]
+            for name, chosen in settings.items()
+        },
+        exponents=exponents,
+        ablation=compared,
+    )

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share, and what they mean together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from speq.model.number_format import FormatConfig
+
+#: Early exit of models that are not calibrated.
+DEFAULT_THRESHOLD = 2.0
+
+ModelName = Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")]
+Seed = Annotated[int, typer.Option(envvar="SPEQ_SEED", help="Seed of everything random.")]
+
+# The array.
+Rows = Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")]
+Cols = Annotated[int, typer.Option(help="Columns of the array: outputs in a tile.")]
+
+# Decoding.
+Continued = Annotated[str, typer.Option(help="What to continue.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+DraftLength = Annotated[
+    int | None, typer.Option(help="Most tokens to draft.", show_default="rows - 1")
+]
+
+# The format of a model that is encoded here.
+Group = Annotated[int, typer.Option(help="Weights that share a base exponent: 32, 64 or 128.")]
+GroupOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="64")]
+SplitOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="2")]
+WidthOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="4")]
+HeadWidth = Annotated[
+    int | None, typer.Option(help="Draft bits of the head.", show_default="width")
+]
+
+
+def chosen_formats(
+    group: int | None,
+    split: int | None,
+    width: int | None,
+    head_width: int | None,
+    encoded: Path | None,
+) -> tuple[FormatConfig, FormatConfig]:
+    """Formats of the blocks and of the head, of a model that is encoded here.
+
+    Raises
+    ------
+    ValueError
+        If a value is impossible, or if one is given beside an encoded file.
+    """
+    given = {"group": group, "split": split, "width": width}
+    given = {name: value for name, value in given.items() if value is not None}
+    if encoded and (given or head_width is not None):
+        name = next(iter(given), "head-width")
+        raise ValueError(f"--{name} and --encoded exclude each other: the file says the formats")
+    config = FormatConfig(**given)
+    return config, config if head_width is None else replace(config, width=head_width)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share that decode on the accelerator's RTL in the simulator."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from speq.hw.accelerator_config import AcceleratorConfig
+    from speq.model.checkpoint import Model
+    from speq.model.format import EncodedTensor
+    from speq.sim.simulated_board import SimulatedBoard
+
+
+def simulated_board(
+    model: Model,
+    encoded: Mapping[str, EncodedTensor],
+    config: AcceleratorConfig,
+    capacity: int,
+) -> SimulatedBoard:
+    """`speq.sim.session.board_for`, with a note that it may take long."""
+    from speq.sim.session import board_for
+
+    console = Console(stderr=True)
+    note = (
+        f"building the simulation of {config.engine.rows} x {config.engine.cols} PEs "
+        "(a minute or two, unless it is there from an earlier run)"
+    )
+    if not console.is_terminal:
+        print(f"speq: {note}", file=sys.stderr)
+    with console.status(note) if console.is_terminal else nullcontext():
+        return board_for(model, encoded, config, capacity=capacity)
+
+
+def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:
+    """Lines with what the accelerator has counted since the prompt was in, per token; and how fast
+    the simulation was, which took so many cycles and seconds, the prompt included."""
+    tokens = counters["COMMITTED"]
+    if not tokens:
+        return []
+
+    def per_token(*names: str, suffix: str) -> str:
+        return ", ".join(
+            f"{name.lower()} {counters[f'{name}_{suffix}'] / tokens:,.0f}" for name in names
+        )
+
+    cycles = counters["CYCLES"] - counters["HOST_CYCLES"]
+    kinds = per_token("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX", suffix="CYCLES")
+    stalls = per_token("WEIGHT", "GROUP", "ACTIVATION", "RESULT", suffix="STALLS")
+    busy = f" (the array computes in {counters['COMPUTE_CYCLES'] / cycles:.1%})" if cycles else ""
+    return [
+        f"cycles per token: {cycles / tokens:,.0f}{busy}, and "
+        f"{counters['HOST_CYCLES'] / tokens:,.0f} of waiting for the host",
+        f"  by descriptor: {kinds}",
+        f"  stalls: {stalls}",
+        f"simulation: {simulated:,} cycles in {seconds:.1f} s, {simulated / seconds:,.0f} cycles/s",
+    ]

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`speq verify-file`: whether every tensor of an encoded file decodes to its checkpoint's bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    file: Annotated[Path, typer.Argument(help="A file that speq encode has written.")],
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint.", show_default="the one the file names")
+    ] = None,
+) -> None:
+    """Check that an encoded file decodes to its checkpoint's weights bit for bit."""
+    from speq.model.encoded_file import read_encoded
+    from speq.model.loaders import load_model
+
+    encoded = read_encoded(file)
+    loaded = load_model(model or encoded.source)
+    try:
+        encoded.check_source(loaded)
+        encoded.check_bits()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    count = len(encoded.tensors)
+    print(f"verified: all {count} tensors of {file} decode to the bits of {loaded.name}")

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding sessions: a model and its encoding, decoded by the golden model or on a board."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+
+from speq.host.board import Board
+from speq.host.driver import Driver, check_encoded, check_model
+from speq.host.layout import MemoryLayout, Region
+from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
+from speq.model.checkpoint import Model
+from speq.model.format import EncodedTensor
+from speq.model.number_format import FormatConfig
+from speq.model.speculation import Sampling, Settings, Step, generate
+from speq.model.transformer import DraftLinear, prepare_draft_linears
+
+_MIN_MAX_K = 256
+
+
+def kv_capacity(model: Model, prompt: Sequence[int], max_tokens: int, rows: int) -> int:
+    """Entries of the KV cache that so many tokens behind a prompt need on an array of `rows`."""
+    return min(model.config.context, len(prompt) + max_tokens) + rows
+
+
+def accelerator_for(
+    model: Model, encoded: Mapping[str, EncodedTensor], rows: int, cols: int, capacity: int
+) -> AcceleratorConfig:
+    """An accelerator for a model with a KV cache of so many entries.
+
+    Raises
+    ------
+    ValueError
+        If there can be none, or it could not decode the model or read the encoding.
+    """
+    check_model(model)
+    first = next(iter(encoded.values()), None)
+    # Whatever the width: `check_encoded` says which tensor has another one.
+    number_format = replace(first.config, width=4) if first else FormatConfig()
+    c = model.config
+    max_k = max(c.hidden, c.ffn_hidden, c.heads * c.head_dim, capacity, _MIN_MAX_K)
+    engine = EngineConfig(
+        rows=rows,
+        cols=cols,
+        format=number_format,
+        # Powers of two, so that one simulation serves prompts of many lengths.
+        max_k=1 << (max_k - 1).bit_length(),
+    )
+    config = AcceleratorConfig(replace(engine, max_o=max(engine.max_o, c.vocab_size)))
+    check_encoded(config, encoded)
+    return config
+
+
+def memory_size(
+    config: AcceleratorConfig,
+    model: Model,
+    encoded: Mapping[str, EncodedTensor],
+    capacity: int,
+    base: int = 0,
+) -> int:
+    """Bytes of memory, from address `base` on, that a session needs on this accelerator.
+
+    Raises ValueError if the model does not fit the accelerator.
+    """
+    return MemoryLayout(config, model.config, encoded, capacity, base).size
+
+
+class Session:
+    """A model and its encoding, decoded on a board, or by the golden model if there is none.
+
+    A context manager; at its end or with `close` the board is closed, which is the session's from
+    the start: a session that cannot be set up closes it as well.
+
+    Parameters
+    ----------
+    model : Model
+    encoded : encoded linear layers by name, optional
+        Without any, there is no drafting.
+    board : Board, optional
+        With an accelerator that can read the encoding.
+    capacity, memory : int, Region, optional
+        Entries of the KV cache on the board, and what the session may use of its memory, as of
+        `Driver`.
+
+    Attributes
+    ----------
+    model, encoded, board
+
+    Raises
+    ------
+    ValueError
+        If the model does not fit the accelerator, or the encoding is not one that it can read.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        encoded: Mapping[str, EncodedTensor] | None = None,
+        board: Board | None = None,
+        *,
+        capacity: int | None = None,
+        memory: Region | None = None,
+    ) -> None:
+        self.model, self.encoded, self.board = model, encoded or {}, board
+        self._driver: Driver | None = None
+        if board is not None:
+            try:
+                self._driver = Driver(board, model, self.encoded, capacity=capacity, memory=memory)
+            except BaseException:
+                board.close()
+                raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the board, if there is one; it decodes no more from then on."""
+        if self.board is not None:
+            self.board.close()
+
+    @property
+    def driver(self) -> Driver:
+        """Of the accelerator. Raises ValueError if there is no board."""
+        if self._driver is None:
+            raise ValueError("this session decodes with the golden model, without a board")
+        return self._driver
+
+    @cached_property
+    def draft_linears(self) -> dict[str, DraftLinear] | None:
+        """The golden model's draft layers; None if nothing is encoded."""
+        return prepare_draft_linears(self.encoded) if self.encoded else None
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        settings: Settings | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Iterator[Step]:
+        """Decode greedily behind `prompt`, on the board if there is one: `Driver.generate`, or
+        `golden`, which yields the same steps."""
+        decode = self.golden if self._driver is None else self._driver.generate
+        return decode(prompt, max_tokens=max_tokens, settings=settings, stop_ids=stop_ids)
+
+    def golden(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        settings: Settings | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Step]:
+        """Decode with the golden model, as `speq.model.speculation.generate` does."""
+        return generate(
+            self.model,
+            prompt,
+            self.draft_linears,
+            max_tokens=max_tokens,
+            settings=settings,
+            sampling=sampling,
+            generator=generator,
+            stop_ids=stop_ids,
+        )
