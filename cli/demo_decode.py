@@ -26,7 +26,7 @@ from speq.cli.generate import encode_model, rtl_figures, simulated_board, system
 from speq.host.driver import Host, Pass
 from speq.host.layout import MemoryLayout
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
-from speq.hw.control.descriptor import Kind
+from speq.hw.control.descriptor import DescriptorKind
 from speq.model.checkpoint import CheckpointError, Model, ModelConfig
 from speq.model.cycles import (
     Engine,
@@ -105,7 +105,7 @@ class Meter:
         self._current: tuple[Walk, dict[str, int]] | None = None
         # Nothing comes after the last one of a single pass; then the counters may start anew.
         program = host.layout.program(PassKind.SINGLE)
-        self._last = sum(descriptor.kind is Kind.HOST for descriptor in program) - 1
+        self._last = sum(descriptor.kind is DescriptorKind.HOST for descriptor in program) - 1
         host.observer = self._observe
 
     def _observe(self, current: Pass, index: int) -> None:

@@ -29,7 +29,7 @@ from speq.cli.generate import DEFAULT_THRESHOLD, encode_model, system_for
 from speq.host.driver import Host
 from speq.host.layout import MemoryLayout, host_argument
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import Kind
+from speq.hw.control.descriptor import DescriptorKind
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.control.register_map import STATES, registers
 from speq.hw.control.speculation_controller import SpeculationController
@@ -360,7 +360,7 @@ LAYOUT = (
 
 def value_names(config: AcceleratorConfig) -> dict[str, dict[int, str]]:
     """What the values of enumerations are called, by the tables' names."""
-    kinds = {kind.value: kind.name for kind in Kind}
+    kinds = {kind.value: kind.name for kind in DescriptorKind}
     return {
         "State": {value: name for name, (value, _) in STATES.items()},
         "ErrorCode": {code.value: code.name for code in ErrorCode},

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind, unpack
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind, unpack
 from speq.hw.control.register_map import ANSWERS, COUNTERS, STATES, Register, constants, registers
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import (
@@ -35,11 +35,19 @@ from speq.model.speculation import Proposal, accept, allot_alternates, ranked
 
 #: Fields of a descriptor that must be 0, by kind.
 _UNUSED = {
-    Kind.GEMM: {"reserved", "discard", "values", "sharing", "argument", "extra"},
-    Kind.ARGMAX: {"reserved", "half", "values", "sharing", "argument"},
-    Kind.ATTENTION: {"reserved", "mode", "discard", "tokens", "argument", "residual", "groups"},
-    Kind.HOST: {name for name, _ in DESCRIPTOR} - {"kind", "argument"},
-    Kind.END: {name for name, _ in DESCRIPTOR} - {"kind"},
+    DescriptorKind.GEMM: {"reserved", "discard", "values", "sharing", "argument", "extra"},
+    DescriptorKind.ARGMAX: {"reserved", "half", "values", "sharing", "argument"},
+    DescriptorKind.ATTENTION: {
+        "reserved",
+        "mode",
+        "discard",
+        "tokens",
+        "argument",
+        "residual",
+        "groups",
+    },
+    DescriptorKind.HOST: {name for name, _ in DESCRIPTOR} - {"kind", "argument"},
+    DescriptorKind.END: {name for name, _ in DESCRIPTOR} - {"kind"},
 }
 #: What a product's mode leaves unused on top.
 _UNUSED_IN_MODE = {
@@ -47,7 +55,7 @@ _UNUSED_IN_MODE = {
     Mode.DRAFT: {"residual"},
     Mode.BYPASS: {"residual", "groups"},
 }
-_PRODUCTS = (Kind.GEMM, Kind.ARGMAX, Kind.ATTENTION)
+_PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
 
 _HOST_INTERRUPT, _DONE_INTERRUPT, _ERROR_INTERRUPT = 1, 2, 4
 _NO_ENTRY = (0xFFFFFFFF, 0xFF800000)  # of a ranking: all ones, minus infinity
@@ -362,20 +370,20 @@ class AcceleratorModel:
             if code != ErrorCode.NONE:
                 raise _Fault(code, address)
             self._count(DESCRIPTORS=1)
-            match Kind(fields["kind"]):
-                case Kind.END:
+            match DescriptorKind(fields["kind"]):
+                case DescriptorKind.END:
                     return
-                case Kind.HOST:
+                case DescriptorKind.HOST:
                     self._argument = fields["argument"]
                     if (yield "HOST") != ANSWERS["CONTINUE"][0]:
                         raise _Fault(ErrorCode.HOST_REFUSED, address)
-                case Kind.ATTENTION:
+                case DescriptorKind.ATTENTION:
                     self._attend(fields, len(rows), position + len(rows))
-                case Kind.ARGMAX:
+                case DescriptorKind.ARGMAX:
                     self._logits = self._multiply(self._product(fields, len(rows)))
                     if fields["extra"]:
                         self._write_ranking(fields["extra"])
-                case Kind.GEMM:
+                case DescriptorKind.GEMM:
                     self._multiply(self._product(fields, len(rows)))
             address += DESCRIPTOR_BYTES
         raise _Fault(ErrorCode.NO_END, address)
@@ -572,18 +580,18 @@ def check_descriptor(
 
 
 def _is_unknown(fields: dict[str, int]) -> bool:
-    if fields["kind"] not in {kind.value for kind in Kind}:
+    if fields["kind"] not in {kind.value for kind in DescriptorKind}:
         return True
-    takes_mode = Kind(fields["kind"]) in (Kind.GEMM, Kind.ARGMAX)
+    takes_mode = DescriptorKind(fields["kind"]) in (DescriptorKind.GEMM, DescriptorKind.ARGMAX)
     return takes_mode and fields["mode"] not in {mode.value for mode in Mode}
 
 
 def _uses_reserved(fields: dict[str, int]) -> bool:
-    kind = Kind(fields["kind"])
+    kind = DescriptorKind(fields["kind"])
     unused = set(_UNUSED[kind])
-    if kind in (Kind.GEMM, Kind.ARGMAX):
+    if kind in (DescriptorKind.GEMM, DescriptorKind.ARGMAX):
         unused |= _UNUSED_IN_MODE[Mode(fields["mode"])]
-    elif kind is Kind.ATTENTION:
+    elif kind is DescriptorKind.ATTENTION:
         unused.add("k" if fields["values"] else "o")
     return any(fields[name] for name in unused)
 
@@ -591,11 +599,11 @@ def _uses_reserved(fields: dict[str, int]) -> bool:
 def _has_bad_size(
     config: AcceleratorConfig, fields: dict[str, int], rows: int, position: int
 ) -> bool:
-    engine, kind = config.engine, Kind(fields["kind"])
+    engine, kind = config.engine, DescriptorKind(fields["kind"])
     if kind not in _PRODUCTS:
         return False
     k, o, tokens, most = fields["k"], fields["o"], fields["tokens"] or rows, engine.rows
-    if kind is Kind.ATTENTION:
+    if kind is DescriptorKind.ATTENTION:
         if position + rows > engine.max_k:
             return True
         k, o = (position + rows, o) if fields["values"] else (k, position + rows)
@@ -607,9 +615,9 @@ def _has_bad_size(
 
 
 def _is_misaligned(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
-    if Kind(fields["kind"]) not in _PRODUCTS:
+    if DescriptorKind(fields["kind"]) not in _PRODUCTS:
         return False
-    is_attention = Kind(fields["kind"]) is Kind.ATTENTION
+    is_attention = DescriptorKind(fields["kind"]) is DescriptorKind.ATTENTION
     weights = {"plane", "residual"} | ({"extra"} if is_attention else set())
     data = {"groups", "activations", "results", "extra"} - weights
     beats = dict.fromkeys(weights, config.weights) | dict.fromkeys(data, config.data)

@@ -36,7 +36,7 @@ from speq.host.layout import (
 )
 from speq.host.registers import Registers, read_configuration
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import Kind
+from speq.hw.control.descriptor import DescriptorKind
 from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
@@ -213,7 +213,7 @@ class Host:
         program = self.layout.program(kind)
         content = b"".join(descriptor.pack() for descriptor in program)
         self._board.write(self.layout.programs[kind], content)
-        return sum(descriptor.kind is Kind.HOST for descriptor in program)
+        return sum(descriptor.kind is DescriptorKind.HOST for descriptor in program)
 
     def _set_up(self) -> None:
         """Write the registers that are the same for all runs."""

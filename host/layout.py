@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.engine_config import BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
 from speq.model.checkpoint import LINEARS, ModelConfig, linear_names, tensor_shapes
@@ -334,9 +334,9 @@ class MemoryLayout:
         """
         program = []
         for index, stage in enumerate(self._stages(kind)):
-            program.append(Descriptor(Kind.HOST, argument=host_argument(kind, index)))
+            program.append(Descriptor(DescriptorKind.HOST, argument=host_argument(kind, index)))
             program += stage
-        return [*program, Descriptor(Kind.END)]
+        return [*program, Descriptor(DescriptorKind.END)]
 
     def _stages(self, kind: PassKind) -> list[list[Descriptor]]:
         model = self.model
@@ -369,7 +369,7 @@ class MemoryLayout:
     def _linears(self, kind: PassKind, names: list[str]) -> list[Descriptor]:
         results = self.results_of(names)
         return [
-            Descriptor(Kind.GEMM, **self._operands(kind, name), results=address)
+            Descriptor(DescriptorKind.GEMM, **self._operands(kind, name), results=address)
             for name, address in zip(names, results, strict=True)
         ]
 
@@ -377,13 +377,13 @@ class MemoryLayout:
         """Only the logits of verify passes are of interest, and only the ranking of the others."""
         operands = self._operands(kind, "head")
         if kind is PassKind.DRAFT:
-            return Descriptor(Kind.ARGMAX, **operands, discard=True, extra=self.ranking)
-        return Descriptor(Kind.ARGMAX, **operands, results=self.results)
+            return Descriptor(DescriptorKind.ARGMAX, **operands, discard=True, extra=self.ranking)
+        return Descriptor(DescriptorKind.ARGMAX, **operands, results=self.results)
 
     def _scores(self, block: int, head: int) -> Descriptor:
         k = self.model.head_dim
         return Descriptor(
-            Kind.ATTENTION,
+            DescriptorKind.ATTENTION,
             sharing=self.sharing,
             k=k,
             plane=self.keys_address(block, 0, head),
@@ -395,7 +395,7 @@ class MemoryLayout:
     def _weighted_values(self, block: int, head: int) -> Descriptor:
         o = self.model.head_dim
         return Descriptor(
-            Kind.ATTENTION,
+            DescriptorKind.ATTENTION,
             values=True,
             sharing=self.sharing,
             o=o,

@@ -52,7 +52,7 @@ from speq.hw.engine_config import Mode
 DESCRIPTOR_BYTES = 64
 
 
-class Kind(enum.Enum, shape=unsigned(8)):
+class DescriptorKind(enum.Enum, shape=unsigned(8)):
     """What a descriptor asks for."""
 
     GEMM = 1
@@ -91,7 +91,7 @@ DESCRIPTOR = data.StructLayout(
 class Descriptor:
     """One descriptor, for writing programs; the fields are those of `DESCRIPTOR`."""
 
-    kind: Kind
+    kind: DescriptorKind
     mode: Mode = Mode.VERIFY
     half: bool = False
     wait: bool = False

@@ -11,7 +11,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.common.logic import ceil_div
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind
 from speq.hw.engine_config import Mode
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.memory_reader import MemoryReader
@@ -24,11 +24,19 @@ _FP16_BYTES = 2
 
 #: Fields that must be 0, by kind; those of a mode come on top.
 _UNUSED = {
-    Kind.GEMM: ("reserved", "discard", "values", "sharing", "argument", "extra"),
-    Kind.ARGMAX: ("reserved", "half", "values", "sharing", "argument"),
-    Kind.ATTENTION: ("reserved", "mode", "discard", "tokens", "argument", "residual", "groups"),
-    Kind.HOST: tuple(name for name, _ in DESCRIPTOR if name not in ("kind", "argument")),
-    Kind.END: tuple(name for name, _ in DESCRIPTOR if name != "kind"),
+    DescriptorKind.GEMM: ("reserved", "discard", "values", "sharing", "argument", "extra"),
+    DescriptorKind.ARGMAX: ("reserved", "half", "values", "sharing", "argument"),
+    DescriptorKind.ATTENTION: (
+        "reserved",
+        "mode",
+        "discard",
+        "tokens",
+        "argument",
+        "residual",
+        "groups",
+    ),
+    DescriptorKind.HOST: tuple(name for name, _ in DESCRIPTOR if name not in ("kind", "argument")),
+    DescriptorKind.END: tuple(name for name, _ in DESCRIPTOR if name != "kind"),
 }
 _UNUSED_IN_MODE = {Mode.VERIFY: (), Mode.DRAFT: ("residual",), Mode.BYPASS: ("residual", "groups")}
 
@@ -204,13 +212,13 @@ class ProgramWalker(wiring.Component):
                     m.d.comb += self.started.eq(1)
                     m.next = "WAIT"
             with m.State("WAIT"):
-                may_overlap = (kind == Kind.GEMM) | (kind == Kind.ATTENTION)
+                may_overlap = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ATTENTION)
                 with m.If((may_overlap & ~descriptor.wait) | self.idle):
                     with m.Switch(kind):
-                        with m.Case(Kind.HOST):
+                        with m.Case(DescriptorKind.HOST):
                             m.d.sync += self.host_argument.eq(descriptor.argument)
                             m.next = "HOST"
-                        with m.Case(Kind.END):
+                        with m.Case(DescriptorKind.END):
                             m.d.comb += [self.done.eq(1), drop.eq(1)]
                             m.d.sync += [walking.eq(0), number.eq(0)]
                             m.next = "FETCH"
@@ -310,10 +318,10 @@ class ProgramWalker(wiring.Component):
         engine = self.config.engine
         code = Signal(ErrorCode)
         kind, mode = d.kind, d.mode
-        is_gemm = (kind == Kind.GEMM) | (kind == Kind.ARGMAX)
-        is_attention = kind == Kind.ATTENTION
+        is_gemm = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ARGMAX)
+        is_attention = kind == DescriptorKind.ATTENTION
         is_product = is_gemm | is_attention
-        known = Cat(kind == value for value in Kind).any() & ~(is_gemm & (mode == 3))
+        known = Cat(kind == value for value in DescriptorKind).any() & ~(is_gemm & (mode == 3))
 
         used = Signal()  # a field that must be 0
         with m.Switch(kind):
@@ -373,7 +381,7 @@ class ProgramWalker(wiring.Component):
     ) -> None:
         """The descriptor's first job."""
         rows = self.config.engine.rows
-        is_attention = d.kind == Kind.ATTENTION
+        is_attention = d.kind == DescriptorKind.ATTENTION
         seen = walk.position + walk.rows
         all_rows = walk.rows * d.sharing
         first_batch = Mux(all_rows > rows, rows, all_rows)
@@ -385,7 +393,7 @@ class ProgramWalker(wiring.Component):
             job.tokens.eq(Mux(is_attention, first_batch, tokens)),
             job.half.eq(d.half),
             job.discard.eq(d.discard),
-            job.rank.eq(d.kind == Kind.ARGMAX),
+            job.rank.eq(d.kind == DescriptorKind.ARGMAX),
             job.plane.eq(d.plane),
             job.residual.eq(d.residual),
             job.groups.eq(d.groups),
@@ -401,7 +409,7 @@ class ProgramWalker(wiring.Component):
         """When the job is taken, go on with the descriptor's next batch or the next descriptor."""
         engine, port = self.config.engine, self.config.data
         with m.If(self.jobs.ready):
-            with m.If(d.kind == Kind.ARGMAX):
+            with m.If(d.kind == DescriptorKind.ARGMAX):
                 m.next = "RANKED"
             with m.Elif(rows_left == 0):
                 m.d.comb += next_one.eq(1)

@@ -7,7 +7,7 @@ import inspect
 
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control import descriptor
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, ERRORS, STATES, Register, constants, registers
 from speq.hw.engine_config import Mode
 
@@ -27,7 +27,7 @@ _NUMBERS = (
     ("ANSWER", "Answers (HOST_ANSWER)", [(name, *number) for name, number in ANSWERS.items()]),
     ("ERROR", "Errors (ERROR)", [(e.name, e.value, about) for e, about in ERRORS.items()]),
     ("PASS", "Kinds of passes (PASS.kind)", [(e.name, e.value, "") for e in PassKind]),
-    ("KIND", "Kinds of descriptors", [(e.name, e.value, "") for e in Kind]),
+    ("KIND", "Kinds of descriptors", [(e.name, e.value, "") for e in DescriptorKind]),
     ("MODE", "Modes of GEMM and ARGMAX descriptors", [(e.name, e.value, "") for e in Mode]),
 )
 

@@ -21,7 +21,7 @@ from speq.host.kv_entries import KVEntries
 from speq.host.layout import MemoryLayout, Region
 from speq.host.registers import Registers, read_configuration
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.model.checkpoint import Model
@@ -379,14 +379,14 @@ def bench() -> SimpleNamespace:
         return ErrorCode(registers["ERROR"]), registers["ERROR_ADDRESS"]
 
     gemm = Descriptor(
-        Kind.GEMM, k=9, o=10, plane=0x2000, residual=0x3000, groups=0x4000, activations=0x5000,
-        results=0x8000,
+        DescriptorKind.GEMM, k=9, o=10, plane=0x2000, residual=0x3000, groups=0x4000,
+        activations=0x5000, results=0x8000,
     )  # fmt: skip
     return SimpleNamespace(config=config, board=board, registers=registers, run=run, gemm=gemm)
 
 
-END = Descriptor(Kind.END)
-HOST = Descriptor(Kind.HOST, argument=7)
+END = Descriptor(DescriptorKind.END)
+HOST = Descriptor(DescriptorKind.HOST, argument=7)
 
 
 def idle(registers: Registers) -> bool:
@@ -446,10 +446,17 @@ def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
 )
 def test_malformed_descriptors(bench, code, kind, name, value):
     """Each is found behind two sound ones; after STOP the accelerator runs again."""
-    attention = {"k": 0, "o": 0, "residual": 0, "groups": 0, "sharing": 2, "kind": Kind.ATTENTION}
+    attention = {
+        "k": 0,
+        "o": 0,
+        "residual": 0,
+        "groups": 0,
+        "sharing": 2,
+        "kind": DescriptorKind.ATTENTION,
+    }
     sound = {
         "gemm": bench.gemm,
-        "argmax": replace(bench.gemm, kind=Kind.ARGMAX),
+        "argmax": replace(bench.gemm, kind=DescriptorKind.ARGMAX),
         "scores": replace(bench.gemm, **attention | {"k": 6}),
         "values": replace(bench.gemm, **attention | {"o": 6, "values": True}),
         "draft": replace(bench.gemm, mode=Mode.DRAFT, residual=0, tokens=1),
@@ -473,7 +480,7 @@ def test_malformed_descriptors(bench, code, kind, name, value):
 def test_entries_of_the_cache_count_as_a_dimension(bench):
     """Position 5 and 3 rows make 8 entries; with the position at its limit they are 256."""
     product = Descriptor(
-        Kind.ATTENTION, values=True, sharing=1, o=4, plane=0x2000, activations=0x5000,
+        DescriptorKind.ATTENTION, values=True, sharing=1, o=4, plane=0x2000, activations=0x5000,
         results=0x8000,
     )  # fmt: skip
     bench.registers["POSITION"] = 253

@@ -19,7 +19,7 @@ from speq.host.board import Board
 from speq.host.layout import RANKING_BYTES, ceil_div, round_up
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, registers
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
@@ -216,10 +216,10 @@ def test_a_wrong_byte_is_noticed():
     """A test of these tests: an operand or a result that differs in one bit."""
     with Pair("4x8", np.random.default_rng(SEED)) as pair:
         workload = pair.workload(rows=4)
-        gemm = workload.add_product(Kind.GEMM, Mode.BYPASS, 3, 9)
+        gemm = workload.add_product(DescriptorKind.GEMM, Mode.BYPASS, 3, 9)
         workload.put(gemm.plane, np.full(3 * 8, 0x3C00, np.uint16))
         workload.put(gemm.activations, np.full(3 * 8, 0x3C00, np.uint16))
-        workload.add(Kind.HOST)
+        workload.add(DescriptorKind.HOST)
         workload.end()
 
         def spoil(address: int) -> Callable[[Board], None]:
@@ -250,8 +250,8 @@ def decoding(pair: Pair) -> Workload:
     o = int(random.integers(2, 7))
     for mode in (Mode.DRAFT, Mode.VERIFY):
         workload.rows = 1 if mode is Mode.DRAFT else engine.rows
-        workload.add_product(Kind.ARGMAX, mode, int(random.integers(1, 30)), o)
-        workload.add(Kind.END)
+        workload.add_product(DescriptorKind.ARGMAX, mode, int(random.integers(1, 30)), o)
+        workload.add(DescriptorKind.END)
     workload.write_program()
     log2 = int(random.integers(1, 5))
     thresholds = np.array([0, 1, 4, np.inf], np.float32)
@@ -379,13 +379,13 @@ def add_sound(workload: Workload, name: str) -> None:
     """Append the descriptor that `malformed` calls so."""
     match name:
         case "verify" | "draft" | "bypass":
-            workload.add_product(Kind.GEMM, Mode[name.upper()], 9, 11, 1)
+            workload.add_product(DescriptorKind.GEMM, Mode[name.upper()], 9, 11, 1)
         case "argmax":
-            workload.add_product(Kind.ARGMAX, Mode.VERIFY, 9, 11, 1, ranking=True)
+            workload.add_product(DescriptorKind.ARGMAX, Mode.VERIFY, 9, 11, 1, ranking=True)
         case "scores" | "values":
             workload.add_attention(9, 2, values=name == "values", gap=0)
         case _:
-            workload.add(Kind[name.upper()])
+            workload.add(DescriptorKind[name.upper()])
 
 
 def spoiled(workload: Workload, index: int, changes: dict[str, int]) -> None:
@@ -410,7 +410,7 @@ def test_malformed_descriptors(faulty, code):
         workload = faulty.workload(rows=2, position=7)
         index = int(faulty.random.integers(0, 3))
         for _ in range(index):
-            workload.add_product(Kind.GEMM, Mode.VERIFY, 5, 20)
+            workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 5, 20)
         add_sound(workload, name)
         workload.end()
         spoiled(workload, index, changes)
@@ -423,7 +423,7 @@ def test_sizes_that_follow_from_the_pass(faulty):
     """More drafting rows than there are, more KV entries than an inner dimension may have."""
     engine = faulty.config.engine
     workload = faulty.workload(rows=engine.draft_rows + 1)
-    workload.add_product(Kind.GEMM, Mode.DRAFT, 9, 3, 1)
+    workload.add_product(DescriptorKind.GEMM, Mode.DRAFT, 9, 3, 1)
     workload.descriptors[0] = replace(workload.descriptors[0], tokens=0)
     assert faulty.check_fault(workload.end()).error is ErrorCode.BAD_SIZE
 
@@ -449,19 +449,19 @@ def with_fault(pair: Pair, name: str, places: dict, **registers: int) -> tuple[W
     workload.registers = registers
     index = int(random.integers(0, 3))
     for _ in range(index):
-        workload.add_product(Kind.GEMM, Mode(int(random.integers(3))), 20, 9, 1)
+        workload.add_product(DescriptorKind.GEMM, Mode(int(random.integers(3))), 20, 9, 1)
     workload.places = places
     k, o = (int(random.integers(30, 120)), int(random.integers(1, 50)))
     if name == "attention":
         values = bool(random.integers(2))
         workload.add_attention(int(random.integers(1, 40)), 3, values=values, gap=0)
     elif name == "argmax":
-        workload.add_product(Kind.ARGMAX, Mode.VERIFY, k, o, ranking=True)
+        workload.add_product(DescriptorKind.ARGMAX, Mode.VERIFY, k, o, ranking=True)
     else:
         tokens = 1 if name == "draft" else 0
-        workload.add_product(Kind.GEMM, Mode[name.upper()], k, o, tokens)
+        workload.add_product(DescriptorKind.GEMM, Mode[name.upper()], k, o, tokens)
     workload.places = {}
-    workload.add_product(Kind.GEMM, Mode.VERIFY, 9, 9)
+    workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 9, 9)
     return workload.end(), index
 
 
@@ -470,7 +470,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
     config, d = workload.config, workload.descriptors[index]
     cols, data = config.engine.cols, config.data.beat_bytes
     number_format = config.engine.format
-    is_attention = d.kind is Kind.ATTENTION
+    is_attention = d.kind is DescriptorKind.ATTENTION
     entries, tokens = workload.position + workload.rows, d.tokens or workload.rows
     k, o = (entries if is_attention and d.values else d.k, d.o or entries)
     mode = Mode.BYPASS if is_attention else d.mode
@@ -599,7 +599,7 @@ def small_program(pair: Pair, products: int, **places: Callable[[int, int], int]
     workload = pair.workload(rows=1, places=places)
     workload.places = {}
     for _ in range(products):
-        workload.add_product(Kind.GEMM, Mode.VERIFY, 5, 9)
+        workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 5, 9)
     return workload
 
 
@@ -660,8 +660,8 @@ def test_a_failed_fetch_before_a_refused_one(pair):
 def with_host(pair: Pair) -> Workload:
     """A program with a HOST descriptor, number 1, between products."""
     workload = small_program(pair, 1)
-    workload.add(Kind.HOST, argument=77)
-    workload.add_product(Kind.GEMM, Mode.VERIFY, 30, 20)
+    workload.add(DescriptorKind.HOST, argument=77)
+    workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 30, 20)
     return workload.end()
 
 
@@ -814,7 +814,7 @@ def check_rate(name: str, mode: Mode, k: int = 512, o: int = 512) -> None:
     """
     with Pair(name, np.random.default_rng(SEED)) as pair:
         workload = pair.workload()
-        workload.add_product(Kind.GEMM, mode, k, o, 1)
+        workload.add_product(DescriptorKind.GEMM, mode, k, o, 1)
         pair.check(workload.end())
         values = Registers(pair.rtl, pair.config)
         names = ("WEIGHT_STALLS", "GROUP_STALLS", "ACTIVATION_STALLS", "RESULT_STALLS")

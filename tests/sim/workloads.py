@@ -19,7 +19,7 @@ from speq.host.board import Board
 from speq.host.layout import RANKING_BYTES, Region, ceil_div, round_up, tiled, weight_planes
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations, quantize_activations
@@ -221,14 +221,14 @@ class Workload:
 
     # Descriptors.
 
-    def add(self, kind: Kind, **values: object) -> Descriptor:
+    def add(self, kind: DescriptorKind, **values: object) -> Descriptor:
         """Append a descriptor with the given fields."""
         self.descriptors.append(Descriptor(kind, **values))
         return self.descriptors[-1]
 
     def add_product(
         self,
-        kind: Kind,
+        kind: DescriptorKind,
         mode: Mode,
         k: int,
         o: int,
@@ -300,7 +300,7 @@ class Workload:
             self.put(plane + i * stride, words)
         all_rows = self.rows * sharing
         return self.add(
-            Kind.ATTENTION,
+            DescriptorKind.ATTENTION,
             values=values,
             half=half,
             wait=wait,
@@ -319,7 +319,7 @@ class Workload:
         kind = random.choice(["gemm", "argmax", "attention", "host"], p=[0.5, 0.2, 0.2, 0.1])
         half, wait = (bool(random.integers(2)), random.random() < 0.3)
         if kind == "host":
-            return self.add(Kind.HOST, argument=int(random.integers(1 << 32)))
+            return self.add(DescriptorKind.HOST, argument=int(random.integers(1 << 32)))
         if kind == "attention":
             values = bool(random.integers(2))
             limit = engine.max_o if values else engine.max_k
@@ -338,7 +338,7 @@ class Workload:
             tokens = 0
         is_argmax = kind == "argmax"
         return self.add_product(
-            Kind.ARGMAX if is_argmax else Kind.GEMM,
+            DescriptorKind.ARGMAX if is_argmax else DescriptorKind.GEMM,
             mode,
             self._size(engine.max_k, engine.format.group),
             self._size(engine.max_o, engine.cols),
@@ -366,7 +366,7 @@ class Workload:
 
     def end(self) -> Workload:
         """Append END; the program is complete and in memory."""
-        self.add(Kind.END)
+        self.add(DescriptorKind.END)
         self.write_program()
         return self
 
@@ -378,7 +378,7 @@ class Workload:
     def delay_operands(self) -> None:
         """Let the host provide some activations at HOST descriptors: until then there are other
         bytes, which the accelerator must not have read by then."""
-        hosts = [i for i, d in enumerate(self.descriptors) if d.kind is Kind.HOST]
+        hosts = [i for i, d in enumerate(self.descriptors) if d.kind is DescriptorKind.HOST]
         for index, (address, size) in self._own_activations.items():
             earlier = [i for i in hosts if i < index]
             if earlier and self.random.random() < 0.7:
@@ -484,7 +484,7 @@ def run(board: Board, workload: Workload) -> Iterator[Outcome]:
         If the accelerator does nothing more.
     """
     registers = begin(board, workload)
-    hosts = (i for i, d in enumerate(workload.descriptors) if d.kind is Kind.HOST)
+    hosts = (i for i, d in enumerate(workload.descriptors) if d.kind is DescriptorKind.HOST)
     while True:
         if not board.wait_interrupt(LIMIT):
             raise TimeoutError(f"the accelerator hangs: {outcome(registers)}\n{workload}")

@@ -10,7 +10,7 @@ import pytest
 from amaranth.sim import Simulator
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
@@ -156,10 +156,10 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
     engine = config.engine
     job = {
         "mode": d.mode.value, "k": d.k, "o": d.o, "tokens": d.tokens or rows, "half": int(d.half),
-        "discard": int(d.discard), "rank": int(d.kind is Kind.ARGMAX), "stride": 0,
+        "discard": int(d.discard), "rank": int(d.kind is DescriptorKind.ARGMAX), "stride": 0,
         **{name: getattr(d, name) for name in _ADDRESSES},
     }  # fmt: skip
-    if d.kind is not Kind.ATTENTION:
+    if d.kind is not DescriptorKind.ATTENTION:
         return [job]
     job |= {"mode": Mode.BYPASS.value, "stride": d.extra}
     job["k" if d.values else "o"] = position + rows
@@ -178,11 +178,19 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
 
 def random_descriptor(rng: random.Random) -> Descriptor:
     addresses = {name: rng.randrange(1 << 20) * 128 for name in _ADDRESSES}
-    kind = rng.choice([Kind.GEMM, Kind.GEMM, Kind.ATTENTION, Kind.ARGMAX, Kind.HOST])
-    if kind is Kind.HOST:
+    kind = rng.choice(
+        [
+            DescriptorKind.GEMM,
+            DescriptorKind.GEMM,
+            DescriptorKind.ATTENTION,
+            DescriptorKind.ARGMAX,
+            DescriptorKind.HOST,
+        ]
+    )
+    if kind is DescriptorKind.HOST:
         return Descriptor(kind, argument=rng.randrange(1 << 32))
     wait, k, o = rng.random() < 0.3, rng.randint(1, MAX_K), rng.randint(1, MAX_O)
-    if kind is Kind.ATTENTION:
+    if kind is DescriptorKind.ATTENTION:
         values = rng.random() < 0.5
         return Descriptor(
             kind, wait=wait, half=rng.random() < 0.5, values=values, sharing=rng.randint(1, 5),
@@ -199,7 +207,7 @@ def random_descriptor(rng: random.Random) -> Descriptor:
         kind, mode, wait=wait, k=k, o=o, tokens=1 if mode is Mode.DRAFT else rng.randint(0, ROWS),
         **addresses,
     )  # fmt: skip
-    if kind is Kind.ARGMAX:
+    if kind is DescriptorKind.ARGMAX:
         return replace(d, discard=rng.random() < 0.5, extra=rng.randrange(2) * 128)
     return replace(d, half=rng.random() < 0.5)
 
@@ -212,27 +220,31 @@ def test_random_programs(data_bits):
         program = [random_descriptor(rng) for _ in range(20)]
         rows, position = rng.randint(1, ROWS), rng.randint(0, MAX_K - ROWS)
         got = walk(
-            config, [*program, Descriptor(Kind.END)], rows=rows, position=position, trial=trial
+            config,
+            [*program, Descriptor(DescriptorKind.END)],
+            rows=rows,
+            position=position,
+            trial=trial,
         )
         events = iter(got.events)
         for d in program:
-            if d.kind is Kind.HOST:
+            if d.kind is DescriptorKind.HOST:
                 assert next(events) == ("host", d.argument, False)
                 continue
             for i, job in enumerate(jobs_of(config, d, rows, position)):
                 name, values, overlaps = next(events)
                 assert (name, values) == ("job", job)
-                first_alone = d.wait or d.kind is Kind.ARGMAX
+                first_alone = d.wait or d.kind is DescriptorKind.ARGMAX
                 assert not (overlaps and first_alone and i == 0)
-            if d.kind is Kind.ARGMAX and d.extra:
+            if d.kind is DescriptorKind.ARGMAX and d.extra:
                 assert next(events) == ("ranking", d.extra, d.tokens or rows, False)
         assert next(events) == ("end", False, False)
         assert got.error is ErrorCode.NONE
     assert any(event[0] == "job" and event[2] for event in got.events), "nothing overlapped"
 
 
-GEMM = Descriptor(Kind.GEMM, k=8, o=8, plane=128, residual=128, groups=128)
-ATTENTION = Descriptor(Kind.ATTENTION, k=8, sharing=2)
+GEMM = Descriptor(DescriptorKind.GEMM, k=8, o=8, plane=128, residual=128, groups=128)
+ATTENTION = Descriptor(DescriptorKind.ATTENTION, k=8, sharing=2)
 
 
 @pytest.mark.parametrize(
@@ -252,17 +264,17 @@ ATTENTION = Descriptor(Kind.ATTENTION, k=8, sharing=2)
         (replace(GEMM, activations=1), ErrorCode.MISALIGNED),
         (replace(GEMM, results=1 << 32), ErrorCode.MISALIGNED),
         (replace(ATTENTION, extra=8), ErrorCode.MISALIGNED),
-        (replace(GEMM, kind=Kind.ARGMAX, extra=8), ErrorCode.MISALIGNED),
+        (replace(GEMM, kind=DescriptorKind.ARGMAX, extra=8), ErrorCode.MISALIGNED),
         (replace(GEMM, argument=1), ErrorCode.RESERVED),
         (replace(GEMM, sharing=1), ErrorCode.RESERVED),
         (replace(GEMM, extra=128), ErrorCode.RESERVED),
         (replace(GEMM, mode=Mode.BYPASS, residual=0), ErrorCode.RESERVED),
-        (replace(GEMM, kind=Kind.ARGMAX, half=True), ErrorCode.RESERVED),
+        (replace(GEMM, kind=DescriptorKind.ARGMAX, half=True), ErrorCode.RESERVED),
         (replace(ATTENTION, o=1), ErrorCode.RESERVED),
         (replace(ATTENTION, values=True, o=1), ErrorCode.RESERVED),
         (replace(ATTENTION, tokens=1), ErrorCode.RESERVED),
-        (Descriptor(Kind.HOST, k=1), ErrorCode.RESERVED),
-        (Descriptor(Kind.END, argument=1), ErrorCode.RESERVED),
+        (Descriptor(DescriptorKind.HOST, k=1), ErrorCode.RESERVED),
+        (Descriptor(DescriptorKind.END, argument=1), ErrorCode.RESERVED),
         (b"\0" * DESCRIPTOR_BYTES, ErrorCode.UNKNOWN_KIND),
         (b"\6" + b"\0" * (DESCRIPTOR_BYTES - 1), ErrorCode.UNKNOWN_KIND),
         (b"\1\3" + b"\1" * (DESCRIPTOR_BYTES - 2), ErrorCode.UNKNOWN_KIND),
@@ -270,7 +282,9 @@ ATTENTION = Descriptor(Kind.ATTENTION, k=8, sharing=2)
 )
 def test_refusal(descriptor, expected):
     content = descriptor if isinstance(descriptor, bytes) else descriptor.pack()
-    program = Descriptor(Kind.HOST).pack() + content + Descriptor(Kind.END).pack()
+    program = (
+        Descriptor(DescriptorKind.HOST).pack() + content + Descriptor(DescriptorKind.END).pack()
+    )
     got = walk(system(), program)
     assert got.events == [("host", 0, False)]
     assert (got.error, got.error_address) == (expected, PROGRAM + DESCRIPTOR_BYTES)
@@ -282,22 +296,28 @@ def test_entries_beyond_the_largest_dimension():
 
 
 def test_no_end():
-    got = walk(system(), [Descriptor(Kind.HOST)] * 8, length=3)
+    got = walk(system(), [Descriptor(DescriptorKind.HOST)] * 8, length=3)
     assert [event[0] for event in got.events] == ["host"] * 3
     assert (got.error, got.error_address) == (ErrorCode.NO_END, PROGRAM + 3 * DESCRIPTOR_BYTES)
 
 
 def test_prefetch_beyond_the_region_does_no_harm():
     address = LIMIT + 1 - 2 * DESCRIPTOR_BYTES
-    got = walk(system(), [Descriptor(Kind.HOST), Descriptor(Kind.END)], address=address)
+    got = walk(
+        system(), [Descriptor(DescriptorKind.HOST), Descriptor(DescriptorKind.END)], address=address
+    )
     assert got.done
-    got = walk(system(), [Descriptor(Kind.HOST)] * 2, address=address)
+    got = walk(system(), [Descriptor(DescriptorKind.HOST)] * 2, address=address)
     assert [event[0] for event in got.events] == ["host"] * 2
     assert (got.error, got.error_address) == (ErrorCode.READ_OUTSIDE, LIMIT + 1)
 
 
 def test_failed_fetch():
     bad = PROGRAM + 2 * DESCRIPTOR_BYTES
-    got = walk(system(), [Descriptor(Kind.HOST)] * 3 + [Descriptor(Kind.END)], bad_read=bad)
+    got = walk(
+        system(),
+        [Descriptor(DescriptorKind.HOST)] * 3 + [Descriptor(DescriptorKind.END)],
+        bad_read=bad,
+    )
     assert [event[0] for event in got.events] == ["host"] * 2
     assert (got.error, got.error_address) == (ErrorCode.READ_SLVERR, bad)

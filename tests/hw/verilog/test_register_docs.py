@@ -12,7 +12,7 @@ import pytest
 
 from speq import hw
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, Descriptor, DescriptorKind
 from speq.hw.control.register_map import (
     ADDRESS_BITS,
     ANSWERS,
@@ -57,7 +57,7 @@ def expected_macros(config: AcceleratorConfig) -> dict[str, int]:
         "STATE": {name: value for name, (value, _) in STATES.items()},
         "ANSWER": {name: value for name, (value, _) in ANSWERS.items()},
     }
-    enums = {"ERROR": ErrorCode, "PASS": PassKind, "KIND": Kind, "MODE": Mode}
+    enums = {"ERROR": ErrorCode, "PASS": PassKind, "KIND": DescriptorKind, "MODE": Mode}
     numbers |= {prefix: {e.name: e.value for e in enum} for prefix, enum in enums.items()}
     for prefix, values in numbers.items():
         macros |= {f"SPEQ_{prefix}_{name}": value for name, value in values.items()}
@@ -113,7 +113,7 @@ def test_struct_is_a_descriptor_in_memory(compiler: tuple[str, ...], tmp_path: P
     )
     got = compile_and_run(program, compiler, tmp_path)
     booleans = {name: bool(value) for name, value in flags.items() if name != "mode"}
-    expected = Descriptor(Kind.ARGMAX, Mode.BYPASS, **booleans, **others).pack()
+    expected = Descriptor(DescriptorKind.ARGMAX, Mode.BYPASS, **booleans, **others).pack()
     assert got.hex() == expected.hex()
 
 
