@@ -237,7 +237,7 @@ def _summary(outcome: Outcome) -> str:
         widths[tensor.config.width] = widths.get(tensor.config.width, 0) + 1
     shares = ", ".join(f"{count} at {width} bits" for width, count in sorted(widths.items()))
     head = outcome.tensors["head"]
-    lines = [f"tensors:  {shares}; head drafts {head.draft_rows or head.shape[0]} tokens"]
+    lines = [f"tensors:  {shares}; head drafts {head.drafted_outputs or head.shape[0]} tokens"]
     for name, value, settings in zip(
         ("chain", "tree"), outcome.speedups, (outcome.chain, outcome.tree), strict=True
     ):

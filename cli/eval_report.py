@@ -126,10 +126,10 @@ def report(request: Request, model: Model, raw: bool, done: Study) -> dict[str, 
     """The content of report.json, as this module describes it."""
     engine = Engine(rows=request.rows)
     formats = {name: tensor.config for name, tensor in done.encoded.items()}
-    head_rows = done.encoded["head"].draft_rows if "head" in done.encoded else None
+    drafted_outputs = done.encoded["head"].drafted_outputs if "head" in done.encoded else None
     passes = {
         "plain": plain_pass(model.config, engine),
-        "draft": draft_pass(model.config, engine, formats, head_rows=head_rows),
+        "draft": draft_pass(model.config, engine, formats, drafted_outputs=drafted_outputs),
         "verify": verify_pass(model.config, engine, formats, request.rows),
     }
     usual = usual_format(done)
@@ -150,7 +150,7 @@ def report(request: Request, model: Model, raw: bool, done: Study) -> dict[str, 
                         for form, count in Counter(formats.values()).items()
                     ],
                     "head": formats.get("head"),
-                    "head_rows": head_rows,
+                    "drafted_outputs": drafted_outputs,
                 },
             },
             "prompts": done.prompts,

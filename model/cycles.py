@@ -239,25 +239,27 @@ def draft_pass(
     engine: Engine,
     formats: Formats,
     context: int = 0,
-    head_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> PassCost:
     """A pass of one token over the draft planes and their group bytes, behind `context` positions.
 
-    With `head_rows` only the head's first so many rows are drafted, that is, only the lowest token
-    ids can be proposed.
+    With `drafted_outputs` only the head's first so many outputs are drafted, that is, only the
+    lowest token ids can be proposed.
 
     Raises
     ------
     ValueError
-        If head_rows is not within 1 and the vocabulary's size.
+        If drafted_outputs is not within 1 and the vocabulary's size.
     """
-    if head_rows is not None and not 1 <= head_rows <= config.vocab_size:
-        raise ValueError(f"head rows are {head_rows}; expected 1 to {config.vocab_size}")
+    if drafted_outputs is not None and not 1 <= drafted_outputs <= config.vocab_size:
+        raise ValueError(
+            f"drafted outputs are {drafted_outputs}; expected 1 to {config.vocab_size}"
+        )
     weights = groups = 0
     jobs = {}
     for name, (o, k) in linear_shapes(config).items():
-        if name == "head" and head_rows is not None:
-            o = head_rows
+        if name == "head" and drafted_outputs is not None:
+            o = drafted_outputs
         if name in formats:
             padded, words = _padded(o, engine), draft_words(k, formats[name])
             weights += 2 * words * padded
@@ -273,7 +275,7 @@ def relative_costs(
     config: ModelConfig,
     formats: Formats,
     engine: Engine | None = None,
-    head_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> tuple[float, float]:
     """Costs of a draft and of a verify pass in units of a plain pass: weights and group bytes.
 
@@ -281,7 +283,7 @@ def relative_costs(
     """
     engine = engine or Engine()
     plain = plain_pass(config, engine).weights
-    draft = draft_pass(config, engine, formats, head_rows=head_rows)
+    draft = draft_pass(config, engine, formats, drafted_outputs=drafted_outputs)
     verify = verify_pass(config, engine, formats, 1)
     return (draft.weights + draft.groups) / plain, (verify.weights + verify.groups) / plain
 

@@ -332,7 +332,7 @@ def encode_option(
     option: Option,
     name: str,
     columns: int,
-    draft_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> EncodedTensor:
     """Encode a tensor in the chosen way, its scale codes fitted with the whole second moment."""
     order, shift = channels(weights, torch.diagonal(moment), option.scaling, option.permute)
@@ -342,7 +342,7 @@ def encode_option(
     codes = fit_scales(_finite(stored), levels, inner, group, _SWEEPS)
     return encode(
         weights, option.config, codes.numpy(), name, columns,
-        order=order, shift=shift, draft_rows=draft_rows,
+        order=order, shift=shift, drafted_outputs=drafted_outputs,
     )  # fmt: skip
 
 
@@ -551,7 +551,7 @@ def optimise(
     if part < 1:
         head = tensors["head"]
         count = round(head.shape[0] * part)
-        tensors["head"] = replace(head, draft_rows=max(rows, count // columns * columns))
+        tensors["head"] = replace(head, drafted_outputs=max(rows, count // columns * columns))
     progress("choosing settings", 0, 1)
     chains = draft_chains(model, calibration.texts, draft_linear(tensors), rows - 1, choices)
     costs = encoded_costs(model.config, tensors)
@@ -590,9 +590,9 @@ def _trial(
     chains = draft_chains(model, texts, draft_linear(tensors), rows - 1, candidates)
     best = {"tree": 0.0}
     for part in HEAD_PARTS:
-        head = replace(tensors["head"], draft_rows=max(1, round(vocabulary * part)))
+        head = replace(tensors["head"], drafted_outputs=max(1, round(vocabulary * part)))
         costs = encoded_costs(model.config, {**tensors, "head": head})
-        some = [restrict_vocabulary(c, head.draft_rows, choices) for c in chains]
+        some = [restrict_vocabulary(c, head.drafted_outputs, choices) for c in chains]
         tree = best_speedup(texts, some, costs, rows, choices)[0]
         if tree > best["tree"]:
             chain = best_speedup(texts, some, costs, rows, 1)[0]

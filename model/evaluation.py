@@ -68,12 +68,12 @@ def counted_costs(
     config: ModelConfig,
     formats: Formats,
     engine: Engine | None = None,
-    head_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> Costs:
     """Costs with everything counted; layers without a format are drafted in FP16."""
     engine = engine or Engine()
     plain = plain_pass(config, engine)
-    draft = draft_pass(config, engine, formats, head_rows=head_rows)
+    draft = draft_pass(config, engine, formats, drafted_outputs=drafted_outputs)
     verify = verify_pass(config, engine, formats, 1)
     return Costs(
         config, plain.weights, draft.weights + draft.groups, verify.weights + verify.groups

@@ -184,7 +184,7 @@ def test_encoded_file(speq_eval, checkpoint, tmp_path):
     shift = np.arange(64, dtype=np.uint8) % 2
     encoded = {name: encode(weight, wide, name=name) for name, weight in weights.items()}
     encoded["block.0.q_proj"] = encode(weights["block.0.q_proj"], wide, shift=shift)
-    encoded["head"] = encode(weights["head"], FormatConfig(), draft_rows=128)
+    encoded["head"] = encode(weights["head"], FormatConfig(), drafted_outputs=128)
     digests = {name: sha256(weight) for name, weight in weights.items()}
     file = tmp_path / "model.safetensors"
     write_encoded(file, EncodedModel(model.name, encoded, digests))
@@ -193,7 +193,7 @@ def test_encoded_file(speq_eval, checkpoint, tmp_path):
     assert made.code == 0, made.err
     report = read(tmp_path / "out")
     draft = report["settings"]["draft"]
-    assert draft["head"]["width"] == 4 and draft["head_rows"] == 128
+    assert draft["head"]["width"] == 4 and draft["drafted_outputs"] == 128
     assert [entry["tensors"] for entry in draft["formats"]] == [14, 1]
     assert report["costs"]["relative"] == list(pass_costs(encoded))
 

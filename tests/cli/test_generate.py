@@ -133,7 +133,7 @@ FILE_SETTINGS = {
 def encoded_file(checkpoint, tmp_path_factory) -> Path:
     """The checkpoint with permuted and scaled channels, a head of 200 outputs, and settings."""
     model = load_model(checkpoint)
-    tensors = rearranged(model, np.random.default_rng(SEED), FormatConfig(32), head_rows=200)
+    tensors = rearranged(model, np.random.default_rng(SEED), FormatConfig(32), drafted_outputs=200)
     digests = {name: sha256(model.linear_weight(name)) for name in tensors}
     path = tmp_path_factory.mktemp("encoded") / "model.safetensors"
     write_encoded(path, EncodedModel(model.name, tensors, digests, FILE_SETTINGS))

@@ -290,7 +290,7 @@ def test_encodings_that_the_array_cannot_read_are_refused():
         refused(f"block.0.q_proj has draft width {width}.*--fixed --width 4", model, encoded)
     channels = rearranged(model, np.random.default_rng(SEED))
     refused("permuted or scaled input channels.*--fixed --width 4", model, channels)
-    head = encode(model.linear_weight("head"), FormatConfig(), name="head", draft_rows=9)
+    head = encode(model.linear_weight("head"), FormatConfig(), name="head", drafted_outputs=9)
     refused("head drafts only part of its outputs", model, {"head": head})
     refused(
         "group 32 and split 2.*--group 64 --split 2",

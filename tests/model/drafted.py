@@ -46,11 +46,11 @@ def rearranged(
     model: Model,
     rng: np.random.Generator,
     config: FormatConfig | None = None,
-    head_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> dict[str, EncodedTensor]:
     """All linear layers encoded with random orders and shifts; some have only one of the two.
 
-    The head drafts only its first `head_rows` outputs.
+    The head drafts only its first `drafted_outputs` outputs.
     """
     config = config or FormatConfig()
     encoded = {}
@@ -63,6 +63,6 @@ def rearranged(
         channels = {"order": order, "shift": shift.astype(np.uint8)}
         if i % 4 < 2 and name != "head":
             del channels[("order", "shift")[i % 4]]
-        rows = head_rows if name == "head" else None
-        encoded[name] = encode(weights, config, name=name, draft_rows=rows, **channels)
+        rows = drafted_outputs if name == "head" else None
+        encoded[name] = encode(weights, config, name=name, drafted_outputs=rows, **channels)
     return encoded

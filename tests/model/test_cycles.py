@@ -156,13 +156,15 @@ def test_only_the_first_rows_of_the_head_are_drafted():
     config = small_config()
     formats = uniform_formats(config, FormatConfig())
     whole = draft_pass(config, ENGINE, formats)
-    some = draft_pass(config, ENGINE, formats, head_rows=100)
+    some = draft_pass(config, ENGINE, formats, drafted_outputs=100)
     assert whole.weights - some.weights == 32 * (272 - 112)
     assert whole.groups - some.groups == 272 - 112
     assert whole.linear_cycles - some.linear_cycles == (17 - 7) * 16
     for impossible in (0, config.vocab_size + 1):
-        with pytest.raises(ValueError, match=f"head rows are {impossible}; expected 1 to 264"):
-            draft_pass(config, ENGINE, formats, head_rows=impossible)
+        with pytest.raises(
+            ValueError, match=f"drafted outputs are {impossible}; expected 1 to 264"
+        ):
+            draft_pass(config, ENGINE, formats, drafted_outputs=impossible)
 
 
 def test_layers_without_a_format_are_read_whole():

@@ -115,7 +115,7 @@ def test_draft_layers_are_the_exact_ones(subject):
 
 
 def test_layers_draft_a_part_of_the_vocabulary(subject):
-    head = rearranged(subject.model, np.random.default_rng(SEED), head_rows=40)["head"]
+    head = rearranged(subject.model, np.random.default_rng(SEED), drafted_outputs=40)["head"]
     linear = draft_linear(subject.encoded | {"head": head})
     rows = logits(subject.model, subject.prompts[2], linear)
     assert (rows[:, 40:] == -torch.inf).all() and torch.isfinite(rows[:, :40]).all()

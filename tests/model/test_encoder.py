@@ -452,7 +452,7 @@ def check_same(outcome: Outcome, expected: Outcome) -> None:
     assert outcome.tensors.keys() == expected.tensors.keys()
     for name, tensor in outcome.tensors.items():
         other = expected.tensors[name]
-        assert (tensor.config, tensor.draft_rows) == (other.config, other.draft_rows)
+        assert (tensor.config, tensor.drafted_outputs) == (other.config, other.drafted_outputs)
         for array in ("draft_plane", "residual_plane", "group_bytes", "order", "shift"):
             ours, theirs = getattr(tensor, array), getattr(other, array)
             assert (ours is None) == (theirs is None)
@@ -467,7 +467,7 @@ def test_optimised_model_decodes_to_its_bits(model, optimised):
         assert torch.equal(tensor.decode().view(torch.int16), weights.view(torch.int16))
         assert tensor.columns == 8 and tensor.config.group == 32 and tensor.name == name
     head = tensors["head"]
-    assert head.draft_rows is None or head.draft_rows % 8 == 0
+    assert head.drafted_outputs is None or head.drafted_outputs % 8 == 0
     outcome = optimised.outcome
     assert outcome.chain.choices == 1 and outcome.tree.choices == 3
     assert outcome.chain.rows == outcome.tree.rows == 6

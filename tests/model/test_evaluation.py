@@ -204,7 +204,7 @@ def test_costs_count_everything():
     formats = uniform_formats(CONFIG, FormatConfig(), FormatConfig(width=6))
     costs = counted_costs(CONFIG, formats)
     assert costs.relative == relative_costs(CONFIG, formats)
-    fewer = counted_costs(CONFIG, formats, head_rows=16)
+    fewer = counted_costs(CONFIG, formats, drafted_outputs=16)
     assert fewer.draft < costs.draft and fewer.verify == costs.verify
 
 

@@ -32,7 +32,7 @@ def encode_model(model: Model) -> dict[str, EncodedTensor]:
         order, shift = channels(weights, power, scaling=0.5 * (i % 2), permute=i % 3 == 0)
         rows = len(weights) * 3 // 4 if name == "head" else None
         encoded[name] = encode(
-            weights, config, name=name, order=order, shift=shift, draft_rows=rows
+            weights, config, name=name, order=order, shift=shift, drafted_outputs=rows
         )
     return encoded
 
