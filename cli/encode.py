@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from speq.hw.common.files import replacing
 from speq.model.checkpoint import Model, linear_names
-from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
+from speq.model.encoded_file import VERSION, EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.encoder import Journal, Outcome, optimise
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
@@ -164,7 +164,7 @@ def _optimise(request: Request, model: Model, digests: Mapping[str, str], path: 
 def _journal_key(request: Request, digests: Mapping[str, str], prompts: list[list[int]]) -> str:
     """Digest of all that an optimiser's results depend on."""
     numbers = [request.group, request.columns, request.rows, request.choices, request.max_tokens]
-    content = json.dumps([numbers, dict(digests), prompts])
+    content = json.dumps([VERSION, numbers, dict(digests), prompts])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -208,7 +208,7 @@ def run(request: Request) -> None:
             tensors = outcome.tensors
         seconds = time.perf_counter() - start
         digests = {name: sha256(model.linear_weight(name)) for name in tensors}
-        settings = {"chain": outcome.chain, "tree": outcome.tree} if outcome else {}
+        settings = {"chain": outcome.chain, "alternates": outcome.alternates} if outcome else {}
         report = _report(outcome) if outcome else {}
         write_encoded(temporary, EncodedModel(model.name, tensors, digests, settings, report))
         if request.verify:
@@ -239,7 +239,7 @@ def _summary(outcome: Outcome) -> str:
     head = outcome.tensors["head"]
     lines = [f"tensors:  {shares}; head drafts {head.drafted_outputs or head.shape[0]} tokens"]
     for name, value, settings in zip(
-        ("chain", "tree"), outcome.speedups, (outcome.chain, outcome.tree), strict=True
+        ("chain", "alternates"), outcome.speedups, (outcome.chain, outcome.alternates), strict=True
     ):
         lines.append(
             f"{name + ':':<9} modelled speedup {value:.3f} on the calibration texts, "
@@ -251,8 +251,10 @@ def _summary(outcome: Outcome) -> str:
 def _report(outcome: Outcome) -> dict[str, object]:
     """What the file's header says about the optimiser's run."""
     return {
-        "calibration_speedup": dict(zip(("chain", "tree"), outcome.speedups, strict=True)),
-        "tried": [dict(zip(("cost", "chain", "tree"), t, strict=True)) for t in outcome.tried],
+        "calibration_speedup": dict(zip(("chain", "alternates"), outcome.speedups, strict=True)),
+        "tried": [
+            dict(zip(("cost", "chain", "alternates"), t, strict=True)) for t in outcome.tried
+        ],
         "formats": {name: asdict(t.config) for name, t in outcome.tensors.items()},
     }
 

@@ -2,9 +2,10 @@
 """`speq eval`: how well a model's draft does, by kind of text, with plots and an ablation.
 
 The FP16 target's greedy texts for every prompt are drafted along and speculation is replayed, with
-chains alone and with leaf alternates ("tree"). Longest draft and threshold are those that are best
-on the calibration prompts. The output folder gets each plot as PNG and SVG, and `report.json`,
-which `speq.cli.eval_report` describes. The same options give the same files on the same machine.
+chains alone ("chain") and with leaf alternates ("alternates"). Longest draft and threshold are
+those that are best on the calibration prompts. The output folder gets each plot as PNG and SVG, and
+`report.json`, which `speq.cli.eval_report` describes. The same options give the same files on the
+same machine.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def study(request: Request, model: Model, raw: bool, progress: Progress) -> Stud
     samples = samples_of(model, evaluation, draft, request, progress)
     settings = {
         name: best_settings(tried, costs, request.rows, choices)
-        for name, choices in (("chain", 1), ("tree", request.choices))
+        for name, choices in (("chain", 1), ("alternates", request.choices))
     }
     exponents = sum(
         exponent_counts(

@@ -134,9 +134,9 @@ def settings_of(request: Request, file: EncodedModel | None) -> Settings:
     }
     given = {name: value for name, value in options.items() if value is not None}
     base = Settings(threshold=DEFAULT_THRESHOLD)
-    if file and "tree" in file.settings:
+    if file and "alternates" in file.settings:
         # An alternate needs a row, a shorter chain does not: other rows, their own longest chain.
-        base = file.settings["chain" if given.get("choices") == 1 else "tree"]
+        base = file.settings["chain" if given.get("choices") == 1 else "alternates"]
         if given.get("rows", base.rows) != base.rows:
             base = replace(base, rows=given["rows"], draft_length=None)
     return replace(base, **given)
@@ -197,7 +197,7 @@ def origins(step: Step) -> Iterator[tuple[int, str]]:
         if i < step.accepted:
             yield token, "draft"
         else:
-            yield token, "alternate" if step.tree_hit and i == step.accepted else "target"
+            yield token, "alternate" if step.alternate_hit and i == step.accepted else "target"
 
 
 def summary(
@@ -215,7 +215,7 @@ def summary(
     if s.compared:
         lines.append(
             f"acceptance: {s.match_rate:.1%} of {s.compared} compared draft tokens; "
-            f"{s.tree_hits} alternates; {s.tokens_per_pass:.2f} tokens per verify pass"
+            f"{s.alternate_hits} alternates; {s.tokens_per_pass:.2f} tokens per verify pass"
         )
     lines.append(
         f"modelled speedup over FP16: {s.speedup(*costs):.2f} ({s.draft_passes} draft passes at "

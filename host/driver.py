@@ -99,7 +99,7 @@ def check_encoded(config: AcceleratorConfig, encoded: Mapping[str, EncodedTensor
             problem = f"has draft width {tensor.config.width}"
         elif tensor.order is not None or tensor.shift is not None:
             problem = "has permuted or scaled input channels"
-        elif tensor.draft_rows is not None:
+        elif tensor.drafted_outputs is not None:
             problem = "drafts only part of its outputs"
         elif tensor.config != expected:
             problem = f"has group {tensor.config.group} and split {tensor.config.split}"
@@ -346,7 +346,7 @@ class Host:
             drafted=fields["chain"],
             accepted=min(accepted, count),
             alternates=len(verified.tokens) - 1 - fields["chain"],
-            tree_hit=bool(hit_row) and count > accepted,
+            alternate_hit=bool(hit_row) and count > accepted,
             margins=self._margins,
         )
 

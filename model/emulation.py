@@ -377,7 +377,7 @@ def replay(text: Text, chains: Chains, settings: Settings) -> list[Step]:
                 drafted=drafted,
                 accepted=accepted,
                 alternates=sum(counts),
-                tree_hit=hit and len(committed) > accepted,
+                alternate_hit=hit and len(committed) > accepted,
                 margins=margins[:drafted],
             )
         )

@@ -19,8 +19,8 @@ and the entry `speq` of the file's metadata is a JSON object:
     tensors   for each NAME its `shape` [O, K], `format` (group, split and width),
               `drafted_outputs` if not all are drafted, `channels` (which of order and shift there
               are) and the `sha256` of its FP16 weights, row by row, little-endian
-    settings  "chain" and "tree": the settings of speculation that were best on the calibration
-              texts, without and with leaf alternates; absent if there was no calibration
+    settings  "chain" and "alternates": the settings of speculation that were best on the
+              calibration texts, without and with leaf alternates; absent if there was none
     report    what the optimiser found, for people; absent if there was no calibration
 """
 
@@ -57,7 +57,7 @@ class EncodedModel:
     source : the model's name
     tensors : encoded linear layers by name, at least one
     digests : SHA-256 of the original weights by name
-    settings : "chain" and "tree" -> Settings, or nothing
+    settings : "chain" and "alternates" -> Settings, or nothing
     report : what the optimiser found, JSON values
     """
 

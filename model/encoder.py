@@ -136,14 +136,14 @@ class Outcome:
     Attributes
     ----------
     tensors : encoded linear layers by name
-    chain, tree : settings that were best on the calibration texts, without and with alternates
+    chain, alternates : settings that were best on the calibration texts without alternates and with
     speedups : modelled speedup on the calibration texts with each of the two
     tried : for every budget tried, draft cost and the two speedups
     """
 
     tensors: dict[str, EncodedTensor] = field(repr=False)
     chain: Settings
-    tree: Settings
+    alternates: Settings
     speedups: tuple[float, float]
     tried: list[tuple[float, float, float]]
 
@@ -555,9 +555,11 @@ def optimise(
     progress("choosing settings", 0, 1)
     chains = draft_chains(model, calibration.texts, draft_linear(tensors), rows - 1, choices)
     costs = encoded_costs(model.config, tensors)
-    chain, tree = (best_speedup(calibration.texts, chains, costs, rows, n) for n in (1, choices))
-    results = [(entry["cost"], entry["chain"], entry["tree"]) for entry in trials.values()]
-    return Outcome(tensors, chain[1], tree[1], (chain[0], tree[0]), results)
+    chain, alternates = (
+        best_speedup(calibration.texts, chains, costs, rows, n) for n in (1, choices)
+    )
+    results = [(entry["cost"], entry["chain"], entry["alternates"]) for entry in trials.values()]
+    return Outcome(tensors, chain[1], alternates[1], (chain[0], alternates[0]), results)
 
 
 def _option(entry: Mapping[str, Any]) -> Option:
@@ -588,19 +590,20 @@ def _trial(
     vocabulary = tensors["head"].shape[0]
     candidates = min(vocabulary, choices + _SPARE_CHOICES)
     chains = draft_chains(model, texts, draft_linear(tensors), rows - 1, candidates)
-    best = {"tree": 0.0}
+    best = {"alternates": 0.0}
     for part in HEAD_PARTS:
         head = replace(tensors["head"], drafted_outputs=max(1, round(vocabulary * part)))
         costs = encoded_costs(model.config, {**tensors, "head": head})
         some = [restrict_vocabulary(c, head.drafted_outputs, choices) for c in chains]
-        tree = best_speedup(texts, some, costs, rows, choices)[0]
-        if tree > best["tree"]:
+        alternates = best_speedup(texts, some, costs, rows, choices)[0]
+        if alternates > best["alternates"]:
             chain = best_speedup(texts, some, costs, rows, 1)[0]
-            best = {"cost": costs.relative[0], "part": part, "chain": chain, "tree": tree}
+            cost = costs.relative[0]
+            best = {"cost": cost, "part": part, "chain": chain, "alternates": alternates}
     return best
 
 
 def _best_trial(trials: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
     """Budget and part of the vocabulary with the best speedup."""
-    budget = max(trials, key=lambda budget: trials[budget]["tree"])
+    budget = max(trials, key=lambda budget: trials[budget]["alternates"])
     return float(budget), trials[budget]["part"]

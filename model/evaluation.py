@@ -258,7 +258,7 @@ def figures(runs: Sequence[Run], seed: int) -> Figures:
         tokens_per_pass=total.tokens_per_pass,
         drafted=_ratio(total.draft_passes, passes),
         early_exits=_ratio(sum(r.early_exits for r in runs), passes),
-        alternate_hits=_ratio(total.tree_hits, passes),
+        alternate_hits=_ratio(total.alternate_hits, passes),
         speedup=bootstrap_ratio(bytes_[:, 0], bytes_[:, 1], seed),
         speedup_kv=bootstrap_ratio(bytes_[:, 2], bytes_[:, 3], seed),
     )

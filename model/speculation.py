@@ -161,7 +161,7 @@ class Step:
     drafted : length of the chain, which is the number of draft passes
     accepted : chain tokens that were accepted
     alternates : leaf alternates that were verified
-    tree_hit : whether one of them was accepted
+    alternate_hit : whether one of them was accepted
     margins : the draft's logit margins along the chain
     """
 
@@ -170,7 +170,7 @@ class Step:
     drafted: int
     accepted: int
     alternates: int
-    tree_hit: bool
+    alternate_hit: bool
     margins: list[float]
 
 
@@ -184,7 +184,7 @@ class Statistics:
     accepted: int = 0
     compared: int = 0
     alternates: int = 0
-    tree_hits: int = 0
+    alternate_hits: int = 0
 
     def add(self, step: Step) -> None:
         """Count a step."""
@@ -195,7 +195,7 @@ class Statistics:
         # Chain tokens behind the first that was refused are not compared with the target.
         self.compared += min(step.drafted, step.accepted + 1, len(step.tokens))
         self.alternates += step.alternates
-        self.tree_hits += step.tree_hit
+        self.alternate_hits += step.alternate_hit
 
     @property
     def match_rate(self) -> float:
@@ -537,6 +537,6 @@ def committed_step(
         drafted=chain,
         accepted=min(accepted, count),
         alternates=len(proposal.alternates),
-        tree_hit=rows[-1] > chain and count > accepted,
+        alternate_hit=rows[-1] > chain and count > accepted,
         margins=proposal.margins,
     )

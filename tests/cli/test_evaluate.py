@@ -90,14 +90,14 @@ def test_report_and_plots(speq_eval, tmp_path):
         ElementTree.parse(tmp_path / "out" / f"{plot}.svg")
 
     report = read(tmp_path / "out")
-    assert report["version"] == 1
+    assert report["version"] == 2
     assert report["settings"]["seed"] == 3 and report["settings"]["draft"]["head"]["width"] == 6
     one_each = dict.fromkeys(shipped_prompts("evaluation"), 1)
     assert report["prompts"] == {"calibration": one_each, "evaluation": one_each}
     config = small_config(tied_head=False, context=512)
     formats = uniform_formats(config, FormatConfig(), FormatConfig(width=6))
     assert report["costs"]["relative"] == list(relative_costs(config, formats))
-    for name, choices in (("chain", 1), ("tree", 4)):
+    for name, choices in (("chain", 1), ("alternates", 4)):
         assert report["results"][name]["settings"]["choices"] == choices
         figures = report["results"][name]["figures"]
         assert list(figures) == [*one_each, "all"]
@@ -141,7 +141,7 @@ def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path):
         for name in linear_names(model.config)
     }
     layers = prepare_draft_linears(encoded)
-    for name in ("chain", "tree"):
+    for name in ("chain", "alternates"):
         settings = Settings(**report["results"][name]["settings"])
         total = Statistics()
         for prompt in (prompt for texts in prompts.values() for prompt in texts):

@@ -125,7 +125,7 @@ def test_wrong_requests_are_refused_in_one_line(speq_generate, tmp_path):
 
 FILE_SETTINGS = {
     "chain": Settings(6, 3, 0.5, choices=1),
-    "tree": Settings(6, 4, 0.25, choices=3),
+    "alternates": Settings(6, 4, 0.25, choices=3),
 }
 
 
@@ -151,7 +151,7 @@ def test_text_of_an_encoded_file_is_that_of_fp16(speq_generate, encoded_file, mo
     monkeypatch.setattr("speq.cli.generate.generate", watched)
     costs = pass_costs(read_encoded(encoded_file).tensors)
     for options, settings in (
-        ((), FILE_SETTINGS["tree"]),
+        ((), FILE_SETTINGS["alternates"]),
         (("--choices", 1), FILE_SETTINGS["chain"]),
         (("--threshold", 1, "--rows", 8), Settings(8, None, 1.0, choices=3)),
     ):
@@ -172,10 +172,10 @@ def test_settings_come_from_the_file_and_the_options():
         contents = SimpleNamespace(settings=FILE_SETTINGS) if file else None
         return settings_of(SimpleNamespace(**options), contents)
 
-    assert settings() == FILE_SETTINGS["tree"]
+    assert settings() == FILE_SETTINGS["alternates"]
     assert settings(choices=1) == FILE_SETTINGS["chain"]
     assert settings(choices=2) == Settings(6, 4, 0.25, choices=2)
-    assert settings(rows=6) == FILE_SETTINGS["tree"]
+    assert settings(rows=6) == FILE_SETTINGS["alternates"]
     assert settings(rows=3) == Settings(3, None, 0.25, choices=3)
     assert settings(draft_length=0, threshold=2.5) == Settings(6, 0, 2.5, choices=3)
     assert settings(file=False) == Settings(8, None, 2.0, choices=4)

@@ -31,6 +31,7 @@ from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, generate
 from speq.model.transformer import attention
 from tests.host.decoding import (
+    COUNTED,
     SEED,
     SMALL,
     TOKENS,
@@ -82,17 +83,16 @@ def test_steps_are_the_golden_models(llama, draft_length):
 
 def test_alternates_and_chains_are_accepted_and_counted(llama):
     """What the tests above compare does happen; the accelerator's counters agree."""
-    names = ("draft_passes", "verify_passes", "committed", "accepted", "alternates", "tree_hits")
-    total = dict.fromkeys(names, 0)
+    total = dict.fromkeys(COUNTED, 0)
     for i in range(8):
         prompt = random_tokens(llama.model.config, 3, SEED + i)
         statistics = Statistics()
         for step in check(llama.host, llama.model, llama.encoded, prompt, Settings(8, 3)):
             statistics.add(step)
         counters = llama.host.counters()
-        for name in names:
-            assert counters[name.upper()] == getattr(statistics, name)
-            total[name] += counters[name.upper()]
+        for name, counter in COUNTED.items():
+            assert counters[counter] == getattr(statistics, name)
+            total[name] += counters[counter]
     assert all(total.values())
 
 

@@ -130,7 +130,7 @@ def test_sampled_text_may_use_tokens_that_are_not_drafted(subject):
     )
     for step in steps:
         # What came from the draft is a token that it has.
-        count = step.accepted + step.tree_hit
+        count = step.accepted + step.alternate_hit
         assert all(token < 16 for token in step.tokens[:count])
     tokens = [token for step in steps for token in step.tokens]
     assert len(tokens) == 36

@@ -213,8 +213,8 @@ def test_batches_do_not_matter(subject, monkeypatch):
 SETTINGS = {
     "chain and no spare rows": Settings(rows=5),
     "early exit": Settings(rows=5, threshold=0.4, choices=1),
-    "tree with early exit": Settings(rows=5, threshold=0.4),
-    "tree behind a short chain": Settings(rows=8, draft_length=3),
+    "alternates with early exit": Settings(rows=5, threshold=0.4),
+    "alternates behind a short chain": Settings(rows=8, draft_length=3),
     "two choices": Settings(rows=6, draft_length=3, threshold=0.2, choices=2),
     "exit after every token": Settings(rows=5, threshold=math.inf),
     "one row": Settings(rows=1),
@@ -222,7 +222,7 @@ SETTINGS = {
 
 
 def counts(step: Step) -> tuple:
-    return step.tokens, step.drafted, step.accepted, step.alternates, step.tree_hit
+    return step.tokens, step.drafted, step.accepted, step.alternates, step.alternate_hit
 
 
 def exact_steps(subject: SimpleNamespace, number: int, count: int, **options) -> list[Step]:
@@ -254,7 +254,7 @@ def test_replayed_steps_are_those_of_speculation(subject):
                 assert ours.margins == pytest.approx(other.margins, abs=1e-6)
                 total.add(ours)
     assert total.committed == len(SETTINGS) * 2 * TOKENS
-    assert 0.1 < total.match_rate < 0.95 and total.tree_hits > 3
+    assert 0.1 < total.match_rate < 0.95 and total.alternate_hits > 3
 
 
 @pytest.mark.parametrize("subject", ["llama", "gemma3"], indirect=True)
@@ -286,8 +286,8 @@ def test_replay_by_hand():
 
     last = ([9], 0, 0, 0, False)
     # 5 and 6 are accepted, the alternate 7 hits if it has a row; 8 comes with it.
-    tree = steps(Settings(rows=5, draft_length=3, choices=2))
-    assert tree == [([5, 6, 7, 8], 3, 2, 1, True), last]
+    alternates = steps(Settings(rows=5, draft_length=3, choices=2))
+    assert alternates == [([5, 6, 7, 8], 3, 2, 1, True), last]
     chain = steps(Settings(rows=5, draft_length=3, choices=1))
     assert chain == [([5, 6, 7], 3, 2, 0, False), ([8], 1, 0, 0, False), last]
     (first, *_) = replay(text, chains, Settings(rows=5, draft_length=3, choices=2))

@@ -23,8 +23,8 @@ from speq.model.speculation import Settings
 from tests.model.drafted import drafted_model, rearranged
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
-SETTINGS = {"chain": Settings(6, 3, 0.5, 1), "tree": Settings(8, None, 1.25, 4)}
-REPORT = {"tried": [{"cost": 0.25, "tree": 1.5}], "note": "ä"}
+SETTINGS = {"chain": Settings(6, 3, 0.5, 1), "alternates": Settings(8, None, 1.25, 4)}
+REPORT = {"tried": [{"cost": 0.25, "alternates": 1.5}], "note": "ä"}
 PLANES = ("draft_plane", "residual_plane", "group_bytes", "order", "shift")
 
 
@@ -165,9 +165,9 @@ DAMAGE = {
     "order twice the same": lambda h, a: a["head.order"].__setitem__(0, a["head.order"][1]),
     "shift too large": lambda h, a: a["head.shift"].__setitem__(3, 8),
     "shift too short": lambda h, a: a.update({"head.shift": a["head.shift"][1:]}),
-    "impossible settings": lambda h, a: h["settings"]["tree"].update(draft_length=9),
-    "settings of another type": lambda h, a: h["settings"]["tree"].update(rows="8"),
-    "unknown setting": lambda h, a: h["settings"]["tree"].update(speed=9),
+    "impossible settings": lambda h, a: h["settings"]["alternates"].update(draft_length=9),
+    "settings of another type": lambda h, a: h["settings"]["alternates"].update(rows="8"),
+    "unknown setting": lambda h, a: h["settings"]["alternates"].update(speed=9),
     "settings as a list": lambda h, a: h.update(settings=[]),
 }
 

@@ -447,7 +447,7 @@ def optimised(model) -> SimpleNamespace:
 
 
 def check_same(outcome: Outcome, expected: Outcome) -> None:
-    for name in ("chain", "tree", "speedups", "tried"):
+    for name in ("chain", "alternates", "speedups", "tried"):
         assert getattr(outcome, name) == getattr(expected, name)
     assert outcome.tensors.keys() == expected.tensors.keys()
     for name, tensor in outcome.tensors.items():
@@ -469,8 +469,8 @@ def test_optimised_model_decodes_to_its_bits(model, optimised):
     head = tensors["head"]
     assert head.drafted_outputs is None or head.drafted_outputs % 8 == 0
     outcome = optimised.outcome
-    assert outcome.chain.choices == 1 and outcome.tree.choices == 3
-    assert outcome.chain.rows == outcome.tree.rows == 6
+    assert outcome.chain.choices == 1 and outcome.alternates.choices == 3
+    assert outcome.chain.rows == outcome.alternates.rows == 6
     assert len(outcome.tried) == len(BUDGETS)
 
 
@@ -480,7 +480,7 @@ def test_reported_speedups_are_those_of_the_outcome(model, optimised, calibratio
     costs = encoded_costs(model.config, outcome.tensors)
     assert costs.relative == pass_costs(outcome.tensors)
     samples = [Sample("", *pair) for pair in zip(calibration.texts, chains, strict=True)]
-    for settings, value in zip((outcome.chain, outcome.tree), outcome.speedups, strict=True):
+    for settings, value in zip((outcome.chain, outcome.alternates), outcome.speedups, strict=True):
         assert speedup(samples, settings, costs) == value
         best, _ = best_speedup(calibration.texts, chains, costs, 6, settings.choices)
         assert best == value

@@ -102,7 +102,7 @@ def test_alternates_by_hand():
     """The second choices repair 12 and 16: 10 11 12 13, then 14 15 16 17."""
     run = run_sample(made_up(TOKENS, RIGHT), Settings(8, 3, 0.0, 2), COSTS)
     s = run.statistics
-    assert (s.verify_passes, s.draft_passes, s.committed, s.tree_hits) == (2, 6, 8, 2)
+    assert (s.verify_passes, s.draft_passes, s.committed, s.alternate_hits) == (2, 6, 8, 2)
     assert s.alternates == 6
     # The second pass's context is the prompt but its last token, and four tokens.
     plain = sum(kv_bytes(CONFIG, 4 + i, 1) for i in range(8))

@@ -48,8 +48,8 @@ PROMPTS = 3
 SETTINGS = {
     "chain and no spare rows": Settings(),
     "chain with early exit": Settings(threshold=0.4, choices=1),
-    "tree with early exit": Settings(threshold=0.4),
-    "tree behind a short chain": Settings(draft_length=3),
+    "alternates with early exit": Settings(threshold=0.4),
+    "alternates behind a short chain": Settings(draft_length=3),
     "two choices": Settings(rows=6, draft_length=3, threshold=0.2, choices=2),
     "one draft token and all alternates": Settings(rows=16, draft_length=1, choices=16),
     "one draft token alone": Settings(rows=2),
@@ -159,19 +159,21 @@ def test_greedy_decoding_loses_no_bit(subject):
         steps += made
     assert 0.2 < total.match_rate < 0.9
     cases = {
-        "refused at once": [s for s in steps if s.drafted and not s.accepted and not s.tree_hit],
-        "refused later": [s for s in steps if 0 < s.accepted < s.drafted and not s.tree_hit],
+        "refused at once": [
+            s for s in steps if s.drafted and not s.accepted and not s.alternate_hit
+        ],
+        "refused later": [s for s in steps if 0 < s.accepted < s.drafted and not s.alternate_hit],
         "everything accepted": [s for s in steps if s.accepted == s.drafted >= 2],
-        "first alternates hit": [s for s in steps if s.tree_hit and not s.accepted],
-        "later alternates hit": [s for s in steps if s.tree_hit and s.accepted],
-        "alternates in vain": [s for s in steps if s.alternates and not s.tree_hit],
+        "first alternates hit": [s for s in steps if s.alternate_hit and not s.accepted],
+        "later alternates hit": [s for s in steps if s.alternate_hit and s.accepted],
+        "alternates in vain": [s for s in steps if s.alternates and not s.alternate_hit],
         "early exit": [s for s in steps if s.margins and s.margins[-1] < 0.2 and s.drafted < 6],
     }
     counts = {name: len(found) for name, found in cases.items()}
     print(counts)
     assert all(counts.values()), counts
     for step in steps:
-        assert len(step.tokens) <= step.accepted + 1 + step.tree_hit
+        assert len(step.tokens) <= step.accepted + 1 + step.alternate_hit
         assert len(step.margins) == step.drafted
 
 
@@ -261,7 +263,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_greedy_check_notices_bugs(subject, bug, monkeypatch):
     owner, name, broken, message = BUGS[bug]
-    settings = SETTINGS["tree with early exit"]
+    settings = SETTINGS["alternates with early exit"]
     monkeypatch.setattr(subject, "plain", {})  # plain decoding may have the bug, too
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(AssertionError, match=message):
@@ -340,7 +342,7 @@ def test_statistics_count():
     assert (statistics.verify_passes, statistics.draft_passes, statistics.committed) == (3, 11, 8)
     assert statistics.match_rate == 5 / 6
     assert statistics.tokens_per_pass == 8 / 3
-    assert (statistics.alternates, statistics.tree_hits) == (3, 1)
+    assert (statistics.alternates, statistics.alternate_hits) == (3, 1)
     assert statistics.speedup() == 8 / (11 / 4 + 3)
     assert statistics.speedup(0.5, 1.5) == 8 / (5.5 + 4.5)
 
@@ -628,7 +630,7 @@ def transitions(markov: SimpleNamespace, settings: Settings, sampling: Sampling,
 
 SAMPLED = {
     "chain": (Settings(rows=4, choices=1), Sampling()),
-    "tree": (Settings(rows=8, draft_length=3, threshold=0.5, choices=3), Sampling(0.9)),
+    "alternates": (Settings(rows=8, draft_length=3, threshold=0.5, choices=3), Sampling(0.9)),
     "truncated": (Settings(rows=6, threshold=1.0), Sampling(1.5, top_k=4, top_p=0.9)),
 }
 
@@ -638,7 +640,7 @@ def test_sampled_text_has_the_targets_distribution(markov, settings, sampling):
     counts, statistics = transitions(markov, settings, sampling, 15_000)
     assert counts.sum() == 15_000
     assert 0.2 < statistics.match_rate < 0.9
-    assert (statistics.tree_hits > 300) == (settings.choices > 1)
+    assert (statistics.alternate_hits > 300) == (settings.choices > 1)
     assert p_value(counts, distribution(markov.target, sampling)) > LEAST_P_VALUE
 
 
@@ -672,7 +674,7 @@ def walk_with_one_too_many(proposal, logits, sampling, source):
 
 
 def test_chi_square_notices_a_wrong_walk(markov, monkeypatch):
-    settings, sampling = SAMPLED["tree"]
+    settings, sampling = SAMPLED["alternates"]
     monkeypatch.setattr(speculation, "accept", walk_with_one_too_many)
     counts, _ = transitions(markov, settings, sampling, 5000)
     assert p_value(counts, distribution(markov.target, sampling)) < LEAST_P_VALUE
