@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind, unpack
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, FORMS, DescriptorKind, unpack
 from speq.hw.control.register_map import ANSWERS, COUNTERS, STATES, Register, constants, registers
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import (
@@ -33,28 +33,6 @@ from speq.model.format import EncodedTensor
 from speq.model.number_format import draft_words, residual_words
 from speq.model.speculation import Proposal, accept, allot_alternates, ranked
 
-#: Fields of a descriptor that must be 0, by kind.
-_UNUSED = {
-    DescriptorKind.GEMM: {"reserved", "discard", "values", "sharing", "argument", "extra"},
-    DescriptorKind.ARGMAX: {"reserved", "half", "values", "sharing", "argument"},
-    DescriptorKind.ATTENTION: {
-        "reserved",
-        "mode",
-        "discard",
-        "tokens",
-        "argument",
-        "residual",
-        "groups",
-    },
-    DescriptorKind.HOST: {name for name, _ in DESCRIPTOR} - {"kind", "argument"},
-    DescriptorKind.END: {name for name, _ in DESCRIPTOR} - {"kind"},
-}
-#: What a product's mode leaves unused on top.
-_UNUSED_IN_MODE = {
-    Mode.VERIFY: set(),
-    Mode.DRAFT: {"residual"},
-    Mode.BYPASS: {"residual", "groups"},
-}
 _PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
 
 _HOST_INTERRUPT, _DONE_INTERRUPT, _ERROR_INTERRUPT = 1, 2, 4
@@ -582,18 +560,17 @@ def check_descriptor(
 def _is_unknown(fields: dict[str, int]) -> bool:
     if fields["kind"] not in {kind.value for kind in DescriptorKind}:
         return True
-    takes_mode = DescriptorKind(fields["kind"]) in (DescriptorKind.GEMM, DescriptorKind.ARGMAX)
+    takes_mode = "mode" in FORMS[DescriptorKind(fields["kind"])].uses
     return takes_mode and fields["mode"] not in {mode.value for mode in Mode}
 
 
 def _uses_reserved(fields: dict[str, int]) -> bool:
-    kind = DescriptorKind(fields["kind"])
-    unused = set(_UNUSED[kind])
-    if kind in (DescriptorKind.GEMM, DescriptorKind.ARGMAX):
-        unused |= _UNUSED_IN_MODE[Mode(fields["mode"])]
-    elif kind is DescriptorKind.ATTENTION:
-        unused.add("k" if fields["values"] else "o")
-    return any(fields[name] for name in unused)
+    used = {"kind"}
+    for name, use in FORMS[DescriptorKind(fields["kind"])].uses.items():
+        in_mode = fields["mode"] in {mode.value for mode in use.modes}
+        if in_mode and use.values in (None, bool(fields["values"])):
+            used.add(name)
+    return any(value for name, value in fields.items() if name not in used)
 
 
 def _has_bad_size(
@@ -615,13 +592,9 @@ def _has_bad_size(
 
 
 def _is_misaligned(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
-    if DescriptorKind(fields["kind"]) not in _PRODUCTS:
-        return False
-    is_attention = DescriptorKind(fields["kind"]) is DescriptorKind.ATTENTION
-    weights = {"plane", "residual"} | ({"extra"} if is_attention else set())
-    data = {"groups", "activations", "results", "extra"} - weights
-    beats = dict.fromkeys(weights, config.weights) | dict.fromkeys(data, config.data)
-    return any(
-        fields[name] % port.beat_bytes or fields[name] >> config.address_bits
-        for name, port in beats.items()
-    )
+    for name, use in FORMS[DescriptorKind(fields["kind"])].uses.items():
+        if use.port is not None:
+            port = config.weights if use.port == "weights" else config.data
+            if fields[name] % port.beat_bytes or fields[name] >> config.address_bits:
+                return True
+    return False

@@ -377,7 +377,7 @@ class MemoryLayout:
         """Only the logits of verify passes are of interest, and only the ranking of the others."""
         operands = self._operands(kind, "head")
         if kind is PassKind.DRAFT:
-            return Descriptor(DescriptorKind.ARGMAX, **operands, discard=True, extra=self.ranking)
+            return Descriptor(DescriptorKind.ARGMAX, **operands, discard=True, ranking=self.ranking)
         return Descriptor(DescriptorKind.ARGMAX, **operands, results=self.results)
 
     def _scores(self, block: int, head: int) -> Descriptor:
@@ -389,7 +389,7 @@ class MemoryLayout:
             plane=self.keys_address(block, 0, head),
             activations=self.activations + head * self.attention_stride(k),
             results=self.results + head * self.attention_result_stride(self.capacity),
-            extra=self.key_stride,
+            stride=self.key_stride,
         )
 
     def _weighted_values(self, block: int, head: int) -> Descriptor:
@@ -402,7 +402,7 @@ class MemoryLayout:
             plane=self.values_address(block, head),
             activations=self.activations + head * self.attention_stride(self.capacity),
             results=self.results + head * self.attention_result_stride(o),
-            extra=self.value_stride,
+            stride=self.value_stride,
         )
 
 

@@ -11,7 +11,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.common.logic import ceil_div
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, FORMS, DescriptorKind
 from speq.hw.engine_config import Mode
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.memory_reader import MemoryReader
@@ -22,23 +22,32 @@ _AHEAD = 4
 _PROGRAM_LENGTH_BITS = 16
 _FP16_BYTES = 2
 
-#: Fields that must be 0, by kind; those of a mode come on top.
-_UNUSED = {
-    DescriptorKind.GEMM: ("reserved", "discard", "values", "sharing", "argument", "extra"),
-    DescriptorKind.ARGMAX: ("reserved", "half", "values", "sharing", "argument"),
-    DescriptorKind.ATTENTION: (
-        "reserved",
-        "mode",
-        "discard",
-        "tokens",
-        "argument",
-        "residual",
-        "groups",
-    ),
-    DescriptorKind.HOST: tuple(name for name, _ in DESCRIPTOR if name not in ("kind", "argument")),
-    DescriptorKind.END: tuple(name for name, _ in DESCRIPTOR if name != "kind"),
-}
-_UNUSED_IN_MODE = {Mode.VERIFY: (), Mode.DRAFT: ("residual",), Mode.BYPASS: ("residual", "groups")}
+_PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
+
+
+def _unused(kind: DescriptorKind) -> list[str]:
+    """Fields that must be 0 in a kind, whatever the others are."""
+    names = [name for name, _ in DESCRIPTOR if name not in ("kind", *FORMS[kind].uses)]
+    # The order shows in the Verilog, not in the result.
+    return sorted(names, key=lambda name: name != "reserved") if kind in _PRODUCTS else names
+
+
+def _unused_in(mode: Mode) -> list[str]:
+    """Fields that must be 0 on top in a GEMM or ARGMAX of a mode."""
+    uses = FORMS[DescriptorKind.GEMM].uses
+    return [name for name, use in uses.items() if mode not in use.modes]
+
+
+def _unused_in_attention(values: bool) -> list[str]:
+    """Fields that must be 0 on top in an ATTENTION with or without `values`."""
+    uses = FORMS[DescriptorKind.ATTENTION].uses
+    return [name for name, use in uses.items() if use.values is (not values)]
+
+
+def _places(port: str) -> list[str]:
+    """All fields that are addresses or distances of a port, whatever kind uses them."""
+    uses = [item for kind in _PRODUCTS for item in FORMS[kind].uses.items()]
+    return list(dict.fromkeys(use.name or name for name, use in uses if use.port == port))
 
 
 def walk_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -325,16 +334,20 @@ class ProgramWalker(wiring.Component):
 
         used = Signal()  # a field that must be 0
         with m.Switch(kind):
-            for value, names in _UNUSED.items():
+            for value in FORMS:
                 with m.Case(value):
-                    m.d.comb += used.eq(Cat(Value.cast(d[name]) for name in names).any())
+                    fields = Cat(Value.cast(d[name]) for name in _unused(value))
+                    m.d.comb += used.eq(fields.any())
         used_in_mode = Signal()
         with m.Switch(mode):
-            for value, names in _UNUSED_IN_MODE.items():
+            for value in Mode:
                 with m.Case(value):
-                    fields = Cat(Value.cast(d[name]) for name in names)
+                    fields = Cat(Value.cast(d[name]) for name in _unused_in(value))
                     m.d.comb += used_in_mode.eq(is_gemm & fields.any())
-        counted = Mux(d.values, d.k, d.o)  # what the KV entries take the place of
+        # What the KV entries take the place of.
+        counted = Mux(
+            d.values, *(Cat(d[name] for name in _unused_in_attention(v)) for v in (True, False))
+        )
         reserved = used | used_in_mode | (is_attention & (counted != 0))
 
         # In attention the KV entries are an inner or an outer dimension.
@@ -352,17 +365,24 @@ class ProgramWalker(wiring.Component):
         )
 
         config = self.config
-        stride = Mux(is_attention, d.extra, 0)
-        ranking = Mux(is_attention, 0, d.extra)
+        # The member `extra` of the layout is one or the other.
+        shared = {
+            "stride": Mux(is_attention, d.extra, 0),
+            "ranking": Mux(is_attention, 0, d.extra),
+        }
         misaligned = (
             is_product
             & Cat(
-                _is_misaligned(value, port.offset_bits, config.address_bits)
-                for port, values in (
-                    (config.weights, (d.plane, d.residual, stride)),
-                    (config.data, (d.groups, d.activations, d.results, ranking)),
+                _is_misaligned(
+                    shared[name] if name in shared else d[name],
+                    port.offset_bits,
+                    config.address_bits,
                 )
-                for value in values
+                for port, names in (
+                    (config.weights, _places("weights")),
+                    (config.data, _places("data")),
+                )
+                for name in names
             ).any()
         )
 

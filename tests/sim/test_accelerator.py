@@ -19,7 +19,7 @@ from speq.host.board import Board
 from speq.host.layout import RANKING_BYTES, ceil_div, round_up
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, DescriptorKind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, registers
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
@@ -340,7 +340,7 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
         for field in ("mode", "discard", "tokens", "argument", "residual", "groups")
     ]
     reserved += [("scores", {"o": 1}), ("values", {"k": 1 << 31})]
-    others = [field for field in Descriptor.__dataclass_fields__ if field not in ("kind", "mode")]
+    others = [field for field, _ in DESCRIPTOR if field not in ("kind", "mode")]
     reserved += [("host", {field: 1}) for field in others if field != "argument"]
     reserved += [("end", {field: 1}) for field in others] + [("end", {"mode": 1})]
     sizes = [
@@ -437,7 +437,7 @@ READS = {
     "bypass": ("plane", "activations"),
     "attention": ("plane", "activations"),
 }
-WRITES = {"verify": ("results",), "argmax": ("results", "extra"), "attention": ("results",)}
+WRITES = {"verify": ("results",), "argmax": ("results", "ranking"), "attention": ("results",)}
 READ_CASES = [(name, field) for name, fields in READS.items() for field in fields]
 WRITE_CASES = [(name, field) for name, fields in WRITES.items() for field in fields]
 
@@ -492,7 +492,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
         words = ceil_div(k, 4) if mode is Mode.DRAFT else k
         size = round_up(words * config.activation_bytes, data)
         yield from ((address + i * size, size) for i in range(batches))
-    elif field == "extra":
+    elif field == "ranking":
         yield address, RANKING_BYTES * tokens
     else:
         left = tokens * d.sharing if is_attention else tokens

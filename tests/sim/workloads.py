@@ -258,7 +258,7 @@ class Workload:
         else:
             size = ceil_div(o, engine.cols) * engine.cols * actual * (2 if half else 4)
             results = self._result("results", size)
-        extra = self._result("extra", RANKING_BYTES * actual) if ranking else 0
+        place = self._result("ranking", RANKING_BYTES * actual) if ranking else 0
         return self.add(
             kind,
             mode=mode,
@@ -269,7 +269,7 @@ class Workload:
             wait=wait,
             discard=discard,
             results=results,
-            extra=extra,
+            ranking=place,
             **operands,
         )
 
@@ -310,7 +310,7 @@ class Workload:
             plane=plane,
             activations=self._activations(Mode.BYPASS, k, all_rows),
             results=self._result("results", tiles * cols * all_rows * (2 if half else 4)),
-            extra=0 if gap is None else stride,
+            stride=0 if gap is None else stride,
         )
 
     def add_random(self) -> Descriptor:
@@ -411,7 +411,7 @@ class Workload:
             words = [f"{i}: {d.kind.name} {d.mode.name} tokens={d.tokens} k={d.k} o={d.o}"]
             names = ("half", "wait", "discard", "values", "sharing")
             words += [f"{name}={int(getattr(d, name))}" for name in names if getattr(d, name)]
-            names = (*_ADDRESS_FIELDS, "extra", "argument")
+            names = (*_ADDRESS_FIELDS, "ranking", "stride", "argument")
             words += [f"{name}={getattr(d, name):#x}" for name in names if getattr(d, name)]
             lines.append(" ".join(words))
         return "\n".join(lines)

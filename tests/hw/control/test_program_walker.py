@@ -161,7 +161,7 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
     }  # fmt: skip
     if d.kind is not DescriptorKind.ATTENTION:
         return [job]
-    job |= {"mode": Mode.BYPASS.value, "stride": d.extra}
+    job |= {"mode": Mode.BYPASS.value, "stride": d.stride}
     job["k" if d.values else "o"] = position + rows
     jobs = []
     left = rows * d.sharing
@@ -196,7 +196,7 @@ def random_descriptor(rng: random.Random) -> Descriptor:
             kind, wait=wait, half=rng.random() < 0.5, values=values, sharing=rng.randint(1, 5),
             k=0 if values else k, o=o if values else 0, plane=addresses["plane"],
             activations=addresses["activations"], results=addresses["results"],
-            extra=rng.randrange(3) * 128,
+            stride=rng.randrange(3) * 128,
         )  # fmt: skip
     mode = rng.choice(list(Mode))
     if mode is not Mode.VERIFY:
@@ -208,7 +208,7 @@ def random_descriptor(rng: random.Random) -> Descriptor:
         **addresses,
     )  # fmt: skip
     if kind is DescriptorKind.ARGMAX:
-        return replace(d, discard=rng.random() < 0.5, extra=rng.randrange(2) * 128)
+        return replace(d, discard=rng.random() < 0.5, ranking=rng.randrange(2) * 128)
     return replace(d, half=rng.random() < 0.5)
 
 
@@ -236,8 +236,8 @@ def test_random_programs(data_bits):
                 assert (name, values) == ("job", job)
                 first_alone = d.wait or d.kind is DescriptorKind.ARGMAX
                 assert not (overlaps and first_alone and i == 0)
-            if d.kind is DescriptorKind.ARGMAX and d.extra:
-                assert next(events) == ("ranking", d.extra, d.tokens or rows, False)
+            if d.kind is DescriptorKind.ARGMAX and d.ranking:
+                assert next(events) == ("ranking", d.ranking, d.tokens or rows, False)
         assert next(events) == ("end", False, False)
         assert got.error is ErrorCode.NONE
     assert any(event[0] == "job" and event[2] for event in got.events), "nothing overlapped"
@@ -263,11 +263,12 @@ ATTENTION = Descriptor(DescriptorKind.ATTENTION, k=8, sharing=2)
         (replace(GEMM, groups=4), ErrorCode.MISALIGNED),
         (replace(GEMM, activations=1), ErrorCode.MISALIGNED),
         (replace(GEMM, results=1 << 32), ErrorCode.MISALIGNED),
-        (replace(ATTENTION, extra=8), ErrorCode.MISALIGNED),
-        (replace(GEMM, kind=DescriptorKind.ARGMAX, extra=8), ErrorCode.MISALIGNED),
+        (replace(ATTENTION, stride=8), ErrorCode.MISALIGNED),
+        (replace(GEMM, kind=DescriptorKind.ARGMAX, ranking=8), ErrorCode.MISALIGNED),
         (replace(GEMM, argument=1), ErrorCode.RESERVED),
         (replace(GEMM, sharing=1), ErrorCode.RESERVED),
-        (replace(GEMM, extra=128), ErrorCode.RESERVED),
+        (replace(GEMM, ranking=128), ErrorCode.RESERVED),
+        (replace(GEMM, stride=128), ErrorCode.RESERVED),
         (replace(GEMM, mode=Mode.BYPASS, residual=0), ErrorCode.RESERVED),
         (replace(GEMM, kind=DescriptorKind.ARGMAX, half=True), ErrorCode.RESERVED),
         (replace(ATTENTION, o=1), ErrorCode.RESERVED),
