@@ -18,7 +18,15 @@ import torch
 
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, FORMS, DescriptorKind, unpack
-from speq.hw.control.register_map import ANSWERS, COUNTERS, STATES, Register, constants, registers
+from speq.hw.control.register_map import (
+    ANSWERS,
+    COUNTERS,
+    MAX_RING_LOG2,
+    STATES,
+    Register,
+    constants,
+    registers,
+)
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import (
     BlockActivations,
@@ -248,7 +256,7 @@ class AcceleratorModel:
                 "DRAFT_LENGTH": (0, engine.rows - 1),
                 "CHOICES": (1, CHOICES),
                 "TOKEN_LIMIT": (1, 2**32 - 1),
-                "RING_LOG2": (1, 24),
+                "RING_LOG2": (1, MAX_RING_LOG2),
             }
             addresses |= dict.fromkeys(
                 ("DRAFT_PROGRAM", "VERIFY_PROGRAM"), self.config.alignment

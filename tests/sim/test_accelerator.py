@@ -23,7 +23,7 @@ from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorK
 from speq.hw.control.register_map import ANSWERS, registers
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.memory.weight_reader import chunk_words
+from speq.hw.memory.weight_reader import RESIDUAL_WORDS, chunk_words
 from speq.hw.verilog import generate_top
 from speq.model.number_format import FormatConfig, draft_words, residual_words
 from speq.sim.runner import seed
@@ -480,7 +480,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
         chunk = chunk_words(config) if mode is Mode.VERIFY else 1 << 20
         words = k if mode is Mode.BYPASS else draft_words(k, number_format)
         if field == "residual":
-            chunk, words = 3 * chunk, residual_words(k, number_format)
+            chunk, words = RESIDUAL_WORDS * chunk, residual_words(k, number_format)
         for i in range(tiles):
             for first in range(0, words, chunk):
                 yield address + (i * words + first) * word, min(chunk, words - first) * word
