@@ -16,13 +16,21 @@ import numpy as np
 import torch
 
 from speq.host.board import Board
-from speq.host.layout import RANKING_BYTES, Region, ceil_div, round_up, tiled, weight_planes
+from speq.host.layout import (
+    RANKING_BYTES,
+    Region,
+    ceil_div,
+    draft_activation_words,
+    round_up,
+    tiled,
+    weight_planes,
+)
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, STATES
-from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
-from speq.model.arith import BlockActivations, quantize_activations
+from speq.hw.engine_config import DRAFT_LANES, Mode
+from speq.model.arith import quantize_activations
 from speq.model.format import encode
 from speq.model.number_format import draft_words, residual_words
 
@@ -209,7 +217,7 @@ class Workload:
         if mode is Mode.DRAFT:
             values = torch.from_numpy(self.patterns(tokens, k).view(np.float16))
             x = quantize_activations(values, config.engine.format.group)
-            self.put(address, draft_words_of(x, config))
+            self.put(address, draft_activation_words(x, config)[:words])
             return address
         for first in range(0, tokens, rows):
             # What other rows than these have must not matter.
@@ -415,28 +423,6 @@ class Workload:
             words += [f"{name}={getattr(d, name):#x}" for name in names if getattr(d, name)]
             lines.append(" ".join(words))
         return "\n".join(lines)
-
-
-def draft_words_of(x: BlockActivations, config: AcceleratorConfig) -> np.ndarray:
-    """Block activations of up to draft_rows rows as they lie in memory: uint8 [words,
-    activation_bytes]; bits are those of `EngineConfig.activation_layout`, the others 0."""
-    mantissa, exponent = x.mantissa.numpy().astype(np.int64), x.exponent.numpy()
-    tokens, k = mantissa.shape
-    steps = ceil_div(k, DRAFT_LANES)
-    lanes = np.abs(mantissa) | (mantissa < 0) << BLOCK_MAGNITUDE_BITS
-    lanes = np.pad(lanes, ((0, 0), (0, steps * DRAFT_LANES - k))).reshape(
-        tokens, steps, DRAFT_LANES
-    )
-    blocks = np.arange(steps) * DRAFT_LANES // x.block
-    words = np.zeros((steps, config.activation_bytes), np.uint8)
-    for step in range(steps):
-        word = 0
-        for row in range(tokens):
-            fields = [int(lane) << 8 * i for i, lane in enumerate(lanes[row, step])]
-            fields.append(int(exponent[row, blocks[step]]) << 8 * DRAFT_LANES)
-            word |= sum(fields) << row * BLOCK_ACTIVATIONS.size
-        words[step] = np.frombuffer(word.to_bytes(config.activation_bytes, "little"), np.uint8)
-    return words
 
 
 def random_workload(config: AcceleratorConfig, random: np.random.Generator) -> Workload:
