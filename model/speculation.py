@@ -412,15 +412,22 @@ def verify(model: Model, cache: KVCache, root: int, proposal: Proposal) -> torch
     """
     start, chain, alternates = cache.length, proposal.chain, proposal.alternates
     tokens = [root, *chain, *(token for _, token in alternates)]
-    trunk = 1 + len(chain)
-    mask = torch.zeros(len(tokens), start + len(tokens), dtype=torch.bool)
-    mask[:trunk] = torch.ones_like(mask[:trunk]).tril(start)
-    positions = list(range(start, start + trunk))
-    for row, (i, _) in enumerate(alternates, start=trunk):
-        mask[row, : start + 1 + i] = True  # the committed tokens, the root and chain[:i]
-        mask[row, start + row] = True
-        positions.append(start + 1 + i)
-    return forward(model, tokens, cache, positions=positions, mask=mask)
+    depths = [*range(1 + len(chain)), *(1 + i for i, _ in alternates)]
+    positions = [start + depth for depth in depths]
+    return forward(model, tokens, cache, positions=positions, mask=pass_mask(start, depths))
+
+
+def pass_mask(start: int, depths: Sequence[int]) -> torch.Tensor:
+    """Which cache entries each row of a pass may attend to, bool [T, start + T].
+
+    The pass appends an entry per row behind `start` others. Its first rows are a chain, of depths
+    0, 1, ...; the others are leaves, `depths[i]` behind `start`. A row attends to the entries
+    before the pass, to those of the chain before its depth and to its own.
+    """
+    rows = torch.arange(len(depths))
+    entries = torch.arange(start + len(depths))
+    positions = start + torch.tensor(depths)
+    return (entries < positions[:, None]) | (entries == start + rows[:, None])
 
 
 def accept(
@@ -499,7 +506,15 @@ def generate(
         logits = verify(model, cache, root, proposal)
         tokens, rows = accept(proposal, logits, sampling, generator)
         cache.keep(start, [start + row for row in rows])
-        step = committed_step(proposal, logits, tokens, rows, remaining, stop_ids)
+        step = committed_step(
+            tokens[:remaining],
+            rows,
+            logits,
+            drafted=len(proposal.candidates),
+            alternates=len(proposal.alternates),
+            margins=proposal.margins,
+            stop_ids=stop_ids,
+        )
         yield step
         root = step.tokens[-1]
         remaining = 0 if root in stop_ids else remaining - len(step.tokens)
@@ -519,24 +534,34 @@ def token_limit(model: Model, prompt: Sequence[int], max_tokens: int) -> int:
 
 
 def committed_step(
-    proposal: Proposal,
-    logits: torch.Tensor,
     tokens: list[int],
     rows: list[int],
-    limit: int,
+    logits: torch.Tensor,
+    *,
+    drafted: int,
+    alternates: int,
+    margins: list[float],
     stop_ids: frozenset[int],
 ) -> Step:
-    """The step that commits `tokens`, but not more than `limit` and nothing behind a stop token."""
+    """The step that commits `tokens`, but nothing behind a stop token.
+
+    Parameters
+    ----------
+    tokens : those that were accepted and the target's, perhaps without the last ones
+    rows : of the verify pass that each was chosen by, as of `accept`
+    logits : float32 [rows of the pass, V]
+    drafted, alternates, margins : as of `Step`
+    stop_ids : token ids after which decoding ends
+    """
     ends = [i + 1 for i, token in enumerate(tokens) if token in stop_ids]
-    count = min([len(tokens), limit, *ends])
-    chain = len(proposal.candidates)
-    accepted = sum(0 < row <= chain for row in rows[1:])
+    count = min([len(tokens), *ends])
+    accepted = sum(0 < row <= drafted for row in rows)
     return Step(
         tokens=tokens[:count],
         logits=logits[rows[:count]],
-        drafted=chain,
+        drafted=drafted,
         accepted=min(accepted, count),
-        alternates=len(proposal.alternates),
-        alternate_hit=rows[-1] > chain and count > accepted,
-        margins=proposal.margins,
+        alternates=alternates,
+        alternate_hit=rows[-1] > drafted and count > accepted,
+        margins=margins,
     )
