@@ -269,9 +269,7 @@ def eval_command(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per prompt.")] = 64,
     rows: Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")] = 8,
-    choices: Annotated[
-        int, typer.Option(help="Choices per chain position, the chain's own included.")
-    ] = 4,
+    choices: Annotated[int, typer.Option(help="Candidates per position of the tree.")] = 4,
     group: Annotated[int | None, typer.Option(help="As of encode.", show_default="64")] = None,
     split: Annotated[int | None, typer.Option(help="As of encode.", show_default="2")] = None,
     width: Annotated[int | None, typer.Option(help="As of encode.", show_default="4")] = None,

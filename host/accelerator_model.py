@@ -282,7 +282,7 @@ class AcceleratorModel:
             remaining = written["TOKEN_LIMIT"] - committed
             root, position = written["ROOT"], written["POSITION"]
             proposal = yield from self._draft(root, position, remaining - 1)
-            chain = len(proposal.candidates)
+            chain = len(proposal.choices)
             rows = [(token, i, False) for i, token in enumerate([root, *proposal.chain])]
             rows += [(token, i + 1, True) for i, token in proposal.alternates]
             yield from self._walk(PassKind.VERIFY, 0, position, rows)
@@ -312,22 +312,22 @@ class AcceleratorModel:
         """Draft passes and the choice of alternates, as in `speq.model.speculation.draft`."""
         written = self._written
         threshold = float(np.uint32(written["THRESHOLD"]).view(np.float32))
-        candidates, gaps = [], []
+        choices, gaps = [], []
         token = root
-        while len(candidates) < min(written["DRAFT_LENGTH"], most):
-            index = len(candidates)
+        while len(choices) < min(written["DRAFT_LENGTH"], most):
+            index = len(choices)
             rows = [(token, 0, False)]
             yield from self._walk(PassKind.DRAFT, index, position + index, rows)
             self._count(DRAFT_PASSES=1)
             best = ranked(self._logits[0], CHOICES)
             gap = self._logits[0, best[0]] - self._logits[0, best]
             gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
-            candidates.append(best[: written["CHOICES"]].tolist())
-            token = candidates[-1][0]
+            choices.append(best[: written["CHOICES"]].tolist())
+            token = choices[-1][0]
             if len(best) > 1 and gaps[-1][1] < threshold:
                 break
-        counts = allot_alternates(gaps, [len(c) for c in candidates], self.config.engine.rows)
-        return Proposal([c[: 1 + n] for c, n in zip(candidates, counts, strict=True)])
+        counts = allot_alternates(gaps, [len(c) for c in choices], self.config.engine.rows)
+        return Proposal([c[: 1 + n] for c, n in zip(choices, counts, strict=True)])
 
     def _write_ring(self, tokens: Sequence[int]) -> None:
         written = self._written

@@ -65,7 +65,7 @@ class SpeculationController(wiring.Component):
        by position and rank. `row_depth` has each row's position less that of the root, and marks
        alternates as leaves.
     4. Accept: from row 0 on, the row's best token is committed, until it is not among the
-       candidates at its position, or the row is an alternate.
+       choices at its position, or the row is an alternate.
     5. Commit: every such token goes to the ring in memory, and when all are there, POSITION, ROOT
        and RING_INDEX move on. They are never more than the tokens left, because L is less. Then
        `step_request` until the host has answered.
@@ -361,7 +361,7 @@ class SpeculationController(wiring.Component):
             m.next = "ROWS"
 
     def _accept_states(self, m: Module, r: _Registers) -> None:
-        """The walk from row 0 on. A row's candidates are at the depth behind its own: the next of
+        """The walk from row 0 on. A row's choices are at the depth behind its own: the next of
         the chain, if there is one, and alternates."""
         with m.State("READ"):
             m.next = "TAKE"

@@ -104,7 +104,7 @@ def test_greedy_decoding_loses_no_bit(subject, settings):
 
 
 def test_a_draft_of_two_tokens_loses_no_bit(subject):
-    """Fewer tokens can be drafted than candidates are wanted: the others are -inf."""
+    """Fewer tokens can be drafted than choices are wanted: the others are -inf."""
     head = rearranged(subject.model, np.random.default_rng(SEED), drafted_outputs=2)["head"]
     layers = subject.layers | prepare_draft_linears({"head": head})
     narrow = SimpleNamespace(**{**vars(subject), "layers": layers})

@@ -314,7 +314,7 @@ def test_tensors_without_effect_take_their_smallest_option(generator):
 
 def test_restricted_vocabulary_by_hand():
     """Ids from 10 on are dropped; a dropped first choice changes the rest of the chain."""
-    candidates = torch.tensor(
+    choices = torch.tensor(
         [
             [[1, 12, 3, 4], [5, 6, 17, 8], [9, 2, 3, 4]],  # the chain stays
             [[1, 2, 3, 4], [15, 6, 7, 18], [9, 2, 3, 4]],  # known up to its second token
@@ -323,9 +323,9 @@ def test_restricted_vocabulary_by_hand():
         ]
     )
     scores = torch.tensor([4.0, 3.0, 2.0, 1.0]).expand(4, 3, 4)
-    made = restrict_vocabulary(Chains(candidates, scores), 10, 3)
+    made = restrict_vocabulary(Chains(choices, scores), 10, 3)
     no = -1
-    assert made.candidates.tolist() == [
+    assert made.choices.tolist() == [
         [[1, 3, 4], [5, 6, 8], [9, 2, 3]],
         [[1, 2, 3], [6, 7, no], [no, no, no]],
         [[3, no, no], [no, no, no], [no, no, no]],
@@ -335,8 +335,8 @@ def test_restricted_vocabulary_by_hand():
     assert made.scores[1, 1].tolist() == [3, 2, -torch.inf]
     assert made.scores[2, 0].tolist() == [2, -torch.inf, -torch.inf]
     assert torch.isfinite(made.scores[..., 0]).all()
-    whole = restrict_vocabulary(Chains(candidates, scores), 20, 4)
-    assert torch.equal(whole.candidates, candidates) and torch.equal(whole.scores, scores)
+    whole = restrict_vocabulary(Chains(choices, scores), 20, 4)
+    assert torch.equal(whole.choices, choices) and torch.equal(whole.scores, scores)
 
 
 # Calibration and sensitivities.

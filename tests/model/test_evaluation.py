@@ -42,7 +42,7 @@ WRONG = 99
 def sample(
     tokens: list[int], rows: list[list[list[int]]], margins: list[list[float]], kind: str = "chat"
 ) -> Sample:
-    """A text behind a prompt of 5 tokens, and candidates [P][L][C] whose best is ahead of each of
+    """A text behind a prompt of 5 tokens, and choices [P][L][C] whose best is ahead of each of
     the others by margins [P][L]."""
     scores = [
         [[0.0] + [-margin - 0.01 * c for c in range(len(choices) - 1)] for choices, margin in pairs]

@@ -310,7 +310,7 @@ def test_gaps_that_are_nan_are_the_largest(monkeypatch):
     monkeypatch.setattr(speculation, "forward", lambda *_, **__: torch.tensor([next(passes)]))
     proposal = draft(None, cache, 7, {}, Settings(rows=9, draft_length=3, threshold=inf))
     assert proposal.margins == [inf, inf, 5.0]
-    assert proposal.candidates == [[0, 1, 2, 3], [0, 1], [1, 3]]
+    assert proposal.choices == [[0, 1, 2, 3], [0, 1], [1, 3]]
 
 
 def test_acceptance_walks_the_tree():
@@ -481,7 +481,7 @@ TOYS = {
 
 
 def check_enumeration(rejection, p: list[float], q: list[float], count: int) -> None:
-    """Add up the outcome over all candidates, exactly: it must be p."""
+    """Add up the outcome over all choices, exactly: it must be p."""
     cases = sequences(q, count)
     accept_, residual = rejection(
         torch.tensor([p] * len(cases), dtype=torch.float64),
@@ -508,20 +508,20 @@ def test_recursive_rejection_is_exact(toy, count):
         check_enumeration(recursive_rejection, p, q, count)
 
 
-def accept_as_if_first(p, q, candidates):
-    """Every candidate as if it were the only one."""
-    return (p / q).gather(1, candidates).clamp(max=1), recursive_rejection(p, q, candidates)[1]
+def accept_as_if_first(p, q, choices):
+    """Every choice as if it were the only one."""
+    return (p / q).gather(1, choices).clamp(max=1), recursive_rejection(p, q, choices)[1]
 
 
-def draw_from_target(p, q, candidates):
+def draw_from_target(p, q, choices):
     """After refusals the target itself, not what they leave of it."""
-    return recursive_rejection(p, q, candidates)[0], p
+    return recursive_rejection(p, q, choices)[0], p
 
 
-def draft_with_replacement(p, q, candidates):
-    """Later candidates as if drawn from all tokens."""
+def draft_with_replacement(p, q, choices):
+    """Later choices as if drawn from all tokens."""
     chances = []
-    for x in candidates.split(1, dim=1):
+    for x in choices.split(1, dim=1):
         chances.append((p.gather(1, x) / q.gather(1, x)).clamp(max=1))
         p = (p - q).clamp(min=0)
         p = p / p.sum(dim=1, keepdim=True)
@@ -540,14 +540,14 @@ def test_enumeration_notices_wrong_rejections(wrong):
 def draws(
     p: torch.Tensor, q: torch.Tensor, count: int, number: int, rejection=recursive_rejection
 ) -> torch.Tensor:
-    """Outcomes int64 [number] of drawing candidates, accepting and drawing from the rest."""
+    """Outcomes int64 [number] of drawing choices, accepting and drawing from the rest."""
     source = generator()
     p, q = (x.expand(number, -1) for x in (p, q))
-    candidates = sample(q, count, source)
-    chances, rest = rejection(p, q, candidates)
+    choices = sample(q, count, source)
+    chances, rest = rejection(p, q, choices)
     tries = torch.rand(number, count, generator=source, dtype=torch.float64) < chances
     last = sample(rest, 1, source)
-    outcomes = torch.cat([candidates, last], dim=1)
+    outcomes = torch.cat([choices, last], dim=1)
     tries = torch.cat([tries, torch.ones(number, 1, dtype=torch.bool)], dim=1)
     return outcomes.gather(1, tries.long().argmax(dim=1, keepdim=True))[:, 0]  # the first True
 
@@ -570,14 +570,14 @@ def test_chi_square_notices_wrong_rejections(wrong):
 
 
 def test_choose_draws_from_the_target():
-    """`choose` itself, token by token, with the candidates that `propose` gives it."""
+    """`choose` itself, token by token, with the choices that `propose` gives it."""
     sampling, source = Sampling(temperature=0.8), generator()
     target, other = torch.randn(2, 5, generator=generator(2))
     counts, accepted = torch.zeros(1, 5, dtype=torch.float64), [0, 0, 0]
     for _ in range(4000):
-        candidates, q = speculation.propose(other, 2, sampling, source)
-        token, match = choose(target, candidates, q, sampling, source)
-        assert match is None or candidates[match] == token
+        choices, q = speculation.propose(other, 2, sampling, source)
+        token, match = choose(target, choices, q, sampling, source)
+        assert match is None or choices[match] == token
         counts[0, token] += 1
         accepted[2 if match is None else match] += 1
     assert min(accepted) > 100
