@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from speq.hw.common.files import replacing
 from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import VERSION, EncodedModel, read_encoded, sha256, write_encoded
-from speq.model.encoder import Journal, Outcome, optimise
+from speq.model.encoder import Journal, OptimisedEncoding, optimise
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
 from speq.model.loaders import load_model
@@ -127,7 +127,9 @@ def _calibration_prompts(request: Request, model: Model) -> list[list[int]]:
     return [tokenizer.encode(text if raw else tokenizer.chat(text)) for text in texts]
 
 
-def _optimise(request: Request, model: Model, digests: Mapping[str, str], path: Path) -> Outcome:
+def _optimise(
+    request: Request, model: Model, digests: Mapping[str, str], path: Path
+) -> OptimisedEncoding:
     """Run the optimiser with a progress bar and the journal at `path`."""
     prompts = _calibration_prompts(request, model)
     key = _journal_key(request, digests, prompts)
@@ -230,7 +232,7 @@ def run(request: Request) -> None:
     print(f"written:  {request.output}, {request.output.stat().st_size / 1e6:.1f} MB")
 
 
-def _summary(outcome: Outcome) -> str:
+def _summary(outcome: OptimisedEncoding) -> str:
     """Lines on what the optimiser chose."""
     widths: dict[int, int] = {}
     for tensor in outcome.tensors.values():
@@ -248,7 +250,7 @@ def _summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _report(outcome: Outcome) -> dict[str, object]:
+def _report(outcome: OptimisedEncoding) -> dict[str, object]:
     """What the file's header says about the optimiser's run."""
     return {
         "calibration_speedup": dict(zip(("chain", "alternates"), outcome.speedups, strict=True)),

@@ -130,7 +130,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class OptimisedEncoding:
     """An optimised encoding.
 
     Attributes
@@ -463,7 +463,7 @@ def optimise(
     journal: Journal | None = None,
     save: Callable[[Journal], None] = lambda journal: None,
     progress: Progress = lambda what, done, total: None,
-) -> Outcome:
+) -> OptimisedEncoding:
     """Find the encoding of all linear layers whose drafts make decoding fastest.
 
     Parameters
@@ -559,7 +559,7 @@ def optimise(
         best_speedup(calibration.texts, chains, costs, rows, n) for n in (1, choices)
     )
     results = [(entry["cost"], entry["chain"], entry["alternates"]) for entry in trials.values()]
-    return Outcome(tensors, chain[1], alternates[1], (chain[0], alternates[0]), results)
+    return OptimisedEncoding(tensors, chain[1], alternates[1], (chain[0], alternates[0]), results)
 
 
 def _option(entry: Mapping[str, Any]) -> Option:

@@ -20,8 +20,8 @@ from speq.model.encoder import (
     BUDGETS,
     HEAD_PARTS,
     Calibration,
+    OptimisedEncoding,
     Option,
-    Outcome,
     allocate,
     arranged_moment,
     best_speedup,
@@ -446,7 +446,7 @@ def optimised(model) -> SimpleNamespace:
     return SimpleNamespace(outcome=outcome, journals=journals)
 
 
-def check_same(outcome: Outcome, expected: Outcome) -> None:
+def check_same(outcome: OptimisedEncoding, expected: OptimisedEncoding) -> None:
     for name in ("chain", "alternates", "speedups", "tried"):
         assert getattr(outcome, name) == getattr(expected, name)
     assert outcome.tensors.keys() == expected.tensors.keys()

@@ -33,12 +33,12 @@ from tests.sim.workloads import (
     READ,
     SIZE,
     WRITE,
-    Outcome,
+    RunStatus,
     Workload,
     begin,
-    outcome,
     random_workload,
     run,
+    run_status,
 )
 
 SEED = seed()
@@ -125,7 +125,7 @@ class Pair:
             values = [Registers(board, self.config)[name] for board in (self.model, self.rtl)]
             assert values[0] == values[1], f"SPEQ_SEED={SEED}: {name} {values}\n{workload}"
 
-    def check_fault(self, workload: Workload, expected: Outcome | None = None) -> Outcome:
+    def check_fault(self, workload: Workload, expected: RunStatus | None = None) -> RunStatus:
         """Run a workload that ends with an error: that of the functional model, unless told
         otherwise. Then the accelerator must be fit for another."""
         if expected is None:
@@ -147,7 +147,7 @@ class Pair:
             values = Registers(board, self.config)
             if values["STATUS"]:
                 values.command("stop")
-            assert outcome(values).state == "IDLE"
+            assert run_status(values).state == "IDLE"
         self.check(random_workload(self.config, self.random))
 
 
@@ -530,7 +530,7 @@ def test_bad_responses_to_reads(pair, name, field, response):
         workload, index = with_fault(pair, name, {field: over(bad, pair.random)})
         code = ErrorCode[f"READ_{RESPONSES[response]}"]
         address = burst_of(workload, index, field, bad)
-        pair.check_fault(workload, Outcome("ERROR", code, address, 0))
+        pair.check_fault(workload, RunStatus("ERROR", code, address, 0))
 
 
 @pytest.mark.parametrize("response", RESPONSES, ids=RESPONSES.values())
@@ -541,7 +541,7 @@ def test_bad_responses_to_writes(pair, name, field, response):
         workload, index = with_fault(pair, name, {field: over(bad, pair.random)})
         code = ErrorCode[f"WRITE_{RESPONSES[response]}"]
         address = burst_of(workload, index, field, bad)
-        pair.check_fault(workload, Outcome("ERROR", code, address, 0))
+        pair.check_fault(workload, RunStatus("ERROR", code, address, 0))
 
 
 @pytest.mark.parametrize("side", ["below", "beyond"])
@@ -588,7 +588,7 @@ def test_reads_around_the_end_of_the_address_space(faulty):
         workload, index = with_fault(faulty, name, place, **limits)
         first, size = next(transfers(workload, index, field))
         if first + size > top:
-            expected = Outcome("ERROR", ErrorCode.READ_OUTSIDE, first, 0)
+            expected = RunStatus("ERROR", ErrorCode.READ_OUTSIDE, first, 0)
             faulty.check_fault(workload, expected)
 
 
@@ -609,7 +609,7 @@ def test_programs_without_end(pair):
         workload = small_program(pair, products).end()
         workload.registers = {"PROGRAM_LENGTH": products}
         address = workload.program + products * DESCRIPTOR_BYTES
-        pair.check_fault(workload, Outcome("ERROR", ErrorCode.NO_END, address, 0))
+        pair.check_fault(workload, RunStatus("ERROR", ErrorCode.NO_END, address, 0))
 
 
 def test_a_program_may_end_where_the_region_does(pair):
@@ -633,7 +633,7 @@ def test_faults_of_fetches(pair, products):
     workload = small_program(pair, products, program=lambda _s, _m: start)
     workload.write_program()
     workload.registers = length
-    pair.check_fault(workload, Outcome("ERROR", ErrorCode.READ_OUTSIDE, end, 0))
+    pair.check_fault(workload, RunStatus("ERROR", ErrorCode.READ_OUTSIDE, end, 0))
     for response, bad in BAD_READS.items():
         first = bad // DESCRIPTOR_BYTES * DESCRIPTOR_BYTES
         start = first - products * DESCRIPTOR_BYTES
@@ -641,7 +641,7 @@ def test_faults_of_fetches(pair, products):
         workload.write_program()
         workload.registers = length
         code = ErrorCode[f"READ_{RESPONSES[response]}"]
-        pair.check_fault(workload, Outcome("ERROR", code, first, 0))
+        pair.check_fault(workload, RunStatus("ERROR", code, first, 0))
 
 
 def test_a_failed_fetch_before_a_refused_one(pair):
@@ -651,7 +651,7 @@ def test_a_failed_fetch_before_a_refused_one(pair):
     workload = small_program(pair, 1, program=lambda _s, _m: first - DESCRIPTOR_BYTES)
     workload.write_program()
     workload.registers = {"PROGRAM_LENGTH": 1000, "READ_LIMIT": first + DESCRIPTOR_BYTES - 1}
-    pair.check_fault(workload, Outcome("ERROR", ErrorCode.READ_SLVERR, first, 0))
+    pair.check_fault(workload, RunStatus("ERROR", ErrorCode.READ_SLVERR, first, 0))
 
 
 # Faults: the host.
@@ -670,14 +670,14 @@ def test_a_host_that_refuses(pair, answer):
     workload = with_host(pair)
     workload.answers = {1: ANSWERS.get(answer, (3,))[0]}
     address = workload.program + DESCRIPTOR_BYTES
-    pair.check_fault(workload, Outcome("ERROR", ErrorCode.HOST_REFUSED, address, 0))
+    pair.check_fault(workload, RunStatus("ERROR", ErrorCode.HOST_REFUSED, address, 0))
 
 
 def test_a_host_that_does_not_answer(pair):
     workload = with_host(pair)
     workload.registers = {"HOST_TIMEOUT": 100, "IRQ_ENABLE": 4}  # only the error interrupts
     address = workload.program + DESCRIPTOR_BYTES
-    pair.check_fault(workload, Outcome("ERROR", ErrorCode.HOST_TIMEOUT, address, 0))
+    pair.check_fault(workload, RunStatus("ERROR", ErrorCode.HOST_TIMEOUT, address, 0))
 
 
 def test_stop_while_the_host_is_asked(pair):
@@ -688,7 +688,7 @@ def test_stop_while_the_host_is_asked(pair):
         values = Registers(board, pair.config)
         values.command("stop")
         assert board.wait_interrupt(1000)
-        assert outcome(values) == Outcome("ERROR", ErrorCode.STOPPED, 0, 0)
+        assert run_status(values) == RunStatus("ERROR", ErrorCode.STOPPED, 0, 0)
         values["IRQ_STATUS"] = 7
     pair.check_stopped(workload)
 
@@ -743,7 +743,7 @@ def test_faults_of_the_ring(pair):
         # All places of this ring are in its first beat.
         workload.registers |= {"RING": ring, "RING_LOG2": 1, "TOKEN_LIMIT": 5}
         *_, got = run(pair.rtl, workload)
-        assert got == Outcome("ERROR", ErrorCode[f"WRITE_{why}"], ring, 0)
+        assert got == RunStatus("ERROR", ErrorCode[f"WRITE_{why}"], ring, 0)
         values = Registers(pair.rtl, pair.config)
         assert values["ROOT"] == workload.registers["ROOT"]
         assert values["POSITION"] == workload.position
@@ -772,13 +772,13 @@ def test_stop_at_any_time(pair):
     stopped = 0
     for workload, values in interrupted(pair):
         values.command("stop")
-        while (now := outcome(values)).state == "STOPPING":
+        while (now := run_status(values)).state == "STOPPING":
             pass
         if now.state == "ERROR":
-            assert now == Outcome("ERROR", ErrorCode.STOPPED, 0, 0)
+            assert now == RunStatus("ERROR", ErrorCode.STOPPED, 0, 0)
             stopped += 1
         else:
-            assert now == Outcome("IDLE", ErrorCode.NONE, 0, 0)
+            assert now == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
         values["IRQ_STATUS"] = 7
         pair.check_stopped(workload)
     assert stopped > 10
@@ -787,7 +787,7 @@ def test_stop_at_any_time(pair):
 def test_reset_at_any_time(pair):
     for workload, values in interrupted(pair):
         pair.rtl.reset()
-        assert outcome(values) == Outcome("IDLE", ErrorCode.NONE, 0, 0)
+        assert run_status(values) == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
         for register in registers(pair.config):
             if register.access in ("rw", "w1c"):
                 assert values[register.name] == 0

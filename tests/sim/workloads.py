@@ -53,7 +53,7 @@ _SPECIAL = np.array([0x7C00, 0xFC00, 0x7E00, 0xFDFF, 0x0001, 0x83FF, 0x8000, 0x7
 _STATE_NAMES = {value: name for name, (value, _) in STATES.items()}
 
 
-class Outcome(NamedTuple):
+class RunStatus(NamedTuple):
     """How a run stands when it waits for the host or has ended.
 
     `argument` is that of the HOST descriptor, 0 in other states.
@@ -439,12 +439,12 @@ def random_workload(config: AcceleratorConfig, random: np.random.Generator) -> W
     return workload
 
 
-def outcome(registers: Registers) -> Outcome:
+def run_status(registers: Registers) -> RunStatus:
     """How a run stands."""
     state = _STATE_NAMES[registers["STATUS"]]
     error = ErrorCode(registers["ERROR"])
     argument = registers["HOST_ARGUMENT"] if state == "HOST" else 0
-    return Outcome(state, error, registers["ERROR_ADDRESS"], argument)
+    return RunStatus(state, error, registers["ERROR_ADDRESS"], argument)
 
 
 def begin(board: Board, workload: Workload) -> Registers:
@@ -459,8 +459,8 @@ def begin(board: Board, workload: Workload) -> Registers:
     return registers
 
 
-def run(board: Board, workload: Workload) -> Iterator[Outcome]:
-    """Run a workload; gives the outcome at each wait for the host, then that at the end.
+def run(board: Board, workload: Workload) -> Iterator[RunStatus]:
+    """Run a workload; gives the status at each wait for the host, then that at the end.
 
     The next item is asked for when the host may answer.
 
@@ -473,8 +473,8 @@ def run(board: Board, workload: Workload) -> Iterator[Outcome]:
     hosts = (i for i, d in enumerate(workload.descriptors) if d.kind is DescriptorKind.HOST)
     while True:
         if not board.wait_interrupt(LIMIT):
-            raise TimeoutError(f"the accelerator hangs: {outcome(registers)}\n{workload}")
-        now = outcome(registers)
+            raise TimeoutError(f"the accelerator hangs: {run_status(registers)}\n{workload}")
+        now = run_status(registers)
         yield now
         if now.state not in ("HOST", "STEP"):
             registers["IRQ_STATUS"] = 7

@@ -35,7 +35,7 @@ def system(data_bits: int = 128) -> AcceleratorConfig:
 
 
 @dataclass
-class Outcome:
+class WalkRecord:
     """What a walk did."""
 
     events: list = field(default_factory=list)
@@ -55,12 +55,12 @@ def walk(
     bad_read: int | None = None,
     trial: int = 0,
     cycles: int = 4000,
-) -> Outcome:
+) -> WalkRecord:
     """Run a program; jobs end at random times, in order. `bad_read` answers SLVERR there."""
     content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
     memory = dict(enumerate(content, start=address))
     dut = ProgramWalker(config)
-    outcome = Outcome()
+    record = WalkRecord()
     rng = random.Random(trial)
 
     async def read_port(ctx):
@@ -102,27 +102,27 @@ def walk(
             if taken:
                 names = _JOB_FIELDS + _ADDRESSES
                 values = {n: int(getattr(job[n], "value", job[n])) for n in names}
-                outcome.events.append(("job", values, bool(left)))
+                record.events.append(("job", values, bool(left)))
                 left.append(rng.randrange(2, 30))
             if ranking:
                 payload = ctx.get(dut.rank_command.payload)
-                outcome.events.append(("ranking", payload.address, payload.tokens, bool(left)))
+                record.events.append(("ranking", payload.address, payload.tokens, bool(left)))
                 transfer = rng.randrange(2, 20)
             if ctx.get(dut.host_request):
                 if host == 0:
-                    outcome.events.append(("host", ctx.get(dut.host_argument), bool(left)))
+                    record.events.append(("host", ctx.get(dut.host_argument), bool(left)))
                     host = rng.randrange(2, 20)
                 host -= 1
             else:
                 host = 0
             if ctx.get(dut.done):
-                outcome.events.append(("end", bool(left), transfer > 0))
-                outcome.done = True
+                record.events.append(("end", bool(left), transfer > 0))
+                record.done = True
                 return
             code = ctx.get(dut.error)
             if code != ErrorCode.NONE:
-                outcome.error = ErrorCode(code)
-                outcome.error_address = ctx.get(dut.error_address)
+                record.error = ErrorCode(code)
+                record.error_address = ctx.get(dut.error_address)
                 return
             await ctx.tick()
             if left:
@@ -148,7 +148,7 @@ def walk(
     simulator.add_testbench(taker)
     simulator.add_testbench(start, background=True)
     simulator.run()
-    return outcome
+    return record
 
 
 def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) -> list[dict]:
