@@ -24,12 +24,13 @@ from speq.hw.common.files import replacing
 from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import VERSION, EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.encoder import Journal, OptimisedEncoding, optimise
+from speq.model.evaluation import encoded_costs
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import Prompts, read_prompts, shipped_prompts
-from speq.model.speculation import Settings, pass_costs
+from speq.model.speculation import Settings
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def run(request: Request) -> None:
 
     total = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors.values())
     stored = sum(tensor.storage_bits() for tensor in tensors.values())
-    cost = pass_costs(tensors)[0]
+    cost = encoded_costs(model.config, tensors).relative[0]
     print(f"weights:  {total / 1e6:.2f} M in {len(tensors)} tensors of {model.name}")
     print(
         f"storage:  {stored / total:.4f} bits per weight, {stored / total / 16 - 1:.2%} over FP16"

@@ -30,6 +30,7 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import EncodedModel, read_encoded
+from speq.model.evaluation import encoded_costs
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
 from speq.model.loaders import load_model
@@ -40,7 +41,6 @@ from speq.model.speculation import (
     Statistics,
     Step,
     generate,
-    pass_costs,
     token_limit,
 )
 from speq.model.tokenizer import Tokenizer
@@ -206,7 +206,7 @@ def summary(
     costs: tuple[float, float] | None,
     backend: str = "golden model",
 ) -> list[str]:
-    """Lines with the figures of a run; `costs` as of `pass_costs`, None after plain decoding."""
+    """Lines with the figures of a run; `costs` as `Costs.relative`, None after plain decoding."""
     s = statistics
     speed = f"{s.committed} tokens in {seconds:.1f} s, {s.committed / seconds:.2f} tokens/s"
     if costs is None:
@@ -350,7 +350,7 @@ def run(request: Request) -> None:
         encoded = (
             read_tensors(request.encoded, file, model) if file else encode_model(model, *formats)
         )
-    costs = pass_costs(encoded) if encoded else None
+    costs = encoded_costs(model.config, encoded).relative if encoded else None
     figures: list[str] = []
     if request.rtl:
         source = rtl_steps(request, model, encoded, prompt, settings, figures)

@@ -14,9 +14,9 @@ and the KV cache: FP16 keys and values of every position before the pass, read o
 the entries of the pass's own tokens, written once. Norm weights, biases, the embedding's row and
 activations are left out: together they are below 0.1 % of the weights.
 
-Decoding is limited by bandwidth, so a pass costs the bytes that it streams. `relative_costs` gives
-a draft and a verify pass in units of a plain FP16 pass; with KV traffic the ratio depends on the
-context, and speeds follow from the sums of `PassCost.bytes`.
+Decoding is limited by bandwidth, so a pass costs the bytes that it streams.
+`speq.model.evaluation.Costs` has them in units of a plain FP16 pass; with KV traffic the ratio
+depends on the context, and speeds follow from the sums of `PassCost.bytes`.
 
 A linear layer that has no entry in `formats` is stored as plain FP16 and read whole by every pass.
 """
@@ -269,23 +269,6 @@ def draft_pass(
             weights += 2 * k * o
         jobs[name] = _jobs(words, o, 1, engine)
     return _pass_cost(config, engine, (weights, groups), jobs, 1, context, _DRAFT_END)
-
-
-def relative_costs(
-    config: ModelConfig,
-    formats: Formats,
-    engine: Engine | None = None,
-    drafted_outputs: int | None = None,
-) -> tuple[float, float]:
-    """Costs of a draft and of a verify pass in units of a plain pass: weights and group bytes.
-
-    KV traffic is left out, so that the costs do not depend on the context.
-    """
-    engine = engine or Engine()
-    plain = plain_pass(config, engine).weights
-    draft = draft_pass(config, engine, formats, drafted_outputs=drafted_outputs)
-    verify = verify_pass(config, engine, formats, 1)
-    return (draft.weights + draft.groups) / plain, (verify.weights + verify.groups) / plain
 
 
 def _padded(outputs: int, engine: Engine) -> int:

@@ -33,7 +33,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from speq.model.checkpoint import Model
-from speq.model.format import EncodedTensor
 from speq.model.transformer import DraftLinear, KVCache, forward
 
 
@@ -212,15 +211,6 @@ class Statistics:
         pass in units of a plain pass; NaN before the first step."""
         cost = self.draft_passes * draft_cost + self.verify_passes * verify_cost
         return self.committed / cost if cost else math.nan
-
-
-def pass_costs(encoded: Mapping[str, EncodedTensor]) -> tuple[float, float]:
-    """Costs of a draft and of a verify pass for `Statistics.speedup`: the bytes of the layers that
-    it streams (the draft plane or both, group bytes, padding) over those of the FP16 weights."""
-    plain = sum(2 * math.prod(tensor.shape) for tensor in encoded.values())
-    drafted = sum(tensor.draft_bits() // 8 for tensor in encoded.values())
-    verified = sum(tensor.storage_bits() // 8 for tensor in encoded.values())
-    return drafted / plain, verified / plain
 
 
 def ranked(logits: torch.Tensor, count: int) -> torch.Tensor:

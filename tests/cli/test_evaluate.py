@@ -22,15 +22,16 @@ from speq.cli.eval_report import as_json, number, percent, print_study
 from speq.hw.common.files import staged
 from speq.model import ablation
 from speq.model.checkpoint import linear_names
-from speq.model.cycles import relative_costs, uniform_formats
+from speq.model.cycles import uniform_formats
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
-from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate
+from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate, counted_costs
 from speq.model.format import encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import shipped_prompts
-from speq.model.speculation import Settings, Statistics, generate, pass_costs
+from speq.model.speculation import Settings, Statistics, generate
 from speq.model.transformer import prepare_draft_linears
+from tests.model.drafted import pass_costs
 from tests.model.small_models import VOCABULARY, random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -96,7 +97,7 @@ def test_report_and_plots(speq_eval, tmp_path):
     assert report["prompts"] == {"calibration": one_each, "evaluation": one_each}
     config = small_config(tied_head=False, context=512)
     formats = uniform_formats(config, FormatConfig(), FormatConfig(width=6))
-    assert report["costs"]["relative"] == list(relative_costs(config, formats))
+    assert report["costs"]["relative"] == list(counted_costs(config, formats).relative)
     for name, choices in (("chain", 1), ("alternates", 4)):
         assert report["results"][name]["settings"]["choices"] == choices
         figures = report["results"][name]["figures"]

@@ -32,10 +32,11 @@ from speq.cli.generate import (
 from speq.host.accelerator_model import AcceleratorModel
 from speq.hw.control.register_map import COUNTERS
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
+from speq.model.evaluation import encoded_costs
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings, Statistics, Step, generate, pass_costs
-from tests.model.drafted import rearranged
+from speq.model.speculation import Settings, Statistics, Step, generate
+from tests.model.drafted import pass_costs, rearranged
 from tests.model.small_models import random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -222,7 +223,8 @@ def test_every_linear_layer_is_encoded_and_counted(checkpoint):
     groups = sum(o * -(-k // 64) for o, k in layers) + rows
     draft_bits = sum(4 * o * k for o, k in layers) + 6 * rows * 64 + 8 * groups
     stored_bits = sum(16 * o * k for o, k in layers) + 16 * rows * 64 + 8 * groups
-    assert pass_costs(encoded) == (draft_bits / (16 * plain), stored_bits / (16 * plain))
+    costs = encoded_costs(model.config, encoded).relative
+    assert costs == (draft_bits / (16 * plain), stored_bits / (16 * plain))
 
 
 def test_text_is_streamed_in_whole_characters(checkpoint):

@@ -7,6 +7,9 @@ larger than usual make more of the draft's errors.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 from speq.model.checkpoint import Model, linear_names
@@ -40,6 +43,15 @@ def random_channels(
     order = rng.permutation(patterns.shape[1]).astype(np.uint16)
     shift = np.minimum(rng.integers(0, MAX_SHIFT + 1, len(order)), room_of(patterns[:, order]))
     return order, shift.astype(np.uint8)
+
+
+def pass_costs(encoded: Mapping[str, EncodedTensor]) -> tuple[float, float]:
+    """Costs of a draft and of a verify pass of a model whose linear layers are all encoded: bits
+    that they stream over those of the FP16 weights."""
+    plain = sum(16 * math.prod(tensor.shape) for tensor in encoded.values())
+    drafted = sum(tensor.draft_bits() for tensor in encoded.values())
+    verified = sum(tensor.storage_bits() for tensor in encoded.values())
+    return drafted / plain, verified / plain
 
 
 def rearranged(

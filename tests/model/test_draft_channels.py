@@ -14,9 +14,9 @@ from speq.model.arith import draft_gemm
 from speq.model.checkpoint import linear_names
 from speq.model.emulation import prefill
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Sampling, Settings, Statistics, argmax, generate, pass_costs
+from speq.model.speculation import Sampling, Settings, Statistics, argmax, generate
 from speq.model.transformer import KVCache, forward, prepare_draft_linears
-from tests.model.drafted import drafted_model, rearranged
+from tests.model.drafted import drafted_model, pass_costs, rearranged
 from tests.model.small_models import random_tokens
 from tests.model.test_speculation import check_lossless
 

@@ -42,9 +42,8 @@ from speq.model.encoder import (
 from speq.model.evaluation import Sample, encoded_costs, speedup
 from speq.model.format import arranged, encode
 from speq.model.number_format import MAX_SHIFT, SCALE_NUMERATORS, UNIT_SCALE_CODE, FormatConfig
-from speq.model.speculation import pass_costs
 from speq.model.transformer import KVCache, forward, prepare_draft_linears
-from tests.model.drafted import drafted_model
+from tests.model.drafted import drafted_model, pass_costs
 from tests.model.small_models import random_tokens
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from speq.model.cycles import kv_bytes, linear_shapes, relative_costs, uniform_formats
+from speq.model.cycles import (
+    Engine,
+    draft_pass,
+    kv_bytes,
+    linear_shapes,
+    plain_pass,
+    uniform_formats,
+    verify_pass,
+)
 from speq.model.emulation import Chains, Text
 from speq.model.evaluation import (
     THRESHOLDS,
@@ -203,7 +211,11 @@ def test_acceptance_by_position():
 def test_costs_count_everything():
     formats = uniform_formats(CONFIG, FormatConfig(), FormatConfig(width=6))
     costs = counted_costs(CONFIG, formats)
-    assert costs.relative == relative_costs(CONFIG, formats)
+    engine = Engine()
+    plain = plain_pass(CONFIG, engine).weights
+    draft, verify = draft_pass(CONFIG, engine, formats), verify_pass(CONFIG, engine, formats, 1)
+    expected = ((draft.weights + draft.groups) / plain, (verify.weights + verify.groups) / plain)
+    assert costs.relative == expected
     fewer = counted_costs(CONFIG, formats, drafted_outputs=16)
     assert fewer.draft < costs.draft and fewer.verify == costs.verify
 
