@@ -22,6 +22,8 @@ _AHEAD = 4
 _PROGRAM_LENGTH_BITS = 16
 _FP16_BYTES = 2
 
+#: The number of two bits that is no mode.
+(_NO_MODE,) = set(range(1 << 2)) - {mode.value for mode in Mode}
 _PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
 
 
@@ -330,7 +332,9 @@ class ProgramWalker(wiring.Component):
         is_gemm = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ARGMAX)
         is_attention = kind == DescriptorKind.ATTENTION
         is_product = is_gemm | is_attention
-        known = Cat(kind == value for value in DescriptorKind).any() & ~(is_gemm & (mode == 3))
+        known = Cat(kind == value for value in DescriptorKind).any() & ~(
+            is_gemm & (mode == _NO_MODE)
+        )
 
         used = Signal()  # a field that must be 0
         with m.Switch(kind):
