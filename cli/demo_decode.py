@@ -299,7 +299,7 @@ def figures(done: SimulatedRuns, steps: Iterable[Step]) -> list[str]:
     return [
         f"{statistics.committed} tokens in {statistics.verify_passes} steps; of "
         f"{statistics.draft_passes} drafted ones {statistics.accepted} accepted, and "
-        f"{statistics.tree_hits} alternates",
+        f"{statistics.alternate_hits} alternates",
         *per_token,
         f"plain: {plain:,} cycles per token, {ratio:.2f} times as many",
         speed,

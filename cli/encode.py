@@ -26,7 +26,7 @@ from speq.model.number_format import FormatConfig
 
 if TYPE_CHECKING:
     from speq.model.checkpoint import Model
-    from speq.model.encoder import Journal, Outcome
+    from speq.model.encoder import Journal, OptimisedEncoding
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
     from speq.model.encoding import encode_linears
     from speq.model.loaders import load_model
-    from speq.model.speculation import Settings, pass_costs
+    from speq.model.speculation import Settings
 
     config = FormatConfig(group=group)
     Settings(rows=rows, choices=choices)
@@ -101,7 +101,7 @@ def run(
             encoded = outcome.tensors
         seconds = time.perf_counter() - start
         digests = {name: sha256(loaded.linear_weight(name)) for name in encoded}
-        settings = {"chain": outcome.chain, "tree": outcome.tree} if outcome else {}
+        settings = {"chain": outcome.chain, "alternates": outcome.alternates} if outcome else {}
         report = _report(outcome) if outcome else {}
         write_encoded(temporary, EncodedModel(loaded.name, encoded, digests, settings, report))
         if verify:
@@ -111,19 +111,22 @@ def run(
 
     total = sum(tensor.shape[0] * tensor.shape[1] for tensor in encoded.values())
     stored = sum(tensor.storage_bits() for tensor in encoded.values())
-    cost = pass_costs(encoded)[0]
+    drafted = sum(tensor.draft_bits() for tensor in encoded.values())
     print(f"weights:  {total / 1e6:.2f} M in {len(encoded)} tensors of {loaded.name}")
     print(
         f"storage:  {stored / total:.4f} bits per weight, {stored / total / 16 - 1:.2%} over FP16"
     )
-    print(f"draft:    {16 * cost:.4f} bits per weight read in a draft pass, {cost:.2%} of FP16")
+    print(
+        f"draft:    {drafted / total:.4f} bits per weight read in a draft pass, "
+        f"{drafted / total / 16:.2%} of FP16"
+    )
     if outcome:
         print(_summary(outcome))
     print(f"encoding: {seconds:.1f} s")
     print(f"written:  {output}, {output.stat().st_size / 1e6:.1f} MB")
 
 
-def _optimise(model: Model, prompts: Path | None, path: Path, **numbers: int) -> Outcome:
+def _optimise(model: Model, prompts: Path | None, path: Path, **numbers: int) -> OptimisedEncoding:
     """Run the optimiser with these numbers, a progress bar and the journal at `path`."""
     from speq.hw.common.files import replacing
     from speq.model.encoded_file import sha256
@@ -165,7 +168,9 @@ def _calibration_texts(path: Path | None, model: Model) -> list[list[int]]:
 
 def _journal_key(digests: Mapping[str, str], prompts: list[list[int]], numbers: list[int]) -> str:
     """Digest of all that an optimiser's results depend on."""
-    content = json.dumps([numbers, dict(digests), prompts])
+    from speq.model.encoded_file import VERSION
+
+    content = json.dumps([VERSION, numbers, dict(digests), prompts])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -182,16 +187,16 @@ def _read_journal(path: Path, key: str) -> Journal:
     return {}
 
 
-def _summary(outcome: Outcome) -> str:
+def _summary(outcome: OptimisedEncoding) -> str:
     """Lines on what the optimiser chose."""
     widths: dict[int, int] = {}
     for tensor in outcome.tensors.values():
         widths[tensor.config.width] = widths.get(tensor.config.width, 0) + 1
     shares = ", ".join(f"{count} at {width} bits" for width, count in sorted(widths.items()))
     head = outcome.tensors["head"]
-    lines = [f"tensors:  {shares}; head drafts {head.draft_rows or head.shape[0]} tokens"]
+    lines = [f"tensors:  {shares}; head drafts {head.drafted_outputs or head.shape[0]} tokens"]
     for name, value, settings in zip(
-        ("chain", "tree"), outcome.speedups, (outcome.chain, outcome.tree), strict=True
+        ("chain", "alternates"), outcome.speedups, (outcome.chain, outcome.alternates), strict=True
     ):
         lines.append(
             f"{name + ':':<9} modelled speedup {value:.3f} on the calibration texts, "
@@ -200,10 +205,12 @@ def _summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _report(outcome: Outcome) -> dict[str, object]:
+def _report(outcome: OptimisedEncoding) -> dict[str, object]:
     """What the file's header says about the optimiser's run."""
     return {
-        "calibration_speedup": dict(zip(("chain", "tree"), outcome.speedups, strict=True)),
-        "tried": [dict(zip(("cost", "chain", "tree"), t, strict=True)) for t in outcome.tried],
+        "calibration_speedup": dict(zip(("chain", "alternates"), outcome.speedups, strict=True)),
+        "tried": [
+            dict(zip(("cost", "chain", "alternates"), t, strict=True)) for t in outcome.tried
+        ],
         "formats": {name: asdict(t.config) for name, t in outcome.tensors.items()},
     }

@@ -3,21 +3,21 @@
 
 `report.json` is an object of
 
-    version       1
+    version       2
     model         name, as given, and its configuration
     settings      of the run: rows, choices, max_tokens, seed, raw, draft (the encoded file if there
-                  is one, formats and how many layers have each, the head's and its drafted rows)
+                  is one, formats and how many layers have each, the head's and its drafted outputs)
     prompts       for "calibration" and "evaluation": the number of prompts of each kind
     versions      of speq, Python, torch and numpy
     costs         bytes of weights and group bytes of a `plain`, `draft` and `verify` pass, the
                   `relative` costs of the latter two, and `cycles` of each on an array of `rows` x
                   16 (verify: with as many tokens as rows), all without earlier context
-    results       for "chain" and "tree": the `settings` that are best on the calibration prompts,
-                  and with them the `figures` of each kind of evaluation prompts and of "all"
-                  (speq.model.evaluation.Figures)
+    results       for "chain" and "alternates": the `settings` that are best on the calibration
+                  prompts, and with them the `figures` of each kind of evaluation prompts and of
+                  "all" (speq.model.evaluation.Figures)
     acceptance    by draft position (speq.model.evaluation.Acceptance)
-    curves        for "chain" and "tree": speedup against each setting, on the evaluation prompts
-                  (speq.model.evaluation.Curve)
+    curves        for "chain" and "alternates": speedup against each setting, on the evaluation
+                  prompts (speq.model.evaluation.Curve)
     exponents     `counts`, 32 pairs: weights of all drafted layers by t and by top mantissa bit,
                   and group and split of most layers
     ablation      null, or `rows` and `lossy` (speq.model.ablation.RowResult, LossyResult)
@@ -50,7 +50,7 @@ from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Conditions:
     rows : int
         Of the array.
     choices : int
-        Candidates per position of the tree.
+        Choices per position.
     max_tokens : int
         Per prompt.
     seed : int
@@ -87,10 +87,10 @@ class Study:
     prompts : numbers of prompts of each kind, for "calibration" and "evaluation"
     encoded : the drafted layers
     costs : Costs
-    settings : of "chain" and "tree"
-    figures : of "chain" and "tree", by kind
+    settings : of "chain" and "alternates"
+    figures : of "chain" and "alternates", by kind
     acceptance : Acceptance
-    curves : of "chain" and "tree"
+    curves : of "chain" and "alternates"
     exponents : numpy.int64 [32, 2]
     ablation : Ablation, if it was asked for
     """
@@ -132,10 +132,10 @@ def report(
     """The content of report.json, as this module describes it."""
     engine = Engine(rows=conditions.rows)
     formats = {name: tensor.config for name, tensor in done.encoded.items()}
-    head_rows = done.encoded["head"].draft_rows if "head" in done.encoded else None
+    drafted_outputs = done.encoded["head"].drafted_outputs if "head" in done.encoded else None
     passes = {
         "plain": plain_pass(model.config, engine),
-        "draft": draft_pass(model.config, engine, formats, head_rows=head_rows),
+        "draft": draft_pass(model.config, engine, formats, drafted_outputs=drafted_outputs),
         "verify": verify_pass(model.config, engine, formats, conditions.rows),
     }
     usual = usual_format(done)
@@ -152,7 +152,7 @@ def report(
                         for form, count in Counter(formats.values()).items()
                     ],
                     "head": formats.get("head"),
-                    "head_rows": head_rows,
+                    "drafted_outputs": drafted_outputs,
                 },
             },
             "prompts": done.prompts,
@@ -212,7 +212,7 @@ def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) 
         f"{name}: L = {settings.length}, threshold {settings.threshold:g}, "
         f"{settings.choices} choices, {settings.rows} rows",
         *("kind", "\nmatch", "draft\n/pass", "accept\n/pass", "tokens\n/pass"),
-        *("early\nexits", "tree\nhits", "speedup\nover FP16", "with\nKV"),
+        *("early\nexits", "leaf\nhits", "speedup\nover FP16", "with\nKV"),
     )
     for kind, f in figures.items():
         if kind == "all":

@@ -106,7 +106,7 @@ def study(
     samples = samples_of(model, evaluation, draft, conditions, progress)
     settings = {
         name: best_settings(tried, costs, conditions.rows, choices)
-        for name, choices in (("chain", 1), ("tree", conditions.choices))
+        for name, choices in (("chain", 1), ("alternates", conditions.choices))
     }
     exponents = sum(
         exponent_counts(

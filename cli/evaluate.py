@@ -2,9 +2,10 @@
 """`speq eval`: how well a model's draft does, by kind of text, with plots and an ablation.
 
 The FP16 target's greedy texts for every prompt are drafted along and speculation is replayed, with
-chains alone and with leaf alternates ("tree"). Longest draft and threshold are those that are best
-on the calibration prompts. The output folder gets each plot as PNG and SVG, and `report.json`,
-which `speq.cli.eval_report` describes. The same options give the same files on the same machine.
+chains alone ("chain") and with leaf alternates ("alternates"). Longest draft and threshold are
+those that are best on the calibration prompts. The output folder gets each plot as PNG and SVG, and
+`report.json`, which `speq.cli.eval_report` describes. The same options give the same files on the
+same machine.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def run(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per prompt.")] = 64,
     rows: Rows = 8,
-    choices: Annotated[int, typer.Option(help="Candidates per position of the tree.")] = 4,
+    choices: Annotated[int, typer.Option(help="Choices per position for spare rows.")] = 4,
     group: GroupOfEncode = None,
     split: SplitOfEncode = None,
     width: WidthOfEncode = None,

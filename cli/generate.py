@@ -117,8 +117,9 @@ def run(
     from speq.host.session import Session
     from speq.model.encoded_file import read_encoded
     from speq.model.encoding import encode_linears, tensors_for
+    from speq.model.evaluation import encoded_costs
     from speq.model.loaders import load_model
-    from speq.model.speculation import Statistics, pass_costs
+    from speq.model.speculation import Statistics
 
     speculative, rtl = mode is Decoding.SPEQ, backend is Backend.RTL
     sampling = chosen_sampling(temperature, top_k, top_p)
@@ -139,7 +140,7 @@ def run(
         tensors = tensors_for(loaded, file, encoded)
     elif speculative:
         tensors = encode_linears(loaded, *formats, track=with_passing_bar)
-    costs = pass_costs(tensors) if tensors else None
+    costs = encoded_costs(loaded.config, tensors).relative if tensors else None
 
     statistics = Statistics()
     stream = TextStream(tokenizer, ids)
@@ -205,9 +206,9 @@ def chosen_settings(file: EncodedModel | None, **options: float | None) -> Setti
 
     given = {name: value for name, value in options.items() if value is not None}
     base = Settings(threshold=DEFAULT_THRESHOLD)
-    if file and "tree" in file.settings:
+    if file and "alternates" in file.settings:
         # An alternate needs a row, a shorter chain does not: other rows, their own longest chain.
-        base = file.settings["chain" if given.get("choices") == 1 else "tree"]
+        base = file.settings["chain" if given.get("choices") == 1 else "alternates"]
         if given.get("rows", base.rows) != base.rows:
             base = replace(base, rows=given["rows"], draft_length=None)
     return replace(base, **given)
@@ -264,7 +265,7 @@ def origins(step: Step) -> Iterator[tuple[int, str]]:
         if i < step.accepted:
             yield token, "draft"
         else:
-            yield token, "alternate" if step.tree_hit and i == step.accepted else "target"
+            yield token, "alternate" if step.alternate_hit and i == step.accepted else "target"
 
 
 def summary(
@@ -273,7 +274,7 @@ def summary(
     costs: tuple[float, float] | None,
     backend: str = "golden model",
 ) -> list[str]:
-    """Lines with the figures of a run; `costs` as of `pass_costs`, None after plain decoding."""
+    """Lines with the figures of a run; `costs` as `Costs.relative`, None after plain decoding."""
     s = statistics
     speed = f"{s.committed} tokens in {seconds:.1f} s, {s.committed / seconds:.2f} tokens/s"
     if costs is None:
@@ -282,7 +283,7 @@ def summary(
     if s.compared:
         lines.append(
             f"acceptance: {s.match_rate:.1%} of {s.compared} compared draft tokens; "
-            f"{s.tree_hits} alternates; {s.tokens_per_pass:.2f} tokens per verify pass"
+            f"{s.alternate_hits} alternates; {s.tokens_per_pass:.2f} tokens per verify pass"
         )
     lines.append(
         f"modelled speedup over FP16: {s.speedup(*costs):.2f} ({s.draft_passes} draft passes at "

@@ -58,8 +58,8 @@ def acceptance_plot(acceptance: Acceptance, model: str) -> Figure:
 
 
 def speedup_plot(curves: Mapping[str, Sequence[Curve]], model: str) -> Figure:
-    """Speedup against longest draft and against threshold; `curves` maps "chain" and "tree" to
-    their curves, of the same settings in the same order."""
+    """Speedup against longest draft and against threshold; `curves` maps "chain" and "alternates"
+    to their curves, of the same settings in the same order."""
     count = len(next(iter(curves.values())))
     figure, axes = _figure(4.2 * count, 3.4, count)
     for (label, shown), color in zip(curves.items(), (BLUE, VERMILION), strict=False):

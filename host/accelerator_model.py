@@ -17,8 +17,16 @@ import numpy as np
 import torch
 
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind, unpack
-from speq.hw.control.register_map import ANSWERS, COUNTERS, STATES, Register, constants, registers
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, FORMS, DescriptorKind, unpack
+from speq.hw.control.register_map import (
+    ANSWERS,
+    COUNTERS,
+    MAX_RING_LOG2,
+    STATES,
+    Register,
+    constants,
+    registers,
+)
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import (
     BlockActivations,
@@ -33,21 +41,7 @@ from speq.model.format import EncodedTensor
 from speq.model.number_format import draft_words, residual_words
 from speq.model.speculation import Proposal, accept, allot_alternates, ranked
 
-#: Fields of a descriptor that must be 0, by kind.
-_UNUSED = {
-    Kind.GEMM: {"reserved", "discard", "values", "sharing", "argument", "extra"},
-    Kind.ARGMAX: {"reserved", "half", "values", "sharing", "argument"},
-    Kind.ATTENTION: {"reserved", "mode", "discard", "tokens", "argument", "residual", "groups"},
-    Kind.HOST: {name for name, _ in DESCRIPTOR} - {"kind", "argument"},
-    Kind.END: {name for name, _ in DESCRIPTOR} - {"kind"},
-}
-#: What a product's mode leaves unused on top.
-_UNUSED_IN_MODE = {
-    Mode.VERIFY: set(),
-    Mode.DRAFT: {"residual"},
-    Mode.BYPASS: {"residual", "groups"},
-}
-_PRODUCTS = (Kind.GEMM, Kind.ARGMAX, Kind.ATTENTION)
+_PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
 
 _HOST_INTERRUPT, _DONE_INTERRUPT, _ERROR_INTERRUPT = 1, 2, 4
 _NO_ENTRY = (0xFFFFFFFF, 0xFF800000)  # of a ranking: all ones, minus infinity
@@ -267,7 +261,7 @@ class AcceleratorModel:
                 "DRAFT_LENGTH": (0, engine.rows - 1),
                 "CHOICES": (1, CHOICES),
                 "TOKEN_LIMIT": (1, 2**32 - 1),
-                "RING_LOG2": (1, 24),
+                "RING_LOG2": (1, MAX_RING_LOG2),
             }
             addresses |= dict.fromkeys(
                 ("DRAFT_PROGRAM", "VERIFY_PROGRAM"), self.config.alignment
@@ -293,7 +287,7 @@ class AcceleratorModel:
             remaining = written["TOKEN_LIMIT"] - committed
             root, position = written["ROOT"], written["POSITION"]
             proposal = yield from self._draft(root, position, remaining - 1)
-            chain = len(proposal.candidates)
+            chain = len(proposal.choices)
             rows = [(token, i, False) for i, token in enumerate([root, *proposal.chain])]
             rows += [(token, i + 1, True) for i, token in proposal.alternates]
             yield from self._walk(PassKind.VERIFY, 0, position, rows)
@@ -323,22 +317,22 @@ class AcceleratorModel:
         """Draft passes and the choice of alternates, as in `speq.model.speculation.draft`."""
         written = self._written
         threshold = float(np.uint32(written["THRESHOLD"]).view(np.float32))
-        candidates, gaps = [], []
+        choices, gaps = [], []
         token = root
-        while len(candidates) < min(written["DRAFT_LENGTH"], most):
-            index = len(candidates)
+        while len(choices) < min(written["DRAFT_LENGTH"], most):
+            index = len(choices)
             rows = [(token, 0, False)]
             yield from self._walk(PassKind.DRAFT, index, position + index, rows)
             self._count(DRAFT_PASSES=1)
             best = ranked(self._logits[0], CHOICES)
             gap = self._logits[0, best[0]] - self._logits[0, best]
             gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
-            candidates.append(best[: written["CHOICES"]].tolist())
-            token = candidates[-1][0]
+            choices.append(best[: written["CHOICES"]].tolist())
+            token = choices[-1][0]
             if len(best) > 1 and gaps[-1][1] < threshold:
                 break
-        counts = allot_alternates(gaps, [len(c) for c in candidates], self.config.engine.rows)
-        return Proposal([c[: 1 + n] for c, n in zip(candidates, counts, strict=True)])
+        counts = allot_alternates(gaps, [len(c) for c in choices], self.config.engine.rows)
+        return Proposal([c[: 1 + n] for c, n in zip(choices, counts, strict=True)])
 
     def _write_ring(self, tokens: Sequence[int]) -> None:
         written = self._written
@@ -367,20 +361,20 @@ class AcceleratorModel:
             if code != ErrorCode.NONE:
                 raise _Fault(code, address)
             self._count(DESCRIPTORS=1)
-            match Kind(fields["kind"]):
-                case Kind.END:
+            match DescriptorKind(fields["kind"]):
+                case DescriptorKind.END:
                     return
-                case Kind.HOST:
+                case DescriptorKind.HOST:
                     self._argument = fields["argument"]
                     if (yield "HOST") != ANSWERS["CONTINUE"][0]:
                         raise _Fault(ErrorCode.HOST_REFUSED, address)
-                case Kind.ATTENTION:
+                case DescriptorKind.ATTENTION:
                     self._attend(fields, len(rows), position + len(rows))
-                case Kind.ARGMAX:
+                case DescriptorKind.ARGMAX:
                     self._logits = self._multiply(self._product(fields, len(rows)))
                     if fields["extra"]:
                         self._write_ranking(fields["extra"])
-                case Kind.GEMM:
+                case DescriptorKind.GEMM:
                     self._multiply(self._product(fields, len(rows)))
             address += DESCRIPTOR_BYTES
         raise _Fault(ErrorCode.NO_END, address)
@@ -577,30 +571,29 @@ def check_descriptor(
 
 
 def _is_unknown(fields: dict[str, int]) -> bool:
-    if fields["kind"] not in {kind.value for kind in Kind}:
+    if fields["kind"] not in {kind.value for kind in DescriptorKind}:
         return True
-    takes_mode = Kind(fields["kind"]) in (Kind.GEMM, Kind.ARGMAX)
+    takes_mode = "mode" in FORMS[DescriptorKind(fields["kind"])].uses
     return takes_mode and fields["mode"] not in {mode.value for mode in Mode}
 
 
 def _uses_reserved(fields: dict[str, int]) -> bool:
-    kind = Kind(fields["kind"])
-    unused = set(_UNUSED[kind])
-    if kind in (Kind.GEMM, Kind.ARGMAX):
-        unused |= _UNUSED_IN_MODE[Mode(fields["mode"])]
-    elif kind is Kind.ATTENTION:
-        unused.add("k" if fields["values"] else "o")
-    return any(fields[name] for name in unused)
+    used = {"kind"}
+    for name, use in FORMS[DescriptorKind(fields["kind"])].uses.items():
+        in_mode = fields["mode"] in {mode.value for mode in use.modes}
+        if in_mode and use.values in (None, bool(fields["values"])):
+            used.add(name)
+    return any(value for name, value in fields.items() if name not in used)
 
 
 def _has_bad_size(
     config: AcceleratorConfig, fields: dict[str, int], rows: int, position: int
 ) -> bool:
-    engine, kind = config.engine, Kind(fields["kind"])
+    engine, kind = config.engine, DescriptorKind(fields["kind"])
     if kind not in _PRODUCTS:
         return False
     k, o, tokens, most = fields["k"], fields["o"], fields["tokens"] or rows, engine.rows
-    if kind is Kind.ATTENTION:
+    if kind is DescriptorKind.ATTENTION:
         if position + rows > engine.max_k:
             return True
         k, o = (position + rows, o) if fields["values"] else (k, position + rows)
@@ -612,13 +605,9 @@ def _has_bad_size(
 
 
 def _is_misaligned(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
-    if Kind(fields["kind"]) not in _PRODUCTS:
-        return False
-    is_attention = Kind(fields["kind"]) is Kind.ATTENTION
-    weights = {"plane", "residual"} | ({"extra"} if is_attention else set())
-    data = {"groups", "activations", "results", "extra"} - weights
-    beats = dict.fromkeys(weights, config.weights) | dict.fromkeys(data, config.data)
-    return any(
-        fields[name] % port.beat_bytes or fields[name] >> config.address_bits
-        for name, port in beats.items()
-    )
+    for name, use in FORMS[DescriptorKind(fields["kind"])].uses.items():
+        if use.port is not None:
+            port = config.weights if use.port == "weights" else config.data
+            if fields[name] % port.beat_bytes or fields[name] >> config.address_bits:
+                return True
+    return False

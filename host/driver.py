@@ -46,7 +46,7 @@ from speq.hw.engine_config import Mode
 from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.format import EncodedTensor
-from speq.model.speculation import Settings, Step, token_limit
+from speq.model.speculation import Settings, Step, committed_step, pass_mask, token_limit
 from speq.model.transformer import (
     AttentionRequest,
     LinearRequest,
@@ -101,7 +101,7 @@ def check_encoded(config: AcceleratorConfig, encoded: Mapping[str, EncodedTensor
             problem = f"has draft width {tensor.config.width}"
         elif tensor.order is not None or tensor.shift is not None:
             problem = "has permuted or scaled input channels"
-        elif tensor.draft_rows is not None:
+        elif tensor.drafted_outputs is not None:
             problem = "drafts only part of its outputs"
         elif tensor.config != expected:
             problem = f"has group {tensor.config.group} and split {tensor.config.split}"
@@ -122,11 +122,6 @@ class Pass:
     tokens: list[int]
     depths: list[int]
     start: int
-
-    @property
-    def entries(self) -> int:
-        """KV entries that the pass sees, its own included."""
-        return self.start + len(self.tokens)
 
 
 class Driver:
@@ -333,21 +328,19 @@ class Driver:
         fields = self.registers.fields("STEP")
         accepted, hit_row, verified = fields["accepted"], fields["hit_row"], self._current
         tokens = self._read_ring(written, fields["committed"])
-        ends = [i + 1 for i, token in enumerate(tokens) if token in stop_ids]
-        count = min([len(tokens), *ends])
         if hit_row:
             # An alternate's entry follows those of the chain before it.
             self._kv.move(verified.start + hit_row, verified.start + accepted + 1)
-        rows = [*range(accepted + 1), *([hit_row] if hit_row else [])][:count]
+        rows = [*range(accepted + 1), *([hit_row] if hit_row else [])]
         self.verify_logits = self._read_results("head", self.layout.results, len(verified.tokens))
-        return Step(
-            tokens=tokens[:count],
-            logits=self.verify_logits[rows],
+        return committed_step(
+            tokens,
+            rows,
+            self.verify_logits,
             drafted=fields["chain"],
-            accepted=min(accepted, count),
             alternates=len(verified.tokens) - 1 - fields["chain"],
-            tree_hit=bool(hit_row) and count > accepted,
             margins=self._margins,
+            stop_ids=stop_ids,
         )
 
     def _read_ring(self, start: int, count: int) -> list[int]:
@@ -561,16 +554,11 @@ def attention_masks(
     config: ModelConfig, current: Pass, sharing: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which KV entries each row may attend to, globally and with the sliding window, bool
-    [T * sharing, S]: each row as often as query heads share a KV head.
-
-    Row i attends to the entries before its position that belong to the chain, and to its own.
-    """
-    rows = torch.arange(len(current.tokens))
-    positions = torch.tensor(current.depths) + current.start
-    entries = torch.arange(current.entries)
-    mask = (entries < positions[:, None]) | (entries == current.start + rows[:, None])
+    [T * sharing, S]: each row as often as query heads share a KV head."""
+    mask = pass_mask(current.start, current.depths)
     window = mask
     if config.sliding_window is not None:
-        of_entries = torch.cat((entries[: current.start], positions))
+        positions = torch.tensor(current.depths) + current.start
+        of_entries = torch.cat((torch.arange(current.start), positions))
         window = mask & (positions[:, None] - of_entries < config.sliding_window)
     return tuple(m.repeat_interleave(sharing, dim=0) for m in (mask, window))

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
-from speq.hw.engine_config import BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
+from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
 from speq.model.checkpoint import ModelConfig, linear_names, tensor_shapes
 from speq.model.format import EncodedTensor
@@ -88,19 +88,28 @@ def activation_words(patterns: np.ndarray, config: AcceleratorConfig) -> np.ndar
     return words
 
 
-def draft_activation_words(x: BlockActivations, config: AcceleratorConfig) -> np.ndarray:
-    """Block activations of one row for draft mode as they lie in memory: uint8 [words,
-    activation_bytes]. Byte j of word i is sign and magnitude of activation 4i + j, byte 4 the
-    exponent of their block."""
-    (mantissa,) = x.mantissa.numpy()
-    (exponent,) = x.exponent.numpy()
-    steps = ceil_div(len(mantissa), DRAFT_LANES)
-    lanes = np.zeros((steps, DRAFT_LANES), np.uint8)
+def pack_block_activations(x: BlockActivations) -> np.ndarray:
+    """Words of the activation store for draft mode: uint8 [ceil(K / 4), bytes], little-endian.
+
+    For each row of x, from the lowest bits on, `BLOCK_ACTIVATIONS`: sign and magnitude of four
+    activations and the exponent of their block.
+    """
+    rows, k = x.mantissa.shape
+    mantissa = np.pad(x.mantissa.numpy(), ((0, 0), (0, -k % DRAFT_LANES)))
     signs = (mantissa < 0).astype(np.uint8) << BLOCK_MAGNITUDE_BITS
-    lanes.reshape(-1)[: len(mantissa)] = np.abs(mantissa).view(np.uint8) | signs
-    words = np.zeros((activation_count(steps, config), config.activation_bytes), np.uint8)
-    words[:steps, :DRAFT_LANES] = lanes
-    words[:steps, DRAFT_LANES] = exponent[np.arange(steps) * DRAFT_LANES // x.block]
+    lanes = (np.abs(mantissa).view(np.uint8) | signs).reshape(rows, -1, DRAFT_LANES)
+    block = np.arange(lanes.shape[1]) * DRAFT_LANES // x.block
+    fields = np.concatenate((lanes, x.exponent.numpy()[:, block, None]), axis=2)
+    bits = np.unpackbits(fields, axis=2, bitorder="little")[..., : BLOCK_ACTIVATIONS.size]
+    return np.packbits(bits.swapaxes(0, 1).reshape(len(block), -1), axis=1, bitorder="little")
+
+
+def draft_activation_words(x: BlockActivations, config: AcceleratorConfig) -> np.ndarray:
+    """Block activations of the drafting rows as they lie in memory: uint8 [words,
+    activation_bytes], whole beats of the data port; what x does not fill is 0."""
+    packed = pack_block_activations(x)
+    words = np.zeros((activation_count(len(packed), config), config.activation_bytes), np.uint8)
+    words[: len(packed), : packed.shape[1]] = packed
     return words
 
 
@@ -348,9 +357,9 @@ class MemoryLayout:
         products = [self._products(kind, stage) for stage in self.stages(kind)]
         program = []
         for index in range(self.host_turns(kind)):
-            program.append(Descriptor(Kind.HOST, argument=host_argument(kind, index)))
+            program.append(Descriptor(DescriptorKind.HOST, argument=host_argument(kind, index)))
             program += products[index] if index < len(products) else []
-        return [*program, Descriptor(Kind.END)]
+        return [*program, Descriptor(DescriptorKind.END)]
 
     def _program_length(self, kind: PassKind) -> int:
         """Descriptors of a program, END included."""
@@ -401,7 +410,7 @@ class MemoryLayout:
     def _linears(self, kind: PassKind, names: Sequence[str]) -> list[Descriptor]:
         results = self.results_of(names)
         return [
-            Descriptor(Kind.GEMM, **self._operands(kind, name), results=address)
+            Descriptor(DescriptorKind.GEMM, **self._operands(kind, name), results=address)
             for name, address in zip(names, results, strict=True)
         ]
 
@@ -409,32 +418,32 @@ class MemoryLayout:
         """Only the logits of verify passes are of interest, and only the ranking of the others."""
         operands = self._operands(kind, "head")
         if kind is PassKind.DRAFT:
-            return Descriptor(Kind.ARGMAX, **operands, discard=True, extra=self.ranking)
-        return Descriptor(Kind.ARGMAX, **operands, results=self.results)
+            return Descriptor(DescriptorKind.ARGMAX, **operands, discard=True, ranking=self.ranking)
+        return Descriptor(DescriptorKind.ARGMAX, **operands, results=self.results)
 
     def _scores(self, block: int, head: int) -> Descriptor:
         k = self.model.head_dim
         return Descriptor(
-            Kind.ATTENTION,
+            DescriptorKind.ATTENTION,
             sharing=self.sharing,
             k=k,
             plane=self.keys_address(block, 0, head),
             activations=self.activations + head * self.attention_stride(k),
             results=self.results + head * self.attention_result_stride(self.capacity),
-            extra=self.key_stride,
+            stride=self.key_stride,
         )
 
     def _weighted_values(self, block: int, head: int) -> Descriptor:
         o = self.model.head_dim
         return Descriptor(
-            Kind.ATTENTION,
+            DescriptorKind.ATTENTION,
             values=True,
             sharing=self.sharing,
             o=o,
             plane=self.values_address(block, head),
             activations=self.activations + head * self.attention_stride(self.capacity),
             results=self.results + head * self.attention_result_stride(o),
-            extra=self.value_stride,
+            stride=self.value_stride,
         )
 
 

@@ -10,7 +10,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow, Member, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import Kind
+from speq.hw.control.descriptor import DescriptorKind
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.control.register_file import RegisterFile, lite_signature
 from speq.hw.control.run_control import RunControl, run_status_layout
@@ -186,8 +186,10 @@ class Accelerator(wiring.Component):
             events.activation_stalls.eq(datapath.stalls.activations),
             events.result_stalls.eq(datapath.stalls.results),
             events.descriptors.eq(walker.started),
-            events.attention_cycles.eq(current.kind == Kind.ATTENTION),
-            events.argmax_cycles.eq(current.kind == Kind.ARGMAX),
+            events.attention_cycles.eq(current.kind == DescriptorKind.ATTENTION),
+            events.argmax_cycles.eq(current.kind == DescriptorKind.ARGMAX),
         ]
         for mode, name in _MODE_COUNTERS.items():
-            m.d.comb += events[name].eq((current.kind == Kind.GEMM) & (current.mode == mode))
+            m.d.comb += events[name].eq(
+                (current.kind == DescriptorKind.GEMM) & (current.mode == mode)
+            )

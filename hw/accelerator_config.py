@@ -14,7 +14,7 @@ from speq.hw.memory.axi import AxiConfig
 
 #: Bits of a token id.
 TOKEN_BITS = 24
-#: Ranked entries of a row: the best and three alternates.
+#: Ranked entries of a row: the choices that a draft pass offers.
 CHOICES = 4
 
 _MIN_COLS = 4

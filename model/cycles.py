@@ -14,9 +14,9 @@ and the KV cache: FP16 keys and values of every position before the pass, read o
 the entries of the pass's own tokens, written once. Norm weights, biases, the embedding's row and
 activations are left out: together they are below 0.1 % of the weights.
 
-Decoding is limited by bandwidth, so a pass costs the bytes that it streams. `relative_costs` gives
-a draft and a verify pass in units of a plain FP16 pass; with KV traffic the ratio depends on the
-context, and speeds follow from the sums of `PassCost.bytes`.
+Decoding is limited by bandwidth, so a pass costs the bytes that it streams.
+`speq.model.evaluation.Costs` has them in units of a plain FP16 pass; with KV traffic the ratio
+depends on the context, and speeds follow from the sums of `PassCost.bytes`.
 
 A linear layer that has no entry in `formats` is stored as plain FP16 and read whole by every pass.
 """
@@ -262,26 +262,28 @@ def draft_pass(
     engine: Engine,
     formats: Formats,
     context: int = 0,
-    head_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> PassCost:
     """A pass of one token over the draft planes and their group bytes, behind `context` positions.
 
-    With `head_rows` only the head's first so many rows are drafted, that is, only the lowest token
-    ids can be proposed.
+    With `drafted_outputs` only the head's first so many outputs are drafted, that is, only the
+    lowest token ids can be proposed.
 
     Raises
     ------
     ValueError
-        If head_rows is not within 1 and the vocabulary's size.
+        If drafted_outputs is not within 1 and the vocabulary's size.
     """
-    if head_rows is not None and not 1 <= head_rows <= config.vocab_size:
-        raise ValueError(f"head rows are {head_rows}; expected 1 to {config.vocab_size}")
+    if drafted_outputs is not None and not 1 <= drafted_outputs <= config.vocab_size:
+        raise ValueError(
+            f"drafted outputs are {drafted_outputs}; expected 1 to {config.vocab_size}"
+        )
     schedule = stages(pass_schedule(config))
     weights = groups = 0
     jobs = {}
     for name, (o, k) in _shapes_in(schedule, config).items():
-        if name == "head" and head_rows is not None:
-            o = head_rows
+        if name == "head" and drafted_outputs is not None:
+            o = drafted_outputs
         if name in formats:
             padded, words = _padded(o, engine), draft_words(k, formats[name])
             weights += 2 * words * padded
@@ -292,23 +294,6 @@ def draft_pass(
         jobs[name] = _jobs(words, o, 1, engine)
     traffic = weights, groups
     return _pass_cost(config, engine, schedule, traffic, jobs, 1, context, _DRAFT_END)
-
-
-def relative_costs(
-    config: ModelConfig,
-    formats: Formats,
-    engine: Engine | None = None,
-    head_rows: int | None = None,
-) -> tuple[float, float]:
-    """Costs of a draft and of a verify pass in units of a plain pass: weights and group bytes.
-
-    KV traffic is left out, so that the costs do not depend on the context.
-    """
-    engine = engine or Engine()
-    plain = plain_pass(config, engine).weights
-    draft = draft_pass(config, engine, formats, head_rows=head_rows)
-    verify = verify_pass(config, engine, formats, 1)
-    return (draft.weights + draft.groups) / plain, (verify.weights + verify.groups) / plain
 
 
 def _shapes_in(schedule: Sequence[Stage], config: ModelConfig) -> dict[str, tuple[int, int]]:

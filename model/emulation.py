@@ -57,14 +57,14 @@ class Chains:
 
     Attributes
     ----------
-    candidates : torch.int64 [P, L, C]
+    choices : torch.int64 [P, L, C]
         The C likeliest tokens, the likeliest first, of each of the L passes of a chain that starts
-        at continuation token p. Pass j follows the chain's own first candidates before it.
+        at continuation token p. Pass j follows the chain's own first choices before it.
     scores : torch.float32 [P, L, C]
         Their logits.
     """
 
-    candidates: torch.Tensor
+    choices: torch.Tensor
     scores: torch.Tensor
 
 
@@ -243,7 +243,7 @@ def draft_chains(
     texts: Sequence[Text],
     linear: Linear,
     length: int = 7,
-    choices: int = 4,
+    kept: int = 4,
     *,
     progress: Callable[[int], None] | None = None,
 ) -> list[Chains]:
@@ -252,20 +252,20 @@ def draft_chains(
     Parameters
     ----------
     linear : the draft model's linear layers
-    choices : candidates kept of each pass, at least 2 (the margin needs them)
+    kept : choices that are kept of each pass, at least 2 (the margin needs them)
     progress : called with the number of chains finished since the last call
     """
     starts = [(n, p) for n, text in enumerate(texts) for p in range(len(text.tokens))]
-    candidates, scores = [], []
+    choices, scores = [], []
     for first in range(0, len(starts), _BATCH_ROWS):
         batch = starts[first : first + _BATCH_ROWS]
-        some = _draft_batch(model, texts, batch, linear, length, choices)
-        candidates.append(some[0])
+        some = _draft_batch(model, texts, batch, linear, length, kept)
+        choices.append(some[0])
         scores.append(some[1])
         if progress:
             progress(len(batch))
     counts = [len(text.tokens) for text in texts]
-    parts = (torch.cat(rows).split(counts) for rows in (candidates, scores))
+    parts = (torch.cat(rows).split(counts) for rows in (choices, scores))
     return [Chains(*pair) for pair in zip(*parts, strict=True)]
 
 
@@ -275,10 +275,10 @@ def _draft_batch(
     starts: Sequence[tuple[int, int]],
     linear: Linear,
     length: int,
-    choices: int,
+    kept: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chains from the given (text, continuation position) pairs, which are in rising order:
-    candidates int64 and scores float32 [rows, length, choices]."""
+    choices int64 and scores float32 [rows, length, kept]."""
     c = model.config
     roots = [texts[n].prompt[-1] if p == 0 else texts[n].tokens[p - 1] for n, p in starts]
     first = torch.tensor([len(texts[n].prompt) - 1 + p for n, p in starts])  # root's position
@@ -288,8 +288,8 @@ def _draft_batch(
         spans.setdefault(n, []).append(row)
 
     tokens = torch.tensor(roots)
-    candidates = torch.empty(len(starts), length, choices, dtype=torch.int64)
-    scores = torch.empty(len(starts), length, choices)
+    choices = torch.empty(len(starts), length, kept, dtype=torch.int64)
+    scores = torch.empty(len(starts), length, kept)
     for j in range(length):
 
         def store(block: int, k: torch.Tensor, v: torch.Tensor, j: int = j) -> None:
@@ -308,9 +308,9 @@ def _draft_batch(
             return torch.cat(parts)
 
         rows = run_blocks(model, tokens, rotary_tables(model, first + j), linear, store, attend)
-        scores[:, j], candidates[:, j] = torch.topk(rows, choices)
-        tokens = candidates[:, j, 0]
-    return candidates, scores
+        scores[:, j], choices[:, j] = torch.topk(rows, kept)
+        tokens = choices[:, j, 0]
+    return choices, scores
 
 
 def _attend_chain(
@@ -352,19 +352,19 @@ def replay(text: Text, chains: Chains, settings: Settings) -> list[Step]:
     As `speculation.generate` takes them when it generates the text's tokens; the steps have no
     logits. Raises ValueError if the chains are shorter or have fewer choices than the settings.
     """
-    _, length, choices = chains.candidates.shape
-    if settings.length > length or settings.choices > choices:
+    _, length, kept = chains.choices.shape
+    if settings.length > length or settings.choices > kept:
         raise ValueError(
-            f"chains of {length} tokens with {choices} choices cannot replay settings that need "
+            f"chains of {length} tokens with {kept} choices cannot replay settings that need "
             f"{settings.length} and {settings.choices}"
         )
-    candidates = chains.candidates[..., : max(1, settings.choices)].tolist()
+    choices = chains.choices[..., : max(1, settings.choices)].tolist()
     gaps = (chains.scores[..., :1] - chains.scores)[..., : max(2, settings.choices)].tolist()
     steps, position = [], 0
     while position < len(text.tokens):
         target = text.tokens[position:]
         limit = min(settings.length, len(target) - 1)
-        chain, margins = candidates[position][:limit], [gap[1] for gap in gaps[position][:limit]]
+        chain, margins = choices[position][:limit], [gap[1] for gap in gaps[position][:limit]]
         drafted = next(
             (j + 1 for j, margin in enumerate(margins) if margin < settings.threshold), limit
         )
@@ -383,7 +383,7 @@ def replay(text: Text, chains: Chains, settings: Settings) -> list[Step]:
                 drafted=drafted,
                 accepted=accepted,
                 alternates=sum(counts),
-                tree_hit=hit and len(committed) > accepted,
+                alternate_hit=hit and len(committed) > accepted,
                 margins=margins[:drafted],
             )
         )

@@ -13,14 +13,14 @@ scaled:
 
 and the entry `speq` of the file's metadata is a JSON object:
 
-    version   2
+    version   3
     source    the model's name, as given
     columns   columns of a tile
-    tensors   for each NAME its `shape` [O, K], `format` (group, split and width), `draft_rows` if
-              not all outputs are drafted, `channels` (which of order and shift there are) and the
-              `sha256` of its FP16 weights, row by row, little-endian
-    settings  "chain" and "tree": the settings of speculation that were best on the calibration
-              texts, without and with leaf alternates; absent if there was no calibration
+    tensors   for each NAME its `shape` [O, K], `format` (group, split and width),
+              `drafted_outputs` if not all are drafted, `channels` (which of order and shift there
+              are) and the `sha256` of its FP16 weights, row by row, little-endian
+    settings  "chain" and "alternates": the settings of speculation that were best on the
+              calibration texts, without and with leaf alternates; absent if there was none
     report    what the optimiser found, for people; absent if there was no calibration
 """
 
@@ -45,7 +45,7 @@ from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class EncodedModel:
     source : the model's name
     tensors : encoded linear layers by name, at least one
     digests : SHA-256 of the original weights by name
-    settings : "chain" and "tree" -> Settings, or nothing
+    settings : "chain" and "alternates" -> Settings, or nothing
     report : what the optimiser found, JSON values
     """
 
@@ -95,7 +95,7 @@ def write_encoded(path: Path, encoded: EncodedModel) -> None:
         entries[name] = {
             "shape": list(tensor.shape),
             "format": asdict(tensor.config),
-            "draft_rows": tensor.draft_rows,
+            "drafted_outputs": tensor.drafted_outputs,
             "channels": list(present),
             "sha256": encoded.digests[name],
         }
@@ -151,7 +151,7 @@ def read_encoded(path: Path) -> EncodedModel:
 
 
 def _tensor(file: Any, name: str, entry: Mapping[str, Any], columns: int) -> EncodedTensor:
-    sizes = [columns, *entry["shape"], entry["draft_rows"] or 0]
+    sizes = [columns, *entry["shape"], entry["drafted_outputs"] or 0]
     if any(type(size) is not int for size in sizes):
         raise ValueError(f"sizes of {name} are {sizes!r:.80}; expected integers")
     planes = [file.get_tensor(f"{name}.{part}") for part in ("draft", "residual", "groups")]
@@ -159,7 +159,7 @@ def _tensor(file: Any, name: str, entry: Mapping[str, Any], columns: int) -> Enc
     config = FormatConfig(**entry["format"])
     return EncodedTensor(
         name, tuple(entry["shape"]), config, columns, *planes,
-        draft_rows=entry["draft_rows"], **channels,
+        drafted_outputs=entry["drafted_outputs"], **channels,
     )  # fmt: skip
 
 

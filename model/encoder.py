@@ -69,7 +69,7 @@ _SCALING_STRENGTHS = (0.0, 0.25, 0.5)
 _SAMPLE_ROWS = 128  # of a tensor, on which its channels and split are chosen
 _DIAGONAL_SHARE = 0.1  # of the moment's off-diagonal that is distrusted: it is a finite sample's
 _SWEEPS = 2
-_SPARE_CHOICES = 4  # candidates beyond those verified, for vocabularies of other sizes
+_SPARE_CHOICES = 4  # choices beyond those verified, for vocabularies of other sizes
 _EXPECTED_PART = 0.5  # of the head, with which its bits count in a budget
 _SEGMENTS = 3  # parts of the model, by depth, whose sensitivities are measured apart
 _SENSITIVITY_TOKENS = 320
@@ -130,20 +130,20 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class OptimisedEncoding:
     """An optimised encoding.
 
     Attributes
     ----------
     tensors : encoded linear layers by name
-    chain, tree : settings that were best on the calibration texts, without and with alternates
+    chain, alternates : settings that were best on the calibration texts without alternates and with
     speedups : modelled speedup on the calibration texts with each of the two
     tried : for every budget tried, draft cost and the two speedups
     """
 
     tensors: dict[str, EncodedTensor] = field(repr=False)
     chain: Settings
-    tree: Settings
+    alternates: Settings
     speedups: tuple[float, float]
     tried: list[tuple[float, float, float]]
 
@@ -332,7 +332,7 @@ def encode_option(
     option: Option,
     name: str,
     columns: int,
-    draft_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> EncodedTensor:
     """Encode a tensor in the chosen way, its scale codes fitted with the whole second moment."""
     order, shift = channels(weights, torch.diagonal(moment), option.scaling, option.permute)
@@ -342,7 +342,7 @@ def encode_option(
     codes = fit_scales(_finite(stored), levels, inner, group, _SWEEPS)
     return encode(
         weights, option.config, codes.numpy(), name, columns,
-        order=order, shift=shift, draft_rows=draft_rows,
+        order=order, shift=shift, drafted_outputs=drafted_outputs,
     )  # fmt: skip
 
 
@@ -398,7 +398,7 @@ def _first_tokens(texts: Sequence[Text], count: int) -> Iterator[list[int]]:
 
 
 def allocate(
-    choices: Mapping[str, Sequence[Option]], weight: Mapping[str, float], budget: float
+    options_of: Mapping[str, Sequence[Option]], weight: Mapping[str, float], budget: float
 ) -> dict[str, Option]:
     """The options with the least divergence, sum of weight * error, whose bits are about `budget`.
 
@@ -409,7 +409,7 @@ def allocate(
     def best(price: float) -> dict[str, Option]:
         return {
             name: min(some, key=lambda o: (weight[name] * o.error + price * o.bits, o.bits))
-            for name, some in choices.items()
+            for name, some in options_of.items()
         }
 
     low, high = -60.0, 0.0  # log2 of the price
@@ -428,17 +428,17 @@ def restrict_vocabulary(chains: Chains, count: int, choices: int) -> Chains:
     Behind a first choice that would have been another one the chain is not known: it is taken not
     to match anything there.
     """
-    allowed = chains.candidates < count
+    allowed = chains.choices < count
     # Stable: what is allowed keeps its order and comes first.
     index = (~allowed).to(torch.int8).sort(dim=2, stable=True).indices[..., :choices]
-    candidates, scores = chains.candidates.gather(2, index), chains.scores.gather(2, index)
+    kept, scores = chains.choices.gather(2, index), chains.scores.gather(2, index)
     missing = ~allowed.gather(2, index)
     known = allowed[..., 0].cummin(dim=1).values.roll(1, dims=1)
     known[:, 0] = True
-    candidates = torch.where(known[..., None] & ~missing, candidates, -1)
-    # A missing candidate is infinitely far below the best, but the best itself is always finite.
+    kept = torch.where(known[..., None] & ~missing, kept, -1)
+    # A missing choice is infinitely far below the best, but the best itself is always finite.
     scores = scores.masked_fill(missing & (torch.arange(scores.shape[2]) > 0), -torch.inf)
-    return Chains(candidates, scores)
+    return Chains(kept, scores)
 
 
 def best_speedup(
@@ -463,7 +463,7 @@ def optimise(
     journal: Journal | None = None,
     save: Callable[[Journal], None] = lambda journal: None,
     progress: Progress = lambda what, done, total: None,
-) -> Outcome:
+) -> OptimisedEncoding:
     """Find the encoding of all linear layers whose drafts make decoding fastest.
 
     Parameters
@@ -494,7 +494,7 @@ def optimise(
     note("texts", [text.tokens for text in calibration.texts])
 
     names = linear_names(model.config)
-    choices_of: dict[str, list[Option]] = {}
+    options_of: dict[str, list[Option]] = {}
     for i, name in enumerate(names):
         progress("trying formats", i, len(names))
         known = journal.get("options", {}).get(name)
@@ -502,7 +502,7 @@ def optimise(
             found = options(model.linear_weight(name), calibration.moment(name), group, columns)
             note("options", [asdict(option) for option in found], name)
             known = journal["options"][name]
-        choices_of[name] = [_option(entry) for entry in known]
+        options_of[name] = [_option(entry) for entry in known]
 
     encoded: dict[tuple[str, Option], EncodedTensor] = {}
 
@@ -519,7 +519,7 @@ def optimise(
     if len(weight) < len(parts):
         narrow = {  # the most exact option of 4 bits
             name: min((o for o in some if o.config.width == 4), key=lambda o: o.error)
-            for name, some in choices_of.items()
+            for name, some in options_of.items()
         }
         drafted = encode_all(narrow, "encoding at 4 bits")
         errors = {name: option.error for name, option in narrow.items()}
@@ -535,7 +535,7 @@ def optimise(
         progress("trying sizes", i, len(BUDGETS))
         if str(budget) in trials:
             continue
-        chosen = _allocate(model, choices_of, of_tensor, budget)
+        chosen = _allocate(model, options_of, of_tensor, budget)
         tensors = encode_all(chosen, "encoding")
         progress("trying sizes", i, len(BUDGETS))
         result = next((result for other, result in tried if other == chosen), None)
@@ -546,18 +546,20 @@ def optimise(
         trials = journal["trials"]
 
     budget, part = _best_trial(trials)
-    chosen = _allocate(model, choices_of, of_tensor, budget)
+    chosen = _allocate(model, options_of, of_tensor, budget)
     tensors = encode_all(chosen, "encoding")
     if part < 1:
         head = tensors["head"]
         count = round(head.shape[0] * part)
-        tensors["head"] = replace(head, draft_rows=max(rows, count // columns * columns))
+        tensors["head"] = replace(head, drafted_outputs=max(rows, count // columns * columns))
     progress("choosing settings", 0, 1)
     chains = draft_chains(model, calibration.texts, draft_linear(tensors), rows - 1, choices)
     costs = encoded_costs(model.config, tensors)
-    chain, tree = (best_speedup(calibration.texts, chains, costs, rows, n) for n in (1, choices))
-    results = [(entry["cost"], entry["chain"], entry["tree"]) for entry in trials.values()]
-    return Outcome(tensors, chain[1], tree[1], (chain[0], tree[0]), results)
+    chain, alternates = (
+        best_speedup(calibration.texts, chains, costs, rows, n) for n in (1, choices)
+    )
+    results = [(entry["cost"], entry["chain"], entry["alternates"]) for entry in trials.values()]
+    return OptimisedEncoding(tensors, chain[1], alternates[1], (chain[0], alternates[0]), results)
 
 
 def _option(entry: Mapping[str, Any]) -> Option:
@@ -566,15 +568,17 @@ def _option(entry: Mapping[str, Any]) -> Option:
 
 def _allocate(
     model: Model,
-    choices: Mapping[str, Sequence[Option]],
+    options_of: Mapping[str, Sequence[Option]],
     weight: Mapping[str, float],
     budget: float,
 ) -> dict[str, Option]:
     """`allocate` for a share of the FP16 weights, the head's bits counted in part."""
-    size = 16 * sum(model.linear_weight(name).numel() for name in choices)
-    head = [replace(option, bits=int(option.bits * _EXPECTED_PART)) for option in choices["head"]]
-    chosen = allocate({**choices, "head": head}, weight, budget * size)
-    return {**chosen, "head": choices["head"][head.index(chosen["head"])]}
+    size = 16 * sum(model.linear_weight(name).numel() for name in options_of)
+    head = [
+        replace(option, bits=int(option.bits * _EXPECTED_PART)) for option in options_of["head"]
+    ]
+    chosen = allocate({**options_of, "head": head}, weight, budget * size)
+    return {**chosen, "head": options_of["head"][head.index(chosen["head"])]}
 
 
 def _trial(
@@ -586,21 +590,22 @@ def _trial(
 ) -> dict[str, float]:
     """Best speedups that encoded tensors reach on the texts, over parts of the vocabulary."""
     vocabulary = tensors["head"].shape[0]
-    candidates = min(vocabulary, choices + _SPARE_CHOICES)
-    chains = draft_chains(model, texts, draft_linear(tensors), rows - 1, candidates)
-    best = {"tree": 0.0}
+    kept = min(vocabulary, choices + _SPARE_CHOICES)
+    chains = draft_chains(model, texts, draft_linear(tensors), rows - 1, kept)
+    best = {"alternates": 0.0}
     for part in HEAD_PARTS:
-        head = replace(tensors["head"], draft_rows=max(1, round(vocabulary * part)))
+        head = replace(tensors["head"], drafted_outputs=max(1, round(vocabulary * part)))
         costs = encoded_costs(model.config, {**tensors, "head": head})
-        some = [restrict_vocabulary(c, head.draft_rows, choices) for c in chains]
-        tree = best_speedup(texts, some, costs, rows, choices)[0]
-        if tree > best["tree"]:
+        some = [restrict_vocabulary(c, head.drafted_outputs, choices) for c in chains]
+        alternates = best_speedup(texts, some, costs, rows, choices)[0]
+        if alternates > best["alternates"]:
             chain = best_speedup(texts, some, costs, rows, 1)[0]
-            best = {"cost": costs.relative[0], "part": part, "chain": chain, "tree": tree}
+            cost = costs.relative[0]
+            best = {"cost": cost, "part": part, "chain": chain, "alternates": alternates}
     return best
 
 
 def _best_trial(trials: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
     """Budget and part of the vocabulary with the best speedup."""
-    budget = max(trials, key=lambda budget: trials[budget]["tree"])
+    budget = max(trials, key=lambda budget: trials[budget]["alternates"])
     return float(budget), trials[budget]["part"]

@@ -68,12 +68,12 @@ def counted_costs(
     config: ModelConfig,
     formats: Formats,
     engine: Engine | None = None,
-    head_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> Costs:
     """Costs with everything counted; layers without a format are drafted in FP16."""
     engine = engine or Engine()
     plain = plain_pass(config, engine)
-    draft = draft_pass(config, engine, formats, head_rows=head_rows)
+    draft = draft_pass(config, engine, formats, drafted_outputs=drafted_outputs)
     verify = verify_pass(config, engine, formats, 1)
     return Costs(
         config, plain.weights, draft.weights + draft.groups, verify.weights + verify.groups
@@ -150,7 +150,7 @@ def run_sample(sample: Sample, settings: Settings, costs: Costs) -> Run:
         context += len(step.tokens)
     plain = statistics.committed * costs.plain
     spent = statistics.draft_passes * costs.draft + statistics.verify_passes * costs.verify
-    first = sample.chains.candidates[:, 0, 0]
+    first = sample.chains.choices[:, 0, 0]
     matches = int((first == torch.tensor(sample.text.tokens)).sum())
     return Run(
         *(sample.kind, statistics, exits, matches, len(first)),
@@ -193,7 +193,7 @@ def best_settings(
     """
     if not samples:
         raise ValueError("no texts to choose settings on")
-    longest = min(rows - 1, samples[0].chains.candidates.shape[1])
+    longest = min(rows - 1, samples[0].chains.choices.shape[1])
     options = [
         Settings(rows, length, threshold, choices)
         for length, threshold in product(range(shortest, longest + 1), thresholds)
@@ -258,7 +258,7 @@ def figures(runs: Sequence[Run], seed: int) -> Figures:
         tokens_per_pass=total.tokens_per_pass,
         drafted=_ratio(total.draft_passes, passes),
         early_exits=_ratio(sum(r.early_exits for r in runs), passes),
-        alternate_hits=_ratio(total.tree_hits, passes),
+        alternate_hits=_ratio(total.alternate_hits, passes),
         speedup=bootstrap_ratio(bytes_[:, 0], bytes_[:, 1], seed),
         speedup_kv=bootstrap_ratio(bytes_[:, 2], bytes_[:, 3], seed),
     )
@@ -309,19 +309,19 @@ class Acceptance:
 
 def acceptance_by_position(samples: Sequence[Sample]) -> Acceptance:
     """How the draft's chance of being right falls along a chain."""
-    _, length, choices = samples[0].chains.candidates.shape
+    _, length, kept = samples[0].chains.choices.shape
     reached, started = np.zeros(length, int), np.zeros(length, int)
-    hits = np.zeros((length, choices), int)  # chains whose choice c, and no other, is the target's
+    hits = np.zeros((length, kept), int)  # chains whose choice c, and no other, is the target's
     for sample in samples:
         tokens = torch.tensor(sample.text.tokens)
         count = len(tokens)
         for j in range(min(length, count)):
             # Chain p meets its target token p + j at position j.
-            candidates = sample.chains.candidates[: count - j]
-            right = candidates[:, j] == tokens[j:, None]
+            choices = sample.chains.choices[: count - j]
+            right = choices[:, j] == tokens[j:, None]
             alive = torch.ones(count - j, dtype=torch.bool)
             for i in range(j):
-                alive &= candidates[:, i, 0] == tokens[i : i + count - j]
+                alive &= choices[:, i, 0] == tokens[i : i + count - j]
             reached[j] += int(alive.sum())
             started[j] += count - j
             hits[j] += right[alive].sum(dim=0).numpy()
@@ -332,7 +332,7 @@ def acceptance_by_position(samples: Sequence[Sample]) -> Acceptance:
         among={
             c: [_ratio(int(h), int(n)) for h, n in zip(shares[:, c - 1], reached, strict=True)]
             for c in (2, 4)
-            if c <= choices
+            if c <= kept
         },
         survival=[_ratio(int(h), int(n)) for h, n in zip(shares[:, 0], started, strict=True)],
     )
@@ -350,7 +350,7 @@ class Curve:
 
 def length_curve(samples: Sequence[Sample], settings: Settings, costs: Costs) -> Curve:
     """Speedup against the longest draft, from 1 to what rows and chains allow."""
-    longest = min(settings.rows - 1, samples[0].chains.candidates.shape[1])
+    longest = min(settings.rows - 1, samples[0].chains.choices.shape[1])
     lengths = list(range(1, longest + 1))
     options = [replace(settings, draft_length=length) for length in lengths]
     speeds = [speedup(samples, option, costs) for option in options]

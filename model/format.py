@@ -401,7 +401,7 @@ class EncodedTensor:
         The input channel at each position of a row; as they come when not given.
     shift : numpy.uint8 [K], optional
         Exponent of two that scales the weights at each position in the draft, 0 to `MAX_SHIFT`.
-    draft_rows : int, optional
+    drafted_outputs : int, optional
         Draft passes compute only the first so many outputs (of a large vocabulary, say), and read
         only their tiles; all when not given.
     """
@@ -415,13 +415,15 @@ class EncodedTensor:
     group_bytes: np.ndarray = field(repr=False)
     order: np.ndarray | None = field(default=None, repr=False)
     shift: np.ndarray | None = field(default=None, repr=False)
-    draft_rows: int | None = None
+    drafted_outputs: int | None = None
 
     def __post_init__(self) -> None:
         o, k = self.shape
         _check_channels(self.order, self.shift, k, self.name)
-        if self.draft_rows is not None and not 1 <= self.draft_rows <= o:
-            raise ValueError(f"draft_rows of {self.name!r} is {self.draft_rows}; expected 1..{o}")
+        if self.drafted_outputs is not None and not 1 <= self.drafted_outputs <= o:
+            raise ValueError(
+                f"drafted_outputs of {self.name!r} is {self.drafted_outputs}; expected 1..{o}"
+            )
         tiles = -(-o // self.columns)
         expected = {
             "draft_plane": (np.uint16, draft_words(k, self.config)),
@@ -455,12 +457,12 @@ class EncodedTensor:
         return torch.from_numpy(out.view(np.float16)[: self.shape[0]])
 
     def draft(self) -> torch.Tensor:
-        """The values that draft mode multiplies with, torch.float32 [draft_rows, K], each exact.
+        """The values that draft mode multiplies with, exact in torch.float32 [drafted_outputs, K].
 
         Permuted and scaled as they are stored (see `arranged`). A group that holds an infinity or a
         NaN gives NaN for all its weights.
         """
-        o, k = self.draft_rows or self.shape[0], self.shape[1]
+        o, k = self.drafted_outputs or self.shape[0], self.shape[1]
         out = np.empty((self._padded_rows, k), np.float32)
         levels, scales = _signed_levels(self.config), _group_scales(self.config)
 
@@ -491,7 +493,7 @@ class EncodedTensor:
     def draft_bits(self) -> int:
         """Bits that a draft pass reads: of the tiles that it computes, draft plane and group bytes;
         order and shift."""
-        tiles = -(-(self.draft_rows or self.shape[0]) // self.columns)
+        tiles = -(-(self.drafted_outputs or self.shape[0]) // self.columns)
         planes = (self.draft_plane[:tiles], self.group_bytes[:tiles])
         return 8 * (sum(plane.nbytes for plane in planes) + self._channel_bytes)
 
@@ -617,7 +619,7 @@ def encode(
     *,
     order: np.ndarray | None = None,
     shift: np.ndarray | None = None,
-    draft_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> EncodedTensor:
     """Encode FP16 weights; `EncodedTensor.decode` gives the same bits back.
 
@@ -632,7 +634,7 @@ def encode(
         The tensor's name, for messages.
     columns : int
         Columns of the array that the planes are laid out for.
-    order, shift, draft_rows : optional
+    order, shift, drafted_outputs : optional
         As in `EncodedTensor`.
 
     Returns
@@ -680,7 +682,7 @@ def encode(
     _parallel_blocks(tiles, columns * k, work)
     _warn_nonfinite(patterns, _untile(group_bytes)[:o], config.group, name)
     planes = (draft, residual, group_bytes)
-    return EncodedTensor(name, (o, k), config, columns, *planes, order, shift, draft_rows)
+    return EncodedTensor(name, (o, k), config, columns, *planes, order, shift, drafted_outputs)
 
 
 def _check_scale_codes(

@@ -9,14 +9,14 @@ what the full model agrees with, plus one token of its own:
              fill carry leaf alternates: further choices at chain positions, each of which attends
              to the chain before it and to itself.
     verify   One verify pass over the last committed token, the chain and the alternates.
-    accept   Walk down the chain as long as the target's token is among the candidates of a
+    accept   Walk down the chain as long as the target's token is among the choices of a
              position. An alternate ends the walk, and yields the token after it as well.
 
 Greedy decoding commits the tokens, and the logit bits, of one-token-at-a-time decoding (contract
 C4), because a row's bits depend on nothing but the tokens that it attends to. Sampled decoding has
-exactly the target's distribution: candidates of a position are drawn without replacement from the
+exactly the target's distribution: choices of a position are drawn without replacement from the
 draft's distribution and accepted by recursive rejection (Jeon et al., "Recursive Speculative
-Decoding", 2024; with one candidate this is the rejection sampling of Leviathan et al., "Fast
+Decoding", 2024; with one choice this is the rejection sampling of Leviathan et al., "Fast
 Inference from Transformers via Speculative Decoding", 2023). Plain decoding is a draft length of 0.
 
 The cache holds every committed token but the last. Draft passes append their own entries behind
@@ -33,7 +33,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from speq.model.checkpoint import Model
-from speq.model.format import EncodedTensor
 from speq.model.transformer import DraftLinear, KVCache, forward
 
 
@@ -50,7 +49,7 @@ class Settings:
     threshold : float
         Drafting stops after a token whose logit margin is below this.
     choices : int
-        Candidates of a chain position, its own token included; 1 means no alternates.
+        The draft's best tokens at a chain position, the chain's own included; 1: no alternates.
 
     Raises
     ------
@@ -122,31 +121,31 @@ class Proposal:
 
     Attributes
     ----------
-    candidates : for each chain position the chain's token, then its alternates
+    choices : for each chain position the chain's token, then its alternates
     margins : for each chain position the draft's best logit minus its second best; +infinity where
         that is NaN
-    distributions : for each chain position the draft's distribution that the candidates were drawn
+    distributions : for each chain position the draft's distribution that the choices were drawn
         from, float64 [V]; empty in greedy decoding
     """
 
-    candidates: list[list[int]] = field(default_factory=list)
+    choices: list[list[int]] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     distributions: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def chain(self) -> list[int]:
         """The chain's tokens; number i is in row i + 1 of the verify pass."""
-        return [tokens[0] for tokens in self.candidates]
+        return [tokens[0] for tokens in self.choices]
 
     @property
     def alternates(self) -> list[tuple[int, int]]:
         """(chain position, token) of each alternate, in the order of their rows."""
-        return [(i, token) for i, tokens in enumerate(self.candidates) for token in tokens[1:]]
+        return [(i, token) for i, tokens in enumerate(self.choices) for token in tokens[1:]]
 
     def rows_of(self, position: int) -> list[int]:
-        """Rows of the verify pass in which the candidates of a chain position are."""
-        first = 1 + len(self.candidates) + sum(len(c) - 1 for c in self.candidates[:position])
-        return [1 + position, *range(first, first + len(self.candidates[position]) - 1)]
+        """Rows of the verify pass in which the choices of a chain position are."""
+        first = 1 + len(self.choices) + sum(len(c) - 1 for c in self.choices[:position])
+        return [1 + position, *range(first, first + len(self.choices[position]) - 1)]
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class Step:
     drafted : length of the chain, which is the number of draft passes
     accepted : chain tokens that were accepted
     alternates : leaf alternates that were verified
-    tree_hit : whether one of them was accepted
+    alternate_hit : whether one of them was accepted
     margins : the draft's logit margins along the chain
     """
 
@@ -170,7 +169,7 @@ class Step:
     drafted: int
     accepted: int
     alternates: int
-    tree_hit: bool
+    alternate_hit: bool
     margins: list[float]
 
 
@@ -184,7 +183,7 @@ class Statistics:
     accepted: int = 0
     compared: int = 0
     alternates: int = 0
-    tree_hits: int = 0
+    alternate_hits: int = 0
 
     def add(self, step: Step) -> None:
         """Count a step."""
@@ -195,7 +194,7 @@ class Statistics:
         # Chain tokens behind the first that was refused are not compared with the target.
         self.compared += min(step.drafted, step.accepted + 1, len(step.tokens))
         self.alternates += step.alternates
-        self.tree_hits += step.tree_hit
+        self.alternate_hits += step.alternate_hit
 
     @property
     def match_rate(self) -> float:
@@ -212,15 +211,6 @@ class Statistics:
         pass in units of a plain pass; NaN before the first step."""
         cost = self.draft_passes * draft_cost + self.verify_passes * verify_cost
         return self.committed / cost if cost else math.nan
-
-
-def pass_costs(encoded: Mapping[str, EncodedTensor]) -> tuple[float, float]:
-    """Costs of a draft and of a verify pass for `Statistics.speedup`: the bytes of the layers that
-    it streams (the draft plane or both, group bytes, padding) over those of the FP16 weights."""
-    plain = sum(2 * math.prod(tensor.shape) for tensor in encoded.values())
-    drafted = sum(tensor.draft_bits() // 8 for tensor in encoded.values())
-    verified = sum(tensor.storage_bits() // 8 for tensor in encoded.values())
-    return drafted / plain, verified / plain
 
 
 def ranked(logits: torch.Tensor, count: int) -> torch.Tensor:
@@ -273,29 +263,29 @@ def sample(p: torch.Tensor, count: int, generator: torch.Generator) -> torch.Ten
 
 
 def recursive_rejection(
-    p: torch.Tensor, q: torch.Tensor, candidates: torch.Tensor
+    p: torch.Tensor, q: torch.Tensor, choices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How to accept candidates so that the outcome has the distribution p.
+    """How to accept choices so that the outcome has the distribution p.
 
     Parameters
     ----------
     p, q : torch.float64 [N, V]
         Target's and draft's probabilities.
-    candidates : torch.int64 [N, C]
+    choices : torch.int64 [N, C]
         Drawn from q without replacement, in the order of their drawing.
 
     Returns
     -------
     accept : torch.float64 [N, C]
-        Probability of accepting each candidate if those before it were refused.
+        Probability of accepting each choice if those before it were refused.
     residual : torch.float64 [N, V]
         The distribution to draw from if all were refused.
     """
-    accept = torch.empty(candidates.shape, dtype=torch.float64)
-    for i in range(candidates.shape[1]):
-        x = candidates[:, i : i + 1]
+    accept = torch.empty(choices.shape, dtype=torch.float64)
+    for i in range(choices.shape[1]):
+        x = choices[:, i : i + 1]
         accept[:, i : i + 1] = (p.gather(1, x) / q.gather(1, x)).clamp(max=1.0)
-        # What a refusal leaves of the target, and what the next candidate was drawn from.
+        # What a refusal leaves of the target, and what the next choice was drawn from.
         p = _normalized((p - q).clamp(min=0.0), otherwise=p)
         q = q.scatter(1, x, 0.0)
         q = _normalized(q, otherwise=q)
@@ -310,43 +300,43 @@ def _normalized(weights: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
 
 def propose(
     logits: torch.Tensor,
-    choices: int,
+    count: int,
     sampling: Sampling | None,
     generator: torch.Generator | None,
 ) -> tuple[list[int], torch.Tensor | None]:
-    """Up to `choices` candidates of a position from the draft's logits [V], the chain's first.
+    """Up to `count` choices of a position from the draft's logits [V], the chain's first.
 
     Greedy: the largest. Sampled: drawn without replacement; their distribution is returned too.
     """
     if sampling is None:
-        return ranked(logits, choices).tolist(), None
+        return ranked(logits, count).tolist(), None
     q = distribution(logits[None], sampling)
-    count = min(choices, int((q > 0).sum()))
+    count = min(count, int((q > 0).sum()))
     return sample(q, count, generator)[0].tolist(), q[0]
 
 
 def choose(
     logits: torch.Tensor,
-    candidates: Sequence[int],
+    choices: Sequence[int],
     q: torch.Tensor | None,
     sampling: Sampling | None,
     generator: torch.Generator | None,
 ) -> tuple[int, int | None]:
-    """The target's token from its logits [V], and which candidate it is (None: none of them).
+    """The target's token from its logits [V], and which choice it is (None: none of them).
 
-    q is the distribution that sampled candidates were drawn from.
+    q is the distribution that sampled choices were drawn from.
     """
     if sampling is None:
         token = argmax(logits)
-        return token, candidates.index(token) if token in candidates else None
+        return token, choices.index(token) if token in choices else None
     p = distribution(logits[None], sampling)
-    if candidates:
-        accept, p = recursive_rejection(p, q[None], torch.tensor([candidates]))
-        uniform = torch.rand(len(candidates), generator=generator, dtype=torch.float64)
+    if choices:
+        accept, p = recursive_rejection(p, q[None], torch.tensor([choices]))
+        uniform = torch.rand(len(choices), generator=generator, dtype=torch.float64)
         accepted = (uniform < accept[0]).nonzero()
         if len(accepted):
             i = int(accepted[0])
-            return candidates[i], i
+            return choices[i], i
     return int(sample(p, 1, generator)), None
 
 
@@ -364,23 +354,23 @@ def draft(
     The cache is as before when this returns.
     """
     start, token = cache.length, root
-    candidates, distributions, gaps = [], [], []
-    while len(candidates) < settings.length:
+    choices, distributions, gaps = [], [], []
+    while len(choices) < settings.length:
         logits = forward(model, [token], cache, draft=layers)[0]
         tokens, q = propose(logits, settings.choices, sampling, generator)
         best = logits[ranked(logits, max(2, settings.choices))]
         gap = best[0] - best
         # Infinities and NaN have no distance to others.
         gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
-        candidates.append(tokens)
+        choices.append(tokens)
         if q is not None:
             distributions.append(q)
         token = tokens[0]
         if gaps[-1][1] < settings.threshold:
             break
     cache.truncate(start)
-    counts = allot_alternates(gaps, [len(c) for c in candidates], settings.rows)
-    kept = [tokens[: 1 + n] for tokens, n in zip(candidates, counts, strict=True)]
+    counts = allot_alternates(gaps, [len(c) for c in choices], settings.rows)
+    kept = [tokens[: 1 + n] for tokens, n in zip(choices, counts, strict=True)]
     return Proposal(kept, [gap[1] for gap in gaps], distributions)
 
 
@@ -390,7 +380,7 @@ def allot_alternates(
     """How many alternates each chain position gets of the rows that root and chain leave.
 
     gaps[i][j] says how far the draft's choice j (0 is the best) at position i is below the best;
-    available[i] is the number of candidates there. The choices with the smallest gaps win. For
+    available[i] is the number of choices there. Those with the smallest gaps win. For
     sampled decoding to be exact the count must not depend on which alternates were drawn, and the
     gaps of the ranked logits do not.
     """
@@ -412,15 +402,22 @@ def verify(model: Model, cache: KVCache, root: int, proposal: Proposal) -> torch
     """
     start, chain, alternates = cache.length, proposal.chain, proposal.alternates
     tokens = [root, *chain, *(token for _, token in alternates)]
-    trunk = 1 + len(chain)
-    mask = torch.zeros(len(tokens), start + len(tokens), dtype=torch.bool)
-    mask[:trunk] = torch.ones_like(mask[:trunk]).tril(start)
-    positions = list(range(start, start + trunk))
-    for row, (i, _) in enumerate(alternates, start=trunk):
-        mask[row, : start + 1 + i] = True  # the committed tokens, the root and chain[:i]
-        mask[row, start + row] = True
-        positions.append(start + 1 + i)
-    return forward(model, tokens, cache, positions=positions, mask=mask)
+    depths = [*range(1 + len(chain)), *(1 + i for i, _ in alternates)]
+    positions = [start + depth for depth in depths]
+    return forward(model, tokens, cache, positions=positions, mask=pass_mask(start, depths))
+
+
+def pass_mask(start: int, depths: Sequence[int]) -> torch.Tensor:
+    """Which cache entries each row of a pass may attend to, bool [T, start + T].
+
+    The pass appends an entry per row behind `start` others. Its first rows are a chain, of depths
+    0, 1, ...; the others are leaves, `depths[i]` behind `start`. A row attends to the entries
+    before the pass, to those of the chain before its depth and to its own.
+    """
+    rows = torch.arange(len(depths))
+    entries = torch.arange(start + len(depths))
+    positions = start + torch.tensor(depths)
+    return (entries < positions[:, None]) | (entries == start + rows[:, None])
 
 
 def accept(
@@ -434,13 +431,13 @@ def accept(
     Row 0, the root's, is always the first; the tokens but the last are those of the other rows.
     """
     rows, tokens = [0], []
-    chain = len(proposal.candidates)
+    chain = len(proposal.choices)
     while True:
         position = len(tokens)
         on_chain = rows[-1] == position < chain
-        candidates = proposal.candidates[position] if on_chain else []
+        choices = proposal.choices[position] if on_chain else []
         q = proposal.distributions[position] if on_chain and sampling else None
-        token, match = choose(logits[rows[-1]], candidates, q, sampling, generator)
+        token, match = choose(logits[rows[-1]], choices, q, sampling, generator)
         tokens.append(token)
         if match is None:
             return tokens, rows
@@ -499,7 +496,15 @@ def generate(
         logits = verify(model, cache, root, proposal)
         tokens, rows = accept(proposal, logits, sampling, generator)
         cache.keep(start, [start + row for row in rows])
-        step = committed_step(proposal, logits, tokens, rows, remaining, stop_ids)
+        step = committed_step(
+            tokens[:remaining],
+            rows,
+            logits,
+            drafted=len(proposal.choices),
+            alternates=len(proposal.alternates),
+            margins=proposal.margins,
+            stop_ids=stop_ids,
+        )
         yield step
         root = step.tokens[-1]
         remaining = 0 if root in stop_ids else remaining - len(step.tokens)
@@ -519,24 +524,34 @@ def token_limit(model: Model, prompt: Sequence[int], max_tokens: int) -> int:
 
 
 def committed_step(
-    proposal: Proposal,
-    logits: torch.Tensor,
     tokens: list[int],
     rows: list[int],
-    limit: int,
+    logits: torch.Tensor,
+    *,
+    drafted: int,
+    alternates: int,
+    margins: list[float],
     stop_ids: frozenset[int],
 ) -> Step:
-    """The step that commits `tokens`, but not more than `limit` and nothing behind a stop token."""
+    """The step that commits `tokens`, but nothing behind a stop token.
+
+    Parameters
+    ----------
+    tokens : those that were accepted and the target's, perhaps without the last ones
+    rows : of the verify pass that each was chosen by, as of `accept`
+    logits : float32 [rows of the pass, V]
+    drafted, alternates, margins : as of `Step`
+    stop_ids : token ids after which decoding ends
+    """
     ends = [i + 1 for i, token in enumerate(tokens) if token in stop_ids]
-    count = min([len(tokens), limit, *ends])
-    chain = len(proposal.candidates)
-    accepted = sum(0 < row <= chain for row in rows[1:])
+    count = min([len(tokens), *ends])
+    accepted = sum(0 < row <= drafted for row in rows)
     return Step(
         tokens=tokens[:count],
         logits=logits[rows[:count]],
-        drafted=chain,
+        drafted=drafted,
         accepted=min(accepted, count),
-        alternates=len(proposal.alternates),
-        tree_hit=rows[-1] > chain and count > accepted,
-        margins=proposal.margins,
+        alternates=alternates,
+        alternate_hit=rows[-1] > drafted and count > accepted,
+        margins=margins,
     )

@@ -31,7 +31,7 @@ CLOCK_NS = 2
 _RESET_CYCLES = 8
 
 
-class Kind(enum.IntEnum):
+class RequestKind(enum.IntEnum):
     """What a request asks for; see board.sv."""
 
     READ = 0
@@ -53,7 +53,7 @@ async def serve(dut: Any) -> None:
         done = ValueChange(dut.done)
         while request := connection.recv(REQUEST.size, socket.MSG_WAITALL):
             kind, address, data = REQUEST.unpack(request)
-            if kind == Kind.RESET:
+            if kind == RequestKind.RESET:
                 await _reset(dut)
                 toggle = 0
                 connection.sendall(ANSWER.pack(0, 0, int(dut.cycle.value)))

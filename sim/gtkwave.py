@@ -18,7 +18,7 @@ from amaranth.hdl import Elaboratable, Fragment, Signal
 from vcd.gtkw import GTKWSave, make_translation_filter
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import Kind
+from speq.hw.control.descriptor import DescriptorKind
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.control.register_map import STATES
 from speq.hw.control.speculation_controller import SpeculationController
@@ -212,7 +212,7 @@ LAYOUT = (
 
 def value_names(config: AcceleratorConfig) -> dict[str, dict[int, str]]:
     """What the values of enumerations are called, by the tables' names."""
-    kinds = {kind.value: kind.name for kind in Kind}
+    kinds = {kind.value: kind.name for kind in DescriptorKind}
     return {
         "State": {value: name for name, (value, _) in STATES.items()},
         "ErrorCode": {code.value: code.name for code in ErrorCode},

@@ -17,7 +17,7 @@ from amaranth.hdl import Shape
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.sim import board_server, fst, runner
-from speq.sim.board_server import ANSWER, REQUEST, TIMEOUT, Kind
+from speq.sim.board_server import ANSWER, REQUEST, TIMEOUT, RequestKind
 from speq.sim.runner import SimulationError
 
 #: Top module of the simulation.
@@ -273,13 +273,13 @@ class SimulatedBoard:
 
     def read_register(self, offset: int) -> int:
         """Value of the 32-bit register at byte offset `offset`, a multiple of 4."""
-        return self._request(Kind.READ, _checked_offset(offset), 0)
+        return self._request(RequestKind.READ, _checked_offset(offset), 0)
 
     def write_register(self, offset: int, value: int) -> None:
         """Write `value`, 0 to 2**32 - 1, to the register at byte offset `offset`."""
         if not 0 <= value < 2**32:
             raise ValueError(f"value for register {offset:#x} is {value:#x}; it has 32 bits")
-        self._request(Kind.WRITE, _checked_offset(offset), value)
+        self._request(RequestKind.WRITE, _checked_offset(offset), value)
 
     def read(self, address: int, size: int) -> np.ndarray:
         """Copy of `size` bytes of memory from `address` on, uint8 [size]."""
@@ -298,7 +298,7 @@ class SimulatedBoard:
         left = timeout_cycles
         while True:
             cycles = _WAIT_CYCLES if left is None else max(1, min(_WAIT_CYCLES, left))
-            if self._request(Kind.WAIT, 0, cycles):
+            if self._request(RequestKind.WAIT, 0, cycles):
                 return True
             if left is not None:
                 left -= cycles
@@ -308,7 +308,7 @@ class SimulatedBoard:
     def reset(self) -> None:
         """Reset the accelerator and the memory's ports, whatever they are doing; the contents of
         memory stay. Not for a board that records waves."""
-        self._request(Kind.RESET, 0, 0)
+        self._request(RequestKind.RESET, 0, 0)
 
     def cycles(self) -> int:
         """Clock cycles since the reset."""
@@ -340,7 +340,7 @@ class SimulatedBoard:
             )
         return self._contents[first : first + size]
 
-    def _request(self, kind: Kind, address: int, value: int) -> int:
+    def _request(self, kind: RequestKind, address: int, value: int) -> int:
         if self._process is None:
             raise SimulationError("the simulated board has been closed")
         try:

@@ -2,33 +2,11 @@
 """Descriptors: the instructions of a program in memory.
 
 A program is an array of descriptors of 64 bytes, little-endian, at a multiple of 64 (and of the
-ports' beats); it ends with END. Fields that a kind does not use must be 0. Sizes in bytes refer to
-an array of C columns.
-
-GEMM
-    results[tokens, o] = activations[tokens, k] times weights[o, k] transposed, in `mode`. `tokens`
-    0 means the rows of the pass. `half` asks for FP16 results.
-ARGMAX
-    A GEMM in FP32 whose results are ranked as they leave the array: the four largest of each row,
-    ties to the lowest index, NaN as minus infinity. With `discard` the results themselves are not
-    written. `extra`, if not 0, is where the ranking goes: per row four pairs of index (uint32) and
-    FP32 result, 32 bytes; pairs that do not exist are all ones and 0xff800000.
-ATTENTION
-    A product with one head of the KV cache (plain FP16 words, the remap bypassed) for
-    tokens * `sharing` rows, in batches of at most R rows: `tokens` is the pass's rows, and S the
-    KV entries that it sees, position + rows. Without `values`: queries [k] times the keys,
-    o = S outputs; the descriptor's o is 0. With `values`: softmax weights [S] times the values,
-    o outputs; the descriptor's k is 0. `extra` is the distance in bytes of the plane's tiles, 0 if
-    they follow each other. Activations and results of the batches follow each other, the
-    activations of each batch at a multiple of a beat of the data port.
-HOST
-    Interrupts the host with `argument` and waits for its answer. All descriptors before it are
-    finished.
-END
-    The program's end, when all descriptors before it are finished.
+ports' beats); it ends with END. `FORMS` says what each kind does and which fields it uses; the
+others must be 0. Sizes in bytes refer to an array of C columns.
 
 Descriptors run one after the other but overlap: with `wait` one starts only when all before it are
-finished, without it the order must not matter.
+finished, without it the order must not matter. HOST, ARGMAX and END wait in any case.
 
 Planes and group bytes are those of `speq.model.format`, cut into tiles of C outputs, with two
 additions: a tile's group bytes are padded to a multiple of the data port's beat, and every buffer
@@ -41,7 +19,7 @@ FP32 or FP16.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
@@ -52,7 +30,7 @@ from speq.hw.engine_config import Mode
 DESCRIPTOR_BYTES = 64
 
 
-class Kind(enum.Enum, shape=unsigned(8)):
+class DescriptorKind(enum.Enum, shape=unsigned(8)):
     """What a descriptor asks for."""
 
     GEMM = 1
@@ -88,10 +66,114 @@ DESCRIPTOR = data.StructLayout(
 
 
 @dataclass(frozen=True)
-class Descriptor:
-    """One descriptor, for writing programs; the fields are those of `DESCRIPTOR`."""
+class Use:
+    """How a kind of descriptor uses a field.
 
-    kind: Kind
+    Attributes
+    ----------
+    about : what it means
+    port : of an address or a distance in bytes "weights" or "data", the port whose beat it is a
+        multiple of; it has no more bits than the port's addresses
+    modes : the modes that use it; in others it must be 0
+    values : the value of the field `values` with which it is used; with the other it must be 0
+    name : what `Descriptor` calls it, where the member of the layout serves several meanings
+    """
+
+    about: str
+    port: str | None = None
+    modes: frozenset[Mode] = frozenset(Mode)
+    values: bool | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of descriptor: what it does, and how it uses which members of `DESCRIPTOR` besides
+    `kind`. All others must be 0."""
+
+    about: str
+    uses: dict[str, Use] = field(default_factory=dict)
+
+
+_HALF = Use("1: results are FP16, 0: FP32")
+_WAIT = Use("1: start only when all descriptors before it are finished")
+_GEMM = {
+    "mode": Use("what the weights' words hold"),
+    "wait": _WAIT,
+    "tokens": Use(
+        "rows of activations and results, 0: the rows of the pass; at most R, in mode DRAFT at "
+        "most the rows that can draft"
+    ),
+    "k": Use("activations of a row, 1 to the largest K"),
+    "o": Use("results of a row, 1 to the largest O"),
+    "plane": Use("address of the draft plane, in mode BYPASS of plain FP16 words", "weights"),
+    "residual": Use("address of the residual plane", "weights", frozenset({Mode.VERIFY})),
+    "groups": Use("address of the group bytes", "data", frozenset({Mode.VERIFY, Mode.DRAFT})),
+    "activations": Use("address of the activations", "data"),
+    "results": Use("address of the results", "data"),
+}
+#: The kinds of descriptors: the source of the documentation and of all checks.
+FORMS = {
+    DescriptorKind.GEMM: Form(
+        "results[tokens, o] = activations[tokens, k] times weights[o, k] transposed.",
+        {"half": _HALF} | _GEMM,
+    ),
+    DescriptorKind.ARGMAX: Form(
+        "A GEMM in FP32 whose results are ranked as they leave the array: the four largest of each "
+        "row, ties to the lowest index, NaN as minus infinity.",
+        {
+            "discard": Use("1: the results themselves are not written"),
+            "extra": Use(
+                "address of the ranking, 0: it is not written; per row four pairs of index "
+                "(uint32) and FP32 result, 32 bytes; pairs that do not exist are all ones and "
+                "0xff800000",
+                "data",
+                name="ranking",
+            ),
+        }
+        | _GEMM,
+    ),
+    DescriptorKind.ATTENTION: Form(
+        "A product with one head of the KV cache (plain FP16 words, the remap bypassed) for rows * "
+        "`sharing` rows, in batches of at most R rows, where rows are the pass's and S = position "
+        "+ rows the KV entries that it sees, at most the largest K. Without `values`: queries [k] "
+        "times the keys, S outputs. With `values`: softmax weights [S] times the values, o "
+        "outputs. Activations and results of the batches follow each other, the activations of "
+        "each batch at a multiple of a beat of the data port.",
+        {
+            "half": _HALF,
+            "wait": _WAIT,
+            "values": Use("0: a product with keys, 1: with values"),
+            "sharing": Use("query heads that share the KV head, from 1"),
+            "k": Use("elements of a query, 1 to the largest K", values=False),
+            "o": Use("elements of a value, 1 to the largest O", values=True),
+            "plane": Use("address of the head's keys or values", "weights"),
+            "activations": Use("address of queries or softmax weights", "data"),
+            "results": Use("address of the results", "data"),
+            "extra": Use(
+                "distance of the plane's tiles, 0: they follow each other",
+                "weights",
+                name="stride",
+            ),
+        },
+    ),
+    DescriptorKind.HOST: Form(
+        "Interrupts the host and waits for its answer. All descriptors before it are finished.",
+        {"argument": Use("a number for the host")},
+    ),
+    DescriptorKind.END: Form("The program's end, when all descriptors before it are finished."),
+}
+_MEMBERS = {
+    use.name: member for form in FORMS.values() for member, use in form.uses.items() if use.name
+}
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """One descriptor, for writing programs; the fields are those of `DESCRIPTOR`, but `ranking` and
+    `stride` in place of `extra`, which holds one of them."""
+
+    kind: DescriptorKind
     mode: Mode = Mode.VERIFY
     half: bool = False
     wait: bool = False
@@ -107,13 +189,17 @@ class Descriptor:
     groups: int = 0
     activations: int = 0
     results: int = 0
-    extra: int = 0
+    ranking: int = 0
+    stride: int = 0
 
     def pack(self) -> bytes:
-        """The descriptor as it lies in memory. Raises ValueError if a value is too large."""
+        """The descriptor as it lies in memory. Raises ValueError if a value is too large, or if two
+        do not fit into one descriptor."""
+        if self.ranking and self.stride:
+            raise ValueError("a descriptor has either a ranking or a stride")
         word = 0
         for name, value in asdict(self).items():
-            place = DESCRIPTOR[name]
+            place = DESCRIPTOR[_MEMBERS.get(name, name)]
             number = int(getattr(value, "value", value))
             if not 0 <= number < 1 << place.width:
                 raise ValueError(f"{name} is {number}; a descriptor holds {place.width} bits of it")
@@ -122,7 +208,7 @@ class Descriptor:
 
 
 def unpack(content: bytes) -> dict[str, int]:
-    """The fields of a descriptor in memory. Raises ValueError if it is not 64 bytes long."""
+    """The members of a descriptor in memory. Raises ValueError if it is not 64 bytes long."""
     if len(content) != DESCRIPTOR_BYTES:
         raise ValueError(f"a descriptor has {DESCRIPTOR_BYTES} bytes, not {len(content)}")
     word = int.from_bytes(content, "little")

@@ -11,7 +11,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.common.logic import ceil_div
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, FORMS, DescriptorKind
 from speq.hw.engine_config import Mode
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.memory_reader import MemoryReader
@@ -22,15 +22,34 @@ _AHEAD = 4
 _PROGRAM_LENGTH_BITS = 16
 _FP16_BYTES = 2
 
-#: Fields that must be 0, by kind; those of a mode come on top.
-_UNUSED = {
-    Kind.GEMM: ("reserved", "discard", "values", "sharing", "argument", "extra"),
-    Kind.ARGMAX: ("reserved", "half", "values", "sharing", "argument"),
-    Kind.ATTENTION: ("reserved", "mode", "discard", "tokens", "argument", "residual", "groups"),
-    Kind.HOST: tuple(name for name, _ in DESCRIPTOR if name not in ("kind", "argument")),
-    Kind.END: tuple(name for name, _ in DESCRIPTOR if name != "kind"),
-}
-_UNUSED_IN_MODE = {Mode.VERIFY: (), Mode.DRAFT: ("residual",), Mode.BYPASS: ("residual", "groups")}
+#: The number of two bits that is no mode.
+(_NO_MODE,) = set(range(1 << 2)) - {mode.value for mode in Mode}
+_PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
+
+
+def _unused(kind: DescriptorKind) -> list[str]:
+    """Fields that must be 0 in a kind, whatever the others are."""
+    names = [name for name, _ in DESCRIPTOR if name not in ("kind", *FORMS[kind].uses)]
+    # The order shows in the Verilog, not in the result.
+    return sorted(names, key=lambda name: name != "reserved") if kind in _PRODUCTS else names
+
+
+def _unused_in(mode: Mode) -> list[str]:
+    """Fields that must be 0 on top in a GEMM or ARGMAX of a mode."""
+    uses = FORMS[DescriptorKind.GEMM].uses
+    return [name for name, use in uses.items() if mode not in use.modes]
+
+
+def _unused_in_attention(values: bool) -> list[str]:
+    """Fields that must be 0 on top in an ATTENTION with or without `values`."""
+    uses = FORMS[DescriptorKind.ATTENTION].uses
+    return [name for name, use in uses.items() if use.values is (not values)]
+
+
+def _places(port: str) -> list[str]:
+    """All fields that are addresses or distances of a port, whatever kind uses them."""
+    uses = [item for kind in _PRODUCTS for item in FORMS[kind].uses.items()]
+    return list(dict.fromkeys(use.name or name for name, use in uses if use.port == port))
 
 
 def walk_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -204,13 +223,13 @@ class ProgramWalker(wiring.Component):
                     m.d.comb += self.started.eq(1)
                     m.next = "WAIT"
             with m.State("WAIT"):
-                may_overlap = (kind == Kind.GEMM) | (kind == Kind.ATTENTION)
+                may_overlap = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ATTENTION)
                 with m.If((may_overlap & ~descriptor.wait) | self.idle):
                     with m.Switch(kind):
-                        with m.Case(Kind.HOST):
+                        with m.Case(DescriptorKind.HOST):
                             m.d.sync += self.host_argument.eq(descriptor.argument)
                             m.next = "HOST"
-                        with m.Case(Kind.END):
+                        with m.Case(DescriptorKind.END):
                             m.d.comb += [self.done.eq(1), drop.eq(1)]
                             m.d.sync += [walking.eq(0), number.eq(0)]
                             m.next = "FETCH"
@@ -310,23 +329,29 @@ class ProgramWalker(wiring.Component):
         engine = self.config.engine
         code = Signal(ErrorCode)
         kind, mode = d.kind, d.mode
-        is_gemm = (kind == Kind.GEMM) | (kind == Kind.ARGMAX)
-        is_attention = kind == Kind.ATTENTION
+        is_gemm = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ARGMAX)
+        is_attention = kind == DescriptorKind.ATTENTION
         is_product = is_gemm | is_attention
-        known = Cat(kind == value for value in Kind).any() & ~(is_gemm & (mode == 3))
+        known = Cat(kind == value for value in DescriptorKind).any() & ~(
+            is_gemm & (mode == _NO_MODE)
+        )
 
         used = Signal()  # a field that must be 0
         with m.Switch(kind):
-            for value, names in _UNUSED.items():
+            for value in FORMS:
                 with m.Case(value):
-                    m.d.comb += used.eq(Cat(Value.cast(d[name]) for name in names).any())
+                    fields = Cat(Value.cast(d[name]) for name in _unused(value))
+                    m.d.comb += used.eq(fields.any())
         used_in_mode = Signal()
         with m.Switch(mode):
-            for value, names in _UNUSED_IN_MODE.items():
+            for value in Mode:
                 with m.Case(value):
-                    fields = Cat(Value.cast(d[name]) for name in names)
+                    fields = Cat(Value.cast(d[name]) for name in _unused_in(value))
                     m.d.comb += used_in_mode.eq(is_gemm & fields.any())
-        counted = Mux(d.values, d.k, d.o)  # what the KV entries take the place of
+        # What the KV entries take the place of.
+        counted = Mux(
+            d.values, *(Cat(d[name] for name in _unused_in_attention(v)) for v in (True, False))
+        )
         reserved = used | used_in_mode | (is_attention & (counted != 0))
 
         # In attention the KV entries are an inner or an outer dimension.
@@ -344,17 +369,24 @@ class ProgramWalker(wiring.Component):
         )
 
         config = self.config
-        stride = Mux(is_attention, d.extra, 0)
-        ranking = Mux(is_attention, 0, d.extra)
+        # The member `extra` of the layout is one or the other.
+        shared = {
+            "stride": Mux(is_attention, d.extra, 0),
+            "ranking": Mux(is_attention, 0, d.extra),
+        }
         misaligned = (
             is_product
             & Cat(
-                _is_misaligned(value, port.offset_bits, config.address_bits)
-                for port, values in (
-                    (config.weights, (d.plane, d.residual, stride)),
-                    (config.data, (d.groups, d.activations, d.results, ranking)),
+                _is_misaligned(
+                    shared[name] if name in shared else d[name],
+                    port.offset_bits,
+                    config.address_bits,
                 )
-                for value in values
+                for port, names in (
+                    (config.weights, _places("weights")),
+                    (config.data, _places("data")),
+                )
+                for name in names
             ).any()
         )
 
@@ -373,7 +405,7 @@ class ProgramWalker(wiring.Component):
     ) -> None:
         """The descriptor's first job."""
         rows = self.config.engine.rows
-        is_attention = d.kind == Kind.ATTENTION
+        is_attention = d.kind == DescriptorKind.ATTENTION
         seen = walk.position + walk.rows
         all_rows = walk.rows * d.sharing
         first_batch = Mux(all_rows > rows, rows, all_rows)
@@ -385,7 +417,7 @@ class ProgramWalker(wiring.Component):
             job.tokens.eq(Mux(is_attention, first_batch, tokens)),
             job.half.eq(d.half),
             job.discard.eq(d.discard),
-            job.rank.eq(d.kind == Kind.ARGMAX),
+            job.rank.eq(d.kind == DescriptorKind.ARGMAX),
             job.plane.eq(d.plane),
             job.residual.eq(d.residual),
             job.groups.eq(d.groups),
@@ -401,7 +433,7 @@ class ProgramWalker(wiring.Component):
         """When the job is taken, go on with the descriptor's next batch or the next descriptor."""
         engine, port = self.config.engine, self.config.data
         with m.If(self.jobs.ready):
-            with m.If(d.kind == Kind.ARGMAX):
+            with m.If(d.kind == DescriptorKind.ARGMAX):
                 m.next = "RANKED"
             with m.Elif(rows_left == 0):
                 m.d.comb += next_one.eq(1)

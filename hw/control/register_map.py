@@ -293,7 +293,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         Register("ROOT", 0x08C, "rw", "last committed token; a run moves it on", 24, updated=True),
         Register("DRAFT_LENGTH", 0x090, "rw", "longest chain L, 0 to R - 1; 0: plain", bits=8),
         Register("THRESHOLD", 0x094, "rw", "FP32: a smaller logit margin ends the chain"),
-        Register("CHOICES", 0x098, "rw", "candidates of a chain position, 1 to 4", bits=3),
+        Register("CHOICES", 0x098, "rw", "choices of a chain position, 1 to 4", bits=3),
         Register("TOKEN_LIMIT", 0x09C, "rw", "tokens after which a run ends, at least 1", bits=32),
         _address("RING", 0x0A0, "ring of committed tokens, uint32 each"),
         Register(

@@ -22,12 +22,12 @@ from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig, P
 from speq.hw.common.ram import Ram
 from speq.hw.control.fp32_gap import FP32_INFINITY, Fp32Gap
 from speq.hw.control.register_file import status_layout, values_layout
+from speq.hw.control.register_map import MAX_RING_LOG2
 from speq.hw.memory.memory_writer import write_layout
 
 _RANK_BITS = (CHOICES - 1).bit_length()
 _COUNT_BITS = 8
 _RING_TOKEN_BYTES = 4
-_MAX_RING_LOG2 = 24
 
 #: An alternate of a chain position: how far its logit is below the best; `valid` if it exists.
 _OFFER = data.StructLayout({"token": TOKEN_BITS, "gap": 32, "valid": 1})
@@ -65,7 +65,7 @@ class SpeculationController(wiring.Component):
        by position and rank. `row_depth` has each row's position less that of the root, and marks
        alternates as leaves.
     4. Accept: from row 0 on, the row's best token is committed, until it is not among the
-       candidates at its position, or the row is an alternate.
+       choices at its position, or the row is an alternate.
     5. Commit: every such token goes to the ring in memory, and when all are there, POSITION, ROOT
        and RING_INDEX move on. They are never more than the tokens left, because L is less. Then
        `step_request` until the host has answered.
@@ -361,13 +361,13 @@ class SpeculationController(wiring.Component):
             m.next = "ROWS"
 
     def _accept_states(self, m: Module, r: _Registers) -> None:
-        """The walk from row 0 on. A row's candidates are at the depth behind its own: the next of
+        """The walk from row 0 on. A row's choices are at the depth behind its own: the next of
         the chain, if there is one, and alternates."""
         with m.State("READ"):
             m.next = "TAKE"
         with m.State("TAKE"):
             values = self.values
-            last = Cat(i < values.ring_log2 for i in range(_MAX_RING_LOG2))  # slot of the ring
+            last = Cat(i < values.ring_log2 for i in range(MAX_RING_LOG2))  # slot of the ring
             m.d.sync += [
                 r.root.eq(self.entries[0].token),
                 r.slot.eq((r.ring_index + r.committed) & last),
@@ -475,7 +475,7 @@ class _Registers:
         self.candidate = register(count_bits, "candidate")
         self.elapsed = register(range(Fp32Gap.LATENCY + 1), "elapsed")
         # Writes to the ring: the slot, what was taken of the one on offer, those under way.
-        self.slot = register(_MAX_RING_LOG2, "slot")
+        self.slot = register(MAX_RING_LOG2, "slot")
         self.command_taken = Signal()
         self.beat_taken = Signal()
         self.writes = Signal(range(rows + 1))

@@ -17,13 +17,15 @@ from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.plane_merger import PlaneMerger, merger_command_layout
 from speq.hw.memory.repeater import Repeater
 from speq.hw.memory.word_packer import WordPacker
+from speq.model.number_format import FormatConfig, residual_words
 
 #: Commands whose last word may not have been taken when another is taken.
 _COMMANDS = 4
 #: Chunks that have been requested and not been taken from the buffer.
 _CHUNKS = 32
 _MAX_CHUNK_WORDS = 16
-_RESIDUAL_WORDS = 3  # of four weights
+#: Words of the residuals that belong to a word of draft codes.
+RESIDUAL_WORDS = residual_words(DRAFT_LANES, FormatConfig())
 
 
 def tile_bits(config: AcceleratorConfig) -> int:
@@ -62,7 +64,7 @@ def weight_command_layout(config: AcceleratorConfig) -> data.StructLayout:
 
 def _word_count_bits(config: AcceleratorConfig) -> int:
     """Bits of a number of words of a chunk; the residual's are up to three times a chunk's."""
-    return max(config.engine.k_bits, (_RESIDUAL_WORDS * _MAX_CHUNK_WORDS).bit_length())
+    return max(config.engine.k_bits, (RESIDUAL_WORDS * _MAX_CHUNK_WORDS).bit_length())
 
 
 def _chunk_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -118,7 +120,7 @@ class _Chunker(wiring.Component):
         step = Signal()
         m.d.comb += [
             part.eq(Mux(verify & (left > chunk), chunk, left)),
-            amount.eq(Mux(in_residual, _RESIDUAL_WORDS * part[: chunk.bit_length()], part)),
+            amount.eq(Mux(in_residual, RESIDUAL_WORDS * part[: chunk.bit_length()], part)),
             self.busy.eq(tiles != 0),
             self.requests.valid.eq(self.busy & self.chunks.ready),
             self.requests.payload.address.eq(Mux(in_residual, residual, plane)),

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control import descriptor
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Kind
+from speq.hw.control.descriptor import (
+    DESCRIPTOR,
+    DESCRIPTOR_BYTES,
+    FORMS,
+    DescriptorKind,
+    Form,
+    Use,
+)
 from speq.hw.control.register_map import ANSWERS, ERRORS, STATES, Register, constants, registers
 from speq.hw.engine_config import Mode
 
@@ -28,7 +35,7 @@ _NUMBERS = (
     ("ANSWER", "Answers (HOST_ANSWER)", [(name, *number) for name, number in ANSWERS.items()]),
     ("ERROR", "Errors (ERROR)", [(e.name, e.value, about) for e, about in ERRORS.items()]),
     ("PASS", "Kinds of passes (PASS.kind)", [(e.name, e.value, "") for e in PassKind]),
-    ("KIND", "Kinds of descriptors", [(e.name, e.value, "") for e in Kind]),
+    ("KIND", "Kinds of descriptors", [(e.name, e.value, "") for e in DescriptorKind]),
     ("MODE", "Modes of GEMM and ARGMAX descriptors", [(e.name, e.value, "") for e in Mode]),
 )
 
@@ -89,8 +96,34 @@ def markdown(config: AcceleratorConfig) -> str:
         f"{DESCRIPTOR_BYTES} bytes, little-endian.",
         _table(("Byte", "Bits", "Field"), fields),
         f"```text\n{inspect.getdoc(descriptor)}\n```",
+        *(_form(kind, form) for kind, form in FORMS.items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _form(kind: DescriptorKind, form: Form) -> str:
+    """What a kind of descriptor does, and its fields."""
+    parts = [f"### {kind.name}", form.about]
+    rows = [
+        (
+            member + (f" ({use.name})" if use.name else ""),
+            use.about,
+            f"multiple of a beat of the {use.port} port" if use.port else "",
+            _zero(use),
+        )
+        for member, use in form.uses.items()
+    ]
+    if rows:
+        parts.append(_table(("Field", "Meaning", "Alignment", "Must be 0"), rows))
+    return "\n\n".join([*parts, "All other fields but kind must be 0."])
+
+
+def _zero(use: Use) -> str:
+    """In which descriptors of its kind a field must be 0."""
+    if use.values is not None:
+        return f"with values = {int(not use.values)}"
+    others = [mode.name for mode in Mode if mode not in use.modes]
+    return f"in mode {' and '.join(others)}" if others else ""
 
 
 def _define(name: str, value: str, about: str = "") -> str:

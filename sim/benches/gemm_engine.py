@@ -24,11 +24,10 @@ import torch
 from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, First, RisingEdge, Timer
 
+from speq.host.layout import pack_block_activations
 from speq.hw.array.gemm_engine import command_layout, result_layout
 from speq.hw.engine_config import (
-    BLOCK_MAGNITUDE_BITS,
     DRAFT_LANES,
-    EXPONENT_BITS,
     EngineConfig,
     Mode,
 )
@@ -150,25 +149,11 @@ def group_beats(gemm: Gemm, columns: int) -> np.ndarray:
 
 def activation_beats(gemm: Gemm, config: EngineConfig) -> list[int]:
     """Words for the activation store, one integer a beat."""
-    tokens, k, _ = gemm.size
     if gemm.mode is not Mode.DRAFT:
         patterns = gemm.activations.contiguous().numpy().view(np.uint16).T
         return [int.from_bytes(beat.tobytes(), "little") for beat in patterns]
-    block = gemm.activations.block
-    mantissa = gemm.activations.mantissa.numpy().astype(np.int64)
-    lane = np.abs(mantissa) | (mantissa < 0).astype(np.int64) << BLOCK_MAGNITUDE_BITS
-    lane = np.pad(lane, ((0, 0), (0, -k % DRAFT_LANES))).reshape(tokens, -1, DRAFT_LANES)
-    exponents = gemm.activations.exponent.numpy()
-    row_bits = DRAFT_LANES * (BLOCK_MAGNITUDE_BITS + 1) + EXPONENT_BITS
-    beats = []
-    for step in range(lane.shape[1]):
-        beat = 0
-        for row in range(tokens):
-            lanes = int.from_bytes(lane[row, step].astype(np.uint8).tobytes(), "little")
-            exponent = int(exponents[row, step * DRAFT_LANES // block])
-            beat |= (lanes | exponent << 8 * DRAFT_LANES) << row * row_bits
-        beats.append(beat)
-    return beats
+    words = pack_block_activations(gemm.activations)
+    return [int.from_bytes(word.tobytes(), "little") for word in words]
 
 
 def command_word(

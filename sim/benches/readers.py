@@ -22,7 +22,12 @@ from speq.hw.engine_config import DRAFT_LANES, EngineConfig, Mode
 from speq.hw.memory.activation_reader import ActivationReader, activation_command_layout
 from speq.hw.memory.axi import AxiConfig, Fault
 from speq.hw.memory.group_reader import GroupReader, group_command_layout
-from speq.hw.memory.weight_reader import WeightReader, chunk_words, weight_command_layout
+from speq.hw.memory.weight_reader import (
+    RESIDUAL_WORDS,
+    WeightReader,
+    chunk_words,
+    weight_command_layout,
+)
 from speq.hw.verilog import convert_unit
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
@@ -57,7 +62,6 @@ _PAUSE = 0.4
 _ROUNDS = 4
 _MIN_RATE = 0.98
 _WORD_BYTES = 2
-_RESIDUAL_WORDS = 3  # of four weights
 
 
 def run() -> None:
@@ -190,7 +194,7 @@ class _World(World):
         config, columns = self.config, self.config.engine.cols
         draft_words = -(-k // DRAFT_LANES)
         words = k if mode is Mode.BYPASS else draft_words
-        residual_words = _RESIDUAL_WORDS * draft_words
+        residual_words = RESIDUAL_WORDS * draft_words
         size = words * columns * _WORD_BYTES
         residual_size = residual_words * columns * _WORD_BYTES
         stride = size + gap * config.alignment
@@ -211,7 +215,7 @@ class _World(World):
                 self.array(residual, (tiles, residual_words, columns), np.uint16, residual_size),
                 np.zeros((tiles, -(-k // form.group), columns), np.uint8),
             ).verify_words()
-            chunk *= _RESIDUAL_WORDS
+            chunk *= RESIDUAL_WORDS
             transfers["residual"] = self._transfers(
                 residual, tiles, residual_size, residual_size, chunk
             )

@@ -319,9 +319,9 @@ def test_optimised_encoding_is_resumed_after_an_interruption(
     file.check_bits()
     assert file.source == str(checkpoint)
     assert list(file.tensors) == linear_names(model.config)
-    assert file.settings.keys() == {"chain", "tree"}
-    chain, tree = file.settings["chain"], file.settings["tree"]
-    assert (chain.rows, chain.choices, tree.rows, tree.choices) == (4, 1, 4, 2)
+    assert file.settings.keys() == {"chain", "alternates"}
+    chain, alternates = file.settings["chain"], file.settings["alternates"]
+    assert (chain.rows, chain.choices, alternates.rows, alternates.choices) == (4, 1, 4, 2)
     for name, value in file.report["calibration_speedup"].items():
         assert f"{name + ':':<9} modelled speedup {value:.3f}" in result.out
     assert len(file.report["tried"]) == len(encoder.BUDGETS)

@@ -23,15 +23,16 @@ from speq.host.session import Session
 from speq.hw.common.files import staged
 from speq.model import ablation
 from speq.model.checkpoint import linear_names
-from speq.model.cycles import relative_costs, uniform_formats
+from speq.model.cycles import uniform_formats
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.encoding import encode_linears
-from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate
+from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate, counted_costs
 from speq.model.format import encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import shipped_prompts
-from speq.model.speculation import Settings, Statistics, pass_costs
+from speq.model.speculation import Settings, Statistics
+from tests.model.drafted import pass_costs
 from tests.model.small_models import VOCABULARY, random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -91,14 +92,14 @@ def test_report_and_plots(speq_eval, tmp_path):
         ElementTree.parse(tmp_path / "out" / f"{plot}.svg")
 
     report = read(tmp_path / "out")
-    assert report["version"] == 1
+    assert report["version"] == 2
     assert report["settings"]["seed"] == 3 and report["settings"]["draft"]["head"]["width"] == 6
     one_each = dict.fromkeys(shipped_prompts("evaluation"), 1)
     assert report["prompts"] == {"calibration": one_each, "evaluation": one_each}
     config = small_config(tied_head=False, context=512)
     formats = uniform_formats(config, FormatConfig(), FormatConfig(width=6))
-    assert report["costs"]["relative"] == list(relative_costs(config, formats))
-    for name, choices in (("chain", 1), ("tree", 4)):
+    assert report["costs"]["relative"] == list(counted_costs(config, formats).relative)
+    for name, choices in (("chain", 1), ("alternates", 4)):
         assert report["results"][name]["settings"]["choices"] == choices
         figures = report["results"][name]["figures"]
         assert list(figures) == [*one_each, "all"]
@@ -138,7 +139,7 @@ def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path):
     report = read(tmp_path / "out")
     model = load_model(checkpoint)
     session = Session(model, encode_linears(model, FormatConfig(width=6)))
-    for name in ("chain", "tree"):
+    for name in ("chain", "alternates"):
         settings = Settings(**report["results"][name]["settings"])
         total = Statistics()
         for prompt in (prompt for texts in prompts.values() for prompt in texts):
@@ -179,7 +180,7 @@ def test_encoded_file(speq_eval, checkpoint, tmp_path):
     shift = np.arange(64, dtype=np.uint8) % 2
     encoded = {name: encode(weight, wide, name=name) for name, weight in weights.items()}
     encoded["block.0.q_proj"] = encode(weights["block.0.q_proj"], wide, shift=shift)
-    encoded["head"] = encode(weights["head"], FormatConfig(), draft_rows=128)
+    encoded["head"] = encode(weights["head"], FormatConfig(), drafted_outputs=128)
     digests = {name: sha256(weight) for name, weight in weights.items()}
     file = tmp_path / "model.safetensors"
     write_encoded(file, EncodedModel(model.name, encoded, digests))
@@ -188,7 +189,7 @@ def test_encoded_file(speq_eval, checkpoint, tmp_path):
     assert made.code == 0, made.err
     report = read(tmp_path / "out")
     draft = report["settings"]["draft"]
-    assert draft["head"]["width"] == 4 and draft["head_rows"] == 128
+    assert draft["head"]["width"] == 4 and draft["drafted_outputs"] == 128
     assert [entry["tensors"] for entry in draft["formats"]] == [14, 1]
     assert report["costs"]["relative"] == list(pass_costs(encoded))
 

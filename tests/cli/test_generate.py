@@ -25,10 +25,11 @@ from speq.host.session import memory_size
 from speq.hw.control.register_map import COUNTERS
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.encoding import encode_linears
+from speq.model.evaluation import encoded_costs
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings, Statistics, Step, generate, pass_costs
-from tests.model.drafted import rearranged
+from speq.model.speculation import Settings, Statistics, Step, generate
+from tests.model.drafted import pass_costs, rearranged
 from tests.model.small_models import random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -118,7 +119,7 @@ def test_wrong_requests_are_refused_in_one_line(speq_generate, tmp_path):
 
 FILE_SETTINGS = {
     "chain": Settings(6, 3, 0.5, choices=1),
-    "tree": Settings(6, 4, 0.25, choices=3),
+    "alternates": Settings(6, 4, 0.25, choices=3),
 }
 
 
@@ -126,7 +127,7 @@ FILE_SETTINGS = {
 def encoded_file(checkpoint, tmp_path_factory) -> Path:
     """The checkpoint with permuted and scaled channels, a head of 200 outputs, and settings."""
     model = load_model(checkpoint)
-    tensors = rearranged(model, np.random.default_rng(SEED), FormatConfig(32), head_rows=200)
+    tensors = rearranged(model, np.random.default_rng(SEED), FormatConfig(32), drafted_outputs=200)
     digests = {name: sha256(model.linear_weight(name)) for name in tensors}
     path = tmp_path_factory.mktemp("encoded") / "model.safetensors"
     write_encoded(path, EncodedModel(model.name, tensors, digests, FILE_SETTINGS))
@@ -144,7 +145,7 @@ def test_text_of_an_encoded_file_is_that_of_fp16(speq_generate, encoded_file, mo
     monkeypatch.setattr("speq.host.session.generate", watched)
     costs = pass_costs(read_encoded(encoded_file).tensors)
     for options, settings in (
-        ((), FILE_SETTINGS["tree"]),
+        ((), FILE_SETTINGS["alternates"]),
         (("--choices", 1), FILE_SETTINGS["chain"]),
         (("--threshold", 1, "--rows", 8), Settings(8, None, 1.0, choices=3)),
     ):
@@ -165,10 +166,10 @@ def test_settings_come_from_the_file_and_the_options():
         contents = SimpleNamespace(settings=FILE_SETTINGS) if file else None
         return chosen_settings(contents, **options)
 
-    assert settings() == FILE_SETTINGS["tree"]
+    assert settings() == FILE_SETTINGS["alternates"]
     assert settings(choices=1) == FILE_SETTINGS["chain"]
     assert settings(choices=2) == Settings(6, 4, 0.25, choices=2)
-    assert settings(rows=6) == FILE_SETTINGS["tree"]
+    assert settings(rows=6) == FILE_SETTINGS["alternates"]
     assert settings(rows=3) == Settings(3, None, 0.25, choices=3)
     assert settings(draft_length=0, threshold=2.5) == Settings(6, 0, 2.5, choices=3)
     assert settings(file=False) == Settings(8, None, 2.0, choices=4)
@@ -215,7 +216,8 @@ def test_every_linear_layer_is_encoded_and_counted(checkpoint):
     groups = sum(o * -(-k // 64) for o, k in layers) + rows
     draft_bits = sum(4 * o * k for o, k in layers) + 6 * rows * 64 + 8 * groups
     stored_bits = sum(16 * o * k for o, k in layers) + 16 * rows * 64 + 8 * groups
-    assert pass_costs(encoded) == (draft_bits / (16 * plain), stored_bits / (16 * plain))
+    costs = encoded_costs(model.config, encoded).relative
+    assert costs == (draft_bits / (16 * plain), stored_bits / (16 * plain))
 
 
 def test_text_is_streamed_in_whole_characters(checkpoint):

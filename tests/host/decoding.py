@@ -17,6 +17,15 @@ from speq.sim.runner import seed
 SEED = seed()
 #: Tokens that `check` decodes, unless told otherwise.
 TOKENS = 10
+#: Statistics of decoding and the accelerator's counters of the same things.
+COUNTED = {
+    "draft_passes": "DRAFT_PASSES",
+    "verify_passes": "VERIFY_PASSES",
+    "committed": "COMMITTED",
+    "accepted": "ACCEPTED",
+    "alternates": "ALTERNATES",
+    "alternate_hits": "TREE_HITS",
+}
 SMALL = EngineConfig(rows=4, cols=8, max_k=256, max_o=1024)
 
 

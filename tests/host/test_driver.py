@@ -22,7 +22,7 @@ from speq.host.layout import Region
 from speq.host.registers import Registers, read_configuration
 from speq.host.session import Session, memory_size
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.model.checkpoint import Model
@@ -33,6 +33,7 @@ from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, generate
 from speq.model.transformer import attention
 from tests.host.decoding import (
+    COUNTED,
     SEED,
     SMALL,
     TOKENS,
@@ -81,17 +82,16 @@ def test_steps_are_the_golden_models(llama, draft_length):
 
 def test_alternates_and_chains_are_accepted_and_counted(llama):
     """What the tests above compare does happen; the accelerator's counters agree."""
-    names = ("draft_passes", "verify_passes", "committed", "accepted", "alternates", "tree_hits")
-    total = dict.fromkeys(names, 0)
+    total = dict.fromkeys(COUNTED, 0)
     for i in range(8):
         prompt = random_tokens(llama.model.config, 3, SEED + i)
         statistics = Statistics()
         for step in check(llama, prompt, Settings(8, 3)):
             statistics.add(step)
         counters = llama.driver.counters()
-        for name in names:
-            assert counters[name.upper()] == getattr(statistics, name)
-            total[name] += counters[name.upper()]
+        for name, counter in COUNTED.items():
+            assert counters[counter] == getattr(statistics, name)
+            total[name] += counters[counter]
     assert all(total.values())
 
 
@@ -289,7 +289,7 @@ def test_encodings_that_the_array_cannot_read_are_refused():
         refused(f"block.0.q_proj has draft width {width}.*--fixed --width 4", model, encoded)
     channels = rearranged(model, np.random.default_rng(SEED))
     refused("permuted or scaled input channels.*--fixed --width 4", model, channels)
-    head = encode(model.linear_weight("head"), FormatConfig(), name="head", draft_rows=9)
+    head = encode(model.linear_weight("head"), FormatConfig(), name="head", drafted_outputs=9)
     refused("head drafts only part of its outputs", model, {"head": head})
     refused(
         "group 32 and split 2.*--group 64 --split 2",
@@ -378,14 +378,14 @@ def bench() -> SimpleNamespace:
         return ErrorCode(registers["ERROR"]), registers["ERROR_ADDRESS"]
 
     gemm = Descriptor(
-        Kind.GEMM, k=9, o=10, plane=0x2000, residual=0x3000, groups=0x4000, activations=0x5000,
-        results=0x8000,
+        DescriptorKind.GEMM, k=9, o=10, plane=0x2000, residual=0x3000, groups=0x4000,
+        activations=0x5000, results=0x8000,
     )  # fmt: skip
     return SimpleNamespace(config=config, board=board, registers=registers, run=run, gemm=gemm)
 
 
-END = Descriptor(Kind.END)
-HOST = Descriptor(Kind.HOST, argument=7)
+END = Descriptor(DescriptorKind.END)
+HOST = Descriptor(DescriptorKind.HOST, argument=7)
 
 
 def idle(registers: Registers) -> bool:
@@ -445,10 +445,17 @@ def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
 )
 def test_malformed_descriptors(bench, code, kind, name, value):
     """Each is found behind two sound ones; after STOP the accelerator runs again."""
-    attention = {"k": 0, "o": 0, "residual": 0, "groups": 0, "sharing": 2, "kind": Kind.ATTENTION}
+    attention = {
+        "k": 0,
+        "o": 0,
+        "residual": 0,
+        "groups": 0,
+        "sharing": 2,
+        "kind": DescriptorKind.ATTENTION,
+    }
     sound = {
         "gemm": bench.gemm,
-        "argmax": replace(bench.gemm, kind=Kind.ARGMAX),
+        "argmax": replace(bench.gemm, kind=DescriptorKind.ARGMAX),
         "scores": replace(bench.gemm, **attention | {"k": 6}),
         "values": replace(bench.gemm, **attention | {"o": 6, "values": True}),
         "draft": replace(bench.gemm, mode=Mode.DRAFT, residual=0, tokens=1),
@@ -472,7 +479,7 @@ def test_malformed_descriptors(bench, code, kind, name, value):
 def test_entries_of_the_cache_count_as_a_dimension(bench):
     """Position 5 and 3 rows make 8 entries; with the position at its limit they are 256."""
     product = Descriptor(
-        Kind.ATTENTION, values=True, sharing=1, o=4, plane=0x2000, activations=0x5000,
+        DescriptorKind.ATTENTION, values=True, sharing=1, o=4, plane=0x2000, activations=0x5000,
         results=0x8000,
     )  # fmt: skip
     bench.registers["POSITION"] = 253

@@ -7,6 +7,9 @@ larger than usual make more of the draft's errors.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 from speq.model.checkpoint import Model, linear_names
@@ -42,15 +45,24 @@ def random_channels(
     return order, shift.astype(np.uint8)
 
 
+def pass_costs(encoded: Mapping[str, EncodedTensor]) -> tuple[float, float]:
+    """Costs of a draft and of a verify pass of a model whose linear layers are all encoded: bits
+    that they stream over those of the FP16 weights."""
+    plain = sum(16 * math.prod(tensor.shape) for tensor in encoded.values())
+    drafted = sum(tensor.draft_bits() for tensor in encoded.values())
+    verified = sum(tensor.storage_bits() for tensor in encoded.values())
+    return drafted / plain, verified / plain
+
+
 def rearranged(
     model: Model,
     rng: np.random.Generator,
     config: FormatConfig | None = None,
-    head_rows: int | None = None,
+    drafted_outputs: int | None = None,
 ) -> dict[str, EncodedTensor]:
     """All linear layers encoded with random orders and shifts; some have only one of the two.
 
-    The head drafts only its first `head_rows` outputs.
+    The head drafts only its first `drafted_outputs` outputs.
     """
     config = config or FormatConfig()
     encoded = {}
@@ -63,6 +75,6 @@ def rearranged(
         channels = {"order": order, "shift": shift.astype(np.uint8)}
         if i % 4 < 2 and name != "head":
             del channels[("order", "shift")[i % 4]]
-        rows = head_rows if name == "head" else None
-        encoded[name] = encode(weights, config, name=name, draft_rows=rows, **channels)
+        rows = drafted_outputs if name == "head" else None
+        encoded[name] = encode(weights, config, name=name, drafted_outputs=rows, **channels)
     return encoded

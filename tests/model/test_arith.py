@@ -570,7 +570,7 @@ def check_draft(x: torch.Tensor, tensor: EncodedTensor, block: int = 64) -> None
         if array is not None
     }
     activations = quantize_activations(x, block, **channels)
-    o, k = tensor.draft_rows or tensor.shape[0], tensor.shape[1]
+    o, k = tensor.drafted_outputs or tensor.shape[0], tensor.shape[1]
     order = np.arange(k) if tensor.order is None else tensor.order
     shift = np.zeros(k, int) if tensor.shift is None else tensor.shift
     columns = [[draft_value(tensor, i, j) for j in range(k)] for i in range(o)]
@@ -611,7 +611,7 @@ def test_draft_of_permuted_and_scaled_channels(rng, split, width, group):
         w = np.concatenate([gaussian_patterns(rng, 3, k, scale=0.05), finite_patterns(rng, 2, k)])
         w[3:] &= 0xDFFF  # room for shifts
         order, shift = random_channels(rng, w)
-        channels = {"order": order, "shift": shift, "draft_rows": rows}
+        channels = {"order": order, "shift": shift, "drafted_outputs": rows}
         check_draft(half(x), encode(half(w), config, codes, columns=columns, **channels), group)
         if k > group:
             x[1, 40], w[2, 1] = INFINITY, NAN

@@ -20,14 +20,14 @@ from speq.model.cycles import (
     kv_bytes,
     linear_shapes,
     plain_pass,
-    relative_costs,
     stage_cycles,
     uniform_formats,
     verify_pass,
 )
+from speq.model.evaluation import counted_costs
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig, draft_words
-from speq.model.speculation import pass_costs
+from tests.model.drafted import pass_costs
 from tests.model.small_models import small_config
 
 ENGINE = Engine(rows=8, cols=16)
@@ -156,13 +156,15 @@ def test_only_the_first_rows_of_the_head_are_drafted():
     config = small_config()
     formats = uniform_formats(config, FormatConfig())
     whole = draft_pass(config, ENGINE, formats)
-    some = draft_pass(config, ENGINE, formats, head_rows=100)
+    some = draft_pass(config, ENGINE, formats, drafted_outputs=100)
     assert whole.weights - some.weights == 32 * (272 - 112)
     assert whole.groups - some.groups == 272 - 112
     assert whole.linear_cycles - some.linear_cycles == (17 - 7) * 16
     for impossible in (0, config.vocab_size + 1):
-        with pytest.raises(ValueError, match=f"head rows are {impossible}; expected 1 to 264"):
-            draft_pass(config, ENGINE, formats, head_rows=impossible)
+        with pytest.raises(
+            ValueError, match=f"drafted outputs are {impossible}; expected 1 to 264"
+        ):
+            draft_pass(config, ENGINE, formats, drafted_outputs=impossible)
 
 
 def test_layers_without_a_format_are_read_whole():
@@ -187,7 +189,7 @@ def test_bytes_are_those_of_encoded_tensors(width):
         name: encode(torch.ones(shape, dtype=torch.float16), formats[name], name=name)
         for name, shape in linear_shapes(config).items()
     }
-    assert relative_costs(config, formats) == pass_costs(encoded)
+    assert counted_costs(config, formats).relative == pass_costs(encoded)
 
 
 def test_the_hardware_walks_through_all_entries_of_a_sliding_window():
@@ -214,7 +216,8 @@ def test_published_models(config, parameters):
     norms; a 4-bit draft of a large model costs a quarter of a pass and the group bytes."""
     unread = config.vocab_size * config.hidden + (2 * config.blocks + 1) * config.hidden
     assert plain_pass(config, ENGINE).weights == 2 * (parameters - unread)
-    draft, verify = relative_costs(config, uniform_formats(config, FormatConfig()))
+    costs = counted_costs(config, uniform_formats(config, FormatConfig()))
+    draft, verify = costs.relative
     assert draft == pytest.approx(0.25 + 1 / 128)  # one group byte for 128 bytes of weights
     assert verify == pytest.approx(1 + 1 / 128)
 

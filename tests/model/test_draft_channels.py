@@ -14,14 +14,14 @@ from speq.model.arith import draft_gemm
 from speq.model.checkpoint import linear_names
 from speq.model.emulation import prefill
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Sampling, Settings, Statistics, argmax, generate, pass_costs
+from speq.model.speculation import Sampling, Settings, Statistics, argmax, generate
 from speq.model.transformer import KVCache, forward, prepare_draft_linears
-from tests.model.drafted import drafted_model, rearranged
+from tests.model.drafted import drafted_model, pass_costs, rearranged
 from tests.model.small_models import random_tokens
 from tests.model.test_speculation import check_lossless
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
-HEAD_ROWS = 50  # of 64
+DRAFTED_OUTPUTS = 50  # of 64
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -30,7 +30,9 @@ def subject(request) -> SimpleNamespace:
     print(f"SPEQ_SEED={SEED}")
     model = drafted_model(request.param, SEED)
     config = FormatConfig(group=32, width=5)
-    encoded = rearranged(model, np.random.default_rng(SEED), config, head_rows=HEAD_ROWS)
+    encoded = rearranged(
+        model, np.random.default_rng(SEED), config, drafted_outputs=DRAFTED_OUTPUTS
+    )
     prompts = [random_tokens(model.config, 1 + 9 * i, SEED + i) for i in range(2)]
     layers = prepare_draft_linears(encoded)
     return SimpleNamespace(model=model, encoded=encoded, layers=layers, prompts=prompts, plain={})
@@ -65,19 +67,21 @@ def test_draft_pass_permutes_and_scales_what_each_layer_multiplies(subject):
     ours = forward(subject.model, tokens, cache, draft=subject.layers, capture=captured.__setitem__)
     expected = prefill(subject.model, tokens, linear)[0]
     assert sum(t.order is not None for t in subject.encoded.values()) > len(subject.encoded) / 2
-    difference = (ours - expected)[:, :HEAD_ROWS].abs()
+    difference = (ours - expected)[:, :DRAFTED_OUTPUTS].abs()
     print(f"differences: median {difference.median():.1e}, largest {difference.max():.1e}")
     # A difference of float32 rounding may move an activation by one of its 8-bit steps.
     assert difference[0].max() < 1e-4 and difference.max() < 0.5
     assert ours.shape == (9, 64)
-    assert (ours[:, HEAD_ROWS:] == -torch.inf).all() and torch.isfinite(ours[:, :HEAD_ROWS]).all()
+    assert (ours[:, DRAFTED_OUTPUTS:] == -torch.inf).all() and torch.isfinite(
+        ours[:, :DRAFTED_OUTPUTS]
+    ).all()
     head = subject.layers["head"]
     products = draft_gemm(head.quantize(captured["head"]), subject.encoded["head"])
-    assert torch.equal(ours[:, :HEAD_ROWS], products)
+    assert torch.equal(ours[:, :DRAFTED_OUTPUTS], products)
     assert captured.keys() == set(linear_names(subject.model.config))
     # It is a draft of the model, and another one than the model.
     exact = forward(subject.model, tokens, KVCache(subject.model.config, 9))
-    error = (ours - exact)[:, :HEAD_ROWS].abs()
+    error = (ours - exact)[:, :DRAFTED_OUTPUTS].abs()
     assert error.amax(dim=1).mean() > 5 * difference.amax(dim=1).mean()
     assert error.mean() < exact.std()
 
@@ -96,12 +100,12 @@ def test_greedy_decoding_loses_no_bit(subject, settings):
         statistics.add(step)
     assert 0.1 < statistics.match_rate < 1
     tokens = [t for expected, _ in subject.plain.values() for t in expected]
-    print(f"{sum(t >= HEAD_ROWS for t in tokens)} of {len(tokens)} tokens cannot be drafted")
+    print(f"{sum(t >= DRAFTED_OUTPUTS for t in tokens)} of {len(tokens)} tokens cannot be drafted")
 
 
 def test_a_draft_of_two_tokens_loses_no_bit(subject):
-    """Fewer tokens can be drafted than candidates are wanted: the others are -inf."""
-    head = rearranged(subject.model, np.random.default_rng(SEED), head_rows=2)["head"]
+    """Fewer tokens can be drafted than choices are wanted: the others are -inf."""
+    head = rearranged(subject.model, np.random.default_rng(SEED), drafted_outputs=2)["head"]
     layers = subject.layers | prepare_draft_linears({"head": head})
     narrow = SimpleNamespace(**{**vars(subject), "layers": layers})
     steps = check_lossless(narrow, Settings(rows=5, draft_length=1, choices=4))
@@ -110,7 +114,7 @@ def test_a_draft_of_two_tokens_loses_no_bit(subject):
 
 def test_sampled_text_may_use_tokens_that_are_not_drafted(subject):
     """With a draft of 16 tokens most of the text is the target's own, from its whole range."""
-    head = rearranged(subject.model, np.random.default_rng(SEED), head_rows=16)["head"]
+    head = rearranged(subject.model, np.random.default_rng(SEED), drafted_outputs=16)["head"]
     layers = subject.layers | prepare_draft_linears({"head": head})
 
     steps = list(
@@ -126,7 +130,7 @@ def test_sampled_text_may_use_tokens_that_are_not_drafted(subject):
     )
     for step in steps:
         # What came from the draft is a token that it has.
-        count = step.accepted + step.tree_hit
+        count = step.accepted + step.alternate_hit
         assert all(token < 16 for token in step.tokens[:count])
     tokens = [token for step in steps for token in step.tokens]
     assert len(tokens) == 36
@@ -138,7 +142,7 @@ def test_draft_cost_counts_the_drafted_tiles(subject):
     """The head's 50 of 64 outputs are 4 of 4 tiles; 32 of them are 2."""
     cost, verify_cost = pass_costs(subject.encoded)
     fewer = rearranged(
-        subject.model, np.random.default_rng(SEED), FormatConfig(32, width=5), head_rows=32
+        subject.model, np.random.default_rng(SEED), FormatConfig(32, width=5), drafted_outputs=32
     )
     saved = 2 * 16 * (10 * 2 + 1)  # bytes of two tiles with K = 32: 10 words and a group byte
     plain = sum(2 * t.shape[0] * t.shape[1] for t in fewer.values())
@@ -151,4 +155,4 @@ def test_not_drafted_outputs_are_never_chosen(subject):
     forward(subject.model, subject.prompts[1], cache)
     layers = subject.layers
     logits = forward(subject.model, [63], cache, draft=layers)[0]
-    assert argmax(logits) < HEAD_ROWS
+    assert argmax(logits) < DRAFTED_OUTPUTS

@@ -115,12 +115,12 @@ def test_draft_layers_are_the_exact_ones(subject):
 
 
 def test_layers_draft_a_part_of_the_vocabulary(subject):
-    head = rearranged(subject.model, np.random.default_rng(SEED), head_rows=40)["head"]
+    head = rearranged(subject.model, np.random.default_rng(SEED), drafted_outputs=40)["head"]
     linear = draft_linear(subject.encoded | {"head": head})
     rows = logits(subject.model, subject.prompts[2], linear)
     assert (rows[:, 40:] == -torch.inf).all() and torch.isfinite(rows[:, :40]).all()
     (chains,) = draft_chains(subject.model, subject.texts[:1], linear, LENGTH, CHOICES)
-    assert chains.candidates.max() < 40 and torch.isfinite(chains.scores).all()
+    assert chains.choices.max() < 40 and torch.isfinite(chains.scores).all()
 
 
 def other_model(model: Model) -> Model:
@@ -141,7 +141,7 @@ def test_chains_are_exact_drafts_at_every_position(subject):
         draft_chains(subject.model, subject.texts, linear, LENGTH, CHOICES),
         strict=True,
     ):
-        assert chains.candidates.shape == chains.scores.shape == (TOKENS, LENGTH, CHOICES)
+        assert chains.choices.shape == chains.scores.shape == (TOKENS, LENGTH, CHOICES)
         tokens = [*text.prompt, *text.tokens]
         cache = KVCache(subject.model.config, len(tokens) + LENGTH)
         forward(subject.model, tokens[:-1], cache)
@@ -150,7 +150,7 @@ def test_chains_are_exact_drafts_at_every_position(subject):
             token = tokens[cache.length]
             for j in range(LENGTH):
                 row = forward(other, [token], cache)[0]
-                found, scores = chains.candidates[p, j], chains.scores[p, j]
+                found, scores = chains.choices[p, j], chains.scores[p, j]
                 # By value: the order of near ties may differ.
                 assert (row[found] - scores).abs().max() < CLOSE, (p, j)
                 assert (row.topk(CHOICES).values - scores).abs().max() < CLOSE, (p, j)
@@ -168,17 +168,17 @@ def exact_chains(subject: SimpleNamespace, number: int) -> Chains:
         tokens = [*text.prompt, *text.tokens]
         cache = KVCache(subject.model.config, len(tokens) + LENGTH)
         forward(subject.model, tokens[:-1], cache)
-        candidates = torch.empty(TOKENS, LENGTH, CHOICES, dtype=torch.int64)
+        choices = torch.empty(TOKENS, LENGTH, CHOICES, dtype=torch.int64)
         scores = torch.empty(TOKENS, LENGTH, CHOICES)
         for p in reversed(range(TOKENS)):
             cache.truncate(len(text.prompt) - 1 + p)
             token = tokens[cache.length]
             for j in range(LENGTH):
                 row = forward(subject.model, [token], cache, draft=subject.layers)[0]
-                candidates[p, j] = ranked(row, CHOICES)
-                scores[p, j] = row[candidates[p, j]]
-                token = int(candidates[p, j, 0])
-        subject.exact_chains[number] = Chains(candidates, scores)
+                choices[p, j] = ranked(row, CHOICES)
+                scores[p, j] = row[choices[p, j]]
+                token = int(choices[p, j, 0])
+        subject.exact_chains[number] = Chains(choices, scores)
     return subject.exact_chains[number]
 
 
@@ -187,7 +187,7 @@ def test_chains_of_draft_layers_are_nearly_the_exact_ones(subject):
     linear = draft_linear(subject.encoded)
     (ours,) = draft_chains(subject.model, subject.texts[2:], linear, LENGTH, CHOICES)
     expected = exact_chains(subject, 2)
-    same = (ours.candidates == expected.candidates)[..., 0].float()
+    same = (ours.choices == expected.choices)[..., 0].float()
     print(f"same tokens: {same.mean():.3f}")
     assert same[:, 0].mean() >= 0.85 and same.mean() > 0.7
     close = (ours.scores - expected.scores)[:, 0].abs().amax(dim=1)
@@ -205,7 +205,7 @@ def test_batches_do_not_matter(subject, monkeypatch):
     )
     assert finished == [7] * 6 + [6]
     for ours, other in zip(some, expected, strict=True):
-        same = (ours.candidates == other.candidates).flatten(1).all(dim=1)
+        same = (ours.choices == other.choices).flatten(1).all(dim=1)
         assert same.float().mean() > 0.85  # a near tie may go the other way
         assert (ours.scores - other.scores)[same].abs().max() < CLOSE
 
@@ -213,8 +213,8 @@ def test_batches_do_not_matter(subject, monkeypatch):
 SETTINGS = {
     "chain and no spare rows": Settings(rows=5),
     "early exit": Settings(rows=5, threshold=0.4, choices=1),
-    "tree with early exit": Settings(rows=5, threshold=0.4),
-    "tree behind a short chain": Settings(rows=8, draft_length=3),
+    "alternates with early exit": Settings(rows=5, threshold=0.4),
+    "alternates behind a short chain": Settings(rows=8, draft_length=3),
     "two choices": Settings(rows=6, draft_length=3, threshold=0.2, choices=2),
     "exit after every token": Settings(rows=5, threshold=math.inf),
     "one row": Settings(rows=1),
@@ -222,7 +222,7 @@ SETTINGS = {
 
 
 def counts(step: Step) -> tuple:
-    return step.tokens, step.drafted, step.accepted, step.alternates, step.tree_hit
+    return step.tokens, step.drafted, step.accepted, step.alternates, step.alternate_hit
 
 
 def exact_steps(subject: SimpleNamespace, number: int, count: int, **options) -> list[Step]:
@@ -254,7 +254,7 @@ def test_replayed_steps_are_those_of_speculation(subject):
                 assert ours.margins == pytest.approx(other.margins, abs=1e-6)
                 total.add(ours)
     assert total.committed == len(SETTINGS) * 2 * TOKENS
-    assert 0.1 < total.match_rate < 0.95 and total.tree_hits > 3
+    assert 0.1 < total.match_rate < 0.95 and total.alternate_hits > 3
 
 
 @pytest.mark.parametrize("subject", ["llama", "gemma3"], indirect=True)
@@ -265,7 +265,7 @@ def test_replay_of_a_text_that_a_stop_token_ends(subject):
     stop = text.tokens[12]
     count = text.tokens.index(stop) + 1
     short = replace(text, tokens=text.tokens[:count])
-    some = Chains(chains.candidates[:count], chains.scores[:count])
+    some = Chains(chains.choices[:count], chains.scores[:count])
     options = {"settings": settings, "stop_ids": frozenset([stop])}
     expected = exact_steps(subject, 2, count, **options)
     assert [counts(s) for s in replay(short, some, settings)] == [counts(s) for s in expected]
@@ -274,20 +274,20 @@ def test_replay_of_a_text_that_a_stop_token_ends(subject):
 def test_replay_by_hand():
     """Text 5 6 7 8 9; the draft proposes 5 6 x, then from 8 on nothing that fits."""
     text = Text([1], [5, 6, 7, 8, 9], torch.empty(0), torch.empty(0))
-    candidates = torch.zeros(5, 3, 2, dtype=torch.int64)
-    candidates[0] = torch.tensor([[5, 1], [6, 2], [3, 7]])
-    candidates[4] = torch.tensor([[9, 1], [1, 2], [1, 2]])
+    choices = torch.zeros(5, 3, 2, dtype=torch.int64)
+    choices[0] = torch.tensor([[5, 1], [6, 2], [3, 7]])
+    choices[4] = torch.tensor([[9, 1], [1, 2], [1, 2]])
     scores = torch.tensor([4.0, 1.0]).expand(5, 3, 2).clone()
     scores[0, 2] = torch.tensor([4.0, 3.5])
-    chains = Chains(candidates, scores)
+    chains = Chains(choices, scores)
 
     def steps(settings: Settings) -> list[tuple]:
         return [counts(step) for step in replay(text, chains, settings)]
 
     last = ([9], 0, 0, 0, False)
     # 5 and 6 are accepted, the alternate 7 hits if it has a row; 8 comes with it.
-    tree = steps(Settings(rows=5, draft_length=3, choices=2))
-    assert tree == [([5, 6, 7, 8], 3, 2, 1, True), last]
+    alternates = steps(Settings(rows=5, draft_length=3, choices=2))
+    assert alternates == [([5, 6, 7, 8], 3, 2, 1, True), last]
     chain = steps(Settings(rows=5, draft_length=3, choices=1))
     assert chain == [([5, 6, 7], 3, 2, 0, False), ([8], 1, 0, 0, False), last]
     (first, *_) = replay(text, chains, Settings(rows=5, draft_length=3, choices=2))

@@ -23,8 +23,8 @@ from speq.model.speculation import Settings
 from tests.model.drafted import drafted_model, rearranged
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
-SETTINGS = {"chain": Settings(6, 3, 0.5, 1), "tree": Settings(8, None, 1.25, 4)}
-REPORT = {"tried": [{"cost": 0.25, "tree": 1.5}], "note": "ä"}
+SETTINGS = {"chain": Settings(6, 3, 0.5, 1), "alternates": Settings(8, None, 1.25, 4)}
+REPORT = {"tried": [{"cost": 0.25, "alternates": 1.5}], "note": "ä"}
 PLANES = ("draft_plane", "residual_plane", "group_bytes", "order", "shift")
 
 
@@ -37,7 +37,9 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def encoded(model) -> EncodedModel:
     """Tensors with an order, with a shift and with both, and a head of 40 outputs."""
-    tensors = rearranged(model, np.random.default_rng(SEED), FormatConfig(32, 3, 5), head_rows=40)
+    tensors = rearranged(
+        model, np.random.default_rng(SEED), FormatConfig(32, 3, 5), drafted_outputs=40
+    )
     digests = {name: sha256(model.linear_weight(name)) for name in tensors}
     return EncodedModel("some model", tensors, digests, SETTINGS, REPORT)
 
@@ -66,13 +68,13 @@ def test_everything_comes_back(model, encoded, path):
     kinds = set()
     for name, tensor in read.tensors.items():
         expected = encoded.tensors[name]
-        for field in ("name", "shape", "config", "columns", "draft_rows"):
+        for field in ("name", "shape", "config", "columns", "drafted_outputs"):
             assert getattr(tensor, field) == getattr(expected, field), (name, field)
         for plane in PLANES:
             ours, theirs = getattr(tensor, plane), getattr(expected, plane)
             assert (ours is None) == (theirs is None)
             assert ours is None or (ours.dtype == theirs.dtype and np.array_equal(ours, theirs))
-        kinds.add((tensor.order is None, tensor.shift is None, tensor.draft_rows))
+        kinds.add((tensor.order is None, tensor.shift is None, tensor.drafted_outputs))
         weights = model.linear_weight(name)
         assert torch.equal(tensor.decode().view(torch.int16), weights.view(torch.int16))
     assert kinds == {
@@ -97,10 +99,10 @@ def test_documented_layout(encoded, path):
     arrays = load_file(path)
     with safe_open(path, "numpy") as file:
         header = json.loads(file.metadata()["speq"])
-    assert header["version"] == 2 and header["columns"] == 16
+    assert header["version"] == 3 and header["columns"] == 16
     assert set(header) == {"version", "source", "columns", "tensors", "settings", "report"}
     entry = header["tensors"]["head"]
-    assert entry["shape"] == [64, 32] and entry["draft_rows"] == 40
+    assert entry["shape"] == [64, 32] and entry["drafted_outputs"] == 40
     assert entry["format"] == {"group": 32, "split": 3, "width": 5}
     assert entry["channels"] == ["order", "shift"]
     assert entry["sha256"] == encoded.digests["head"]
@@ -151,9 +153,9 @@ DAMAGE = {
     "impossible split": lambda h, a: head(h)["format"].update(split=9),
     "unknown format field": lambda h, a: head(h)["format"].update(block=9),
     "no format": lambda h, a: head(h).pop("format"),
-    "draft rows": lambda h, a: head(h).update(draft_rows=65),
-    "no draft rows": lambda h, a: head(h).update(draft_rows=0),
-    "fraction of a draft row": lambda h, a: head(h).update(draft_rows=1.5),
+    "drafted outputs": lambda h, a: head(h).update(drafted_outputs=65),
+    "no drafted outputs": lambda h, a: head(h).update(drafted_outputs=0),
+    "fraction of a drafted output": lambda h, a: head(h).update(drafted_outputs=1.5),
     "unknown channels": lambda h, a: head(h).update(channels=["draft"]),
     "channels of another type": lambda h, a: head(h).update(channels=3),
     "no digest": lambda h, a: head(h).pop("sha256"),
@@ -163,9 +165,9 @@ DAMAGE = {
     "order twice the same": lambda h, a: a["head.order"].__setitem__(0, a["head.order"][1]),
     "shift too large": lambda h, a: a["head.shift"].__setitem__(3, 8),
     "shift too short": lambda h, a: a.update({"head.shift": a["head.shift"][1:]}),
-    "impossible settings": lambda h, a: h["settings"]["tree"].update(draft_length=9),
-    "settings of another type": lambda h, a: h["settings"]["tree"].update(rows="8"),
-    "unknown setting": lambda h, a: h["settings"]["tree"].update(speed=9),
+    "impossible settings": lambda h, a: h["settings"]["alternates"].update(draft_length=9),
+    "settings of another type": lambda h, a: h["settings"]["alternates"].update(rows="8"),
+    "unknown setting": lambda h, a: h["settings"]["alternates"].update(speed=9),
     "settings as a list": lambda h, a: h.update(settings=[]),
 }
 
@@ -178,7 +180,7 @@ def test_damaged_headers_and_arrays_are_refused(path, damage):
     message = str(caught.value)
     assert str(path) in message and len(message) < 600
     if damage == "version":
-        assert "version is 1, expected 2: encode it again" in message
+        assert "version is 1, expected 3: encode it again" in message
 
 
 @pytest.mark.parametrize(

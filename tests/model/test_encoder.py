@@ -20,8 +20,8 @@ from speq.model.encoder import (
     BUDGETS,
     HEAD_PARTS,
     Calibration,
+    OptimisedEncoding,
     Option,
-    Outcome,
     allocate,
     arranged_moment,
     best_speedup,
@@ -42,9 +42,8 @@ from speq.model.encoder import (
 from speq.model.evaluation import Sample, encoded_costs, speedup
 from speq.model.format import arranged, encode
 from speq.model.number_format import MAX_SHIFT, SCALE_NUMERATORS, UNIT_SCALE_CODE, FormatConfig
-from speq.model.speculation import pass_costs
 from speq.model.transformer import KVCache, forward, prepare_draft_linears
-from tests.model.drafted import drafted_model
+from tests.model.drafted import drafted_model, pass_costs
 from tests.model.small_models import random_tokens
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -314,7 +313,7 @@ def test_tensors_without_effect_take_their_smallest_option(generator):
 
 def test_restricted_vocabulary_by_hand():
     """Ids from 10 on are dropped; a dropped first choice changes the rest of the chain."""
-    candidates = torch.tensor(
+    choices = torch.tensor(
         [
             [[1, 12, 3, 4], [5, 6, 17, 8], [9, 2, 3, 4]],  # the chain stays
             [[1, 2, 3, 4], [15, 6, 7, 18], [9, 2, 3, 4]],  # known up to its second token
@@ -323,9 +322,9 @@ def test_restricted_vocabulary_by_hand():
         ]
     )
     scores = torch.tensor([4.0, 3.0, 2.0, 1.0]).expand(4, 3, 4)
-    made = restrict_vocabulary(Chains(candidates, scores), 10, 3)
+    made = restrict_vocabulary(Chains(choices, scores), 10, 3)
     no = -1
-    assert made.candidates.tolist() == [
+    assert made.choices.tolist() == [
         [[1, 3, 4], [5, 6, 8], [9, 2, 3]],
         [[1, 2, 3], [6, 7, no], [no, no, no]],
         [[3, no, no], [no, no, no], [no, no, no]],
@@ -335,8 +334,8 @@ def test_restricted_vocabulary_by_hand():
     assert made.scores[1, 1].tolist() == [3, 2, -torch.inf]
     assert made.scores[2, 0].tolist() == [2, -torch.inf, -torch.inf]
     assert torch.isfinite(made.scores[..., 0]).all()
-    whole = restrict_vocabulary(Chains(candidates, scores), 20, 4)
-    assert torch.equal(whole.candidates, candidates) and torch.equal(whole.scores, scores)
+    whole = restrict_vocabulary(Chains(choices, scores), 20, 4)
+    assert torch.equal(whole.choices, choices) and torch.equal(whole.scores, scores)
 
 
 # Calibration and sensitivities.
@@ -446,13 +445,13 @@ def optimised(model) -> SimpleNamespace:
     return SimpleNamespace(outcome=outcome, journals=journals)
 
 
-def check_same(outcome: Outcome, expected: Outcome) -> None:
-    for name in ("chain", "tree", "speedups", "tried"):
+def check_same(outcome: OptimisedEncoding, expected: OptimisedEncoding) -> None:
+    for name in ("chain", "alternates", "speedups", "tried"):
         assert getattr(outcome, name) == getattr(expected, name)
     assert outcome.tensors.keys() == expected.tensors.keys()
     for name, tensor in outcome.tensors.items():
         other = expected.tensors[name]
-        assert (tensor.config, tensor.draft_rows) == (other.config, other.draft_rows)
+        assert (tensor.config, tensor.drafted_outputs) == (other.config, other.drafted_outputs)
         for array in ("draft_plane", "residual_plane", "group_bytes", "order", "shift"):
             ours, theirs = getattr(tensor, array), getattr(other, array)
             assert (ours is None) == (theirs is None)
@@ -467,10 +466,10 @@ def test_optimised_model_decodes_to_its_bits(model, optimised):
         assert torch.equal(tensor.decode().view(torch.int16), weights.view(torch.int16))
         assert tensor.columns == 8 and tensor.config.group == 32 and tensor.name == name
     head = tensors["head"]
-    assert head.draft_rows is None or head.draft_rows % 8 == 0
+    assert head.drafted_outputs is None or head.drafted_outputs % 8 == 0
     outcome = optimised.outcome
-    assert outcome.chain.choices == 1 and outcome.tree.choices == 3
-    assert outcome.chain.rows == outcome.tree.rows == 6
+    assert outcome.chain.choices == 1 and outcome.alternates.choices == 3
+    assert outcome.chain.rows == outcome.alternates.rows == 6
     assert len(outcome.tried) == len(BUDGETS)
 
 
@@ -480,7 +479,7 @@ def test_reported_speedups_are_those_of_the_outcome(model, optimised, calibratio
     costs = encoded_costs(model.config, outcome.tensors)
     assert costs.relative == pass_costs(outcome.tensors)
     samples = [Sample("", *pair) for pair in zip(calibration.texts, chains, strict=True)]
-    for settings, value in zip((outcome.chain, outcome.tree), outcome.speedups, strict=True):
+    for settings, value in zip((outcome.chain, outcome.alternates), outcome.speedups, strict=True):
         assert speedup(samples, settings, costs) == value
         best, _ = best_speedup(calibration.texts, chains, costs, 6, settings.choices)
         assert best == value

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from speq.model.cycles import kv_bytes, linear_shapes, relative_costs, uniform_formats
+from speq.model.cycles import (
+    Engine,
+    draft_pass,
+    kv_bytes,
+    linear_shapes,
+    plain_pass,
+    uniform_formats,
+    verify_pass,
+)
 from speq.model.emulation import Chains, Text
 from speq.model.evaluation import (
     THRESHOLDS,
@@ -42,7 +50,7 @@ WRONG = 99
 def sample(
     tokens: list[int], rows: list[list[list[int]]], margins: list[list[float]], kind: str = "chat"
 ) -> Sample:
-    """A text behind a prompt of 5 tokens, and candidates [P][L][C] whose best is ahead of each of
+    """A text behind a prompt of 5 tokens, and choices [P][L][C] whose best is ahead of each of
     the others by margins [P][L]."""
     scores = [
         [[0.0] + [-margin - 0.01 * c for c in range(len(choices) - 1)] for choices, margin in pairs]
@@ -102,7 +110,7 @@ def test_alternates_by_hand():
     """The second choices repair 12 and 16: 10 11 12 13, then 14 15 16 17."""
     run = run_sample(made_up(TOKENS, RIGHT), Settings(8, 3, 0.0, 2), COSTS)
     s = run.statistics
-    assert (s.verify_passes, s.draft_passes, s.committed, s.tree_hits) == (2, 6, 8, 2)
+    assert (s.verify_passes, s.draft_passes, s.committed, s.alternate_hits) == (2, 6, 8, 2)
     assert s.alternates == 6
     # The second pass's context is the prompt but its last token, and four tokens.
     plain = sum(kv_bytes(CONFIG, 4 + i, 1) for i in range(8))
@@ -203,8 +211,12 @@ def test_acceptance_by_position():
 def test_costs_count_everything():
     formats = uniform_formats(CONFIG, FormatConfig(), FormatConfig(width=6))
     costs = counted_costs(CONFIG, formats)
-    assert costs.relative == relative_costs(CONFIG, formats)
-    fewer = counted_costs(CONFIG, formats, head_rows=16)
+    engine = Engine()
+    plain = plain_pass(CONFIG, engine).weights
+    draft, verify = draft_pass(CONFIG, engine, formats), verify_pass(CONFIG, engine, formats, 1)
+    expected = ((draft.weights + draft.groups) / plain, (verify.weights + verify.groups) / plain)
+    assert costs.relative == expected
+    fewer = counted_costs(CONFIG, formats, drafted_outputs=16)
     assert fewer.draft < costs.draft and fewer.verify == costs.verify
 
 

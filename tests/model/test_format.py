@@ -614,7 +614,9 @@ def test_any_channels_survive(o, k, columns, config, kind, fitted, given, number
         for plane in ("draft_plane", "residual_plane", "group_bytes"):
             assert (getattr(tensor, plane) == getattr(plain, plane)).all()
 
-    part = encode_quietly(half(patterns), config, codes, columns=columns, draft_rows=rows, **chosen)
+    part = encode_quietly(
+        half(patterns), config, codes, columns=columns, drafted_outputs=rows, **chosen
+    )
     assert (bits(part.decode()) == patterns).all()
     assert torch.equal(part.draft().view(torch.int32), drafts[0][:rows].view(torch.int32))
 
@@ -703,7 +705,7 @@ def test_what_a_draft_pass_reads_is_counted():
             ({"order": order, "shift": shift}, 100 * 24),
         ):
             config = FormatConfig(group=32, width=5)
-            tensor = encode(weights, config, draft_rows=rows, **channels)
+            tensor = encode(weights, config, drafted_outputs=rows, **channels)
             assert tensor.draft_bits() == tiles * 16 * (draft * 16 + 4 * 8) + extra
             assert tensor.storage_bits() == 3 * 16 * ((draft + residual) * 16 + 4 * 8) + extra
             assert tensor.draft().shape == (rows or 40, 100)
@@ -723,8 +725,8 @@ def test_wrong_channels_are_refused():
         with pytest.raises(ValueError, match=r"shift of 'q' is no uint8 \[65\] of values up to 7"):
             encode(weights, FormatConfig(), name="q", shift=bad)
     for rows in (0, -1, 4):
-        with pytest.raises(ValueError, match=rf"draft_rows of 'q' is {rows}; expected 1\.\.3"):
-            encode(weights, FormatConfig(), name="q", draft_rows=rows)
+        with pytest.raises(ValueError, match=rf"drafted_outputs of 'q' is {rows}; expected 1\.\.3"):
+            encode(weights, FormatConfig(), name="q", drafted_outputs=rows)
 
 
 # Bad arguments.

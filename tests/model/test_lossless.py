@@ -32,7 +32,7 @@ def encode_model(model: Model) -> dict[str, EncodedTensor]:
         order, shift = channels(weights, power, scaling=0.5 * (i % 2), permute=i % 3 == 0)
         rows = len(weights) * 3 // 4 if name == "head" else None
         encoded[name] = encode(
-            weights, config, name=name, order=order, shift=shift, draft_rows=rows
+            weights, config, name=name, order=order, shift=shift, drafted_outputs=rows
         )
     return encoded
 
@@ -61,7 +61,7 @@ def check_lossless(model: Model, prompts: list[list[int]], tokens: int, settings
         )
     print(f"{model.name}: {compared} tokens and their logits are bit-identical; {statistics}")
     # Speculation took place, and not everything was accepted.
-    assert statistics.tree_hits > 0
+    assert statistics.alternate_hits > 0
     assert 0.3 < statistics.match_rate < 0.99
     assert statistics.tokens_per_pass > 1.5
 

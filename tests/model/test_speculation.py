@@ -48,8 +48,8 @@ PROMPTS = 3
 SETTINGS = {
     "chain and no spare rows": Settings(),
     "chain with early exit": Settings(threshold=0.4, choices=1),
-    "tree with early exit": Settings(threshold=0.4),
-    "tree behind a short chain": Settings(draft_length=3),
+    "alternates with early exit": Settings(threshold=0.4),
+    "alternates behind a short chain": Settings(draft_length=3),
     "two choices": Settings(rows=6, draft_length=3, threshold=0.2, choices=2),
     "one draft token and all alternates": Settings(rows=16, draft_length=1, choices=16),
     "one draft token alone": Settings(rows=2),
@@ -159,19 +159,21 @@ def test_greedy_decoding_loses_no_bit(subject):
         steps += made
     assert 0.2 < total.match_rate < 0.9
     cases = {
-        "refused at once": [s for s in steps if s.drafted and not s.accepted and not s.tree_hit],
-        "refused later": [s for s in steps if 0 < s.accepted < s.drafted and not s.tree_hit],
+        "refused at once": [
+            s for s in steps if s.drafted and not s.accepted and not s.alternate_hit
+        ],
+        "refused later": [s for s in steps if 0 < s.accepted < s.drafted and not s.alternate_hit],
         "everything accepted": [s for s in steps if s.accepted == s.drafted >= 2],
-        "first alternates hit": [s for s in steps if s.tree_hit and not s.accepted],
-        "later alternates hit": [s for s in steps if s.tree_hit and s.accepted],
-        "alternates in vain": [s for s in steps if s.alternates and not s.tree_hit],
+        "first alternates hit": [s for s in steps if s.alternate_hit and not s.accepted],
+        "later alternates hit": [s for s in steps if s.alternate_hit and s.accepted],
+        "alternates in vain": [s for s in steps if s.alternates and not s.alternate_hit],
         "early exit": [s for s in steps if s.margins and s.margins[-1] < 0.2 and s.drafted < 6],
     }
     counts = {name: len(found) for name, found in cases.items()}
     print(counts)
     assert all(counts.values()), counts
     for step in steps:
-        assert len(step.tokens) <= step.accepted + 1 + step.tree_hit
+        assert len(step.tokens) <= step.accepted + 1 + step.alternate_hit
         assert len(step.margins) == step.drafted
 
 
@@ -261,7 +263,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_greedy_check_notices_bugs(subject, bug, monkeypatch):
     owner, name, broken, message = BUGS[bug]
-    settings = SETTINGS["tree with early exit"]
+    settings = SETTINGS["alternates with early exit"]
     monkeypatch.setattr(subject, "plain", {})  # plain decoding may have the bug, too
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(AssertionError, match=message):
@@ -308,7 +310,7 @@ def test_gaps_that_are_nan_are_the_largest(monkeypatch):
     monkeypatch.setattr(speculation, "forward", lambda *_, **__: torch.tensor([next(passes)]))
     proposal = draft(None, cache, 7, {}, Settings(rows=9, draft_length=3, threshold=inf))
     assert proposal.margins == [inf, inf, 5.0]
-    assert proposal.candidates == [[0, 1, 2, 3], [0, 1], [1, 3]]
+    assert proposal.choices == [[0, 1, 2, 3], [0, 1], [1, 3]]
 
 
 def test_acceptance_walks_the_tree():
@@ -340,7 +342,7 @@ def test_statistics_count():
     assert (statistics.verify_passes, statistics.draft_passes, statistics.committed) == (3, 11, 8)
     assert statistics.match_rate == 5 / 6
     assert statistics.tokens_per_pass == 8 / 3
-    assert (statistics.alternates, statistics.tree_hits) == (3, 1)
+    assert (statistics.alternates, statistics.alternate_hits) == (3, 1)
     assert statistics.speedup() == 8 / (11 / 4 + 3)
     assert statistics.speedup(0.5, 1.5) == 8 / (5.5 + 4.5)
 
@@ -479,7 +481,7 @@ TOYS = {
 
 
 def check_enumeration(rejection, p: list[float], q: list[float], count: int) -> None:
-    """Add up the outcome over all candidates, exactly: it must be p."""
+    """Add up the outcome over all choices, exactly: it must be p."""
     cases = sequences(q, count)
     accept_, residual = rejection(
         torch.tensor([p] * len(cases), dtype=torch.float64),
@@ -506,20 +508,20 @@ def test_recursive_rejection_is_exact(toy, count):
         check_enumeration(recursive_rejection, p, q, count)
 
 
-def accept_as_if_first(p, q, candidates):
-    """Every candidate as if it were the only one."""
-    return (p / q).gather(1, candidates).clamp(max=1), recursive_rejection(p, q, candidates)[1]
+def accept_as_if_first(p, q, choices):
+    """Every choice as if it were the only one."""
+    return (p / q).gather(1, choices).clamp(max=1), recursive_rejection(p, q, choices)[1]
 
 
-def draw_from_target(p, q, candidates):
+def draw_from_target(p, q, choices):
     """After refusals the target itself, not what they leave of it."""
-    return recursive_rejection(p, q, candidates)[0], p
+    return recursive_rejection(p, q, choices)[0], p
 
 
-def draft_with_replacement(p, q, candidates):
-    """Later candidates as if drawn from all tokens."""
+def draft_with_replacement(p, q, choices):
+    """Later choices as if drawn from all tokens."""
     chances = []
-    for x in candidates.split(1, dim=1):
+    for x in choices.split(1, dim=1):
         chances.append((p.gather(1, x) / q.gather(1, x)).clamp(max=1))
         p = (p - q).clamp(min=0)
         p = p / p.sum(dim=1, keepdim=True)
@@ -538,14 +540,14 @@ def test_enumeration_notices_wrong_rejections(wrong):
 def draws(
     p: torch.Tensor, q: torch.Tensor, count: int, number: int, rejection=recursive_rejection
 ) -> torch.Tensor:
-    """Outcomes int64 [number] of drawing candidates, accepting and drawing from the rest."""
+    """Outcomes int64 [number] of drawing choices, accepting and drawing from the rest."""
     source = generator()
     p, q = (x.expand(number, -1) for x in (p, q))
-    candidates = sample(q, count, source)
-    chances, rest = rejection(p, q, candidates)
+    choices = sample(q, count, source)
+    chances, rest = rejection(p, q, choices)
     tries = torch.rand(number, count, generator=source, dtype=torch.float64) < chances
     last = sample(rest, 1, source)
-    outcomes = torch.cat([candidates, last], dim=1)
+    outcomes = torch.cat([choices, last], dim=1)
     tries = torch.cat([tries, torch.ones(number, 1, dtype=torch.bool)], dim=1)
     return outcomes.gather(1, tries.long().argmax(dim=1, keepdim=True))[:, 0]  # the first True
 
@@ -568,14 +570,14 @@ def test_chi_square_notices_wrong_rejections(wrong):
 
 
 def test_choose_draws_from_the_target():
-    """`choose` itself, token by token, with the candidates that `propose` gives it."""
+    """`choose` itself, token by token, with the choices that `propose` gives it."""
     sampling, source = Sampling(temperature=0.8), generator()
     target, other = torch.randn(2, 5, generator=generator(2))
     counts, accepted = torch.zeros(1, 5, dtype=torch.float64), [0, 0, 0]
     for _ in range(4000):
-        candidates, q = speculation.propose(other, 2, sampling, source)
-        token, match = choose(target, candidates, q, sampling, source)
-        assert match is None or candidates[match] == token
+        choices, q = speculation.propose(other, 2, sampling, source)
+        token, match = choose(target, choices, q, sampling, source)
+        assert match is None or choices[match] == token
         counts[0, token] += 1
         accepted[2 if match is None else match] += 1
     assert min(accepted) > 100
@@ -628,7 +630,7 @@ def transitions(markov: SimpleNamespace, settings: Settings, sampling: Sampling,
 
 SAMPLED = {
     "chain": (Settings(rows=4, choices=1), Sampling()),
-    "tree": (Settings(rows=8, draft_length=3, threshold=0.5, choices=3), Sampling(0.9)),
+    "alternates": (Settings(rows=8, draft_length=3, threshold=0.5, choices=3), Sampling(0.9)),
     "truncated": (Settings(rows=6, threshold=1.0), Sampling(1.5, top_k=4, top_p=0.9)),
 }
 
@@ -638,7 +640,7 @@ def test_sampled_text_has_the_targets_distribution(markov, settings, sampling):
     counts, statistics = transitions(markov, settings, sampling, 15_000)
     assert counts.sum() == 15_000
     assert 0.2 < statistics.match_rate < 0.9
-    assert (statistics.tree_hits > 300) == (settings.choices > 1)
+    assert (statistics.alternate_hits > 300) == (settings.choices > 1)
     assert p_value(counts, distribution(markov.target, sampling)) > LEAST_P_VALUE
 
 
@@ -672,7 +674,7 @@ def walk_with_one_too_many(proposal, logits, sampling, source):
 
 
 def test_chi_square_notices_a_wrong_walk(markov, monkeypatch):
-    settings, sampling = SAMPLED["tree"]
+    settings, sampling = SAMPLED["alternates"]
     monkeypatch.setattr(speculation, "accept", walk_with_one_too_many)
     counts, _ = transitions(markov, settings, sampling, 5000)
     assert p_value(counts, distribution(markov.target, sampling)) < LEAST_P_VALUE

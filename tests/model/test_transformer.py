@@ -130,7 +130,7 @@ def test_logit_bits_do_not_depend_on_the_batch(architecture, draft):
         assert_same_bits(torch.cat(parts), together)
 
 
-def tree_pass(model: Model, cache: KVCache, chain: list[int], alternates: dict[int, int]):
+def verify_pass(model: Model, cache: KVCache, chain: list[int], alternates: dict[int, int]):
     """One pass over a chain and alternates {index of the chain token it replaces: token}."""
     start, length = cache.length, len(chain)
     rows = length + len(alternates)
@@ -147,21 +147,21 @@ def tree_pass(model: Model, cache: KVCache, chain: list[int], alternates: dict[i
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_leaf_alternates_give_the_bits_of_plain_decoding(architecture):
-    """Rows of a tree, the chain's and the alternates', and what follows after compaction."""
+    """Rows of the chain and of the alternates, and what follows after compaction."""
     model = small_model(architecture)
     tokens = random_tokens(model.config, 20, SEED)
     prompt, chain, others, following = tokens[:10], tokens[10:14], tokens[14:17], tokens[17:]
     alternates = {1: others[0], 3: others[1], 0: others[2]}
     cache = KVCache(model.config, 32)
     forward(model, prompt, cache)
-    tree = tree_pass(model, cache, chain, alternates)
+    verified = verify_pass(model, cache, chain, alternates)
     for row, index in enumerate(alternates, start=len(chain)):
         path = [*prompt, *chain[:index], alternates[index]]
         plain = forward(model, path, KVCache(model.config, 32))
-        assert_same_bits(tree[row], plain[-1])
+        assert_same_bits(verified[row], plain[-1])
     plain_cache = KVCache(model.config, 32)
     plain = forward(model, [*prompt, *chain], plain_cache)
-    assert_same_bits(tree[: len(chain)], plain[len(prompt) :])
+    assert_same_bits(verified[: len(chain)], plain[len(prompt) :])
     # Commit chain[:3] and the alternate of index 3, then decode on.
     cache.keep(10, [10, 11, 12, 15])
     assert cache.length == 14

@@ -19,11 +19,11 @@ from speq.host.board import Board
 from speq.host.layout import RANKING_BYTES, ceil_div, round_up
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, registers
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.memory.weight_reader import chunk_words
+from speq.hw.memory.weight_reader import RESIDUAL_WORDS, chunk_words
 from speq.hw.verilog import generate_top
 from speq.model.number_format import FormatConfig, draft_words, residual_words
 from speq.sim.runner import seed
@@ -33,12 +33,12 @@ from tests.sim.workloads import (
     READ,
     SIZE,
     WRITE,
-    Outcome,
+    RunStatus,
     Workload,
     begin,
-    outcome,
     random_workload,
     run,
+    run_status,
 )
 
 SEED = seed()
@@ -126,7 +126,7 @@ class Pair:
             values = [Registers(board, self.config)[name] for board in (self.model, self.rtl)]
             assert values[0] == values[1], f"SPEQ_SEED={SEED}: {name} {values}\n{workload}"
 
-    def check_fault(self, workload: Workload, expected: Outcome | None = None) -> Outcome:
+    def check_fault(self, workload: Workload, expected: RunStatus | None = None) -> RunStatus:
         """Run a workload that ends with an error: that of the functional model, unless told
         otherwise. Then the accelerator must be fit for another."""
         if expected is None:
@@ -148,7 +148,7 @@ class Pair:
             values = Registers(board, self.config)
             if values["STATUS"]:
                 values.command("stop")
-            assert outcome(values).state == "IDLE"
+            assert run_status(values).state == "IDLE"
         self.check(random_workload(self.config, self.random))
 
 
@@ -217,10 +217,10 @@ def test_a_wrong_byte_is_noticed():
     """A test of these tests: an operand or a result that differs in one bit."""
     with Pair("4x8", np.random.default_rng(SEED)) as pair:
         workload = pair.workload(rows=4)
-        gemm = workload.add_product(Kind.GEMM, Mode.BYPASS, 3, 9)
+        gemm = workload.add_product(DescriptorKind.GEMM, Mode.BYPASS, 3, 9)
         workload.put(gemm.plane, np.full(3 * 8, 0x3C00, np.uint16))
         workload.put(gemm.activations, np.full(3 * 8, 0x3C00, np.uint16))
-        workload.add(Kind.HOST)
+        workload.add(DescriptorKind.HOST)
         workload.end()
 
         def spoil(address: int) -> Callable[[Board], None]:
@@ -251,8 +251,8 @@ def decoding(pair: Pair) -> Workload:
     o = int(random.integers(2, 7))
     for mode in (Mode.DRAFT, Mode.VERIFY):
         workload.rows = 1 if mode is Mode.DRAFT else engine.rows
-        workload.add_product(Kind.ARGMAX, mode, int(random.integers(1, 30)), o)
-        workload.add(Kind.END)
+        workload.add_product(DescriptorKind.ARGMAX, mode, int(random.integers(1, 30)), o)
+        workload.add(DescriptorKind.END)
     workload.write_program()
     log2 = int(random.integers(1, 5))
     thresholds = np.array([0, 1, 4, np.inf], np.float32)
@@ -341,7 +341,7 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
         for field in ("mode", "discard", "tokens", "argument", "residual", "groups")
     ]
     reserved += [("scores", {"o": 1}), ("values", {"k": 1 << 31})]
-    others = [field for field in Descriptor.__dataclass_fields__ if field not in ("kind", "mode")]
+    others = [field for field, _ in DESCRIPTOR if field not in ("kind", "mode")]
     reserved += [("host", {field: 1}) for field in others if field != "argument"]
     reserved += [("end", {field: 1}) for field in others] + [("end", {"mode": 1})]
     sizes = [
@@ -380,13 +380,13 @@ def add_sound(workload: Workload, name: str) -> None:
     """Append the descriptor that `malformed` calls so."""
     match name:
         case "verify" | "draft" | "bypass":
-            workload.add_product(Kind.GEMM, Mode[name.upper()], 9, 11, 1)
+            workload.add_product(DescriptorKind.GEMM, Mode[name.upper()], 9, 11, 1)
         case "argmax":
-            workload.add_product(Kind.ARGMAX, Mode.VERIFY, 9, 11, 1, ranking=True)
+            workload.add_product(DescriptorKind.ARGMAX, Mode.VERIFY, 9, 11, 1, ranking=True)
         case "scores" | "values":
             workload.add_attention(9, 2, values=name == "values", gap=0)
         case _:
-            workload.add(Kind[name.upper()])
+            workload.add(DescriptorKind[name.upper()])
 
 
 def spoiled(workload: Workload, index: int, changes: dict[str, int]) -> None:
@@ -411,7 +411,7 @@ def test_malformed_descriptors(faulty, code):
         workload = faulty.workload(rows=2, position=7)
         index = int(faulty.random.integers(0, 3))
         for _ in range(index):
-            workload.add_product(Kind.GEMM, Mode.VERIFY, 5, 20)
+            workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 5, 20)
         add_sound(workload, name)
         workload.end()
         spoiled(workload, index, changes)
@@ -424,7 +424,7 @@ def test_sizes_that_follow_from_the_pass(faulty):
     """More drafting rows than there are, more KV entries than an inner dimension may have."""
     engine = faulty.config.engine
     workload = faulty.workload(rows=engine.draft_rows + 1)
-    workload.add_product(Kind.GEMM, Mode.DRAFT, 9, 3, 1)
+    workload.add_product(DescriptorKind.GEMM, Mode.DRAFT, 9, 3, 1)
     workload.descriptors[0] = replace(workload.descriptors[0], tokens=0)
     assert faulty.check_fault(workload.end()).error is ErrorCode.BAD_SIZE
 
@@ -438,7 +438,7 @@ READS = {
     "bypass": ("plane", "activations"),
     "attention": ("plane", "activations"),
 }
-WRITES = {"verify": ("results",), "argmax": ("results", "extra"), "attention": ("results",)}
+WRITES = {"verify": ("results",), "argmax": ("results", "ranking"), "attention": ("results",)}
 READ_CASES = [(name, field) for name, fields in READS.items() for field in fields]
 WRITE_CASES = [(name, field) for name, fields in WRITES.items() for field in fields]
 
@@ -450,19 +450,19 @@ def with_fault(pair: Pair, name: str, places: dict, **registers: int) -> tuple[W
     workload.registers = registers
     index = int(random.integers(0, 3))
     for _ in range(index):
-        workload.add_product(Kind.GEMM, Mode(int(random.integers(3))), 20, 9, 1)
+        workload.add_product(DescriptorKind.GEMM, Mode(int(random.integers(3))), 20, 9, 1)
     workload.places = places
     k, o = (int(random.integers(30, 120)), int(random.integers(1, 50)))
     if name == "attention":
         values = bool(random.integers(2))
         workload.add_attention(int(random.integers(1, 40)), 3, values=values, gap=0)
     elif name == "argmax":
-        workload.add_product(Kind.ARGMAX, Mode.VERIFY, k, o, ranking=True)
+        workload.add_product(DescriptorKind.ARGMAX, Mode.VERIFY, k, o, ranking=True)
     else:
         tokens = 1 if name == "draft" else 0
-        workload.add_product(Kind.GEMM, Mode[name.upper()], k, o, tokens)
+        workload.add_product(DescriptorKind.GEMM, Mode[name.upper()], k, o, tokens)
     workload.places = {}
-    workload.add_product(Kind.GEMM, Mode.VERIFY, 9, 9)
+    workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 9, 9)
     return workload.end(), index
 
 
@@ -471,7 +471,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
     config, d = workload.config, workload.descriptors[index]
     cols, data = config.engine.cols, config.data.beat_bytes
     number_format = config.engine.format
-    is_attention = d.kind is Kind.ATTENTION
+    is_attention = d.kind is DescriptorKind.ATTENTION
     entries, tokens = workload.position + workload.rows, d.tokens or workload.rows
     k, o = (entries if is_attention and d.values else d.k, d.o or entries)
     mode = Mode.BYPASS if is_attention else d.mode
@@ -481,7 +481,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
         chunk = chunk_words(config) if mode is Mode.VERIFY else 1 << 20
         words = k if mode is Mode.BYPASS else draft_words(k, number_format)
         if field == "residual":
-            chunk, words = 3 * chunk, residual_words(k, number_format)
+            chunk, words = RESIDUAL_WORDS * chunk, residual_words(k, number_format)
         for i in range(tiles):
             for first in range(0, words, chunk):
                 yield address + (i * words + first) * word, min(chunk, words - first) * word
@@ -493,7 +493,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
         words = ceil_div(k, 4) if mode is Mode.DRAFT else k
         size = round_up(words * config.activation_bytes, data)
         yield from ((address + i * size, size) for i in range(batches))
-    elif field == "extra":
+    elif field == "ranking":
         yield address, RANKING_BYTES * tokens
     else:
         left = tokens * d.sharing if is_attention else tokens
@@ -531,7 +531,7 @@ def test_bad_responses_to_reads(pair, name, field, response):
         workload, index = with_fault(pair, name, {field: over(bad, pair.random)})
         code = ErrorCode[f"READ_{RESPONSES[response]}"]
         address = burst_of(workload, index, field, bad)
-        pair.check_fault(workload, Outcome("ERROR", code, address, 0))
+        pair.check_fault(workload, RunStatus("ERROR", code, address, 0))
 
 
 @pytest.mark.parametrize("response", RESPONSES, ids=RESPONSES.values())
@@ -542,7 +542,7 @@ def test_bad_responses_to_writes(pair, name, field, response):
         workload, index = with_fault(pair, name, {field: over(bad, pair.random)})
         code = ErrorCode[f"WRITE_{RESPONSES[response]}"]
         address = burst_of(workload, index, field, bad)
-        pair.check_fault(workload, Outcome("ERROR", code, address, 0))
+        pair.check_fault(workload, RunStatus("ERROR", code, address, 0))
 
 
 @pytest.mark.parametrize("side", ["below", "beyond"])
@@ -589,7 +589,7 @@ def test_reads_around_the_end_of_the_address_space(faulty):
         workload, index = with_fault(faulty, name, place, **limits)
         first, size = next(transfers(workload, index, field))
         if first + size > top:
-            expected = Outcome("ERROR", ErrorCode.READ_OUTSIDE, first, 0)
+            expected = RunStatus("ERROR", ErrorCode.READ_OUTSIDE, first, 0)
             faulty.check_fault(workload, expected)
 
 
@@ -600,7 +600,7 @@ def small_program(pair: Pair, products: int, **places: Callable[[int, int], int]
     workload = pair.workload(rows=1, places=places)
     workload.places = {}
     for _ in range(products):
-        workload.add_product(Kind.GEMM, Mode.VERIFY, 5, 9)
+        workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 5, 9)
     return workload
 
 
@@ -610,7 +610,7 @@ def test_programs_without_end(pair):
         workload = small_program(pair, products).end()
         workload.registers = {"PROGRAM_LENGTH": products}
         address = workload.program + products * DESCRIPTOR_BYTES
-        pair.check_fault(workload, Outcome("ERROR", ErrorCode.NO_END, address, 0))
+        pair.check_fault(workload, RunStatus("ERROR", ErrorCode.NO_END, address, 0))
 
 
 def test_a_program_may_end_where_the_region_does(pair):
@@ -634,7 +634,7 @@ def test_faults_of_fetches(pair, products):
     workload = small_program(pair, products, program=lambda _s, _m: start)
     workload.write_program()
     workload.registers = length
-    pair.check_fault(workload, Outcome("ERROR", ErrorCode.READ_OUTSIDE, end, 0))
+    pair.check_fault(workload, RunStatus("ERROR", ErrorCode.READ_OUTSIDE, end, 0))
     for response, bad in BAD_READS.items():
         first = bad // DESCRIPTOR_BYTES * DESCRIPTOR_BYTES
         start = first - products * DESCRIPTOR_BYTES
@@ -642,7 +642,7 @@ def test_faults_of_fetches(pair, products):
         workload.write_program()
         workload.registers = length
         code = ErrorCode[f"READ_{RESPONSES[response]}"]
-        pair.check_fault(workload, Outcome("ERROR", code, first, 0))
+        pair.check_fault(workload, RunStatus("ERROR", code, first, 0))
 
 
 def test_a_failed_fetch_before_a_refused_one(pair):
@@ -652,7 +652,7 @@ def test_a_failed_fetch_before_a_refused_one(pair):
     workload = small_program(pair, 1, program=lambda _s, _m: first - DESCRIPTOR_BYTES)
     workload.write_program()
     workload.registers = {"PROGRAM_LENGTH": 1000, "READ_LIMIT": first + DESCRIPTOR_BYTES - 1}
-    pair.check_fault(workload, Outcome("ERROR", ErrorCode.READ_SLVERR, first, 0))
+    pair.check_fault(workload, RunStatus("ERROR", ErrorCode.READ_SLVERR, first, 0))
 
 
 # Faults: the host.
@@ -661,8 +661,8 @@ def test_a_failed_fetch_before_a_refused_one(pair):
 def with_host(pair: Pair) -> Workload:
     """A program with a HOST descriptor, number 1, between products."""
     workload = small_program(pair, 1)
-    workload.add(Kind.HOST, argument=77)
-    workload.add_product(Kind.GEMM, Mode.VERIFY, 30, 20)
+    workload.add(DescriptorKind.HOST, argument=77)
+    workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 30, 20)
     return workload.end()
 
 
@@ -671,14 +671,14 @@ def test_a_host_that_refuses(pair, answer):
     workload = with_host(pair)
     workload.answers = {1: ANSWERS.get(answer, (3,))[0]}
     address = workload.program + DESCRIPTOR_BYTES
-    pair.check_fault(workload, Outcome("ERROR", ErrorCode.HOST_REFUSED, address, 0))
+    pair.check_fault(workload, RunStatus("ERROR", ErrorCode.HOST_REFUSED, address, 0))
 
 
 def test_a_host_that_does_not_answer(pair):
     workload = with_host(pair)
     workload.registers = {"HOST_TIMEOUT": 100, "IRQ_ENABLE": 4}  # only the error interrupts
     address = workload.program + DESCRIPTOR_BYTES
-    pair.check_fault(workload, Outcome("ERROR", ErrorCode.HOST_TIMEOUT, address, 0))
+    pair.check_fault(workload, RunStatus("ERROR", ErrorCode.HOST_TIMEOUT, address, 0))
 
 
 def test_stop_while_the_host_is_asked(pair):
@@ -689,7 +689,7 @@ def test_stop_while_the_host_is_asked(pair):
         values = Registers(board, pair.config)
         values.command("stop")
         assert board.wait_interrupt(1000)
-        assert outcome(values) == Outcome("ERROR", ErrorCode.STOPPED, 0, 0)
+        assert run_status(values) == RunStatus("ERROR", ErrorCode.STOPPED, 0, 0)
         values["IRQ_STATUS"] = 7
     pair.check_stopped(workload)
 
@@ -744,7 +744,7 @@ def test_faults_of_the_ring(pair):
         # All places of this ring are in its first beat.
         workload.registers |= {"RING": ring, "RING_LOG2": 1, "TOKEN_LIMIT": 5}
         *_, got = run(pair.rtl, workload)
-        assert got == Outcome("ERROR", ErrorCode[f"WRITE_{why}"], ring, 0)
+        assert got == RunStatus("ERROR", ErrorCode[f"WRITE_{why}"], ring, 0)
         values = Registers(pair.rtl, pair.config)
         assert values["ROOT"] == workload.registers["ROOT"]
         assert values["POSITION"] == workload.position
@@ -773,13 +773,13 @@ def test_stop_at_any_time(pair):
     stopped = 0
     for workload, values in interrupted(pair):
         values.command("stop")
-        while (now := outcome(values)).state == "STOPPING":
+        while (now := run_status(values)).state == "STOPPING":
             pass
         if now.state == "ERROR":
-            assert now == Outcome("ERROR", ErrorCode.STOPPED, 0, 0)
+            assert now == RunStatus("ERROR", ErrorCode.STOPPED, 0, 0)
             stopped += 1
         else:
-            assert now == Outcome("IDLE", ErrorCode.NONE, 0, 0)
+            assert now == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
         values["IRQ_STATUS"] = 7
         pair.check_stopped(workload)
     assert stopped > 10
@@ -788,7 +788,7 @@ def test_stop_at_any_time(pair):
 def test_reset_at_any_time(pair):
     for workload, values in interrupted(pair):
         pair.rtl.reset()
-        assert outcome(values) == Outcome("IDLE", ErrorCode.NONE, 0, 0)
+        assert run_status(values) == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
         for register in registers(pair.config):
             if register.access in ("rw", "w1c"):
                 assert values[register.name] == 0
@@ -815,7 +815,7 @@ def check_rate(name: str, mode: Mode, k: int = 512, o: int = 512) -> None:
     """
     with Pair(name, np.random.default_rng(SEED)) as pair:
         workload = pair.workload()
-        workload.add_product(Kind.GEMM, mode, k, o, 1)
+        workload.add_product(DescriptorKind.GEMM, mode, k, o, 1)
         pair.check(workload.end())
         values = Registers(pair.rtl, pair.config)
         names = ("WEIGHT_STALLS", "GROUP_STALLS", "ACTIVATION_STALLS", "RESULT_STALLS")

@@ -16,13 +16,21 @@ import numpy as np
 import torch
 
 from speq.host.board import Board
-from speq.host.layout import RANKING_BYTES, Region, ceil_div, round_up, tiled, weight_planes
+from speq.host.layout import (
+    RANKING_BYTES,
+    Region,
+    ceil_div,
+    draft_activation_words,
+    round_up,
+    tiled,
+    weight_planes,
+)
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, STATES
-from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
-from speq.model.arith import BlockActivations, quantize_activations
+from speq.hw.engine_config import DRAFT_LANES, Mode
+from speq.model.arith import quantize_activations
 from speq.model.format import encode
 from speq.model.number_format import draft_words, residual_words
 
@@ -45,7 +53,7 @@ _SPECIAL = np.array([0x7C00, 0xFC00, 0x7E00, 0xFDFF, 0x0001, 0x83FF, 0x8000, 0x7
 _STATE_NAMES = {value: name for name, (value, _) in STATES.items()}
 
 
-class Outcome(NamedTuple):
+class RunStatus(NamedTuple):
     """How a run stands when it waits for the host or has ended.
 
     `argument` is that of the HOST descriptor, 0 in other states.
@@ -209,7 +217,7 @@ class Workload:
         if mode is Mode.DRAFT:
             values = torch.from_numpy(self.patterns(tokens, k).view(np.float16))
             x = quantize_activations(values, config.engine.format.group)
-            self.put(address, draft_words_of(x, config))
+            self.put(address, draft_activation_words(x, config)[:words])
             return address
         for first in range(0, tokens, rows):
             # What other rows than these have must not matter.
@@ -221,14 +229,14 @@ class Workload:
 
     # Descriptors.
 
-    def add(self, kind: Kind, **values: object) -> Descriptor:
+    def add(self, kind: DescriptorKind, **values: object) -> Descriptor:
         """Append a descriptor with the given fields."""
         self.descriptors.append(Descriptor(kind, **values))
         return self.descriptors[-1]
 
     def add_product(
         self,
-        kind: Kind,
+        kind: DescriptorKind,
         mode: Mode,
         k: int,
         o: int,
@@ -258,7 +266,7 @@ class Workload:
         else:
             size = ceil_div(o, engine.cols) * engine.cols * actual * (2 if half else 4)
             results = self._result("results", size)
-        extra = self._result("extra", RANKING_BYTES * actual) if ranking else 0
+        place = self._result("ranking", RANKING_BYTES * actual) if ranking else 0
         return self.add(
             kind,
             mode=mode,
@@ -269,7 +277,7 @@ class Workload:
             wait=wait,
             discard=discard,
             results=results,
-            extra=extra,
+            ranking=place,
             **operands,
         )
 
@@ -300,7 +308,7 @@ class Workload:
             self.put(plane + i * stride, words)
         all_rows = self.rows * sharing
         return self.add(
-            Kind.ATTENTION,
+            DescriptorKind.ATTENTION,
             values=values,
             half=half,
             wait=wait,
@@ -310,7 +318,7 @@ class Workload:
             plane=plane,
             activations=self._activations(Mode.BYPASS, k, all_rows),
             results=self._result("results", tiles * cols * all_rows * (2 if half else 4)),
-            extra=0 if gap is None else stride,
+            stride=0 if gap is None else stride,
         )
 
     def add_random(self) -> Descriptor:
@@ -319,7 +327,7 @@ class Workload:
         kind = random.choice(["gemm", "argmax", "attention", "host"], p=[0.5, 0.2, 0.2, 0.1])
         half, wait = (bool(random.integers(2)), random.random() < 0.3)
         if kind == "host":
-            return self.add(Kind.HOST, argument=int(random.integers(1 << 32)))
+            return self.add(DescriptorKind.HOST, argument=int(random.integers(1 << 32)))
         if kind == "attention":
             values = bool(random.integers(2))
             limit = engine.max_o if values else engine.max_k
@@ -338,7 +346,7 @@ class Workload:
             tokens = 0
         is_argmax = kind == "argmax"
         return self.add_product(
-            Kind.ARGMAX if is_argmax else Kind.GEMM,
+            DescriptorKind.ARGMAX if is_argmax else DescriptorKind.GEMM,
             mode,
             self._size(engine.max_k, engine.format.group),
             self._size(engine.max_o, engine.cols),
@@ -368,7 +376,7 @@ class Workload:
 
     def end(self) -> Workload:
         """Append END; the program is complete and in memory."""
-        self.add(Kind.END)
+        self.add(DescriptorKind.END)
         self.write_program()
         return self
 
@@ -380,7 +388,7 @@ class Workload:
     def delay_operands(self) -> None:
         """Let the host provide some activations at HOST descriptors: until then there are other
         bytes, which the accelerator must not have read by then."""
-        hosts = [i for i, d in enumerate(self.descriptors) if d.kind is Kind.HOST]
+        hosts = [i for i, d in enumerate(self.descriptors) if d.kind is DescriptorKind.HOST]
         for index, (address, size) in self._own_activations.items():
             earlier = [i for i in hosts if i < index]
             if earlier and self.random.random() < 0.7:
@@ -413,32 +421,10 @@ class Workload:
             words = [f"{i}: {d.kind.name} {d.mode.name} tokens={d.tokens} k={d.k} o={d.o}"]
             names = ("half", "wait", "discard", "values", "sharing")
             words += [f"{name}={int(getattr(d, name))}" for name in names if getattr(d, name)]
-            names = (*_ADDRESS_FIELDS, "extra", "argument")
+            names = (*_ADDRESS_FIELDS, "ranking", "stride", "argument")
             words += [f"{name}={getattr(d, name):#x}" for name in names if getattr(d, name)]
             lines.append(" ".join(words))
         return "\n".join(lines)
-
-
-def draft_words_of(x: BlockActivations, config: AcceleratorConfig) -> np.ndarray:
-    """Block activations of up to draft_rows rows as they lie in memory: uint8 [words,
-    activation_bytes]; bits are those of `EngineConfig.activation_layout`, the others 0."""
-    mantissa, exponent = x.mantissa.numpy().astype(np.int64), x.exponent.numpy()
-    tokens, k = mantissa.shape
-    steps = ceil_div(k, DRAFT_LANES)
-    lanes = np.abs(mantissa) | (mantissa < 0) << BLOCK_MAGNITUDE_BITS
-    lanes = np.pad(lanes, ((0, 0), (0, steps * DRAFT_LANES - k))).reshape(
-        tokens, steps, DRAFT_LANES
-    )
-    blocks = np.arange(steps) * DRAFT_LANES // x.block
-    words = np.zeros((steps, config.activation_bytes), np.uint8)
-    for step in range(steps):
-        word = 0
-        for row in range(tokens):
-            fields = [int(lane) << 8 * i for i, lane in enumerate(lanes[row, step])]
-            fields.append(int(exponent[row, blocks[step]]) << 8 * DRAFT_LANES)
-            word |= sum(fields) << row * BLOCK_ACTIVATIONS.size
-        words[step] = np.frombuffer(word.to_bytes(config.activation_bytes, "little"), np.uint8)
-    return words
 
 
 def random_workload(config: AcceleratorConfig, random: np.random.Generator) -> Workload:
@@ -455,12 +441,12 @@ def random_workload(config: AcceleratorConfig, random: np.random.Generator) -> W
     return workload
 
 
-def outcome(registers: Registers) -> Outcome:
+def run_status(registers: Registers) -> RunStatus:
     """How a run stands."""
     state = _STATE_NAMES[registers["STATUS"]]
     error = ErrorCode(registers["ERROR"])
     argument = registers["HOST_ARGUMENT"] if state == "HOST" else 0
-    return Outcome(state, error, registers["ERROR_ADDRESS"], argument)
+    return RunStatus(state, error, registers["ERROR_ADDRESS"], argument)
 
 
 def begin(board: Board, workload: Workload) -> Registers:
@@ -475,8 +461,8 @@ def begin(board: Board, workload: Workload) -> Registers:
     return registers
 
 
-def run(board: Board, workload: Workload) -> Iterator[Outcome]:
-    """Run a workload; gives the outcome at each wait for the host, then that at the end.
+def run(board: Board, workload: Workload) -> Iterator[RunStatus]:
+    """Run a workload; gives the status at each wait for the host, then that at the end.
 
     The next item is asked for when the host may answer.
 
@@ -486,11 +472,11 @@ def run(board: Board, workload: Workload) -> Iterator[Outcome]:
         If the accelerator does nothing more.
     """
     registers = begin(board, workload)
-    hosts = (i for i, d in enumerate(workload.descriptors) if d.kind is Kind.HOST)
+    hosts = (i for i, d in enumerate(workload.descriptors) if d.kind is DescriptorKind.HOST)
     while True:
         if not board.wait_interrupt(LIMIT):
-            raise TimeoutError(f"the accelerator hangs: {outcome(registers)}\n{workload}")
-        now = outcome(registers)
+            raise TimeoutError(f"the accelerator hangs: {run_status(registers)}\n{workload}")
+        now = run_status(registers)
         yield now
         if now.state not in ("HOST", "STEP"):
             registers["IRQ_STATUS"] = 7

@@ -10,7 +10,7 @@ import pytest
 from amaranth.sim import Simulator
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
@@ -36,7 +36,7 @@ def system(data_bits: int = 128) -> AcceleratorConfig:
 
 
 @dataclass
-class Outcome:
+class WalkRecord:
     """What a walk did."""
 
     events: list = field(default_factory=list)
@@ -56,12 +56,12 @@ def walk(
     bad_read: int | None = None,
     trial: int = 0,
     cycles: int = 4000,
-) -> Outcome:
+) -> WalkRecord:
     """Run a program; jobs end at random times, in order. `bad_read` answers SLVERR there."""
     content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
     memory = dict(enumerate(content, start=address))
     dut = ProgramWalker(config)
-    outcome = Outcome()
+    record = WalkRecord()
     rng = random.Random(trial)
 
     async def read_port(ctx):
@@ -103,27 +103,27 @@ def walk(
             if taken:
                 names = _JOB_FIELDS + _ADDRESSES
                 values = {n: int(getattr(job[n], "value", job[n])) for n in names}
-                outcome.events.append(("job", values, bool(left)))
+                record.events.append(("job", values, bool(left)))
                 left.append(rng.randrange(2, 30))
             if ranking:
                 payload = ctx.get(dut.rank_command.payload)
-                outcome.events.append(("ranking", payload.address, payload.tokens, bool(left)))
+                record.events.append(("ranking", payload.address, payload.tokens, bool(left)))
                 transfer = rng.randrange(2, 20)
             if ctx.get(dut.host_request):
                 if host == 0:
-                    outcome.events.append(("host", ctx.get(dut.host_argument), bool(left)))
+                    record.events.append(("host", ctx.get(dut.host_argument), bool(left)))
                     host = rng.randrange(2, 20)
                 host -= 1
             else:
                 host = 0
             if ctx.get(dut.done):
-                outcome.events.append(("end", bool(left), transfer > 0))
-                outcome.done = True
+                record.events.append(("end", bool(left), transfer > 0))
+                record.done = True
                 return
             code = ctx.get(dut.error)
             if code != ErrorCode.NONE:
-                outcome.error = ErrorCode(code)
-                outcome.error_address = ctx.get(dut.error_address)
+                record.error = ErrorCode(code)
+                record.error_address = ctx.get(dut.error_address)
                 return
             await ctx.tick()
             if left:
@@ -147,7 +147,7 @@ def walk(
     simulator.add_testbench(configure, background=True)
     simulator.add_testbench(Source(dut.walk, [request], rng).run, background=True)
     simulator.run()
-    return outcome
+    return record
 
 
 def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) -> list[dict]:
@@ -155,12 +155,12 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
     engine = config.engine
     job = {
         "mode": d.mode.value, "k": d.k, "o": d.o, "tokens": d.tokens or rows, "half": int(d.half),
-        "discard": int(d.discard), "rank": int(d.kind is Kind.ARGMAX), "stride": 0,
+        "discard": int(d.discard), "rank": int(d.kind is DescriptorKind.ARGMAX), "stride": 0,
         **{name: getattr(d, name) for name in _ADDRESSES},
     }  # fmt: skip
-    if d.kind is not Kind.ATTENTION:
+    if d.kind is not DescriptorKind.ATTENTION:
         return [job]
-    job |= {"mode": Mode.BYPASS.value, "stride": d.extra}
+    job |= {"mode": Mode.BYPASS.value, "stride": d.stride}
     job["k" if d.values else "o"] = position + rows
     jobs = []
     left = rows * d.sharing
@@ -177,17 +177,25 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
 
 def random_descriptor(rng: random.Random) -> Descriptor:
     addresses = {name: rng.randrange(1 << 20) * 128 for name in _ADDRESSES}
-    kind = rng.choice([Kind.GEMM, Kind.GEMM, Kind.ATTENTION, Kind.ARGMAX, Kind.HOST])
-    if kind is Kind.HOST:
+    kind = rng.choice(
+        [
+            DescriptorKind.GEMM,
+            DescriptorKind.GEMM,
+            DescriptorKind.ATTENTION,
+            DescriptorKind.ARGMAX,
+            DescriptorKind.HOST,
+        ]
+    )
+    if kind is DescriptorKind.HOST:
         return Descriptor(kind, argument=rng.randrange(1 << 32))
     wait, k, o = rng.random() < 0.3, rng.randint(1, MAX_K), rng.randint(1, MAX_O)
-    if kind is Kind.ATTENTION:
+    if kind is DescriptorKind.ATTENTION:
         values = rng.random() < 0.5
         return Descriptor(
             kind, wait=wait, half=rng.random() < 0.5, values=values, sharing=rng.randint(1, 5),
             k=0 if values else k, o=o if values else 0, plane=addresses["plane"],
             activations=addresses["activations"], results=addresses["results"],
-            extra=rng.randrange(3) * 128,
+            stride=rng.randrange(3) * 128,
         )  # fmt: skip
     mode = rng.choice(list(Mode))
     if mode is not Mode.VERIFY:
@@ -198,8 +206,8 @@ def random_descriptor(rng: random.Random) -> Descriptor:
         kind, mode, wait=wait, k=k, o=o, tokens=1 if mode is Mode.DRAFT else rng.randint(0, ROWS),
         **addresses,
     )  # fmt: skip
-    if kind is Kind.ARGMAX:
-        return replace(d, discard=rng.random() < 0.5, extra=rng.randrange(2) * 128)
+    if kind is DescriptorKind.ARGMAX:
+        return replace(d, discard=rng.random() < 0.5, ranking=rng.randrange(2) * 128)
     return replace(d, half=rng.random() < 0.5)
 
 
@@ -211,27 +219,31 @@ def test_random_programs(data_bits):
         program = [random_descriptor(rng) for _ in range(20)]
         rows, position = rng.randint(1, ROWS), rng.randint(0, MAX_K - ROWS)
         got = walk(
-            config, [*program, Descriptor(Kind.END)], rows=rows, position=position, trial=trial
+            config,
+            [*program, Descriptor(DescriptorKind.END)],
+            rows=rows,
+            position=position,
+            trial=trial,
         )
         events = iter(got.events)
         for d in program:
-            if d.kind is Kind.HOST:
+            if d.kind is DescriptorKind.HOST:
                 assert next(events) == ("host", d.argument, False)
                 continue
             for i, job in enumerate(jobs_of(config, d, rows, position)):
                 name, values, overlaps = next(events)
                 assert (name, values) == ("job", job)
-                first_alone = d.wait or d.kind is Kind.ARGMAX
+                first_alone = d.wait or d.kind is DescriptorKind.ARGMAX
                 assert not (overlaps and first_alone and i == 0)
-            if d.kind is Kind.ARGMAX and d.extra:
-                assert next(events) == ("ranking", d.extra, d.tokens or rows, False)
+            if d.kind is DescriptorKind.ARGMAX and d.ranking:
+                assert next(events) == ("ranking", d.ranking, d.tokens or rows, False)
         assert next(events) == ("end", False, False)
         assert got.error is ErrorCode.NONE
     assert any(event[0] == "job" and event[2] for event in got.events), "nothing overlapped"
 
 
-GEMM = Descriptor(Kind.GEMM, k=8, o=8, plane=128, residual=128, groups=128)
-ATTENTION = Descriptor(Kind.ATTENTION, k=8, sharing=2)
+GEMM = Descriptor(DescriptorKind.GEMM, k=8, o=8, plane=128, residual=128, groups=128)
+ATTENTION = Descriptor(DescriptorKind.ATTENTION, k=8, sharing=2)
 
 
 @pytest.mark.parametrize(
@@ -250,18 +262,19 @@ ATTENTION = Descriptor(Kind.ATTENTION, k=8, sharing=2)
         (replace(GEMM, groups=4), ErrorCode.MISALIGNED),
         (replace(GEMM, activations=1), ErrorCode.MISALIGNED),
         (replace(GEMM, results=1 << 32), ErrorCode.MISALIGNED),
-        (replace(ATTENTION, extra=8), ErrorCode.MISALIGNED),
-        (replace(GEMM, kind=Kind.ARGMAX, extra=8), ErrorCode.MISALIGNED),
+        (replace(ATTENTION, stride=8), ErrorCode.MISALIGNED),
+        (replace(GEMM, kind=DescriptorKind.ARGMAX, ranking=8), ErrorCode.MISALIGNED),
         (replace(GEMM, argument=1), ErrorCode.RESERVED),
         (replace(GEMM, sharing=1), ErrorCode.RESERVED),
-        (replace(GEMM, extra=128), ErrorCode.RESERVED),
+        (replace(GEMM, ranking=128), ErrorCode.RESERVED),
+        (replace(GEMM, stride=128), ErrorCode.RESERVED),
         (replace(GEMM, mode=Mode.BYPASS, residual=0), ErrorCode.RESERVED),
-        (replace(GEMM, kind=Kind.ARGMAX, half=True), ErrorCode.RESERVED),
+        (replace(GEMM, kind=DescriptorKind.ARGMAX, half=True), ErrorCode.RESERVED),
         (replace(ATTENTION, o=1), ErrorCode.RESERVED),
         (replace(ATTENTION, values=True, o=1), ErrorCode.RESERVED),
         (replace(ATTENTION, tokens=1), ErrorCode.RESERVED),
-        (Descriptor(Kind.HOST, k=1), ErrorCode.RESERVED),
-        (Descriptor(Kind.END, argument=1), ErrorCode.RESERVED),
+        (Descriptor(DescriptorKind.HOST, k=1), ErrorCode.RESERVED),
+        (Descriptor(DescriptorKind.END, argument=1), ErrorCode.RESERVED),
         (b"\0" * DESCRIPTOR_BYTES, ErrorCode.UNKNOWN_KIND),
         (b"\6" + b"\0" * (DESCRIPTOR_BYTES - 1), ErrorCode.UNKNOWN_KIND),
         (b"\1\3" + b"\1" * (DESCRIPTOR_BYTES - 2), ErrorCode.UNKNOWN_KIND),
@@ -269,7 +282,9 @@ ATTENTION = Descriptor(Kind.ATTENTION, k=8, sharing=2)
 )
 def test_refusal(descriptor, expected):
     content = descriptor if isinstance(descriptor, bytes) else descriptor.pack()
-    program = Descriptor(Kind.HOST).pack() + content + Descriptor(Kind.END).pack()
+    program = (
+        Descriptor(DescriptorKind.HOST).pack() + content + Descriptor(DescriptorKind.END).pack()
+    )
     got = walk(system(), program)
     assert got.events == [("host", 0, False)]
     assert (got.error, got.error_address) == (expected, PROGRAM + DESCRIPTOR_BYTES)
@@ -281,22 +296,28 @@ def test_entries_beyond_the_largest_dimension():
 
 
 def test_no_end():
-    got = walk(system(), [Descriptor(Kind.HOST)] * 8, length=3)
+    got = walk(system(), [Descriptor(DescriptorKind.HOST)] * 8, length=3)
     assert [event[0] for event in got.events] == ["host"] * 3
     assert (got.error, got.error_address) == (ErrorCode.NO_END, PROGRAM + 3 * DESCRIPTOR_BYTES)
 
 
 def test_prefetch_beyond_the_region_does_no_harm():
     address = LIMIT + 1 - 2 * DESCRIPTOR_BYTES
-    got = walk(system(), [Descriptor(Kind.HOST), Descriptor(Kind.END)], address=address)
+    got = walk(
+        system(), [Descriptor(DescriptorKind.HOST), Descriptor(DescriptorKind.END)], address=address
+    )
     assert got.done
-    got = walk(system(), [Descriptor(Kind.HOST)] * 2, address=address)
+    got = walk(system(), [Descriptor(DescriptorKind.HOST)] * 2, address=address)
     assert [event[0] for event in got.events] == ["host"] * 2
     assert (got.error, got.error_address) == (ErrorCode.READ_OUTSIDE, LIMIT + 1)
 
 
 def test_failed_fetch():
     bad = PROGRAM + 2 * DESCRIPTOR_BYTES
-    got = walk(system(), [Descriptor(Kind.HOST)] * 3 + [Descriptor(Kind.END)], bad_read=bad)
+    got = walk(
+        system(),
+        [Descriptor(DescriptorKind.HOST)] * 3 + [Descriptor(DescriptorKind.END)],
+        bad_read=bad,
+    )
     assert [event[0] for event in got.events] == ["host"] * 2
     assert (got.error, got.error_address) == (ErrorCode.READ_SLVERR, bad)

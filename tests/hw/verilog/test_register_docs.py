@@ -12,7 +12,7 @@ import pytest
 
 from speq import hw
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR, Descriptor, Kind
+from speq.hw.control.descriptor import DESCRIPTOR, FORMS, Descriptor, DescriptorKind
 from speq.hw.control.register_map import (
     ADDRESS_BITS,
     ANSWERS,
@@ -57,7 +57,7 @@ def expected_macros(config: AcceleratorConfig) -> dict[str, int]:
         "STATE": {name: value for name, (value, _) in STATES.items()},
         "ANSWER": {name: value for name, (value, _) in ANSWERS.items()},
     }
-    enums = {"ERROR": ErrorCode, "PASS": PassKind, "KIND": Kind, "MODE": Mode}
+    enums = {"ERROR": ErrorCode, "PASS": PassKind, "KIND": DescriptorKind, "MODE": Mode}
     numbers |= {prefix: {e.name: e.value for e in enum} for prefix, enum in enums.items()}
     for prefix, values in numbers.items():
         macros |= {f"SPEQ_{prefix}_{name}": value for name, value in values.items()}
@@ -113,7 +113,8 @@ def test_struct_is_a_descriptor_in_memory(compiler: tuple[str, ...], tmp_path: P
     )
     got = compile_and_run(program, compiler, tmp_path)
     booleans = {name: bool(value) for name, value in flags.items() if name != "mode"}
-    expected = Descriptor(Kind.ARGMAX, Mode.BYPASS, **booleans, **others).pack()
+    others["ranking"] = others.pop("extra")
+    expected = Descriptor(DescriptorKind.ARGMAX, Mode.BYPASS, **booleans, **others).pack()
     assert got.hex() == expected.hex()
 
 
@@ -142,6 +143,12 @@ def test_markdown_has_a_row_for_everything(config: AcceleratorConfig) -> None:
         high, low = (row[1].split(":") * 2)[:2]
         assert (int(row[0]) * 8 + int(low)) == place.offset
         assert int(high) - int(low) + 1 == place.width
+    for kind, form in FORMS.items():
+        section = lines[lines.index(f"### {kind.name}") :]
+        fields = [line.split("|")[1:3] for line in section if line.startswith("|")][2:]
+        for (name, about), (member, use) in zip(fields, form.uses.items(), strict=False):
+            assert name.split()[0] == member and about.strip() == use.about
+        assert form.about in section and len(fields) >= len(form.uses)
 
 
 @each_config

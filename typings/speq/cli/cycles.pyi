@@ -1,1 +1,0 @@
-from cli.cycles import *

@@ -1,0 +1,1 @@
+from cli.demo_layers import *

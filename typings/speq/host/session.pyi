@@ -1,0 +1,1 @@
+from host.session import *

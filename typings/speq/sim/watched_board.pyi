@@ -1,0 +1,1 @@
+from sim.watched_board import *
