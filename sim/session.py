@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 from speq.host.driver import default_capacity
 from speq.host.session import Session, memory_size
@@ -13,12 +12,6 @@ from speq.hw.verilog import generate_top
 from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor
 from speq.sim.simulated_board import MemoryOptions, SimulatedBoard, Waves
-
-
-@cache
-def accelerator_verilog(config: AcceleratorConfig) -> str:
-    """The accelerator's Verilog, written once for all simulations of a configuration."""
-    return generate_top(config)
 
 
 def board_for(
@@ -54,7 +47,7 @@ def board_for(
     capacity = capacity or default_capacity(config, model.config)
     size = memory_size(config, model, encoded or {}, capacity)
     options = MemoryOptions(size, **memory)
-    return SimulatedBoard(accelerator_verilog(config), config, options, waves)
+    return SimulatedBoard(generate_top(config), config, options, waves)
 
 
 def simulated_session(
