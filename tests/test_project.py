@@ -81,7 +81,7 @@ def test_everything_installed_is_pinned_and_nothing_else_is() -> None:
 def test_licence_headers() -> None:
     sources = [
         path
-        for folder in ("hw", "model", "sim", "cli", "host", "tests")
+        for folder in ("hw", "model", "sim", "cli", "host", "tests", "typings")
         for path in (ROOT / folder).rglob("*.py")
     ]
     assert len(sources) > 5
