@@ -47,7 +47,7 @@ _HOST_INTERRUPT, _DONE_INTERRUPT, _ERROR_INTERRUPT = 1, 2, 4
 _NO_ENTRY = (0xFFFFFFFF, 0xFF800000)  # of a ranking: all ones, minus infinity
 
 #: A run, or part of one: yields the state in which it waits for the host and expects the answer.
-_Run = Generator[str, int, None]
+_Run = Generator[str, int | None, None]
 
 
 class _Fault(Exception):
@@ -106,7 +106,7 @@ class AcceleratorModel:
         self._written = dict.fromkeys(self._written, 0)
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._state = "IDLE"
-        self._run: _Run | None = None
+        self._run: _Run = self._whole_run()  # not begun
         self._pending = 0  # interrupts
         self._error = (ErrorCode.NONE, 0)
         self._argument = 0
@@ -255,7 +255,8 @@ class AcceleratorModel:
         decodes = bool(written["RUN"])
         rows = engine.rows if decodes else written["PASS_ROWS"]
         limits = {"POSITION": (0, engine.max_k - rows)}
-        addresses = dict.fromkeys(("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT"), 1)
+        regions: tuple[str, ...] = ("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT")
+        addresses = dict.fromkeys(regions, 1)
         if decodes:
             limits |= {
                 "DRAFT_LENGTH": (0, engine.rows - 1),

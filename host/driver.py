@@ -188,7 +188,7 @@ class Driver:
         for kind in PassKind:
             self._write_program(kind)
         self._margins: list[float] = []
-        self._current: Pass | None = None
+        self._current = Pass(PassKind.SINGLE, [], [], 0)  # none yet
         self._stop()
         self._set_up()
 
@@ -413,7 +413,7 @@ class Driver:
         kind, rows, start = PassKind(fields["kind"]), fields["rows"], r["PASS_POSITION"]
         if kind is PassKind.DRAFT and fields["index"] == 0:
             self._margins = []
-        elif self._current is not None and self._current.kind is PassKind.DRAFT:
+        elif self._current.kind is PassKind.DRAFT:
             self._margins.append(self._read_margin())
         else:
             self._margins = []
@@ -561,4 +561,4 @@ def attention_masks(
         positions = torch.tensor(current.depths) + current.start
         of_entries = torch.cat((torch.arange(current.start), positions))
         window = mask & (positions[:, None] - of_entries < config.sliding_window)
-    return tuple(m.repeat_interleave(sharing, dim=0) for m in (mask, window))
+    return mask.repeat_interleave(sharing, dim=0), window.repeat_interleave(sharing, dim=0)

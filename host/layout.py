@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
-from speq.model.checkpoint import ModelConfig, linear_names, tensor_shapes
+from speq.model.checkpoint import ModelConfig, linear_shapes
 from speq.model.format import EncodedTensor
 from speq.model.number_format import draft_words, residual_words
 from speq.model.schedule import (
@@ -99,7 +99,8 @@ def pack_block_activations(x: BlockActivations) -> np.ndarray:
     signs = (mantissa < 0).astype(np.uint8) << BLOCK_MAGNITUDE_BITS
     lanes = (np.abs(mantissa).view(np.uint8) | signs).reshape(rows, -1, DRAFT_LANES)
     block = np.arange(lanes.shape[1]) * DRAFT_LANES // x.block
-    fields = np.concatenate((lanes, x.exponent.numpy()[:, block, None]), axis=2)
+    exponents = x.exponent.numpy()[:, block, None].astype(np.uint8)
+    fields = np.concatenate((lanes, exponents), axis=2, dtype=np.uint8)
     bits = np.unpackbits(fields, axis=2, bitorder="little")[..., : BLOCK_ACTIVATIONS.size]
     return np.packbits(bits.swapaxes(0, 1).reshape(len(block), -1), axis=1, bitorder="little")
 
@@ -233,9 +234,10 @@ class MemoryLayout:
         self._alignment = max(
             config.alignment, config.weights.burst_beats * config.weights.beat_bytes
         )
-        shapes = dict(tensor_shapes(model)) | {"head": (model.vocab_size, model.hidden)}
-        names = linear_names(model)
-        self.weights = {name: self._place(*shapes[name], name in encoded) for name in names}
+        self.weights = {
+            name: self._place(o, k, name in encoded)
+            for name, (o, k) in linear_shapes(model).items()
+        }
         entries = model.blocks * model.kv_heads * self.capacity * _WORD
         self.keys = self._take(entries * model.head_dim)
         self.values = self._take(entries * round_up(model.head_dim, engine.cols))
@@ -393,7 +395,7 @@ class MemoryLayout:
             case Linears(names):
                 return sum(map(self._result_size, names))
 
-    def _operands(self, kind: PassKind, name: str) -> dict[str, object]:
+    def _operands(self, kind: PassKind, name: str) -> dict[str, Any]:
         """Fields of a descriptor that multiplies with a linear layer."""
         weights = self.weights[name]
         mode = weights.mode(kind)

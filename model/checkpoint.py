@@ -150,6 +150,13 @@ def linear_names(config: ModelConfig) -> list[str]:
     return [*names, "head"]
 
 
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Shape (O, K) of every linear layer by name, "head" included."""
+    shapes = dict(tensor_shapes(config))
+    shapes.setdefault("head", shapes["embedding"])
+    return {name: (shapes[name][0], shapes[name][1]) for name in linear_names(config)}
+
+
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yields name and shape of every weight that a model of this configuration has."""
     c = config

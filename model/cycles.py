@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from speq.model.checkpoint import ModelConfig, linear_names, tensor_shapes
+from speq.model.checkpoint import ModelConfig, linear_names, linear_shapes
 from speq.model.number_format import FormatConfig, draft_words, residual_words
 from speq.model.schedule import Linears, Scores, Stage, WeightedValues, pass_schedule, stages
 
@@ -157,13 +157,6 @@ def stage_cycles(jobs: Sequence[Job], engine: Engine) -> int:
     return ends[-1] + _STORE + engine.latency + stored
 
 
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Shape (O, K) of every linear layer by name, "head" included."""
-    shapes = dict(tensor_shapes(config))
-    shapes.setdefault("head", shapes["embedding"])
-    return {name: shapes[name] for name in linear_names(config)}
-
-
 def uniform_formats(
     config: ModelConfig, body: FormatConfig, head: FormatConfig | None = None
 ) -> dict[str, FormatConfig]:
@@ -206,7 +199,9 @@ def kv_bytes(config: ModelConfig, context: int, tokens: int) -> int:
 
 def _visible(config: ModelConfig, block: int, context: int) -> int:
     """Earlier positions that a block's attention reads."""
-    return context if config.is_global(block) else min(context, config.sliding_window - 1)
+    if config.sliding_window is None or config.is_global(block):
+        return context
+    return min(context, config.sliding_window - 1)
 
 
 def plain_pass(config: ModelConfig, engine: Engine, context: int = 0, tokens: int = 1) -> PassCost:

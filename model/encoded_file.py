@@ -83,7 +83,7 @@ class EncodedModel:
 
 def sha256(weights: torch.Tensor) -> str:
     """Hex digest of the bits of a tensor, torch.float16, row by row."""
-    return hashlib.sha256(weights.contiguous().numpy().astype("<f2", copy=False)).hexdigest()
+    return hashlib.sha256(weights.contiguous().numpy().astype("<f2", copy=False).data).hexdigest()
 
 
 def write_encoded(path: Path, encoded: EncodedModel) -> None:

@@ -594,9 +594,10 @@ def _trial(
     chains = draft_chains(model, texts, draft_linear(tensors), rows - 1, kept)
     best = {"alternates": 0.0}
     for part in HEAD_PARTS:
-        head = replace(tensors["head"], drafted_outputs=max(1, round(vocabulary * part)))
+        drafted = max(1, round(vocabulary * part))
+        head = replace(tensors["head"], drafted_outputs=drafted)
         costs = encoded_costs(model.config, {**tensors, "head": head})
-        some = [restrict_vocabulary(c, head.drafted_outputs, choices) for c in chains]
+        some = [restrict_vocabulary(c, drafted, choices) for c in chains]
         alternates = best_speedup(texts, some, costs, rows, choices)[0]
         if alternates > best["alternates"]:
             chain = best_speedup(texts, some, costs, rows, 1)[0]

@@ -52,14 +52,14 @@ class Operation(Enum):
 
 @dataclass(frozen=True)
 class Vector:
-    """A step outside the array: `target` = operation(sources), with the model's `weight` if the
-    operation has one; `block` where it depends on the block."""
+    """A step outside the array: `target` = operation(sources), with the model's `weight` ("" where
+    the operation has none), in a `block` where that matters (else -1)."""
 
     operation: Operation
     sources: tuple[str, ...]
     target: str
-    weight: str | None = None
-    block: int | None = None
+    weight: str = ""
+    block: int = -1
 
 
 @dataclass(frozen=True)

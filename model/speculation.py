@@ -251,7 +251,7 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return torch.zeros_like(p).scatter_(-1, order, p)
 
 
-def sample(p: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def sample(p: torch.Tensor, count: int, generator: torch.Generator | None) -> torch.Tensor:
     """Draws `count` different indices, int64 [N, count], one after the other from each row of the
     probabilities float64 [N, V], of which at least `count` must not be 0.
 
@@ -330,7 +330,7 @@ def choose(
         token = argmax(logits)
         return token, choices.index(token) if token in choices else None
     p = distribution(logits[None], sampling)
-    if choices:
+    if choices and q is not None:
         accept, p = recursive_rejection(p, q[None], torch.tensor([choices]))
         uniform = torch.rand(len(choices), generator=generator, dtype=torch.float64)
         accepted = (uniform < accept[0]).nonzero()

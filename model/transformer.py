@@ -14,6 +14,7 @@ verify mode on FP16 operands, as on the array.
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,11 +173,11 @@ def forward(
         cache is then unchanged.
     """
     c = model.config
-    tokens, positions, mask = _checked_arguments(c, tokens, cache, positions, mask)
-    cache.positions[cache.length : cache.length + len(tokens)] = positions
+    ids, places, allowed = _checked_arguments(c, tokens, cache, positions, mask)
+    cache.positions[cache.length : cache.length + len(ids)] = places
 
-    tables = rotary_tables(model, positions)
-    window_mask = _sliding_window(c, cache, positions, mask)
+    tables = rotary_tables(model, places)
+    window_mask = _sliding_window(c, cache, places, allowed)
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         if capture is not None:
@@ -190,12 +191,12 @@ def forward(
         cache.store(block, keys, values)
 
     def attend(block: int, queries: torch.Tensor) -> torch.Tensor:
-        seen = mask if c.is_global(block) else window_mask
-        keys, values = cache.entries(block, mask.shape[1])
+        seen = allowed if c.is_global(block) else window_mask
+        keys, values = cache.entries(block, allowed.shape[1])
         return attention(queries, keys, values, seen, c.attention_scale)
 
-    logits = run_blocks(model, tokens, tables, linear, store, attend, logit_rows)
-    cache.length += len(tokens)
+    logits = run_blocks(model, ids, tables, linear, store, attend, logit_rows)
+    cache.length += len(ids)
     return logits
 
 
@@ -225,7 +226,8 @@ class AttentionRequest:
 
 
 Request = LinearRequest | StoreRequest | AttentionRequest
-PassSteps = Generator[Request, list[torch.Tensor] | torch.Tensor | None, torch.Tensor | None]
+# What is sent depends on the request: products, an attention's output, or nothing.
+PassSteps = Generator[Request, Any, torch.Tensor | None]
 
 
 def run_blocks(
@@ -321,7 +323,7 @@ def _compute(
             table = tables[0] if c.is_global(step.block) else tables[1]
             return rotate(x.unflatten(1, (-1, c.head_dim)), *table).flatten(1)
         case Operation.GATE:
-            return gated(*operands, c.activation)
+            return gated(x, operands[1], c.activation)
         case Operation.ADD:
             return x + operands[1]
     raise ValueError(f"{step.operation} has no definition")
@@ -368,7 +370,9 @@ def attention_steps(
     return normalize((yield weights), denominators)
 
 
-def finish(steps: Generator, answer: object) -> torch.Tensor:
+def finish(
+    steps: Generator[torch.Tensor, torch.Tensor, torch.Tensor], answer: torch.Tensor
+) -> torch.Tensor:
     """What a generator that needs just this answer returns."""
     try:
         steps.send(answer)
@@ -419,18 +423,18 @@ def _checked_arguments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens and positions as int64 [T], the mask as bool [T, cache.length + T]."""
     rows, start = len(tokens), cache.length
-    tokens = torch.as_tensor(tokens, dtype=torch.int64)
-    if rows == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
+    if rows == 0 or int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
         raise ValueError(f"tokens must be one or more ids within 0..{config.vocab_size - 1}")
     if start + rows > cache.capacity:
         raise ValueError(
             f"{rows} tokens do not fit into the KV cache ({start} of {cache.capacity} slots are in "
             "use): make it with a larger capacity"
         )
-    if positions is None:
-        positions = range(start, start + rows)
-    positions = torch.as_tensor(list(positions), dtype=torch.int64)
-    if positions.shape != (rows,) or int(positions.min()) < 0:
+    places = torch.as_tensor(
+        list(range(start, start + rows) if positions is None else positions), dtype=torch.int64
+    )
+    if places.shape != (rows,) or int(places.min()) < 0:
         raise ValueError(f"positions must be {rows} numbers from 0 on")
     if mask is None:
         mask = torch.ones(rows, start + rows, dtype=torch.bool).tril(start)
@@ -438,7 +442,7 @@ def _checked_arguments(
         raise ValueError(f"mask must be bool [{rows}, {start + rows}], one column per slot")
     if not mask[:, start:].diagonal().all():
         raise ValueError("mask must let every row attend to itself")
-    return tokens, positions, mask
+    return ids, places, mask
 
 
 def _sliding_window(

@@ -7,6 +7,8 @@ enters, and in which cycle which row's results are due.
 
 from __future__ import annotations
 
+from typing import Any
+
 import cocotb
 import numpy as np
 import torch
@@ -69,7 +71,7 @@ def _total_bits(ports: dict[str, tuple[int, int]]) -> int:
 
 
 @cocotb.test()
-async def random_tiles(dut: object) -> None:
+async def random_tiles(dut: Any) -> None:
     """Results, row, last, half and tag of every tile, in exactly the cycles that are promised."""
     config = config_of_test()
     array = Array(config, _TAG_BITS)

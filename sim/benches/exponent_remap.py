@@ -8,6 +8,7 @@ word takes one cycle of the simulator.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import cocotb
 import numpy as np
@@ -47,7 +48,7 @@ def run(split: int) -> None:
 
 
 @cocotb.test()
-async def every_word_and_base(dut: object) -> None:
+async def every_word_and_base(dut: Any) -> None:
     """fp16 against `unmap`, levels against `draft_levels`."""
     config = _config()
     decoded = np.empty((_WORDS, _BASES), np.uint16)

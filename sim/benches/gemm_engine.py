@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import cocotb
 import numpy as np
@@ -274,7 +275,7 @@ endmodule
 
 
 @cocotb.test()
-async def run_to_end(dut: object) -> None:
+async def run_to_end(dut: Any) -> None:
     """Clock the design until all results are out; report cycles and speed in a file."""
     limit = int(os.environ["SPEQ_CYCLE_LIMIT"])
     dut.rst.value = 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cocotb
 import numpy as np
@@ -96,7 +97,7 @@ _INPUTS = {
 class _World(World):
     """A reader and a writer, and their surroundings."""
 
-    def __init__(self, dut: object, index: int, independent: bool) -> None:
+    def __init__(self, dut: Any, index: int, independent: bool) -> None:
         self.config = _CONFIGS[index]
         super().__init__(dut, str(self.config), np.random.default_rng(seed()), _PATIENCE)
         self.ports = {unit: Ports(dut, f"{unit}_{index}") for unit in _INPUTS}
@@ -108,7 +109,7 @@ class _World(World):
 
     @classmethod
     async def start(
-        cls, dut: object, index: int, *, independent: bool = False, pause: float = 0.0
+        cls, dut: Any, index: int, *, independent: bool = False, pause: float = 0.0
     ) -> _World:
         """After a reset, with cocotbext-axi's memory models or with responders."""
         world = cls(dut, index, independent)
@@ -289,7 +290,7 @@ class _World(World):
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def transfers_without_pauses(dut: object, index: int) -> None:
+async def transfers_without_pauses(dut: Any, index: int) -> None:
     """Random transfers with an independent model of memory at full speed."""
     world = await _World.start(dut, index, independent=True)
     await world.transfer(24)
@@ -297,7 +298,7 @@ async def transfers_without_pauses(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def transfers_with_pauses(dut: object, index: int) -> None:
+async def transfers_with_pauses(dut: Any, index: int) -> None:
     """Random transfers with random pauses on all channels and streams."""
     world = await _World.start(dut, index, independent=True, pause=_PAUSE)
     await world.transfer(24)
@@ -305,7 +306,7 @@ async def transfers_with_pauses(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=_SUSTAINING)
-async def throughput(dut: object, index: int) -> None:
+async def throughput(dut: Any, index: int) -> None:
     """With ideal memory there is a beat in 98 % of the cycles, latencies included."""
     world = await _World.start(dut, index)
     words = _SIZE // world.config.beat_bytes
@@ -334,7 +335,7 @@ async def throughput(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def latencies(dut: object, index: int) -> None:
+async def latencies(dut: Any, index: int) -> None:
     """Requests and beats come as many cycles after their causes as the units say."""
     world = await _World.start(dut, index)
     reader, writer = world.reader, world.writer
@@ -361,7 +362,7 @@ async def latencies(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def bad_read_responses(dut: object, index: int) -> None:
+async def bad_read_responses(dut: Any, index: int) -> None:
     """The beats before a bad response are given, nothing after; then the reader goes on."""
     world = await _World.start(dut, index)
     config, reader = world.config, world.reader
@@ -399,7 +400,7 @@ async def bad_read_responses(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def bad_write_responses(dut: object, index: int) -> None:
+async def bad_write_responses(dut: Any, index: int) -> None:
     """A bad response ends its command without `done`; then the writer goes on."""
     world = await _World.start(dut, index)
     config, writer = world.config, world.writer
@@ -445,7 +446,7 @@ async def bad_write_responses(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def errors_of_the_independent_model(dut: object, index: int) -> None:
+async def errors_of_the_independent_model(dut: Any, index: int) -> None:
     """Errors, as cocotbext-axi's models answer them, with pauses on all channels."""
     world = await _World.start(dut, index, independent=True, pause=_PAUSE)
     config = world.config
@@ -473,7 +474,7 @@ async def errors_of_the_independent_model(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def refused_commands(dut: object, index: int) -> None:
+async def refused_commands(dut: Any, index: int) -> None:
     """What leaves the region or is malformed never reaches the bus; what came before is done."""
     world = await _World.start(dut, index)
     config = world.config
@@ -522,7 +523,7 @@ async def refused_commands(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def region_up_to_its_last_byte(dut: object, index: int) -> None:
+async def region_up_to_its_last_byte(dut: Any, index: int) -> None:
     """A command that fills the region is allowed, also at the end of the address space."""
     world = await _World.start(dut, index)
     for base in (0, (1 << world.config.address_bits) - _SIZE):
@@ -541,7 +542,7 @@ async def region_up_to_its_last_byte(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def limits_of_what_is_outstanding(dut: object, index: int) -> None:
+async def limits_of_what_is_outstanding(dut: Any, index: int) -> None:
     """Without answers, requests stop at the limit; without a consumer, at the buffer's depth."""
     world = await _World.start(dut, index)
     config = world.config
@@ -590,7 +591,7 @@ async def limits_of_what_is_outstanding(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def reset_in_a_burst(dut: object, index: int) -> None:
+async def reset_in_a_burst(dut: Any, index: int) -> None:
     """A reset in mid-transfer leaves nothing behind."""
     world = await _World.start(dut, index, independent=True, pause=_PAUSE)
     for _ in range(_ROUNDS):
@@ -605,7 +606,7 @@ async def reset_in_a_burst(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def clear_without_an_error(dut: object, index: int) -> None:
+async def clear_without_an_error(dut: Any, index: int) -> None:
     """A clear at any time aborts, finishes what is on the bus, and leaves nothing behind."""
     world = await _World.start(dut, index, independent=True, pause=_PAUSE)
     for _ in range(_ROUNDS):

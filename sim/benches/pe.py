@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import cocotb
 import numpy as np
@@ -151,7 +152,7 @@ def run(*, draft: bool, split: int = 2, macs: int = 1_000_000) -> None:
 
 
 @cocotb.test()
-async def random_sums(dut: object) -> None:
+async def random_sums(dut: Any) -> None:
     """All accumulator bits after the last step of every sum, and after every other step."""
     pe = _pe(draft=os.environ["SPEQ_DRAFT"] == "1", split=int(os.environ["SPEQ_SPLIT"]))
     rng = np.random.default_rng(seed())

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cocotb
 import numpy as np
 from amaranth.hdl import Elaboratable, Module
@@ -55,7 +57,7 @@ def run() -> None:
 
 
 @cocotb.test()
-async def random_accesses(dut: object) -> None:
+async def random_accesses(dut: Any) -> None:
     """Reads give the newest word of an earlier cycle and stay until the next read."""
     rng = np.random.default_rng(seed())
     dut._log.info(f"seed {seed()}")

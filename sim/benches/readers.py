@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cocotb
 import numpy as np
@@ -87,7 +88,7 @@ class _Job:
 class _World(World):
     """The reader under test and its surroundings."""
 
-    def __init__(self, dut: object, index: int, reader: str, independent: bool) -> None:
+    def __init__(self, dut: Any, index: int, reader: str, independent: bool) -> None:
         self.config = _CONFIGS[index]
         self.reader = reader
         self.ports = Ports(dut, f"{reader}_{index}")
@@ -102,7 +103,7 @@ class _World(World):
     @classmethod
     async def start(
         cls,
-        dut: object,
+        dut: Any,
         index: int,
         reader: str,
         *,
@@ -301,14 +302,14 @@ def _each(test: Callable) -> object:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)), reader=tuple(_READERS), pause=(0.0, _PAUSE))
-async def random_jobs(dut: object, index: int, reader: str, pause: float) -> None:
+async def random_jobs(dut: Any, index: int, reader: str, pause: float) -> None:
     """The right words with and without pauses, from an independent memory model."""
     world = await _World.start(dut, index, reader, independent=True, pause=pause)
     await world.do(world.jobs(25))
 
 
 @_each
-async def clear_at_any_time(dut: object, index: int, reader: str) -> None:
+async def clear_at_any_time(dut: Any, index: int, reader: str) -> None:
     """A clear drops everything, and the reader can be used again."""
     world = await _World.start(dut, index, reader, independent=True, pause=_PAUSE)
     for _ in range(_ROUNDS):
@@ -321,7 +322,7 @@ async def clear_at_any_time(dut: object, index: int, reader: str) -> None:
 
 
 @_each
-async def bad_responses(dut: object, index: int, reader: str) -> None:
+async def bad_responses(dut: Any, index: int, reader: str) -> None:
     """A bad response is reported with its burst's address; only words before it are given."""
     world = await _World.start(dut, index, reader)
     for response in (Fault.SLAVE, Fault.DECODE) * _ROUNDS:
@@ -347,7 +348,7 @@ async def bad_responses(dut: object, index: int, reader: str) -> None:
 
 
 @_each
-async def commands_outside_the_region(dut: object, index: int, reader: str) -> None:
+async def commands_outside_the_region(dut: Any, index: int, reader: str) -> None:
     """A transfer that would leave the region is refused, with its address; those before it are
     finished."""
     world = await _World.start(dut, index, reader)
@@ -381,7 +382,7 @@ async def _rate(world: _World, jobs: list[_Job]) -> float:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)), mode=tuple(Mode), k=(64, 65, 256))
-async def rate_of_weights(dut: object, index: int, mode: Mode, k: int) -> None:
+async def rate_of_weights(dut: Any, index: int, mode: Mode, k: int) -> None:
     """A word in each cycle in which the port can give one, across tiles and commands."""
     world = await _World.start(dut, index, "weights")
     engine, port = world.config.engine, world.port_config
@@ -398,7 +399,7 @@ async def rate_of_weights(dut: object, index: int, mode: Mode, k: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)), reader=("groups", "activations"))
-async def rate_of_the_others(dut: object, index: int, reader: str) -> None:
+async def rate_of_the_others(dut: Any, index: int, reader: str) -> None:
     """A word per cycle, or a beat per cycle where words are wider."""
     world = await _World.start(dut, index, reader)
     config = world.config

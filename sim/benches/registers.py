@@ -8,6 +8,7 @@ the response channels stay, that responses are OKAY, and which write pulses come
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import cocotb
 import numpy as np
@@ -49,7 +50,7 @@ def run() -> None:
 class _World(World):
     """The design under test, its golden model and what is around it."""
 
-    def __init__(self, dut: object, index: int) -> None:
+    def __init__(self, dut: Any, index: int) -> None:
         self.config = _CONFIGS[index]
         super().__init__(dut, f"unit RegisterFile, {self.config}", np.random.default_rng(seed()))
         self.ports = Ports(dut, f"file_{index}")
@@ -67,7 +68,7 @@ class _World(World):
         self.expected_pulses: list[tuple[str, int]] = []
 
     @classmethod
-    async def start(cls, dut: object, index: int, pause: float = 0.0) -> _World:
+    async def start(cls, dut: Any, index: int, pause: float = 0.0) -> _World:
         """After a reset, with a master that pauses all channels at random."""
         world = cls(dut, index)
         world.start_clock()
@@ -192,7 +193,7 @@ class _World(World):
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def everything_after_reset(dut: object, index: int) -> None:
+async def everything_after_reset(dut: Any, index: int) -> None:
     """Every word of the whole space: constants, status, zero elsewhere."""
     world = await _World.start(dut, index)
     for offset in range(0, _SPACE, 4):
@@ -202,7 +203,7 @@ async def everything_after_reset(dut: object, index: int) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)), pause=(0.0, _PAUSE))
-async def every_register(dut: object, index: int, pause: float) -> None:
+async def every_register(dut: Any, index: int, pause: float) -> None:
     """Ones and zeros to every word, in every access kind; then each is read."""
     world = await _World.start(dut, index, pause)
     for pattern in (b"\xff" * 4, b"\0" * 4, b"\x5a\xa5\x3c\xc3"):
@@ -215,7 +216,7 @@ async def every_register(dut: object, index: int, pause: float) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)), pause=(0.0, _PAUSE))
-async def random_accesses(dut: object, index: int, pause: float) -> None:
+async def random_accesses(dut: Any, index: int, pause: float) -> None:
     """Any bytes of any word, in any order."""
     world = await _World.start(dut, index, pause)
     for _ in range(_OPERATIONS):
@@ -231,7 +232,7 @@ async def random_accesses(dut: object, index: int, pause: float) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(address_first=(False, True))
-async def every_strobe_in_either_order(dut: object, address_first: bool) -> None:
+async def every_strobe_in_either_order(dut: Any, address_first: bool) -> None:
     """Address and data come far apart; any bytes are written, also with gaps between them."""
     world = await _World.start(dut, 0)
     offsets = {each.name: each.offset for each in registers(world.config)}
@@ -258,7 +259,7 @@ async def every_strobe_in_either_order(dut: object, address_first: bool) -> None
 
 
 @cocotb.test()
-async def hardware_updates(dut: object) -> None:
+async def hardware_updates(dut: Any) -> None:
     """The hardware changes POSITION and ROOT, and takes precedence over the host."""
     world = await _World.start(dut, 0)
     offsets = {each.name: each.offset for each in registers(world.config)}
@@ -282,7 +283,7 @@ async def hardware_updates(dut: object) -> None:
 
 
 @cocotb.test()
-async def reset_in_a_write(dut: object) -> None:
+async def reset_in_a_write(dut: Any) -> None:
     """A reset between address and data forgets the address, and all that was written."""
     world = await _World.start(dut, 0)
     for offset in world.places:

@@ -7,6 +7,7 @@ The design under test holds several rounders side by side; each takes a new sum 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import cocotb
 import numpy as np
@@ -74,7 +75,7 @@ def run(config: EngineConfig) -> None:
 
 
 @cocotb.test()
-async def every_cycle(dut: object) -> None:
+async def every_cycle(dut: Any) -> None:
     """Directed and random sums, each result exactly `LATENCY` cycles after its sum."""
     config = config_of_test()
     rng = np.random.default_rng(seed())

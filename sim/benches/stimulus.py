@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from amaranth.lib import data, wiring
@@ -50,7 +51,7 @@ def bench_verilog(bench: wiring.Component, top: str) -> str:
     ) + convert_unit(bench, "bench", reset=False)
 
 
-async def play(dut: object, stimulus: np.ndarray) -> np.ndarray:
+async def play(dut: Any, stimulus: np.ndarray) -> np.ndarray:
     """Apply one row of `stimulus` in each clock cycle and record the outputs of that cycle.
 
     Parameters

@@ -8,6 +8,7 @@ accelerator's datapath. Afterwards the memory must be what Python has computed, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import cocotb
 import numpy as np
@@ -138,7 +139,7 @@ def run() -> None:
 class _World(World):
     """The units of one configuration, their memory, and what should be in it."""
 
-    def __init__(self, dut: object, index: int, pause: float) -> None:
+    def __init__(self, dut: Any, index: int, pause: float) -> None:
         self.config = config = _CONFIGS[index]
         rng = np.random.default_rng([seed(), index])
         super().__init__(dut, f"writers, {config}", rng, _PATIENCE)
@@ -158,7 +159,7 @@ class _World(World):
         self.golden = bytearray(self.memory.content)
 
     @classmethod
-    async def start(cls, dut: object, index: int, pause: float) -> _World:
+    async def start(cls, dut: Any, index: int, pause: float) -> _World:
         """After a reset."""
         world = cls(dut, index, pause)
         world.start_clock()
@@ -298,7 +299,7 @@ def _ranking(results: np.ndarray) -> np.ndarray:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)), pause=(0.0, _PAUSE))
-async def writes(dut: object, index: int, pause: float) -> None:
+async def writes(dut: Any, index: int, pause: float) -> None:
     """Random GEMMs, one in each round ranked, next to other writes, and then the ranking."""
     world = await _World.start(dut, index, pause)
     done, written = 0, [0, 0, 0]
@@ -323,7 +324,7 @@ async def writes(dut: object, index: int, pause: float) -> None:
 
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
-async def clear_at_any_time(dut: object, index: int) -> None:
+async def clear_at_any_time(dut: Any, index: int) -> None:
     """A clear drops everything and leaves nothing behind; nothing else has been written."""
     world = await _World.start(dut, index, _PAUSE)
     for _ in range(2 * _ROUNDS):

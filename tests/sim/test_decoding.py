@@ -14,8 +14,8 @@ from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.engine_config import EngineConfig
 from speq.model import speculation
-from speq.model.checkpoint import Model
-from speq.model.cycles import Engine, Job, linear_shapes, stage_cycles
+from speq.model.checkpoint import Model, linear_shapes
+from speq.model.cycles import Engine, Job, stage_cycles
 from speq.model.encoding import encode_linears
 from speq.model.format import EncodedTensor
 from speq.model.loaders import load_model
