@@ -59,7 +59,10 @@ def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
             )
             _run(yosys, folder, script, f"{liberty}: Yosys fails on {module}")
             report = (folder / _REPORT).read_text()
-            areas[module] = float(re.search(r"Chip area for .*: ([\d.]+)", report)[1])
+            found = re.search(r"Chip area for .*: ([\d.]+)", report)
+            if found is None:
+                raise ValueError(f"{liberty}: Yosys reports no area of {module}")
+            areas[module] = float(found[1])
     return areas
 
 

@@ -77,15 +77,8 @@ def machine() -> dict[str, str | int | None]:
 def table(figures: list[Figure]) -> Table:
     """The figures as a table for a terminal."""
     out = Table(title="speq bench: medians after a warm-up")
-    for heading, justify in (
-        ("figure", "left"),
-        ("measured", "right"),
-        ("unit", "left"),
-        ("target", "right"),
-        ("met", "left"),
-        ("measured on", "left"),
-    ):
-        out.add_column(heading, justify=justify)
+    for heading in ("figure", "measured", "unit", "target", "met", "measured on"):
+        out.add_column(heading, justify="right" if heading in ("measured", "target") else "left")
     for f in figures:
         target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {f.target:g}"
         met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[f.met]

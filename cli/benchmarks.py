@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
+from speq.host.session import Session
 from speq.hw import EngineConfig
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog import write_verilog
@@ -28,7 +29,7 @@ from speq.model.loaders import load_model, smollm2_path
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 from speq.sim.benches.gemm_engine import Gemm, run_gemms
-from speq.sim.session import simulated_session
+from speq.sim.session import board_for
 
 #: [O, K] of the seven linear layers of a SmolLM2-135M block, and the number of blocks.
 SMOLLM2_BLOCK = (
@@ -192,14 +193,15 @@ def accelerator(settings: BenchSettings) -> list[Figure]:
     prompt = model.tokenizer.encode("Once upon a time")
     note = f"tiny, 8 x 16, {tokens} tokens, memory latency 16 cycles"
     cycles, seconds, simulated = {}, {}, 0
-    with simulated_session(model, encoded, config) as session:
+    board = board_for(model, encoded, config)
+    with Session(model, encoded, board) as session:
         for name, length in (("plain", 0), ("speculative", 7)):
-            first, started = session.board.cycles(), time.perf_counter()
+            first, started = board.cycles(), time.perf_counter()
             options = Settings(rows=8, draft_length=length, threshold=1.0)
             for _ in session.generate(prompt, max_tokens=tokens, settings=options):
                 pass
             seconds[name] = time.perf_counter() - started
-            simulated += session.board.cycles() - first
+            simulated += board.cycles() - first
             counters = session.driver.counters()
             cycles[name] = (counters["CYCLES"] - counters["HOST_CYCLES"]) / tokens
     speed = simulated / sum(seconds.values())

@@ -12,7 +12,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from speq.cli.options import Seed
 
@@ -42,12 +49,12 @@ def run(
     )
     with Progress(*columns, console=console) as progress:
 
-        def stage(description: str) -> int:
+        def stage(description: str) -> TaskID:
             if not console.is_terminal:  # where no bar is drawn
                 console.print(f"{description} ...")
             return progress.add_task(description, total=None, detail="")
 
-        def done(task: int, detail: str) -> None:
+        def done(task: TaskID, detail: str) -> None:
             progress.update(task, total=1, completed=1, detail=detail)
 
         task = stage("SmolLM2-135M, golden forward pass")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from speq.host.session import Session
     from speq.model.checkpoint import Model
     from speq.model.speculation import Settings, Step
+    from speq.sim.simulated_board import SimulatedBoard
 
 STALLS = ("WEIGHT", "GROUP", "ACTIVATION", "RESULT")
 _REPORTED = 4
@@ -76,7 +77,7 @@ def run(
         planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, rows)]
         total = sum(map(predicted, planned))
         console.print(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
-        done = decode(session, runs, total, console)
+        done = decode(session, board, runs, total, console)
 
     comparison = done.comparison
     title = f"{loaded.name} on {rows} x {cols} PEs, generated Verilog on Verilator"
@@ -253,13 +254,16 @@ class SimulatedRuns:
 
 
 def decode(
-    session: Session, runs: Mapping[str, GoldenRun], total: int, console: Console
+    session: Session,
+    board: SimulatedBoard,
+    runs: Mapping[str, GoldenRun],
+    total: int,
+    console: Console,
 ) -> SimulatedRuns:
-    """Decode all runs on the session's simulated board, about `total` cycles, and compare, up to
-    the first step that differs."""
+    """Decode all runs on the session's board, about `total` cycles, and compare, up to the first
+    step that differs."""
     from speq.host.meter import Meter
 
-    board = session.board
     done = SimulatedRuns()
     first, started = board.cycles(), time.perf_counter()
 

@@ -31,7 +31,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Study:
 
 def as_json(value: object) -> Any:
     """A value of dataclasses, arrays and containers for `json.dumps`; NaN becomes null."""
-    if hasattr(value, "__dataclass_fields__"):
+    if is_dataclass(value) and not isinstance(value, type):
         return as_json(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): as_json(entry) for key, entry in value.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich.progress import Progress
 
 from speq.cli.eval_report import Conditions, Study
@@ -108,12 +109,10 @@ def study(
         name: best_settings(tried, costs, conditions.rows, choices)
         for name, choices in (("chain", 1), ("alternates", conditions.choices))
     }
-    exponents = sum(
-        exponent_counts(
-            arranged(model.linear_weight(name), tensor.order, tensor.shift), tensor.config.group
-        )
-        for name, tensor in encoded.items()
-    )
+    exponents = np.zeros((32, 2), np.int64)
+    for name, tensor in encoded.items():
+        weights = arranged(model.linear_weight(name), tensor.order, tensor.shift)
+        exponents += exponent_counts(weights, tensor.config.group)
     compared = None
     if ablation:
         texts = [[*text.prompt, *text.tokens] for _, text in calibration]

@@ -39,12 +39,12 @@ from speq.cli.progress import with_passing_bar
 from speq.cli.simulation import rtl_figures, simulated_board
 
 if TYPE_CHECKING:
-    from speq.host.session import Session
     from speq.model.checkpoint import Model
     from speq.model.encoded_file import EncodedModel
     from speq.model.format import EncodedTensor
     from speq.model.speculation import Sampling, Settings, Statistics, Step
     from speq.model.tokenizer import Tokenizer
+    from speq.sim.simulated_board import SimulatedBoard
 
 STYLES = {"draft": "green", "alternate": "cyan", "target": "bold yellow"}
 #: Columns of the simulated array.
@@ -136,7 +136,7 @@ def run(
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(prompt if raw else tokenizer.chat(prompt))
     tensors: Mapping[str, EncodedTensor] = {}
-    if speculative and file:
+    if speculative and file and encoded:
         tensors = tensors_for(loaded, file, encoded)
     elif speculative:
         tensors = encode_linears(loaded, *formats, track=with_passing_bar)
@@ -146,17 +146,18 @@ def run(
     stream = TextStream(tokenizer, ids)
     output = Console(soft_wrap=True, highlight=False)
     options = {"max_tokens": max_tokens, "settings": settings, "stop_ids": tokenizer.stop_ids}
+    board, capacity = None, None
     if rtl:
-        session = rtl_session(loaded, tensors, ids, max_tokens, settings.rows, cols or DEFAULT_COLS)
-    else:
-        session = Session(loaded, tensors)
-    with session:
+        board, capacity = rtl_board(
+            loaded, tensors, ids, max_tokens, settings.rows, cols or DEFAULT_COLS
+        )
+    with Session(loaded, tensors, board, capacity=capacity) as session:
         if sampling is None:
             steps = session.generate(ids, **options)
         else:
             generator = torch.Generator().manual_seed(seed)
             steps = session.golden(ids, **options, sampling=sampling, generator=generator)
-        first = session.board.cycles() if rtl else 0
+        first = board.cycles() if board else 0
         started = time.perf_counter()
         for step in steps:
             statistics.add(step)
@@ -164,8 +165,8 @@ def run(
                 show(output, stream.push(token), origin if speculative else None)
         seconds = time.perf_counter() - started
         lines = summary(statistics, seconds, costs, "RTL simulation" if rtl else "golden model")
-        if rtl:
-            cycles = session.board.cycles() - first
+        if board:
+            cycles = board.cycles() - first
             lines += rtl_figures(session.driver.counters(), cycles, seconds)
     show(output, stream.flush(), None)
     print(flush=True)
@@ -214,26 +215,26 @@ def chosen_settings(file: EncodedModel | None, **options: float | None) -> Setti
     return replace(base, **given)
 
 
-def rtl_session(
+def rtl_board(
     model: Model,
     encoded: Mapping[str, EncodedTensor],
     prompt: Sequence[int],
     max_tokens: int,
     rows: int,
     cols: int,
-) -> Session:
-    """A session on the simulated RTL of an array of this size, for so many tokens behind a prompt.
+) -> tuple[SimulatedBoard, int]:
+    """The simulated RTL of an array of this size, for so many tokens behind a prompt, and the
+    entries of its KV cache.
 
     Raises ValueError, before anything takes long, if that is impossible.
     """
-    from speq.host.session import Session, accelerator_for, kv_capacity
+    from speq.host.session import accelerator_for, kv_capacity
     from speq.model.speculation import token_limit
 
     token_limit(model, prompt, max_tokens)
     capacity = kv_capacity(model, prompt, max_tokens, rows)
     config = accelerator_for(model, encoded, rows, cols, capacity)
-    board = simulated_board(model, encoded, config, capacity)
-    return Session(model, encoded, board, capacity=capacity)
+    return simulated_board(model, encoded, config, capacity), capacity
 
 
 class TextStream:

@@ -25,11 +25,12 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, SKY = "#D55E00", "#56B4E9"
 GREY = "#999999"
 _DPI = 150
-_FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def _figure(width: float, height: float, axes: int = 1) -> tuple[Figure, list[Axes]]:
-    with matplotlib.rc_context(_FONT):
+    with matplotlib.rc_context(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
         figure = Figure((width, height), layout="constrained")
         shown = figure.subplots(1, axes, sharey=True, squeeze=False)[0].tolist()
     for axis in shown:

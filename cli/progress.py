@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 
-def bars(**options: bool) -> Progress:
+def bars(*, transient: bool = False, disable: bool = False) -> Progress:
     """Bars that say how many of how many are done; options as of `rich.progress.Progress`."""
     columns = (
         TextColumn("{task.description}"),
@@ -24,7 +24,7 @@ def bars(**options: bool) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), **options)
+    return Progress(*columns, console=Console(stderr=True), transient=transient, disable=disable)
 
 
 def with_bar(names: Iterable[str]) -> Iterator[str]:

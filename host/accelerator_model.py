@@ -255,8 +255,8 @@ class AcceleratorModel:
         decodes = bool(written["RUN"])
         rows = engine.rows if decodes else written["PASS_ROWS"]
         limits = {"POSITION": (0, engine.max_k - rows)}
-        regions: tuple[str, ...] = ("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT")
-        addresses = dict.fromkeys(regions, 1)
+        regions = ("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT")
+        addresses: dict[str, int] = {name: 1 for name in regions}
         if decodes:
             limits |= {
                 "DRAFT_LENGTH": (0, engine.rows - 1),
@@ -264,9 +264,8 @@ class AcceleratorModel:
                 "TOKEN_LIMIT": (1, 2**32 - 1),
                 "RING_LOG2": (1, MAX_RING_LOG2),
             }
-            addresses |= dict.fromkeys(
-                ("DRAFT_PROGRAM", "VERIFY_PROGRAM"), self.config.alignment
-            ) | {"RING": self.config.data.beat_bytes}
+            addresses["DRAFT_PROGRAM"] = addresses["VERIFY_PROGRAM"] = self.config.alignment
+            addresses["RING"] = self.config.data.beat_bytes
         else:
             limits["PASS_ROWS"] = (1, engine.rows)
             addresses["PASS_PROGRAM"] = self.config.alignment
@@ -314,7 +313,7 @@ class AcceleratorModel:
             if answer != ANSWERS["CONTINUE"][0]:
                 raise _Fault(ErrorCode.HOST_REFUSED, 0)
 
-    def _draft(self, root: int, position: int, most: int) -> Generator[str, int, Proposal]:
+    def _draft(self, root: int, position: int, most: int) -> Generator[str, int | None, Proposal]:
         """Draft passes and the choice of alternates, as in `speq.model.speculation.draft`."""
         written = self._written
         threshold = float(np.uint32(written["THRESHOLD"]).view(np.float32))

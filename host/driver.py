@@ -239,7 +239,7 @@ class Driver:
         max_tokens: int,
         settings: Settings | None = None,
         stop_ids: frozenset[int] = frozenset(),
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Decode greedily behind `prompt` and yield every committed step.
 
         When the prompt but its last token is in the KV cache, the counters start at 0.
@@ -302,7 +302,7 @@ class Driver:
 
     def _decode(
         self, prompt: Sequence[int], limit: int, settings: Settings, stop_ids: frozenset[int]
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         r = self.registers
         r["RUN"] = 1
         r["POSITION"] = len(prompt) - 1

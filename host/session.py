@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -145,7 +145,7 @@ class Session:
         max_tokens: int,
         settings: Settings | None = None,
         stop_ids: frozenset[int] = frozenset(),
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Decode greedily behind `prompt`, on the board if there is one: `Driver.generate`, or
         `golden`, which yields the same steps."""
         decode = self.golden if self._driver is None else self._driver.generate
@@ -160,7 +160,7 @@ class Session:
         stop_ids: frozenset[int] = frozenset(),
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Decode with the golden model, as `speq.model.speculation.generate` does."""
         return generate(
             self.model,

@@ -27,7 +27,7 @@ accepted rows' stay. Ties go to the lowest token id everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -454,7 +454,7 @@ def generate(
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
     stop_ids: frozenset[int] = frozenset(),
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Decode behind `prompt` and yield every committed step.
 
     Parameters

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from amaranth.hdl import Elaboratable, Fragment, Signal
 from vcd.gtkw import GTKWSave, make_translation_filter
@@ -231,7 +231,7 @@ def _state_names(unit: Elaboratable, register: str) -> dict[int, str]:
     for fragment in fragments:
         fragments += [inner for inner, *_ in fragment.subfragments]
         for statement in itertools.chain(*fragment.statements.values()):
-            state = getattr(statement, "test", None)  # of a Switch
+            state: Any = getattr(statement, "test", None)  # of a Switch
             if isinstance(state, Signal) and state.name == register:
                 return dict(_decoded(state))
     raise LookupError(f"{type(unit).__name__} has no state machine {register}")

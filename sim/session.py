@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from speq.host.driver import default_capacity
 from speq.host.session import Session, memory_size
@@ -21,7 +22,7 @@ def board_for(
     *,
     capacity: int | None = None,
     waves: Waves | None = None,
-    **memory: object,
+    **memory: Any,
 ) -> SimulatedBoard:
     """The accelerator in the simulator with as much memory as a session needs.
 
@@ -56,7 +57,7 @@ def simulated_session(
     config: AcceleratorConfig,
     *,
     capacity: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> Session:
     """A session on the accelerator in the simulator; parameters and errors as of `board_for`."""
     board = board_for(model, encoded, config, capacity=capacity, **options)
