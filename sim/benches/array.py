@@ -102,7 +102,7 @@ async def random_tiles(dut: Any) -> None:
             details |= {"result_half": int(gemm.half), "result_tag": tag}
             name = f"tile {index} {gemm.mode.name.lower()} K={gemm.size[1]}"
             due[last_step + array.LATENCY + row] = name, golden[row], details
-    stimulus += [_bubble(rng, beats[-1])] * (array.LATENCY + config.rows)
+    stimulus += [_bubble(rng, stimulus[-1])] * (array.LATENCY + config.rows)
 
     words = _total_bits(ports[Flow.In]) // WORD_BITS
     packed = np.zeros((len(stimulus), words), "<u8")
@@ -129,7 +129,10 @@ async def random_tiles(dut: Any) -> None:
             f"Array.results, {name}",
             expected=golden,
             got=np.frombuffer(got, np.uint32),
-            operands={"row": np.uint32(details["result_row"]), "column": np.arange(config.cols)},
+            operands={
+                "row": np.array(details["result_row"], np.uint32),
+                "column": np.arange(config.cols),
+            },
             cycles=np.full(config.cols, cycle),
         )
 
@@ -140,7 +143,7 @@ def _random_tile(rng: np.random.Generator, config: EngineConfig) -> tuple[Gemm, 
     mode = modes[rng.integers(len(modes))]
     rows = config.draft_rows if mode is Mode.DRAFT else config.rows
     tokens = int(rng.integers(1, rows + 1))
-    k = int(rng.choice([1, 2, 5, rng.integers(1, _LARGEST_K)]))
+    k = int(rng.choice([1, 2, 5, int(rng.integers(1, _LARGEST_K))]))
     spread = rng.choice([0.05, 1, 1000])
     x = torch.from_numpy(rng.normal(0, spread, (tokens, k)).astype(np.float16))
     w = torch.from_numpy(rng.normal(0, 1, (config.cols, k)).astype(np.float16))

@@ -319,18 +319,18 @@ class Monitor:
         request, taken = self.address.sample(cycle)
         if request is not None and not was_waiting:
             self.requested.append(cycle)
-        if taken:
+        if request is not None and taken:
             self._check_burst(at, request)
         if self.writes:
             beat, taken = self.data.sample(cycle)
-            if taken:
+            if beat is not None and taken:
                 self.beats += 1
                 if beat["last"]:
                     self.lasts.append(self.beats)
                     self.beats = 0
         assert int(self.response.ready.value), f"{at}: the response channel is not ready"
         response, taken = self.response.sample(cycle)
-        if taken and (self.writes or response["last"]):
+        if response is not None and taken and (self.writes or response["last"]):
             self.answered.append(cycle)
         outstanding = len(self.requested) - len(self.answered)
         assert 0 <= outstanding <= self.config.outstanding, f"{at}: {outstanding} outstanding"

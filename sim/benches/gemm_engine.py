@@ -145,15 +145,17 @@ def group_beats(gemm: Gemm, columns: int) -> np.ndarray:
     """Group bytes for the engine, uint8 [beats, columns]."""
     if gemm.mode is Mode.BYPASS:
         return np.empty((0, columns), np.uint8)
+    assert isinstance(gemm.weights, EncodedTensor), "drafts need encoded weights"
     return gemm.weights.group_bytes.reshape(-1, columns)
 
 
 def activation_beats(gemm: Gemm, config: EngineConfig) -> list[int]:
     """Words for the activation store, one integer a beat."""
-    if gemm.mode is not Mode.DRAFT:
-        patterns = gemm.activations.contiguous().numpy().view(np.uint16).T
-        return [int.from_bytes(beat.tobytes(), "little") for beat in patterns]
-    words = pack_block_activations(gemm.activations)
+    x = gemm.activations
+    if isinstance(x, BlockActivations):
+        words = pack_block_activations(x)
+    else:
+        words = x.contiguous().numpy().view(np.uint16).T
     return [int.from_bytes(word.tobytes(), "little") for word in words]
 
 
@@ -162,7 +164,8 @@ def command_word(
 ) -> int:
     """The payload of a command."""
     layout = command_layout(config)
-    values = {"mode": int(getattr(mode, "value", mode)), "k": k, "o": o, "tokens": tokens}
+    number = mode.value if isinstance(mode, Mode) else mode
+    values = {"mode": number, "k": k, "o": o, "tokens": tokens}
     values["half"] = int(half)
     return sum(value << layout[name].offset for name, value in values.items())
 
@@ -451,11 +454,12 @@ def _collect(
         tokens, _, o = gemm.size
         tiles = _tiles(gemm, config)
         output = np.empty((tokens, tiles, config.cols), np.uint32)
+        end = start
         for tile in range(tiles):
             valid = min(config.cols, o - tile * config.cols)
             for row in range(tokens):
                 cycle, text = beats[position].split()
-                beat = int(text, 16)
+                end, beat = int(cycle, 16), int(text, 16)
                 is_last = tile == tiles - 1 and row == tokens - 1
                 expected = (
                     ((1 << valid) - 1) << offsets["strobe"]
@@ -471,7 +475,7 @@ def _collect(
                 output[row, tile] = np.frombuffer(data, np.uint32)
                 position += 1
         output = output.reshape(tokens, -1)[:, :o]
-        results.append(GemmResult(output, command, start, int(cycle, 16)))
+        results.append(GemmResult(output, command, start, end))
     if position != len(beats):
         raise SimulationError(f"{len(beats)} result beats; expected {position}")
     return results

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import cocotb
 import numpy as np
@@ -27,6 +27,7 @@ from speq.sim.benches.axi import (
     Memory,
     Monitor,
     ReadResponder,
+    Responder,
     Transfer,
     WriteResponder,
     expected_bursts,
@@ -68,19 +69,22 @@ def run() -> None:
     simulate(convert_unit(SideBySide(units), _TOP) + RAM_VERILOG, _TOP, __name__)
 
 
+#: The other end of a unit's stream of data.
+_End = TypeVar("_End", Sink, Source)
+
+
 @dataclass
-class _Unit:
-    """The reader or the writer and what is around it; without a responder, a slave serves it."""
+class _Unit(Generic[_End]):
+    """The reader or the writer and what is around it, but for what answers on the bus."""
 
     ports: Ports
     command: Source
-    data: Sink | Source
+    data: _End
     monitor: Monitor
-    responder: ReadResponder | WriteResponder | None
     done: list[int]  # cycles
 
     def agents(self) -> list[Callable[[int], None]]:
-        """What has to be done in each cycle, but for the responder."""
+        """What has to be done in each cycle, but for what answers on the bus."""
         return [self.command.step, self.data.step, self.monitor.step]
 
     def is_idle(self, cycle: int) -> bool:
@@ -139,21 +143,23 @@ class _World(World):
             ports["limit"].value = base + _SIZE - 1
 
     def connect(self) -> list[Callable[[int], None]]:
-        def unit(name: str, end: type, responder: type) -> _Unit:
+        def unit(name: str, end: type[_End]) -> _Unit[_End]:
             ports = self.ports[name]
             return _Unit(
                 ports,
                 Source(ports, "command", self.rng),
                 end(ports, "data", self.rng),
                 Monitor(ports, self.config, self.memory, writes=name == "writer"),
-                None if self.independent else responder(ports, self.config, self.memory),
                 [],
             )
 
-        self.reader = unit("reader", Sink, ReadResponder)
-        self.writer = unit("writer", Source, WriteResponder)
-        units = (self.reader, self.writer)
-        responders = [unit.responder.step for unit in units if unit.responder]
+        self.reader, self.writer = unit("reader", Sink), unit("writer", Source)
+        self.responders: dict[str, Responder] = {}
+        if not self.independent:  # else slaves serve the bus
+            kinds = {"reader": ReadResponder, "writer": WriteResponder}
+            for name, kind in kinds.items():
+                self.responders[name] = kind(self.ports[name], self.config, self.memory)
+        responders = [responder.step for responder in self.responders.values()]
         return [*self.reader.agents(), *self.writer.agents(), *responders, self._watch_done]
 
     def _watch_done(self, cycle: int) -> None:
@@ -229,7 +235,7 @@ class _World(World):
         unit = getattr(self, name)
         unit.command.queue.extend(map(self.pack, commands))
         if name == "writer":
-            unit.data.queue.extend(self.write_beats(commands))
+            self.writer.data.queue.extend(self.write_beats(commands))
 
     def check_memory(self, golden: Memory) -> None:
         """Compare the memory with what it should hold."""
@@ -317,14 +323,15 @@ async def throughput(dut: Any, index: int) -> None:
         golden = world.memory.copy()
         expected = [beat for each in commands for beat in world.read(each)]
         if name == "writer":
-            unit.data.queue.extend(world.write_beats(commands, golden))
+            world.writer.data.queue.extend(world.write_beats(commands, golden))
         unit.command.queue.extend(map(world.pack, commands))
         await world.until("transfers are finished", world.idle)
         if name == "reader":
-            start, end = unit.command.taken[0], unit.data.cycles[-1]
+            start, end = unit.command.taken[0], world.reader.data.cycles[-1]
         else:
             # The first whole burst is held back until its beats are there.
-            start, end = unit.data.taken[0] + world.config.burst_beats, unit.done[-1]
+            first = world.writer.data.taken[0]
+            start, end = first + world.config.burst_beats, unit.done[-1]
         rate = len(expected) / (end - start)
         dut._log.info(f"{name}: {len(expected)} beats in {end - start} cycles: {rate:.2%}")
         if name == "reader":
@@ -365,7 +372,7 @@ async def latencies(dut: Any, index: int) -> None:
 async def bad_read_responses(dut: Any, index: int) -> None:
     """The beats before a bad response are given, nothing after; then the reader goes on."""
     world = await _World.start(dut, index)
-    config, reader = world.config, world.reader
+    config, reader, responder = world.config, world.reader, world.responders["reader"]
     for _ in range(_ROUNDS):
         reader.data.pause = float(world.rng.choice([0, _PAUSE]))
         commands = world.commands(8)
@@ -373,10 +380,10 @@ async def bad_read_responses(dut: Any, index: int) -> None:
         bad = beats[int(world.rng.integers(len(beats)))][0]
         response = Fault(int(world.rng.choice([2, 3])))
         # The beats after it are bad in another way, which must not be reported.
-        reader.responder.responses = {
+        responder.responses = {
             bad + i * config.beat_bytes: response.value ^ (i > 0) for i in range(40)
         }
-        responses = reader.responder.responses
+        responses = responder.responses
         index = next(i for i, (address, _) in enumerate(beats) if address in responses)
         bursts = expected_bursts(config, commands)
         ends = list(itertools.accumulate(length for _, length in bursts))
@@ -393,7 +400,7 @@ async def bad_read_responses(dut: Any, index: int) -> None:
         world.check_error("reader", responses[beats[index][0]], bursts[failed][0])
         golden = [beat for each in commands for beat in world.read(each)]
         world.reader.data.check(golden[:index], first["beats"])
-        reader.responder.responses = {}
+        responder.responses = {}
         await world.clear("reader")
         await world.transfer(3)
 
@@ -403,16 +410,16 @@ async def bad_read_responses(dut: Any, index: int) -> None:
 async def bad_write_responses(dut: Any, index: int) -> None:
     """A bad response ends its command without `done`; then the writer goes on."""
     world = await _World.start(dut, index)
-    config, writer = world.config, world.writer
+    config, writer, responder = world.config, world.writer, world.responders["writer"]
     for _ in range(_ROUNDS):
         commands = world.commands(8)
         bursts = expected_bursts(config, commands)
         bad = bursts[int(world.rng.integers(len(bursts)))][0]
         response = Fault(int(world.rng.choice([2, 3])))
-        writer.responder.responses = {
+        responder.responses = {
             address: response.value ^ (address != bad) for address, _ in bursts if address >= bad
         }
-        responses = writer.responder.responses
+        responses = responder.responses
         failed = next(i for i, (address, _) in enumerate(bursts) if address in responses)
         counts = itertools.accumulate(len(expected_bursts(config, [each])) for each in commands)
         finished = sum(count <= failed for count in counts)
@@ -439,7 +446,7 @@ async def bad_write_responses(dut: Any, index: int) -> None:
                 place, strobe = address + i * config.beat_bytes, value >> config.data_bits
                 golden.store_beat(place, config.beat_bytes, value & mask, strobe)
         world.check_memory(golden)
-        writer.responder.responses = {}
+        responder.responses = {}
         await world.clear("writer")
         await world.transfer(3)
 
@@ -457,8 +464,8 @@ async def errors_of_the_independent_model(dut: Any, index: int) -> None:
         world.memory.bad = set(range(bad, bad + config.beat_bytes))
         if name == "writer":
             data = [(1 << config.data_bits + config.beat_bytes) - 1] * command[1]
-            unit.data.queue.extend(data)
-        first = len(unit.data.items) if name == "reader" else len(unit.done)
+            world.writer.data.queue.extend(data)
+        first = len(world.reader.data.items) if name == "reader" else len(unit.done)
         unit.command.queue.append(world.pack(command))
         await world.until("an error", lambda n=name: world.has_error(n))
         world.check_error(name, Fault.SLAVE.value, bad)
@@ -501,12 +508,10 @@ async def refused_commands(dut: Any, index: int) -> None:
         for address, beats in refused:
             before = world.commands(2)
             first = len(unit.monitor.bursts)
+            received, done = len(world.reader.data.items), len(world.writer.done)
             if name == "writer":
                 count = sum(beats for _, beats in before) + 1
-                unit.data.queue.extend(world.write_beats([(world.base, count)]))
-                done = len(unit.done)
-            else:
-                received = len(unit.data.items)
+                world.writer.data.queue.extend(world.write_beats([(world.base, count)]))
             queued = [*before, (address % top, beats & most), world.command(1)]
             unit.command.queue.extend(map(world.pack, queued))
             await world.until("a refusal", lambda n=name: world.has_error(n))
@@ -548,18 +553,18 @@ async def limits_of_what_is_outstanding(dut: Any, index: int) -> None:
     config = world.config
     long = world.base, _SIZE // config.beat_bytes
     short = world.base, 1
-    for unit in (world.reader, world.writer):
-        unit.responder.answers = False
+    for responder in world.responders.values():
+        responder.answers = False
     for name, unit in (("reader", world.reader), ("writer", world.writer)):
         number = config.outstanding + 4
         unit.command.queue.extend([world.pack(short)] * number)
         if name == "writer":
-            unit.data.queue.extend(world.write_beats([short] * number))
+            world.writer.data.queue.extend(world.write_beats([short] * number))
         await world.step(20 * config.outstanding)
         allowed = config.outstanding if name == "writer" else min(config.outstanding, config.depth)
         assert len(unit.monitor.requested) == allowed, name
-    for unit in (world.reader, world.writer):
-        unit.responder.answers = True
+    for responder in world.responders.values():
+        responder.answers = True
     await world.until("the transfers are finished", world.idle)
 
     # Nobody takes the beats: all that was requested is received nevertheless.

@@ -9,7 +9,7 @@ joined by the number format's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,7 +263,7 @@ class _World(World):
     def _finish(
         self,
         layout: data.Layout,
-        fields: dict[str, object],
+        fields: Mapping[str, object],
         content: np.ndarray,
         transfers: dict[str, list[Transfer]],
     ) -> _Job:

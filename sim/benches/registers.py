@@ -50,6 +50,8 @@ def run() -> None:
 class _World(World):
     """The design under test, its golden model and what is around it."""
 
+    master: AxiLiteMaster  # from the start on
+
     def __init__(self, dut: Any, index: int) -> None:
         self.config = _CONFIGS[index]
         super().__init__(dut, f"unit RegisterFile, {self.config}", np.random.default_rng(seed()))

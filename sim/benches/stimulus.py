@@ -92,7 +92,7 @@ def pack(layout: data.StructLayout, fields: Mapping[str, np.ndarray]) -> np.ndar
     -------
     uint64 array [...]
     """
-    packed = np.uint64(0)
+    packed = np.zeros((), np.uint64)
     for name, values in fields.items():
         place, values = layout[name], values.astype(np.uint64)
         if isinstance(place.shape, data.ArrayLayout):

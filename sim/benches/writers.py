@@ -305,10 +305,9 @@ async def writes(dut: Any, index: int, pause: float) -> None:
     done, written = 0, [0, 0, 0]
     for _ in range(_ROUNDS):
         number = int(world.rng.integers(1, 5))
-        for i in range(number):
-            # Writes that may overtake each other are to different places.
-            tiles, results = world.add_gemm(i % 2, rank=i + 1 == number)
-            written[_RESULTS] += tiles
+        # Writes that may overtake each other are to different places.
+        gemms = [world.add_gemm(i % 2, rank=i + 1 == number) for i in range(number)]
+        written[_RESULTS] += sum(tiles for tiles, _ in gemms)
         others = int(world.rng.integers(0, 6))
         for _ in range(others):
             world.add_other(2)
@@ -316,6 +315,7 @@ async def writes(dut: Any, index: int, pause: float) -> None:
         written[_OTHER] += others
         await world.until_written(done, written)
         assert not world.ports.get("ranker_busy")
+        _, results = gemms[-1]
         world.add_ranking(3, results)
         written[_RANKING] += 1
         await world.until_written(done, written)

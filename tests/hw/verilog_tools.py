@@ -16,14 +16,14 @@ from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.sim.runner import VERILATOR_BIN
 
 
-def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command, its output (both streams) as text."""
     return subprocess.run(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
+        cwd=cwd,
     )
 
 

@@ -215,6 +215,7 @@ def random_descriptor(rng: random.Random) -> Descriptor:
 def test_random_programs(data_bits):
     config = system(data_bits)
     rng = random.Random(1000 * seed() + data_bits)
+    events = []
     for trial in range(3):
         program = [random_descriptor(rng) for _ in range(20)]
         rows, position = rng.randint(1, ROWS), rng.randint(0, MAX_K - ROWS)
@@ -225,21 +226,22 @@ def test_random_programs(data_bits):
             position=position,
             trial=trial,
         )
-        events = iter(got.events)
+        events = got.events
+        rest = iter(events)
         for d in program:
             if d.kind is DescriptorKind.HOST:
-                assert next(events) == ("host", d.argument, False)
+                assert next(rest) == ("host", d.argument, False)
                 continue
             for i, job in enumerate(jobs_of(config, d, rows, position)):
-                name, values, overlaps = next(events)
+                name, values, overlaps = next(rest)
                 assert (name, values) == ("job", job)
                 first_alone = d.wait or d.kind is DescriptorKind.ARGMAX
                 assert not (overlaps and first_alone and i == 0)
             if d.kind is DescriptorKind.ARGMAX and d.ranking:
-                assert next(events) == ("ranking", d.ranking, d.tokens or rows, False)
-        assert next(events) == ("end", False, False)
+                assert next(rest) == ("ranking", d.ranking, d.tokens or rows, False)
+        assert next(rest) == ("end", False, False)
         assert got.error is ErrorCode.NONE
-    assert any(event[0] == "job" and event[2] for event in got.events), "nothing overlapped"
+    assert any(event[0] == "job" and event[2] for event in events), "nothing overlapped"
 
 
 GEMM = Descriptor(DescriptorKind.GEMM, k=8, o=8, plane=128, residual=128, groups=128)
