@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from amaranth.lib import wiring
@@ -16,7 +16,9 @@ from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.sim.runner import VERILATOR_BIN
 
 
-def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command, its output (both streams) as text."""
     return subprocess.run(
         [str(part) for part in command],
@@ -24,6 +26,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedPr
         stderr=subprocess.STDOUT,
         text=True,
         cwd=cwd,
+        env=env,
     )
 
 
