@@ -28,6 +28,7 @@ from speq.hw.memory.axi import AxiConfig
 from speq.model import speculation
 from speq.model.speculation import Settings, Statistics, ranked
 from speq.sim.runner import seed
+from tests.host.decoding import COUNTED
 from tests.hw.verilog_tools import lint, write_unit
 
 MAX_K = 500
@@ -42,7 +43,8 @@ OUTPUTS = (
     "pass_status", "pass_position", "row_token", "row_depth", "row", "step", "step_request",
     "finished", "ring_index", "update", "position", "root", "events",
 )  # fmt: skip
-EVENTS = ("draft_passes", "verify_passes", "alternates", "accepted", "tree_hits", "committed")
+#: The controller's events by the statistics that they count.
+EVENTS = {name: counter.lower() for name, counter in COUNTED.items()}
 
 pytestmark = pytest.mark.usefixtures("simulable_ram")
 
@@ -214,7 +216,7 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
                     cache.length,
                 )
             )
-    run.counts = Counter({name: asdict(statistics)[name] for name in EVENTS})
+    run.counts = Counter({event: asdict(statistics)[name] for name, event in EVENTS.items()})
     return run
 
 
@@ -356,7 +358,7 @@ class Bench:
             self.beats.append(self.decoded(out, "beat"))
         if out.events:
             events = self.decoded(out, "events")
-            self.counts.update({name: events[name] for name in EVENTS})
+            self.counts.update({event: events[event] for event in EVENTS.values()})
         if out.update:
             self.updates.append((out.position, out.root))
         if not out.step_request:
