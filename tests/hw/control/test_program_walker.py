@@ -271,6 +271,8 @@ ATTENTION = Descriptor(DescriptorKind.ATTENTION, k=8, sharing=2)
         (replace(GEMM, ranking=128), ErrorCode.RESERVED),
         (replace(GEMM, stride=128), ErrorCode.RESERVED),
         (replace(GEMM, mode=Mode.BYPASS, residual=0), ErrorCode.RESERVED),
+        (replace(GEMM, mode=Mode.BYPASS, groups=0), ErrorCode.RESERVED),
+        (replace(GEMM, mode=Mode.DRAFT, tokens=1), ErrorCode.RESERVED),  # a residual plane
         (replace(GEMM, kind=DescriptorKind.ARGMAX, half=True), ErrorCode.RESERVED),
         (replace(ATTENTION, o=1), ErrorCode.RESERVED),
         (replace(ATTENTION, values=True, o=1), ErrorCode.RESERVED),
