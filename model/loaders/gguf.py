@@ -6,11 +6,10 @@ a tokenizer.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from speq.model.checkpoint import (
@@ -23,8 +22,9 @@ from speq.model.checkpoint import (
     expect_shape,
     unpermute_rope,
 )
-from speq.model.loaders.gguf_file import GgufTensor, read_gguf
-from speq.model.tokenizer import Tokenizer, byte_level_bpe, sentencepiece_bpe
+from speq.model.loaders.gguf_file import GgufTensor, Metadata, read_gguf
+from speq.model.loaders.gguf_tokenizer import read_tokenizer
+from speq.model.tokenizer import Tokenizer
 
 _TENSOR_NAMES = {
     "embedding": "token_embd.weight",
@@ -47,41 +47,19 @@ _TENSOR_NAMES = {
     "post_attn_norm": "post_attention_norm.weight",
     "post_ffn_norm": "post_ffw_norm.weight",
 }
-_CONTROL, _USER_DEFINED = 3, 4  # token types that are matched as a whole
 
 
 def load_gguf(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a GGUF file. Raises CheckpointError."""
     fields, tensors = read_gguf(path)
-    metadata = _Metadata(fields)
+    metadata = Metadata(fields)
     config = _config(metadata, tensors)
     weights = collect_weights(config, _weight_reader(config, tensors))
     expect_all_read(tensors, [*map(stored_name, weights), "rope_freqs.weight"])
-    return config, weights, _tokenizer(metadata)
+    return config, weights, read_tokenizer(metadata)
 
 
-@dataclass(frozen=True)
-class _Metadata:
-    """Typed access to the metadata fields."""
-
-    fields: dict[str, Any]
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.fields.get(key, default)
-        if value is None:
-            raise CheckpointError(f"metadata field {key!r} is missing")
-        if type(value) is not kind:
-            raise CheckpointError(f"metadata field {key!r} has the wrong type")
-        return value
-
-    def strings(self, key: str) -> list[str]:
-        return self.get(key, list)
-
-    def numbers(self, key: str) -> list:
-        return self.get(key, np.ndarray).tolist()
-
-
-def _config(metadata: _Metadata, tensors: dict[str, GgufTensor]) -> ModelConfig:
+def _config(metadata: Metadata, tensors: dict[str, GgufTensor]) -> ModelConfig:
     architecture = metadata.get("general.architecture", str)
     check_architecture(architecture)
 
@@ -162,33 +140,3 @@ def _weight_reader(config: ModelConfig, tensors: dict[str, GgufTensor]) -> Weigh
         return weight
 
     return read
-
-
-def _tokenizer(metadata: _Metadata) -> Tokenizer:
-    key = "tokenizer.ggml."
-    kind = metadata.get(key + "model", str)
-    tokens = metadata.strings(key + "tokens")
-    types = metadata.numbers(key + "token_type")
-    special = [i for i, t in enumerate(types[: len(tokens)]) if t in (_CONTROL, _USER_DEFINED)]
-    try:
-        if kind == "gpt2":
-            splitter = metadata.get(key + "pre", str, "gpt-2")
-            backend = byte_level_bpe(tokens, metadata.strings(key + "merges"), special, splitter)
-        elif kind == "llama":
-            prefix = metadata.get(key + "add_space_prefix", bool, True)
-            scores = metadata.numbers(key + "scores")
-            backend = sentencepiece_bpe(tokens, scores, special, prefix)
-        else:
-            raise CheckpointError(f"tokenizer {kind!r:.40} is not supported, only gpt2 and llama")
-    except CheckpointError:
-        raise
-    except Exception as error:  # the package raises bare Exception
-        raise CheckpointError(f"tokenizer: {error}") from error
-    stop = [key + name for name in ("eos_token_id", "eot_token_id")]
-    use_bos = metadata.get(key + "add_bos_token", bool, kind == "llama")
-    return Tokenizer(
-        backend,
-        stop_ids=frozenset(metadata.get(name, int) for name in stop if name in metadata.fields),
-        bos_id=metadata.get(key + "bos_token_id", int) if use_bos else None,
-        chat_template=metadata.get("tokenizer.chat_template", str, ""),
-    )

@@ -60,6 +60,27 @@ class GgufTensor:
         return np.array(values, dtype=np.float32).reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class Metadata:
+    """Typed access to the metadata fields of a GGUF file."""
+
+    fields: dict[str, Any]
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self.fields.get(key, default)
+        if value is None:
+            raise CheckpointError(f"metadata field {key!r} is missing")
+        if type(value) is not kind:
+            raise CheckpointError(f"metadata field {key!r} has the wrong type")
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        return self.get(key, list)
+
+    def numbers(self, key: str) -> list:
+        return self.get(key, np.ndarray).tolist()
+
+
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Metadata (int, float, bool, str, list of str, numpy array) and tensors of a GGUF file.
 

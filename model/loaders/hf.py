@@ -7,14 +7,12 @@ that would change the computation and is not implemented is refused by name.
 """
 
 import contextlib
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import tokenizers
 import torch
 
 from speq.model.checkpoint import (
@@ -27,6 +25,8 @@ from speq.model.checkpoint import (
     expect_shape,
     tensor_shapes,
 )
+from speq.model.loaders.hf_tokenizer import read_tokenizer
+from speq.model.loaders.json_file import read_json
 from speq.model.tokenizer import Tokenizer
 
 _TENSOR_NAMES = {
@@ -47,8 +47,6 @@ _GEMMA_NAMES = {
     "post_ffn_norm": "post_feedforward_layernorm.weight",
 }
 _DTYPES = ("F16", "BF16", "F32")
-_MAX_JSON = 1 << 20  # bytes of a configuration file
-_MAX_TOKENIZER = 1 << 26
 # Settings that change the computation, with the values under which it is the one implemented here.
 _NEUTRAL = {
     "attention_bias": (None, False),
@@ -64,23 +62,11 @@ _NEUTRAL = {
 
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a folder. Raises CheckpointError."""
-    settings = _Settings(_read_json(folder / "config.json"))
+    settings = _Settings(read_json(folder / "config.json"))
     config = _config(settings)
     with contextlib.ExitStack() as stack:
         weights = collect_weights(config, _weight_reader(folder, config, stack))
-    return config, weights, _tokenizer(folder, settings)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(f"{path.name} is larger than {_MAX_JSON} bytes")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object")
-    return value
+    return config, weights, read_tokenizer(folder, settings.values)
 
 
 @dataclass(frozen=True)
@@ -246,31 +232,3 @@ def _weight_reader(folder: Path, config: ModelConfig, stack: contextlib.ExitStac
         return weight.to(torch.float32) + 1.0 if gemma and name.endswith("norm") else weight
 
     return read
-
-
-def _tokenizer(folder: Path, settings: _Settings) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if path.stat().st_size > _MAX_TOKENIZER:
-        raise CheckpointError(f"{path.name} is larger than {_MAX_TOKENIZER} bytes")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.no_truncation()
-        backend.no_padding()
-        opening = backend.encode("", add_special_tokens=True).ids
-    except Exception as error:  # the package raises bare Exception
-        raise CheckpointError(f"{path.name}: {error}") from error
-    stop = settings.values.get("eos_token_id")
-    if (folder / "generation_config.json").exists():
-        stop = _read_json(folder / "generation_config.json").get("eos_token_id", stop)
-    stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if any(type(token) is not int for token in stop):
-        raise CheckpointError("eos_token_id is not a token id")
-    template = ""
-    if (folder / "tokenizer_config.json").exists():
-        template = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    return Tokenizer(
-        backend,
-        stop_ids=frozenset(stop),
-        bos_id=opening[0] if opening else None,
-        chat_template=template if isinstance(template, str) else "",
-    )
