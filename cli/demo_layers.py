@@ -48,7 +48,7 @@ def real_layers(block: int, tokens: int) -> list[Layer]:
     model = load_model("smollm2")
     if not 0 <= block < model.config.blocks:
         raise ValueError(f"block is {block}; the model has blocks 0 to {model.config.blocks - 1}")
-    ids = model.tokenizer.encode(model.tokenizer.chat(PROMPT))
+    ids = model.tokenizer.encode_chat(PROMPT)
     inputs = linear_inputs(model, ids, block=block)
     return [
         Layer(name, model.weights[f"block.{block}.{name}"], inputs[name][-tokens:])

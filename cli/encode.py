@@ -163,7 +163,7 @@ def _calibration_texts(path: Path | None, model: Model) -> list[list[int]]:
     raw = not tokenizer.has_chat_format
     prompts = read_prompts(path) if path else shipped_prompts("calibration", raw)
     texts = (text for group in prompts.values() for text in group)
-    return [tokenizer.encode(text if raw else tokenizer.chat(text)) for text in texts]
+    return [tokenizer.encode(text) if raw else tokenizer.encode_chat(text) for text in texts]
 
 
 def _journal_key(digests: Mapping[str, str], prompts: list[list[int]], numbers: list[int]) -> str:

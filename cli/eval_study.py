@@ -42,7 +42,7 @@ def decode_all(
     """The target's texts with their kinds, for each of some sets of prompts."""
     tokenizer = model.tokenizer
     flat = [
-        (kind, tokenizer.encode(prompt if conditions.raw else tokenizer.chat(prompt)))
+        (kind, tokenizer.encode(prompt) if conditions.raw else tokenizer.encode_chat(prompt))
         for group in prompts
         for kind, texts in group.items()
         for prompt in texts

@@ -43,13 +43,11 @@ if TYPE_CHECKING:
     from speq.model.encoded_file import EncodedModel
     from speq.model.format import EncodedTensor
     from speq.model.speculation import Sampling, Settings, Statistics, Step
-    from speq.model.tokenizer import Tokenizer
     from speq.sim.simulated_board import SimulatedBoard
 
 STYLES = {"draft": "green", "alternate": "cyan", "target": "bold yellow"}
 #: Columns of the simulated array.
 DEFAULT_COLS = 16
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a tokenizer shows the first bytes of a character
 
 
 class Decoding(StrEnum):
@@ -120,6 +118,7 @@ def run(
     from speq.model.evaluation import encoded_costs
     from speq.model.loaders import load_model
     from speq.model.speculation import Statistics
+    from speq.model.tokenizer import TextStream
 
     speculative, rtl = mode is Decoding.SPEQ, backend is Backend.RTL
     sampling = chosen_sampling(temperature, top_k, top_p)
@@ -134,7 +133,7 @@ def run(
     )
     loaded = load_model(model)
     tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt if raw else tokenizer.chat(prompt))
+    ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat(prompt)
     tensors: Mapping[str, EncodedTensor] = {}
     if speculative and file and encoded:
         tensors = tensors_for(loaded, file, encoded)
@@ -235,29 +234,6 @@ def rtl_board(
     capacity = kv_capacity(model, prompt, max_tokens, rows)
     config = accelerator_for(model, encoded, rows, cols, capacity)
     return simulated_board(model, encoded, config, capacity), capacity
-
-
-class TextStream:
-    """Text of a growing token sequence, piece by piece; holds back incomplete characters."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt)
-        self._shown = len(tokenizer.decode(self._ids))
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes."""
-        self._ids.append(token)
-        return self._advance(self._tokenizer.decode(self._ids).rstrip(_INCOMPLETE))
-
-    def flush(self) -> str:
-        """What was held back."""
-        return self._advance(self._tokenizer.decode(self._ids))
-
-    def _advance(self, text: str) -> str:
-        new = text[self._shown :]
-        self._shown = max(self._shown, len(text))
-        return new
 
 
 def origins(step: Step) -> Iterator[tuple[int, str]]:

@@ -3,6 +3,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from speq.model.checkpoint import CheckpointError, Model
@@ -57,7 +58,10 @@ def load_model(name_or_path: str | Path, tokenizer: str | Path | None = None) ->
         raise CheckpointError(f"{path}: not enough memory to load it") from error
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    model = Model(str(name_or_path), *parts)
-    if model.tokenizer.largest_id() >= model.config.vocab_size:
-        raise CheckpointError(f"{path}: the tokenizer has more tokens than the model")
-    return model
+    config, weights, read = parts
+    if any(token >= config.vocab_size for token in read.leading):
+        raise CheckpointError(
+            f"{path}: every text begins with token {max(read.leading)}, but the model has only "
+            f"ids 0..{config.vocab_size - 1}"
+        )
+    return Model(str(name_or_path), config, weights, replace(read, limit=config.vocab_size))

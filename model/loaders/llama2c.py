@@ -21,7 +21,8 @@ from speq.model.checkpoint import (
     tensor_shapes,
     unpermute_rope,
 )
-from speq.model.tokenizer import Tokenizer, sentencepiece_bpe
+from speq.model.sentencepiece import SPACE
+from speq.model.tokenizer import Tokenizer, TokenType, sentencepiece_bpe
 
 _MAGIC = 0x616B3432
 _HEADER = struct.Struct("<7i")
@@ -122,27 +123,35 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The SentencePiece vocabulary: int32, then float32 score, int32 length and text of tokens."""
+    """The SentencePiece vocabulary: int32, then float32 score, int32 length and text of tokens, at
+    most as many as the model has."""
     data = path.read_bytes()
     tokens, scores, position = [], [], 4
     try:
-        for _ in range(vocab_size):
+        while position < len(data):
             score, length = struct.unpack_from("<fi", data, position)
             position += 8
             if not 0 <= length <= len(data) - position:
                 raise CheckpointError(f"{path.name}: truncated")
             token = data[position : position + length].decode("utf-8")
-            tokens.append(token.replace(" ", "▁"))
+            tokens.append(token.replace(" ", SPACE))
             scores.append(score)
             position += length
+            if len(tokens) > vocab_size:
+                raise CheckpointError(f"{path.name}: has more than the model's {vocab_size} tokens")
     except (struct.error, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path.name}: not a tokenizer of {vocab_size} tokens") from error
-    if position != len(data):
-        raise CheckpointError(f"{path.name}: has more than the model's {vocab_size} tokens")
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens[_FIRST_BYTE : _FIRST_BYTE + 256] = byte_tokens[: max(0, vocab_size - _FIRST_BYTE)]
+        raise CheckpointError(f"{path.name}: not a tokenizer of llama2.c") from error
+    if len(tokens) < _FIRST_BYTE + 256:
+        raise CheckpointError(
+            f"{path.name}: has {len(tokens)} tokens, fewer than <unk>, <s>, </s> and the 256 bytes"
+        )
+    tokens[_FIRST_BYTE : _FIRST_BYTE + 256] = [f"<0x{byte:02X}>" for byte in range(256)]
+    types = [TokenType.NORMAL] * len(tokens)
+    types[:_FIRST_BYTE] = [TokenType.CONTROL] * _FIRST_BYTE
+    types[_FIRST_BYTE : _FIRST_BYTE + 256] = [TokenType.BYTE] * 256
     try:
-        backend = sentencepiece_bpe(tokens, scores, special=range(min(_FIRST_BYTE, vocab_size)))
-    except Exception as error:  # the package raises bare Exception
+        # The names of special tokens in a text are text to llama2.c.
+        vocabulary = sentencepiece_bpe(tokens, scores, types, parse_special=False)
+    except ValueError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
-    return Tokenizer(backend, stop_ids=frozenset((_BOS, _EOS)), bos_id=_BOS)
+    return Tokenizer(vocabulary, stop_ids=frozenset((_BOS, _EOS)), leading=(_BOS,))

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 import speq.cli
-from speq.cli.generate import TextStream, chosen_settings, origins, show, summary
+from speq.cli.generate import chosen_settings, origins, show, summary
 from speq.cli.simulation import rtl_figures
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.session import memory_size
@@ -29,6 +29,7 @@ from speq.model.evaluation import encoded_costs
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate
+from speq.model.tokenizer import TextStream
 from tests.model.drafted import pass_costs, rearranged
 from tests.model.small_models import random_weights, small_config, write_gguf
 

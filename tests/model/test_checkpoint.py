@@ -32,12 +32,9 @@ from speq.model.checkpoint import (
 )
 from speq.model.loaders import load_model
 from speq.model.loaders.gguf_file import read_gguf
-from speq.model.tokenizer import byte_level_bpe
 from speq.model.transformer import KVCache, forward
 from tests.model.small_models import (
-    MERGES,
     VOCABULARY,
-    byte_level_tokens,
     hf_settings,
     random_weights,
     small_config,
@@ -210,66 +207,6 @@ def test_gguf_rotary_divisors(tmp_path):
     assert load_model(tmp_path / "model.gguf").config.rope_divisors == tuple(range(1, 9))
 
 
-# Tokenizers.
-
-
-def test_byte_level_tokenizer(tmp_path):
-    config = small_config()
-    weights = random_weights(config, SEED)
-    write_gguf(tmp_path / "model.gguf", config, weights)
-    write_hf(tmp_path / "folder", config, weights)
-    tokens = byte_level_tokens()
-    for path in (tmp_path / "model.gguf", tmp_path / "folder"):
-        tokenizer = load_model(path).tokenizer
-        ids = tokenizer.encode("hello th 12<|im_end|>")
-        assert [tokens[i] for i in ids] == ["hello", "Ġt", "h", "Ġ", "1", "2", "<|im_end|>"]
-        text = "Grüße, 世界! \n\n  x"
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.stop_ids == {2}
-        assert tokenizer.decode([1, *ids]) == "hello th 12"
-        assert tokenizer.decode(ids, skip_special=False) == "hello th 12<|im_end|>"
-        chat = tokenizer.chat("hi", system="be kind")
-        assert chat == (
-            "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
-            "<|im_start|>assistant\n"
-        )
-    assert len(MERGES) == 5
-
-
-@pytest.mark.parametrize(
-    ("splitter", "expected"),
-    [
-        ("gpt-2", ["We", "'ll", "Ġpay", "Ġ12345", "ĠEUR", "!!", "Ġ", "Ġok"]),
-        ("smollm", ["We", "'ll", "Ġpay", "Ġ", *"12345", "ĠEUR", "!!", "Ġ", "Ġok"]),
-        ("llama-bpe", ["We", "'ll", "Ġpay", "Ġ", "123", "45", "ĠEUR", "!!", "Ġ", "Ġok"]),
-        ("qwen2", ["We", "'ll", "Ġpay", "Ġ", *"12345", "ĠEUR", "!!", "Ġ", "Ġok"]),
-    ],
-)
-def test_rules_that_cut_text_into_words(splitter, expected):
-    backend = byte_level_bpe(byte_level_tokens(), MERGES, [0, 1, 2], splitter)
-    words = backend.pre_tokenizer.pre_tokenize_str("We'll pay 12345 EUR!!  ok")
-    assert [word for word, _ in words] == expected
-    ids = backend.encode("We'll pay 12345 EUR!!  ok").ids
-    assert backend.decode(ids) == "We'll pay 12345 EUR!!  ok"
-    with pytest.raises(ValueError, match="pre-tokenizer 'other' is not supported"):
-        byte_level_bpe(byte_level_tokens(), MERGES, [], "other")
-
-
-def test_sentencepiece_tokenizer(tmp_path):
-    weights = random_weights(PIECES, SEED)
-    write_llama2c(tmp_path / "model.bin", PIECES, weights)
-    write_gguf(tmp_path / "model.gguf", PIECES, weights, pieces=True)
-    for name in ("model.bin", "model.gguf"):
-        tokenizer = load_model(tmp_path / name).tokenizer
-        ids = tokenizer.encode("the inn")
-        # "▁the" is built of "▁t" and "he", the two best scores; "in" then "n".
-        pieces = [tokenizer.backend.id_to_token(i) for i in ids]
-        assert pieces == ["<s>", "▁the", "▁", "in", "n"]
-        text = "the cat. Ü\n"
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.chat("plain text") == "plain text"
-
-
 # The real model.
 
 
@@ -288,8 +225,8 @@ def test_smollm2_tokenizer_and_alias():
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
         "<|im_end|>\n<|im_start|>user\nHi 12<|im_end|>\n<|im_start|>assistant\n"
     )
-    ids = model.tokenizer.encode(prompt)
-    assert ids[:3] == [1, 9690, 198]
+    ids = model.tokenizer.encode_chat("Hi 12")
+    assert ids == model.tokenizer.encode(prompt) and ids[:3] == [1, 9690, 198]
     assert model.tokenizer.decode(ids, skip_special=False) == prompt
 
 

@@ -94,6 +94,6 @@ def test_smollm2_1000_tokens():
         pytest.skip(str(error))
     kinds = shipped_prompts("evaluation")
     texts = [text for prompts in kinds.values() for text in prompts[:3]]
-    prompts = [model.tokenizer.encode(model.tokenizer.chat(text)) for text in texts]
+    prompts = [model.tokenizer.encode_chat(text) for text in texts]
     assert len(prompts) >= 10
     check_lossless(model, prompts, -(-1000 // len(prompts)), Settings(threshold=1.0))

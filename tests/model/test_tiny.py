@@ -97,13 +97,15 @@ def test_tokenizer_keeps_stories_and_ascii(tiny) -> None:
     printable = "".join(map(chr, range(32, 127)))
     for text in [*islice(held_out_stories(), 200), printable, "two\nlines"]:
         ids = tiny.tokenizer.encode(text)
-        assert ids[0] == tiny.tokenizer.bos_id
+        assert (ids[0],) == tiny.tokenizer.leading
         assert tiny.tokenizer.decode(ids) == text
-    assert tiny.tokenizer.largest_id() == tiny.config.vocab_size - 1 == VOCABULARY - 1
+    assert tiny.tokenizer.limit == tiny.config.vocab_size == VOCABULARY
+    assert tiny.tokenizer.vocabulary.piece(VOCABULARY - 1)
+    assert tiny.tokenizer.vocabulary.piece(VOCABULARY) is None
 
 
 def test_other_characters_are_unknown_tokens(tiny) -> None:
-    unknown = tiny.tokenizer.backend.token_to_id(UNKNOWN)
+    unknown = tiny.tokenizer.vocabulary.whole[UNKNOWN]
     assert tiny.tokenizer.encode("\N{OWL}").count(unknown) == len("\N{OWL}".encode())
     assert tiny.tokenizer.decode(tiny.tokenizer.encode("Größe")) == "Gre"
 

@@ -328,7 +328,7 @@ def test_cache_refuses_slots_that_are_not_in_use():
 def test_smollm2_batch_invariance_and_answer(smollm2):
     """Greedy decoding one token at a time, then the same tokens in one pass: the same bits."""
     tokenizer = smollm2.tokenizer
-    prompt = tokenizer.encode(tokenizer.chat("What is the capital of France?"))
+    prompt = tokenizer.encode_chat("What is the capital of France?")
     cache = KVCache(smollm2.config, 64)
     rows = [forward(smollm2, prompt, cache, logit_rows=slice(-1, None))]
     reply = []

@@ -1,0 +1,1 @@
+from model.chat_template import *
