@@ -8,22 +8,16 @@ files, so that Python does not run once per cycle. `run_gemms` takes tensors and
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import cocotb
 import numpy as np
 import torch
-from cocotb.clock import Clock
-from cocotb.triggers import ClockCycles, First, RisingEdge, Timer
 
 from speq.host.layout import pack_block_activations
 from speq.hw.array.gemm_engine import command_layout, result_layout
@@ -37,11 +31,10 @@ from speq.model.arith import BlockActivations
 from speq.model.format import EncodedTensor
 from speq.sim.runner import SimulationError, simulate
 
-_CLOCK_NS = 2
 #: Cycles without a result after which a simulation is given up, beyond what the jobs need.
 _PATIENCE = 10_000
-#: Cycles at the end in which no further beat may appear.
-_SETTLE = 100
+#: What clocks the design; the simulator imports it, and nothing heavy with it.
+_IN_SIMULATOR = "speq.sim.benches.gemm_engine_clock"
 
 
 @dataclass(frozen=True)
@@ -277,31 +270,6 @@ endmodule
 """
 
 
-@cocotb.test()
-async def run_to_end(dut: Any) -> None:
-    """Clock the design until all results are out; report cycles and speed in a file."""
-    limit = int(os.environ["SPEQ_CYCLE_LIMIT"])
-    dut.rst.value = 1
-    started = time.perf_counter()
-    cocotb.start_soon(Clock(dut.clk, _CLOCK_NS, "ns", impl="gpi").start())
-    await ClockCycles(dut.clk, 4)
-    dut.rst.value = 0
-    if not int(dut.done.value):
-        await First(RisingEdge(dut.done), Timer(limit * _CLOCK_NS, "ns"))
-    cycles = int(dut.cycle.value)
-    seconds = time.perf_counter() - started
-    await ClockCycles(dut.clk, _SETTLE)
-    report = {
-        "done": bool(int(dut.done.value)),
-        "idle": bool(int(dut.idle.value)),
-        "nonfinite": bool(int(dut.nonfinite.value)),
-        "rejected": bool(int(dut.rejected.value)),
-        "cycles": cycles,
-        "cycles_per_second": cycles / seconds,
-    }
-    Path("report.json").write_text(json.dumps(report))
-
-
 def run_gemms(
     config: EngineConfig,
     gemms: Sequence[Gemm],
@@ -358,7 +326,7 @@ def run_gemms(
             run = simulate(
                 source,
                 "gemm_bench",
-                __name__,
+                _IN_SIMULATOR,
                 environment={"SPEQ_CYCLE_LIMIT": str(limit)},
                 plusargs=plusargs,
             )

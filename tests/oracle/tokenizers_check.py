@@ -145,7 +145,7 @@ _SYMBOLS = ("\n\n", "\n\n\n", "  ", "    ", "\t\t", "<think>", "<tool_call>", "Ã
 
 
 def rows(folder: Path, seed: int, count: int = 300) -> Iterator[tuple[Row, list[str]]]:
-    """All comparisons, each a row and the lines that say what differs; `folder` is scratch space."""
+    """All comparisons: a row, and lines that say what differs. `folder` is scratch space."""
     yield from _sentencepiece_rows(folder, seed, count)
     yield from _mistral_rows(folder, seed, count)
     yield from _transformers_rows(folder, seed, count)

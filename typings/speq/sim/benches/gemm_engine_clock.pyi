@@ -1,0 +1,1 @@
+from sim.benches.gemm_engine_clock import *
