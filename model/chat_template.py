@@ -25,6 +25,8 @@ _MAX_STEPS = 200_000  # nodes visited
 _MAX_TEXT = 1 << 22  # characters of a value
 _MAX_NUMBER = 1 << 32
 _MAX_RANGE = 10_000
+_MAX_ELEMENTS = 100_000
+_BUILDERS = (nodes.List, nodes.Tuple, nodes.Dict, nodes.BinExpr, nodes.Call, nodes.Filter)
 
 
 class UnsupportedTemplate(ValueError):
@@ -52,6 +54,8 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         raise UnsupportedTemplate("nested too deeply") from error
     except jinja2.TemplateSyntaxError as error:
         raise UnsupportedTemplate(f"not a Jinja template: {error}") from error
+    except (_Break, _Continue) as error:
+        raise UnsupportedTemplate("it leaves a loop that it is not in") from error
     except (UnsupportedTemplate, TemplateRefusal):
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
@@ -62,7 +66,7 @@ def names(template: str) -> set[str]:
     """Variables that the template reads; none if it is no template."""
     try:
         return {node.name for node in _parse(template).find_all(nodes.Name) if node.ctx == "load"}
-    except (jinja2.TemplateSyntaxError, UnsupportedTemplate, RecursionError):
+    except (jinja2.TemplateSyntaxError, ValueError, RecursionError):
         return set()
 
 
@@ -169,8 +173,12 @@ class _Walker:
         if node is None or expression is None:
             raise UnsupportedTemplate(f"expression {type(node).__name__!r}")
         value = expression(self, node, scope)
-        if isinstance(value, str | list | dict) and len(value) > _MAX_TEXT:
-            raise UnsupportedTemplate("a value becomes too long")
+        if isinstance(value, str):
+            self._step(len(value) // 256)  # so that time is bounded, too
+            if len(value) > _MAX_TEXT:
+                raise UnsupportedTemplate("a value becomes too long")
+        elif isinstance(value, list | dict) and isinstance(node, _BUILDERS):
+            _check_size(value)
         if isinstance(value, int | float) and abs(value) > _MAX_NUMBER:
             raise UnsupportedTemplate("a number becomes too large")
         return value
@@ -188,7 +196,7 @@ class _Walker:
                 output.append(part.data)
             else:
                 output.append(_text(self.value(part, scope)))
-            self._step(len(output[-1]) // 64)  # so that text is bounded, too
+            self._step(len(output[-1]) // 64)
 
     def _if(self, node: nodes.If, scope: _Scope, output: list[str]) -> None:
         for branch in (node, *node.elif_):
@@ -383,6 +391,21 @@ class _Walker:
             raise UnsupportedTemplate("call of an expression")
         arguments = [self.value(argument, scope) for argument in node.args]
         return function(*arguments, **{p.key: self.value(p.value, scope) for p in node.kwargs})
+
+
+def _check_size(value: Any) -> None:
+    """Raises UnsupportedTemplate if a list or dictionary has too many elements, those inside its
+    elements included: printed, the same list may be there many times."""
+    todo, count = [value], 0
+    while todo:
+        item = todo.pop()
+        if isinstance(item, list):
+            todo += item
+        elif isinstance(item, dict):
+            todo += item.values()
+        count += 1 + (len(item) // 64 if isinstance(item, str) else 0)
+        if count > _MAX_ELEMENTS:
+            raise UnsupportedTemplate("a list becomes too long")
 
 
 def _text(value: Any) -> str:

@@ -73,10 +73,11 @@ def load_model(
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     config, weights, read = parts
-    if any(token >= config.vocab_size for token in read.leading):
+    beyond = [token for token in read.leading if not 0 <= token < config.vocab_size]
+    if beyond:
         raise CheckpointError(
-            f"{path}: every text begins with token {max(read.leading)}, but the model has only "
-            f"ids 0..{config.vocab_size - 1}"
+            f"{path}: every text begins with token {beyond[0]}, but the model has only ids "
+            f"0..{config.vocab_size - 1}"
         )
     model = Model(str(name_or_path), config, weights, replace(read, limit=config.vocab_size))
     if decoding:

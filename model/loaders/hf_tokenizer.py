@@ -6,6 +6,7 @@ tokenizer_config.json further special tokens, beginning of text and the chat tem
 also be chat_template.jinja; generation_config.json what ends a reply.
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,6 +172,8 @@ def _add_tokens(
     if not isinstance(added, dict):
         raise CheckpointError("tokenizer_config.json: added_tokens_decoder is not an object")
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if not all(re.fullmatch("[0-9]{1,9}", i) for i in added):
+        raise CheckpointError("tokenizer_config.json: added_tokens_decoder has a key that is no id")
     by_id = {int(i): token for i, token in added.items()}
     for i, token in sorted(by_id.items()):
         text = _content(token, "added_tokens_decoder")
@@ -185,11 +188,12 @@ def _add_tokens(
                 f"tokenizer_config.json: {text!r:.60} has id {i}, but {backend.token_to_id(text)} "
                 "in tokenizer.json"
             )
-    more = [*(config.get("additional_special_tokens") or [])]
-    extra = config.get("extra_special_tokens") or []
-    more += extra if isinstance(extra, list) else []
     texts = [named[key] for key in _NAMED if key in named]
-    texts += [_content(token, "additional_special_tokens") for token in more]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key) or []
+        if not isinstance(more, list | dict):
+            raise CheckpointError(f"tokenizer_config.json: {key} is not a list")
+        texts += [_content(token, key) for token in more if isinstance(more, list)]
     backend.add_special_tokens(
         [
             tokenizers.AddedToken(text, special=True, normalized=False)
@@ -274,7 +278,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
     """The default chat template: of chat_template.jinja, else of tokenizer_config.json."""
     stored = config.get("chat_template") or ""
     if isinstance(stored, list):  # of several, by name
-        pairs = [(t.get("name"), t.get("template")) for t in stored if isinstance(t, dict)]
+        pairs = [(str(t.get("name")), t.get("template")) for t in stored if isinstance(t, dict)]
         if "default" not in dict(pairs):
             warnings.warn(
                 f"no chat template is named 'default', only {[name for name, _ in pairs]!r:.100}",

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import struct
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -628,6 +629,53 @@ def test_decoders_of_other_kinds_are_refused(tmp_path):
             read_folder(folder, {})
 
 
+JUNK = (None, True, -1, 0, 5, 1e300, 1 << 70, "", "x", [], [[]], {}, {"content": 5}, [5], {"a": 1})
+
+
+def test_settings_of_any_kind_load_or_are_refused(tmp_path):
+    chance = random.Random(SEED)
+    config = {"add_bos_token": True, "bos_token": "<|im_start|>", "added_tokens_decoder": {}}
+    config |= {"additional_special_tokens": [], "extra_special_tokens": {}, "chat_template": CHATML}
+    config |= {"split_special_tokens": False, "image_token": "x"}
+    generation = {"eos_token_id": 5, "repetition_penalty": 1.0, "bad_words_ids": None}
+    refused = 0
+    for _ in range(200):
+        files = {
+            "tokenizer_config": dict(config),
+            "generation_config": dict(generation),
+            "special_tokens_map": {"eos_token": "<|im_end|>"},
+        }
+        changed = files[chance.choice([*files])]
+        for key in chance.sample([*changed], 1):
+            changed[key] = chance.choice(JUNK)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                tokenizer = read_folder(write_folder(tmp_path / "folder", **files), {})
+                assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+                tokenizer.chat("hi", "there")
+            except CheckpointError:
+                refused += 1
+    assert 25 < refused < 175
+
+
+def test_changed_templates_end():
+    chance = random.Random(SEED)
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+    ended = 0
+    for template in [*TEMPLATES.values()] * 60:
+        for _ in range(chance.randint(1, 4)):
+            start, end = sorted(chance.choices(range(len(template)), k=2))
+            part = template[start : min(end, start + 20)]
+            where = chance.randrange(len(template))
+            template = template[:where] + part + template[where + chance.randrange(3) :]
+        try:
+            render(template, {"messages": messages, "bos_token": "<s>"})
+        except (UnsupportedTemplate, TemplateRefusal):
+            ended += 1
+    assert 100 < ended < 480
+
+
 # Chat.
 
 CHATML = (
@@ -817,6 +865,11 @@ def test_a_system_message_that_the_template_refuses_goes_before_the_users():
         ("{% macro f() %}{{ f() ~ f() }}{% endmacro %}{{ f() }}", "deeply|steps"),
         ("(" * 3 + "{{" + "(" * 9999 + "1" + ")" * 9999 + "}}", "deeply|not a Jinja template"),
         ("{% if %}", "not a Jinja template"),
+        ("{% break %}", "a loop that it is not in"),
+        ("{% set x = [1, 2, 3] %}" + "{% set x = [x, x, x] %}" * 40 + "{{ x }}", "too long"),
+        ("{% set x = [1] %}" + "{% set x = x + x %}" * 40, "too long"),
+        ("{% set n = namespace() %}{% set n.x = [n] %}{{ [n, n] }}", "too long"),
+        ("{{ 9" + "9" * 6000 + " }}", "value|number"),
         ("x" * (1 << 21), "longer than"),
         ("{{ messages[0].content.nothing.more }}", "undefined"),
         ("{{ 1 // 0 }}", "an expression has no value"),
