@@ -216,6 +216,15 @@ def test_user_defined_tokens_are_text(pieces):
         assert whole["   "] in tokenizer.encode("a   b")
 
 
+def test_space_before_text_and_behind_whole_tokens():
+    """llama.cpp's rule; files without the prefix (Gemma) have neither."""
+    tokens = [*sentencepiece_tokens()[0], "<end>", "<think>"]
+    extra = {"<end>": CONTROL, "<think>": USER}
+    for prefix, expected in ((True, "▁ a <end> ▁ b <think> ▁ c"), (False, "a <end> b <think> c")):
+        tokenizer = gguf_tokenizer(True, extra=extra, add_space_prefix=prefix)
+        assert names(tokenizer.encode("a<end>b<think>c"), tokens) == ["<s>", *expected.split()]
+
+
 def test_types_as_llama_cpp_shows_them():
     kinds = {"<unk2>": UNKNOWN, "[PAD0]": UNUSED, "<0x41>": BYTE, "odd": 0, "<|im_end|>": NORMAL}
     tokenizer = gguf_tokenizer(True, extra={**kinds, "": NORMAL})
@@ -297,13 +306,9 @@ def test_decoding_and_streaming_as_the_package(kind):
         behind = TextStream(tokenizer, ids[:half])
         before = TextStream(tokenizer)
         shown = "".join(map(before.push, ids[:half]))
-        assert shown + "".join(map(behind.push, ids[half:])) + behind.flush() == expected_text(
-            tokenizer, ids
+        assert shown + "".join(map(behind.push, ids[half:])) + behind.flush() == tokenizer.decode(
+            ids
         )
-
-
-def expected_text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids)
 
 
 def test_text_is_streamed_as_soon_as_it_is_complete():
