@@ -306,9 +306,8 @@ def test_decoding_and_streaming_as_the_package(kind):
         behind = TextStream(tokenizer, ids[:half])
         before = TextStream(tokenizer)
         shown = "".join(map(before.push, ids[:half]))
-        assert shown + "".join(map(behind.push, ids[half:])) + behind.flush() == tokenizer.decode(
-            ids
-        )
+        rest = "".join([*map(behind.push, ids[half:]), behind.flush()])
+        assert shown + rest == tokenizer.decode(ids)
 
 
 def test_text_is_streamed_as_soon_as_it_is_complete():
