@@ -324,7 +324,11 @@ def _split(pattern: str) -> pre_tokenizers.Split:
 
 
 def _encoder(backend: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
-    return lambda text: backend.encode(text, add_special_tokens=False).ids
+    def encode(text: str) -> list[int]:
+        text.encode()  # a ValueError for what is no text, where the package raises a TypeError
+        return backend.encode(text, add_special_tokens=False).ids
+
+    return encode
 
 
 def _whole_tokens(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:

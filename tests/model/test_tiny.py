@@ -127,7 +127,8 @@ def test_training_code_and_loader_agree_on_the_model(tokenizer, tmp_path) -> Non
 
 
 def test_held_out_stories_are_predicted(tiny) -> None:
-    rows = list(islice(token_rows(tiny.tokenizer.backend, held_out_stories(), CONTEXT), 8))
+    backend = Tokenizer.from_file(str(tiny_path() / "tokenizer.json"))
+    rows = list(islice(token_rows(backend, held_out_stories(), CONTEXT), 8))
     total = 0.0
     for row in rows:
         logits = reference_logits(tiny.config, tiny.weights, row, torch.float32)

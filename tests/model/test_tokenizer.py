@@ -252,6 +252,12 @@ def test_equal_tokens():
 
 
 @pytest.mark.parametrize("pieces", [False, True], ids=["byte-level", "sentencepiece"])
+def test_half_of_a_character_is_refused(pieces):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        gguf_tokenizer(pieces).encode("a\udcff")
+
+
+@pytest.mark.parametrize("pieces", [False, True], ids=["byte-level", "sentencepiece"])
 def test_ids_without_a_token_are_no_text(pieces):
     tokenizer = gguf_tokenizer(pieces)
     ids = tokenizer.encode("ab")
