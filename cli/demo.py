@@ -27,7 +27,9 @@ from speq.cli.options import Seed
 def run(
     rows: Annotated[int, typer.Option(help="Rows of the array.")] = 8,
     cols: Annotated[int, typer.Option(help="Columns of the array.")] = 16,
-    block: Annotated[int, typer.Option(help="The transformer block whose layers run.")] = 0,
+    block: Annotated[
+        int, typer.Option(min=0, max=1023, help="The transformer block whose layers run.")
+    ] = 0,
     seed: Seed = 0,
 ) -> None:
     """Run a real LLM's layers through the generated Verilog and compare every bit."""

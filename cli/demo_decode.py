@@ -21,7 +21,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from speq.cli.options import Cols, Continued, Rows
+from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows
 from speq.cli.progress import with_passing_bar
 from speq.cli.simulation import rtl_figures, simulated_board
 
@@ -40,7 +40,9 @@ _LOGIT_BITS = 32
 def run(
     model: Annotated[str, typer.Option(help="A checkpoint's path, or an alias.")] = "smollm2",
     prompt: Continued = "The quick brown fox jumps",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 12,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens to generate.")
+    ] = 12,
     rows: Rows = 8,
     cols: Cols = 32,
     draft_length: Annotated[int, typer.Option(help="Most tokens to draft.")] = 4,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from speq.cli.options import Group, ModelName, Rows
+from speq.cli.options import MOST_TOKENS, Group, ModelName, Rows
 from speq.cli.progress import bars, with_bar
 from speq.model.number_format import FormatConfig
 
@@ -33,14 +33,18 @@ def run(
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="The safetensors file to write.")],
     group: Group = 64,
-    columns: Annotated[int, typer.Option(min=1, help="Columns of the array that reads it.")] = 16,
+    columns: Annotated[
+        int, typer.Option(min=1, max=256, help="Columns of the array that reads it.")
+    ] = 16,
     rows: Rows = 8,
     choices: Annotated[int, typer.Option(help="Candidates per position for spare rows.")] = 4,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Calibration prompts (JSON: kind -> list).", show_default="shipped"),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Length of a calibration text.")] = 96,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Length of a calibration text.")
+    ] = 96,
     verify: Annotated[bool, typer.Option("--verify", help="Read back and compare bits.")] = False,
     fixed: Annotated[
         bool, typer.Option("--fixed", help="One format for all tensors, no calibration.")
@@ -76,11 +80,13 @@ def run(
         raise ValueError(f"--{next(iter(given))} needs --fixed: else the optimiser chooses")
     elif rows < 2 or choices < 2:
         raise ValueError("the optimiser needs at least 2 rows and 2 choices")
+    else:
+        Settings(rows=rows, choices=choices)
 
     journal = Path(f"{output}.journal")
     with replacing(output) as temporary:
         with Console(stderr=True).status(f"loading {model}"):
-            loaded = load_model(model, decoding=False)
+            loaded = load_model(model, decoding=not fixed)
         start = time.perf_counter()
         if fixed:
             outcome = None

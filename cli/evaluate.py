@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from speq.cli.options import (
+    MOST_TOKENS,
     GroupOfEncode,
     HeadWidth,
     ModelName,
@@ -49,9 +50,11 @@ def run(
         bool, typer.Option("--raw", help="Continue prompts (story openings): no chat format.")
     ] = False,
     prompts_per_kind: Annotated[
-        int | None, typer.Option(min=1, help="Only so many prompts of each kind.")
+        int | None, typer.Option(min=1, max=1 << 20, help="Only so many prompts of each kind.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per prompt.")] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens per prompt.")
+    ] = 64,
     rows: Rows = 8,
     choices: Annotated[int, typer.Option(help="Choices per position for spare rows.")] = 4,
     group: GroupOfEncode = None,

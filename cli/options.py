@@ -28,7 +28,9 @@ Cols = Annotated[int, typer.Option(help="Columns of the array: outputs in a tile
 
 # Decoding.
 Continued = Annotated[str, typer.Option(help="What to continue.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+#: No model's context is longer.
+MOST_TOKENS = 1 << 24
+MaxTokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens to generate.")]
 DraftLength = Annotated[
     int | None, typer.Option(help="Most tokens to draft.", show_default="rows - 1")
 ]

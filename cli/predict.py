@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
-from speq.cli.options import Cols, Rows
+from speq.cli.options import MOST_TOKENS, Cols, Rows
+
+MAX_CLOCK = 100_000  # MHz
 
 
 def run(
@@ -34,8 +36,10 @@ def run(
     from speq.model.cycles import Engine
     from speq.model.prediction import MAX_LATENCY, MODELS, predict
 
-    if clock <= 0 or context < 0:
-        raise ValueError(f"clock and context are {clock} and {context}; expected more than 0, or 0")
+    if not 0 < clock <= MAX_CLOCK:
+        raise ValueError(f"clock is {clock}; expected more than 0 and up to {MAX_CLOCK} MHz")
+    if not 0 <= context <= MOST_TOKENS:
+        raise ValueError(f"context is {context}; expected 0 to {MOST_TOKENS} positions")
     if not 1 <= latency <= MAX_LATENCY:
         raise ValueError(
             f"latency is {latency}; the prediction holds for 1 to {MAX_LATENCY} cycles, which the "

@@ -62,14 +62,17 @@ def run(
     draft_length: DraftLength = None,
     max_tokens: MaxTokens = 8,
     start: Annotated[
-        int | None, typer.Option(min=0, help="First cycle of the window.", show_default="--at")
+        int | None,
+        typer.Option(min=0, max=1 << 40, help="First cycle of the window.", show_default="--at"),
     ] = None,
     at: Annotated[
         Event | None,
         typer.Option(help="The window begins where such a pass, or a step's end, is reported."),
     ] = None,
-    nth: Annotated[int, typer.Option(min=1, help="With --at: which of them, from 1.")] = 1,
-    cycles: Annotated[int, typer.Option(min=1, help="Cycles of the window.")] = 5000,
+    nth: Annotated[
+        int, typer.Option(min=1, max=1 << 24, help="With --at: which of them, from 1.")
+    ] = 1,
+    cycles: Annotated[int, typer.Option(min=1, max=1 << 32, help="Cycles of the window.")] = 5000,
     array: Annotated[
         bool, typer.Option("--array", help="Also record the array's inside: much larger.")
     ] = False,

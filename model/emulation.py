@@ -184,7 +184,7 @@ def decode(
     for prompt in prompts:
         if not 1 <= len(prompt) < c.context:
             raise ValueError(f"a prompt has {len(prompt)} tokens; expected 1 to {c.context - 1}")
-    capacity = max(map(len, prompts), default=0) + max_tokens
+    capacity = min(max(map(len, prompts), default=0) + max_tokens, c.context)
     keys = torch.zeros(c.blocks, len(prompts), c.kv_heads, capacity, c.head_dim)
     values = torch.zeros_like(keys)
     texts: list[list[int]] = [[] for _ in prompts]

@@ -35,6 +35,9 @@ import torch
 from speq.model.checkpoint import Model
 from speq.model.transformer import DraftLinear, KVCache, forward
 
+#: No array has so many rows; it bounds what a pass may allocate.
+MAX_ROWS = 1 << 10
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -63,16 +66,16 @@ class Settings:
     choices: int = 4
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"rows is {self.rows}; expected at least 1")
+        if not 1 <= self.rows <= MAX_ROWS:
+            raise ValueError(f"rows is {self.rows}; expected 1 to {MAX_ROWS}")
         if not 0 <= self.length < self.rows:
             raise ValueError(
                 f"draft length is {self.draft_length}; expected 0 to rows - 1 = {self.rows - 1}"
             )
         if not self.threshold >= 0:
             raise ValueError(f"threshold is {self.threshold}; expected a number >= 0")
-        if self.choices < 1:
-            raise ValueError(f"choices is {self.choices}; expected at least 1")
+        if not 1 <= self.choices <= MAX_ROWS:
+            raise ValueError(f"choices is {self.choices}; expected 1 to {MAX_ROWS}")
 
     @property
     def length(self) -> int:

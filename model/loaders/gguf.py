@@ -28,7 +28,7 @@ from speq.model.checkpoint import (
     unpermute_rope,
 )
 from speq.model.loaders.gguf_file import GgufTensor, Metadata, read_gguf
-from speq.model.loaders.gguf_tokenizer import read_tokenizer
+from speq.model.loaders.gguf_tokenizer import knows, read_tokenizer
 from speq.model.tokenizer import Tokenizer
 
 _LINEAR_NAMES = {
@@ -220,7 +220,7 @@ def _check_known(metadata: Metadata, architecture: str, family: _Family) -> None
                 raise CheckpointError(
                     f"metadata field {key} = {_shown(value)} is not supported, only {supported}"
                 )
-        elif namespace not in (*_ABOUT_THE_FILE, "tokenizer"):
+        elif namespace not in _ABOUT_THE_FILE and not knows(key):
             others.append(key)
     if others:
         names = ", ".join(f"{key!r:.60}" for key in others[:8])

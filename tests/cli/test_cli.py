@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The checkpoint's model, which `speq encode` finds under any name."""
     model = load_model(checkpoint)
-    monkeypatch.setattr(loaders, "load_model", lambda name: replace(model, name=name))
+    monkeypatch.setattr(loaders, "load_model", lambda name, **_: replace(model, name=name))
     return model
 
 
@@ -502,3 +502,44 @@ def test_codec_bench_labels_random_weights(monkeypatch: pytest.MonkeyPatch) -> N
     assert "random" in source and "seed 3" in source
     again, _ = benchmarks.block_weights(3)
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (
+            ["generate", "tiny", "--prompt=a", "--seed", str(2**64)],
+            "less than or equal to 18446744073709551615",
+        ),
+        (["generate", "tiny", "--prompt=a", "--seed", "-1"], "greater than or equal to 0"),
+        (
+            ["generate", "tiny", "--prompt=a", "--max-tokens", "9" * 30],
+            "less than or equal to 16777216",
+        ),
+        (["generate", "tiny", "--prompt=a", "--rows", "9" * 30], "expected 1 to 1024"),
+        (["generate", "tiny", "--prompt=a", "--choices", "9" * 30], "expected 1 to 1024"),
+        (["eval", "tiny", "-o", "x", "--rows", "9" * 30], "expected 1 to 1024"),
+        (["eval", "tiny", "-o", "x", "--max-tokens", "9" * 30], "less than or equal to 16777216"),
+        (["encode", "tiny", "-o", "x", "--rows", "9" * 30], "expected 1 to 1024"),
+        (["encode", "tiny", "-o", "x", "--columns", "9" * 30], "less than or equal to 256"),
+        (["demo", "--block", "-1"], "greater than or equal to 0"),
+        (["cycles", "--rows", "9" * 30], "allowed are integers from 1 to 64"),
+        (["cycles", "--context", "9" * 30], "expected 0 to 16777216 positions"),
+        (["cycles", "--clock", "1e300"], "up to 100000 MHz"),
+    ],
+)
+def test_numbers_that_do_not_fit(
+    arguments: list[str],
+    answer: str,
+    speq_command: Speq,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One answer that names the option and its range, before any work."""
+    monkeypatch.chdir(tmp_path)
+    result = speq_command(*arguments)
+    assert result.code in (1, 2)
+    text = " ".join(" ".join(result.err).replace("│", " ").split())
+    assert answer in text
+    assert arguments[-2].removeprefix("--").split("-")[0] in text
+    assert not list(tmp_path.iterdir())
