@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from tests.model.small_models import byte_level_tokenizer
 
 REFERENCE = Path(__file__).parent / "data" / "transformers_logits.json"
-# Of the logits [T, V] of a text these rows and columns are kept.
-KEPT_ROWS, KEPT_COLUMNS = slice(7, None, 8), slice(None, None, 4)
+# Of the logits [T, V] of a text of so many tokens these rows and columns are kept.
+TEXT = 40
+KEPT = (slice(15, None, 12), slice(None, None, 6))
 # Largest differences that are allowed, in units of the standard deviation of the logits. In float64
 # only the order of sums differs. The golden model rounds the array's inputs to FP16, by at most
 # 2^-11 each, and such errors add up along a few layers.
@@ -59,12 +60,27 @@ def seeded_tokens(vocab_size: int, count: int, seed: int) -> list[int]:
 def write_seeded_folder(
     folder: Path, settings: dict[str, Any], shapes: dict[str, list[int]], seed: int
 ) -> None:
-    """Writes a Hugging Face folder: config.json, tensors by stored name, and a tokenizer."""
+    """Writes a Hugging Face folder: config.json, seeded tensors, and a tokenizer. `shapes` are by
+    stored name; those of layer 0 stand for all layers."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings))
-    tensors = {name: seeded_tensor(name, tuple(shape), seed) for name, shape in shapes.items()}
+    tensors = {}
+    for name, shape in shapes.items():
+        layers = settings["num_hidden_layers"] if ".layers.0." in name else 1
+        for layer in range(layers):
+            full = name.replace(".layers.0.", f".layers.{layer}.")
+            tensors[full] = seeded_tensor(full, tuple(shape), seed)
     save_file(tensors, folder / "model.safetensors")
     byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+def write_reference(entries: dict[str, dict[str, Any]]) -> None:
+    """Writes `REFERENCE`, a line for each model: its settings, shapes, seed and kept logits."""
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}"
+        for name, entry in entries.items()
+    ]
+    REFERENCE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor) -> float:

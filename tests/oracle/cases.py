@@ -132,6 +132,7 @@ CASES = (
             "intermediate_size": 96,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
+            "max_position_embeddings": 128,
         },
         verbatim=True,
     ),
@@ -143,7 +144,6 @@ CASES = (
         "mistral published",
         model("mistral", sliding_window=5, rope_theta=700.0, torch_dtype="bfloat16"),
         verbatim=True,
-        dtype=torch.bfloat16,
     ),
     # SmolLM3.
     Case("smollm3", model("smollm3", num_hidden_layers=4)),

@@ -58,6 +58,9 @@ def main(
     """Compares loaded models with transformers, gguf and their tokenizers."""
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
+    if write_reference:
+        hf_models.keep_logits(seed)
+        return
     start = time.monotonic()
     found: dict[tuple[str, str], list[Row]] = {}
     for check in [*hf_models.checks(), *gguf_models.checks()]:

@@ -23,13 +23,14 @@ from speq.model.checkpoint import Model
 from speq.model.loaders import load_model
 from tests.model.reference_models import (
     FLOAT64_BOUND,
+    TEXT,
     difference,
     seeded_tensor,
     seeded_tokens,
 )
 from tests.model.small_models import MERGES, byte_level_tokens, reference_logits
 from tests.oracle.cases import GRANITE, LLAMA3, model, rope
-from tests.oracle.hf_models import TEXT, Float64, compare_logits, logits, named, read
+from tests.oracle.hf_models import Float64, compare_logits, logits, named, read
 from tests.oracle.table import Check, Row
 
 KINDS = gguf.GGMLQuantizationType

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ from speq.model.transformer import KVCache, forward, prepare_draft_linears
 from tests.model.reference_models import (
     FLOAT64_BOUND,
     GOLDEN_BOUND,
+    KEPT,
+    TEXT,
     difference,
     seeded_tensor,
     seeded_tokens,
+    write_reference,
 )
 from tests.model.small_models import byte_level_tokenizer, reference_logits
 from tests.oracle.cases import CASES, Case
 from tests.oracle.table import Check, Row
 
-TEXT = 40  # tokens whose logits are compared: several windows
 PROMPT, GENERATED = 12, 24
 
 
@@ -52,7 +55,7 @@ class Float64(TorchFunctionMode):
 def build(folder: Path, case: Case, seed: int) -> None:
     """Lets transformers write the folder of a case, with seeded weights."""
     config = AutoConfig.for_model(**case.settings)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Tied weights have one name of several; save_pretrained stores the embedding's.
     weights = {name: seeded_tensor(name, tuple(p.shape), seed) for name, p in named(model)}
     model.load_state_dict(weights, strict=False)
@@ -137,6 +140,32 @@ def check(case: Case, folder: Path, seed: int) -> Iterator[Row]:
     tokens = seeded_tokens(model.config.vocab_size, TEXT, seed)
     yield from compare_logits(model, logits(other, tokens), tokens)
     yield compare_text(model, other, tokens[:PROMPT])
+
+
+def keep_logits(seed: int) -> None:
+    """Writes the logits of all cases that are seeded float32 weights in one file and no more."""
+    entries = {}
+    for case in CASES:
+        if case.dtype != torch.float32 or case.shard_bytes or case.head:
+            continue
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "model"
+            build(folder, case, seed)
+            settings = json.loads((folder / "config.json").read_text())
+            tokens = seeded_tokens(settings["vocab_size"], TEXT, seed)
+            kept = logits(read(folder), tokens)[KEPT]
+            entries[case.name] = {
+                "seed": seed,
+                "settings": settings,
+                "shapes": {
+                    name: list(tensor.shape)
+                    for name, tensor in load_file(folder / "model.safetensors").items()
+                    if ".layers." not in name or ".layers.0." in name
+                },
+                # As many digits as the bound of the comparison needs.
+                "logits": [[float(f"{value:.14g}") for value in row] for row in kept.tolist()],
+            }
+    write_reference(entries)
 
 
 def checks() -> list[Check]:
