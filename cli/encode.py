@@ -80,7 +80,7 @@ def run(
     journal = Path(f"{output}.journal")
     with replacing(output) as temporary:
         with Console(stderr=True).status(f"loading {model}"):
-            loaded = load_model(model)
+            loaded = load_model(model, decoding=False)
         start = time.perf_counter()
         if fixed:
             outcome = None

@@ -15,7 +15,12 @@ from speq.model.number_format import FormatConfig
 DEFAULT_THRESHOLD = 2.0
 
 ModelName = Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")]
-Seed = Annotated[int, typer.Option(envvar="SPEQ_SEED", help="Seed of everything random.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        envvar="SPEQ_SEED", min=0, max=2**64 - 1, help="Seed of everything random, 64 bits."
+    ),
+]
 
 # The array.
 Rows = Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")]

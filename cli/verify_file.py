@@ -20,7 +20,7 @@ def run(
     from speq.model.loaders import load_model
 
     encoded = read_encoded(file)
-    loaded = load_model(model or encoded.source)
+    loaded = load_model(model or encoded.source, decoding=False)
     try:
         encoded.check_source(loaded)
         encoded.check_bits()

@@ -30,9 +30,9 @@ from speq.model.checkpoint import LINEARS, ModelConfig, tensor_shapes
 class Operation(Enum):
     """What a `Vector` step does."""
 
-    #: Rows of the embedding, times the model's embedding scale.
+    #: Rows of the embedding, times the factor.
     EMBED = auto()
-    #: RMSNorm with a weight [n], of the whole row or of each head of n values.
+    #: RMSNorm with a weight [n], of the whole row or of each head of n values, times the factor.
     NORM = auto()
     #: FP32 to FP16.
     ROUND = auto()
@@ -44,7 +44,7 @@ class Operation(Enum):
     STORE = auto()
     #: activation(gate) * up; FP32 in, FP16 out.
     GATE = auto()
-    #: The sum of two buffers.
+    #: The first buffer plus the factor times the second.
     ADD = auto()
     #: Keeps only the rows whose logits are wanted.
     SELECT = auto()
@@ -53,13 +53,14 @@ class Operation(Enum):
 @dataclass(frozen=True)
 class Vector:
     """A step outside the array: `target` = operation(sources), with the model's `weight` ("" where
-    the operation has none), in a `block` where that matters (else -1)."""
+    the operation has none) and an FP32 `factor`, in a `block` where that matters (else -1)."""
 
     operation: Operation
     sources: tuple[str, ...]
     target: str
     weight: str = ""
     block: int = -1
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,16 @@ def pass_schedule(config: ModelConfig, *, prefill: bool = False) -> list[Step]:
     the KV cache, and ends when the last block's keys and values are stored.
     """
     weights = {name for name, _ in tensor_shapes(config)}
-    steps: list[Step] = [Vector(Operation.EMBED, (), "h", "embedding")]
+    steps: list[Step] = [
+        Vector(Operation.EMBED, (), "h", "embedding", factor=config.embedding_scale)
+    ]
 
-    def normalize(weight: str, source: str, target: str) -> None:
-        steps.append(Vector(Operation.NORM, (source,), target, weight))
+    def normalize(weight: str, source: str, target: str, factor: float = 1.0) -> None:
+        steps.append(Vector(Operation.NORM, (source,), target, weight, factor=factor))
 
-    def enter(weight: str) -> None:
+    def enter(weight: str, factor: float = 1.0) -> None:
         """The residual stream, normalised, for the array."""
-        normalize(weight, "h", "x")
+        normalize(weight, "h", "x", factor)
         steps.append(Vector(Operation.ROUND, ("x",), "x"))
 
     def multiply(names: Iterable[str], targets: tuple[str, ...]) -> None:
@@ -133,13 +136,14 @@ def pass_schedule(config: ModelConfig, *, prefill: bool = False) -> list[Step]:
         """What the array gives, normalised if the model does so, to the residual stream."""
         if weight in weights:
             normalize(weight, "y", "y")
-        steps.append(Vector(Operation.ADD, ("h", "y"), "h"))
+        steps.append(Vector(Operation.ADD, ("h", "y"), "h", factor=config.residual_scale))
 
     def rotate(block: int, name: str) -> None:
-        """Queries or keys, their heads normalised if the model does so, for attention."""
+        """Queries or keys, normalised and rotated if the model does so, for attention."""
         if (weight := f"block.{block}.{name}_norm") in weights:
             normalize(weight, name, name)
-        steps.append(Vector(Operation.ROTATE, (name,), name, block=block))
+        operation = Operation.ROTATE if config.is_rotated(block) else Operation.ROUND
+        steps.append(Vector(operation, (name,), name, block=block))
 
     for block in range(config.blocks):
         prefix = f"block.{block}."
@@ -161,7 +165,7 @@ def pass_schedule(config: ModelConfig, *, prefill: bool = False) -> list[Step]:
         multiply((down,), ("y",))
         leave(prefix + "post_ffn_norm")
     steps.append(Vector(Operation.SELECT, ("h",), "h"))
-    enter("final_norm")
+    enter("final_norm", config.logit_scale)
     multiply(("head",), ("logits",))
     return steps
 

@@ -296,8 +296,8 @@ def pass_steps(
                 entries = (buffers[name].unflatten(1, (-1, c.head_dim)) for name in sources)
                 yield StoreRequest(block, *entries)
             case Vector(Operation.EMBED, target=target, weight=weight):
-                h = model.weights[weight][tokens].to(torch.float32)
-                buffers[target] = h if c.embedding_scale == 1.0 else h * c.embedding_scale
+                rows = model.weights[weight][tokens].to(torch.float32)
+                buffers[target] = _scaled(rows, step.factor)
             case Vector(Operation.SELECT, (source,), target):
                 buffers[target] = buffers[source][logit_rows]
             case Vector():
@@ -314,7 +314,8 @@ def _compute(
     match step.operation:
         case Operation.NORM:
             weight = model.weights[step.weight]
-            return rms_norm(x.unflatten(1, (-1, len(weight))), weight, c.norm_eps).flatten(1)
+            y = rms_norm(x.unflatten(1, (-1, len(weight))), weight, c.norm_eps).flatten(1)
+            return _scaled(y, step.factor)
         case Operation.ROUND:
             return to_float16(x)
         case Operation.ADD_BIAS:
@@ -325,8 +326,13 @@ def _compute(
         case Operation.GATE:
             return gated(x, operands[1], c.activation)
         case Operation.ADD:
-            return x + operands[1]
+            return x + _scaled(operands[1], step.factor)
     raise ValueError(f"{step.operation} has no definition")
+
+
+def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """FP32 x times a factor, which is rounded to FP32 first."""
+    return x if factor == 1.0 else x * factor
 
 
 def rotary_tables(model: Model, positions: torch.Tensor) -> list[RotaryTable]:

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from speq.model.checkpoint import CheckpointError, Model
+from speq.model.checkpoint import CheckpointError, Model, check_finite
 from speq.model.loaders.gguf import load_gguf
 from speq.model.loaders.hf import load_hf
 from speq.model.loaders.llama2c import load_llama2c
@@ -33,12 +33,26 @@ def tiny_path() -> Path:
 ALIASES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_path, "tiny": tiny_path}
 
 
-def load_model(name_or_path: str | Path, tokenizer: str | Path | None = None) -> Model:
-    """Loads a model by alias ("smollm2", "tiny") or path: a .gguf file, a Hugging Face folder
-    (config.json, model*.safetensors, tokenizer.json) or a llama2.c .bin file, whose tokenizer is
-    the file `tokenizer`, by default tokenizer.bin or tok<vocabulary size>.bin beside it.
+def load_model(
+    name_or_path: str | Path, tokenizer: str | Path | None = None, *, decoding: bool = True
+) -> Model:
+    """Loads a model.
 
-    Raises CheckpointError with one line that names the file and what is wrong with it.
+    Parameters
+    ----------
+    name_or_path : str or Path
+        An alias ("smollm2", "tiny") or a path: a .gguf file (of a split one the first part), a
+        Hugging Face folder (config.json, safetensors files, tokenizer.json) or a llama2.c .bin
+        file.
+    tokenizer : str or Path, optional
+        Tokenizer of a .bin file, by default tokenizer.bin or tok<vocabulary size>.bin beside it.
+    decoding : bool
+        The model is to compute something, so that all its weights must be finite in FP16.
+
+    Raises
+    ------
+    CheckpointError
+        With one line that names the file and what is wrong with it.
     """
     alias = ALIASES.get(str(name_or_path))
     path = alias() if alias else Path(name_or_path)
@@ -58,6 +72,11 @@ def load_model(name_or_path: str | Path, tokenizer: str | Path | None = None) ->
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     model = Model(str(name_or_path), *parts)
+    if decoding:
+        try:
+            check_finite(model.weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     if model.tokenizer.largest_id() >= model.config.vocab_size:
         raise CheckpointError(f"{path}: the tokenizer has more tokens than the model")
     return model

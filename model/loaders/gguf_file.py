@@ -10,7 +10,7 @@ specification, versions 2 and 3, https://github.com/ggml-org/ggml/blob/master/do
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,6 +59,32 @@ class GgufTensor:
             ) from error
         return np.array(values, dtype=np.float32).reshape(self.shape)
 
+    def part(self, rows: slice) -> "GgufTensor":
+        """Some rows of a matrix."""
+        data = self.data[rows]
+        return replace(self, shape=(len(data), *self.shape[1:]), data=data)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Typed access to the metadata fields of a GGUF file."""
+
+    fields: dict[str, Any]
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self.fields.get(key, default)
+        if value is None:
+            raise CheckpointError(f"metadata field {key!r} is missing")
+        if type(value) is not kind:
+            raise CheckpointError(f"metadata field {key!r} has the wrong type")
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        return self.get(key, list)
+
+    def numbers(self, key: str) -> list:
+        return self.get(key, np.ndarray).tolist()
+
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Metadata (int, float, bool, str, list of str, numpy array) and tensors of a GGUF file.
@@ -71,6 +97,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         magic, version, tensor_count, value_count = reader.unpack("<4sIQQ")
         if magic != b"GGUF":
             raise CheckpointError("not a GGUF file")
+        if int.from_bytes(version.to_bytes(4, "big"), "little") in _VERSIONS:
+            raise CheckpointError(
+                "a big-endian GGUF file is not supported: convert it with the gguf package's "
+                "gguf-convert-endian"
+            )
         if version not in _VERSIONS:
             raise CheckpointError(f"GGUF version {version} is not supported, only 2 and 3")
         metadata: dict[str, Any] = {}

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads Hugging Face folders: config.json, model*.safetensors and tokenizer.json.
+"""Reads Hugging Face folders: config.json, safetensors files and tokenizer.json.
 
-Llama, Qwen2, Qwen3 and Gemma 3 (text). Weights are parsed by `safetensors`, which checks its header
-against the file, tokenizers by `tokenizers`; pickled weights (.bin, .pt) are never read. A setting
-that would change the computation and is not implemented is refused by name.
+Weights are parsed by `safetensors`, which checks its header against the file; pickled weights
+(.bin, .pt) are never read. Every setting of config.json is used, known to have no influence on the
+logits, or refused by name where its value would change them; one that is in neither list is named
+in a warning. What a file leaves out has the value that `transformers` gives it.
 """
 
 import contextlib
-import json
 import math
-from dataclasses import dataclass, replace
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import tokenizers
 import torch
 
 from speq.model.checkpoint import (
@@ -25,8 +27,10 @@ from speq.model.checkpoint import (
     collect_weights,
     expect_all_read,
     expect_shape,
-    tensor_shapes,
+    places,
 )
+from speq.model.loaders.hf_tokenizer import read_tokenizer
+from speq.model.loaders.json_file import read_json
 from speq.model.tokenizer import Tokenizer
 
 _TENSOR_NAMES = {
@@ -38,49 +42,236 @@ _TENSOR_NAMES = {
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
     **{f"{x}_proj": f"self_attn.{x}_proj.weight" for x in "qkvo"},
-    **{f"{x}_proj.bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
+    **{f"{x}_proj.bias": f"self_attn.{x}_proj.bias" for x in "qkvo"},
     **{f"{x}_proj": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
-}
-_GEMMA_NAMES = {
-    "post_attn_norm": "post_attention_layernorm.weight",
-    "ffn_norm": "pre_feedforward_layernorm.weight",
-    "post_ffn_norm": "post_feedforward_layernorm.weight",
+    **{f"{x}_proj.bias": f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
 }
 _DTYPES = ("F16", "BF16", "F32")
-_MAX_JSON = 1 << 20  # bytes of a configuration file
-_MAX_TOKENIZER = 1 << 26
-# Settings that change the computation, with the values under which it is the one implemented here.
-_NEUTRAL = {
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "use_sliding_window": (None, False),
-    "partial_rotary_factor": (None, 1.0),
-    "quantization_config": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "use_bidirectional_attention": (None, False),
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What an architecture's folders have of their own.
+
+    Members: settings besides the common ones; what stands for settings that a file leaves out,
+    where it differs from Llama's; layers that always have a bias; names of tensors that differ;
+    what is added to the weights of norms.
+    """
+
+    settings: tuple[str, ...] = ()
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    head_norms: bool = False
+    post_norms: bool = False
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    norm_offset: float = 0.0
+
+
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+_BIASES = ("attention_bias", "mlp_bias")
+_WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers")
+_FAMILIES = {
+    "llama": _Family(_BIASES),
+    "mistral": _Family(("sliding_window",), {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "smollm3": _Family(
+        (*_BIASES, *_WINDOWS[:2], "no_rope_layers", "no_rope_layer_interval"),
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6},
+    ),
+    "phi3": _Family(
+        ("sliding_window",),
+        {"rms_norm_eps": 1e-5},
+        tensors={
+            **{f"{x}_proj": "self_attn.qkv_proj.weight" for x in "qkv"},
+            **{f"{x}_proj": "mlp.gate_up_proj.weight" for x in ("gate", "up")},
+        },
+    ),
+    "granite": _Family(
+        (
+            *_BIASES,
+            "embedding_multiplier",
+            "residual_multiplier",
+            "attention_multiplier",
+            "logits_scaling",
+        )
+    ),
+    "qwen2": _Family(
+        _WINDOWS,
+        {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+        biases=_ATTENTION[:3],
+    ),
+    "qwen3": _Family(
+        ("attention_bias", *_WINDOWS),
+        {
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        head_norms=True,
+    ),
+    "gemma3": _Family(
+        (
+            "attention_bias",
+            "query_pre_attn_scalar",
+            "sliding_window",
+            "sliding_window_pattern",
+            "_sliding_window_pattern",
+            "rope_local_base_freq",
+            "hidden_activation",
+        ),
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "rope_theta": 1e6,
+            "sliding_window": 4096,
+        },
+        head_norms=True,
+        post_norms=True,
+        tensors={
+            "post_attn_norm": "post_attention_layernorm.weight",
+            "ffn_norm": "pre_feedforward_layernorm.weight",
+            "post_ffn_norm": "post_feedforward_layernorm.weight",
+        },
+        norm_offset=1.0,  # Gemma stores a norm's factor minus one
+    ),
+}
+# Settings that every architecture has and that are used below or with the tokenizer.
+_USED = {
+    "model_type",
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "layer_types",
+    "eos_token_id",
+}
+# Settings that change the computation, with the values under which it is the one implemented here;
+# null, which stands for an absent one, is always among them.
+_NEUTRAL: dict[str, tuple] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "sliding_window": (),
+    "sliding_window_pattern": (),
+    "_sliding_window_pattern": (),
+    "use_bidirectional_attention": (False,),
+    "no_rope_layers": (),
+    "partial_rotary_factor": (1.0,),
+    "rope_local_base_freq": (),
+    "rope_interleaved": (False,),
+    "rope_interleave": (False,),
+    "quantization_config": (),
+    "compression_config": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "attention_multiplier": (),
+    "logits_scaling": (1.0,),
+    "logit_scale": (1.0,),
+    "qk_layernorm": (False,),
+    "use_qk_norm": (False,),
+    "clip_qkv": (),
+    "attn_temperature_tuning": (False,),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "hidden_activation": ("silu",),
+    "position_embedding_type": ("rope",),
+}
+# Training, ids of tokens that only their own tasks use, defaults of sampling (the command line
+# decides), forms of output and of storage, and who made the file.
+_WITHOUT_INFLUENCE = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_from_model_config",
+    "_name_or_path",
+    "_pre_quantization_dtype",
+    "attention_dropout",
+    "auto_map",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "embd_pdrop",
+    "finetuning_task",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "max_length",
+    "max_window_layers",
+    "min_length",
+    "no_rope_layer_interval",
+    "num_beams",
+    "num_labels",
+    "num_return_sequences",
+    "original_max_position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "pretraining_tp",
+    "prefix",
+    "problem_type",
+    "resid_pdrop",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
 }
 
 
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a folder. Raises CheckpointError."""
-    settings = _Settings(_read_json(folder / "config.json"))
+    settings = _Settings(read_json(folder / "config.json"))
     config = _config(settings)
     with contextlib.ExitStack() as stack:
-        weights = collect_weights(config, _weight_reader(folder, config, stack))
-    return config, weights, _tokenizer(folder, settings)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(f"{path.name} is larger than {_MAX_JSON} bytes")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object")
-    return value
+        files = _open(folder, stack)
+        config = _with_stored_head(config, files)
+        weights = collect_weights(config, _weight_reader(files, config))
+    return config, weights, read_tokenizer(folder, settings.values)
 
 
 @dataclass(frozen=True)
@@ -91,11 +282,17 @@ class _Settings:
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """Value of `key`, an integer also where a number is wanted; required without a default."""
-        value = self.values.get(key)
-        if value is None:
-            value = default
+        value = self.optional(key, kind)
+        value = default if value is None else value
         if value is None:
             raise CheckpointError(f"setting {key!r} is missing")
+        return value
+
+    def optional(self, key: str, kind: type) -> Any:
+        """Value of `key`, None if it is absent."""
+        value = self.values.get(key)
+        if value is None:
+            return None
         if type(value) is int and abs(value) >= 1 << 53:
             raise CheckpointError(f"setting {key!r} is absurdly large")
         if kind is float and type(value) is int:
@@ -104,74 +301,180 @@ class _Settings:
             raise CheckpointError(f"setting {key!r} has the wrong type")
         return value
 
+    def one_of(self, kind: type, **spellings: Any) -> Any:
+        """The value of a setting that has several spellings, None if all are absent. Refuses a
+        contradiction."""
+        given = {key: value for key, value in spellings.items() if value is not None}
+        for key, value in given.items():
+            if value != (first := next(iter(given.items())))[1]:
+                raise CheckpointError(
+                    f"settings contradict each other: {first[0]} = {first[1]!r:.40}, "
+                    f"{key} = {value!r:.40}"
+                )
+        return next(iter(given.values()), None)
+
+
+def _refuse(key: str, value: object, supported: Sequence[object] = ()) -> CheckpointError:
+    expected = " or ".join(str(value) for value in supported) or "null"
+    return CheckpointError(f"setting {key} = {value!r:.60} is not supported, only {expected}")
+
+
+def _check_known(settings: _Settings, family: _Family) -> None:
+    """Refuses settings that would change the computation, and warns about unknown ones."""
+    unknown = []
+    for key, value in settings.values.items():
+        if value is None or key in _USED or key in family.settings:
+            continue
+        if key in _NEUTRAL:
+            if value not in _NEUTRAL[key]:
+                raise _refuse(key, value, _NEUTRAL[key])
+        elif key not in _WITHOUT_INFLUENCE:
+            unknown.append(key)
+    if unknown:
+        names = ", ".join(f"{key!r:.60}" for key in unknown[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        warnings.warn(f"config.json: unknown settings are ignored: {names}{more}", stacklevel=2)
+
 
 def _config(settings: _Settings) -> ModelConfig:
-    get = settings.get
-    model_type = get("model_type", str)
+    model_type = settings.get("model_type", str)
     architecture = "gemma3" if model_type == "gemma3_text" else model_type
     if model_type == "gemma3":
         raise CheckpointError("multimodal 'gemma3' is not supported, only 'gemma3_text'")
     check_architecture(architecture)
+    family = _FAMILIES[architecture]
+    _check_known(settings, family)
+    classes = settings.get("architectures", list, [])
+    if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
+        raise _refuse("architectures", classes, ["a ...ForCausalLM"])
+    # Of an absent setting, `transformers` takes another value than of null.
+    absent = {key: value for key, value in family.absent.items() if key not in settings.values}
+    settings = _Settings({**settings.values, **absent})
+    get = settings.get
     gemma = architecture == "gemma3"
-    activation = {"hidden_activation": "gelu_pytorch_tanh"} if gemma else {"hidden_act": "silu"}
-    implemented = _NEUTRAL | {name: (None, value) for name, value in activation.items()}
-    for key, allowed in implemented.items():
-        if settings.values.get(key) not in allowed:
-            raise CheckpointError(f"setting {key} = {settings.values[key]!r:.60} is not supported")
-    hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
+    hidden, heads, blocks = (
+        get(key, int) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
     if heads < 1:
         raise CheckpointError("num_attention_heads is not positive")
     head_dim = get("head_dim", int, hidden // heads)
     rope, local_rope = _rope_settings(settings)
-    pattern = get("sliding_window_pattern", int, get("_sliding_window_pattern", int, 6))
-    base = get("rope_theta", float, rope.get("rope_theta", float, 1e6 if gemma else 1e4))
-    local_base = local_rope.get("rope_theta", float, get("rope_local_base_freq", float, 1e4))
+    base = settings.one_of(
+        float,
+        rope_theta=None if "rope_theta" in absent else settings.optional("rope_theta", float),
+        **{"rope_parameters.rope_theta": rope.optional("rope_theta", float)},
+    )
     config = ModelConfig(
         architecture=architecture,
         vocab_size=get("vocab_size", int),
         hidden=hidden,
         ffn_hidden=get("intermediate_size", int),
-        blocks=get("num_hidden_layers", int),
+        blocks=blocks,
         heads=heads,
         kv_heads=get("num_key_value_heads", int, heads),
         head_dim=head_dim,
         context=get("max_position_embeddings", int),
         norm_eps=get("rms_norm_eps", float, 1e-6),
-        rope_base=base,
-        attention_scale=_attention_scale(settings, head_dim, gemma),
-        tied_head=get("tie_word_embeddings", bool, gemma),
-        activation="gelu_tanh" if gemma else "silu",
-        embedding_scale=math.sqrt(max(hidden, 1)) if gemma else 1.0,
-        sliding_window=get("sliding_window", int) if gemma else None,
-        global_every=pattern if gemma else 1,
-        local_rope_base=local_base,
+        rope_base=base or absent.get("rope_theta", 1e4),
+        attention_scale=_attention_scale(settings, architecture, head_dim),
+        tied_head=get("tie_word_embeddings", bool, False),
+        activation=_activation(settings, gemma),
+        embedding_scale=(
+            math.sqrt(max(hidden, 1)) if gemma else _multiplier(settings, "embedding_multiplier")
+        ),
+        residual_scale=_multiplier(settings, "residual_multiplier"),
+        logit_scale=1.0 / _multiplier(settings, "logits_scaling"),
+        biases=_biases(settings, family),
+        head_norms=family.head_norms,
+        post_norms=family.post_norms,
     )
-    _check_layer_types(settings, config)
-    # Not before the constructor has checked head_dim and base.
-    return replace(config, rope_divisors=_rope_divisors(rope, base, head_dim))
+    # Not before the constructor has checked head_dim, blocks and base.
+    windowed = _windowed_blocks(settings, config)
+    local_base = settings.one_of(
+        float,
+        rope_local_base_freq=settings.optional("rope_local_base_freq", float),
+        **{"rope_parameters.rope_theta": local_rope.optional("rope_theta", float)},
+    )
+    return replace(
+        config,
+        rope_divisors=_rope_divisors(rope, config.rope_base, head_dim),
+        sliding_window=get("sliding_window", int) if windowed else None,
+        windowed=windowed,
+        local_rope_base=(local_base or 1e4) if gemma else None,
+        unrotated=_unrotated_blocks(settings, config),
+    )
+
+
+def _activation(settings: _Settings, gemma: bool) -> str:
+    key = "hidden_activation" if gemma else "hidden_act"
+    known = {"gelu_pytorch_tanh": "gelu_tanh"} if gemma else {"silu": "silu", "swish": "silu"}
+    name = settings.get(key, str, next(iter(known)))
+    if name not in known:
+        raise _refuse(key, name, [*known])
+    other = settings.values.get("hidden_act", name)
+    if gemma and other not in (None, name):
+        raise _refuse("hidden_act", other, [*known])
+    return known[name]
+
+
+def _multiplier(settings: _Settings, key: str) -> float:
+    value = settings.get(key, float, 1.0)
+    if not 0 < value < math.inf:
+        raise CheckpointError(f"setting {key} = {value!r:.60} is not a positive number")
+    return value
+
+
+def _biases(settings: _Settings, family: _Family) -> tuple[str, ...]:
+    attention = _ATTENTION if settings.get("attention_bias", bool, False) else family.biases
+    return attention + (_MLP if settings.get("mlp_bias", bool, False) else ())
 
 
 def _rope_settings(settings: _Settings) -> tuple[_Settings, _Settings]:
     """RoPE settings of global and of sliding-window blocks; newer files of Gemma give both."""
-    both = settings.get("rope_parameters", dict, settings.get("rope_scaling", dict, {}))
-    if "full_attention" not in both:
-        return _Settings(both), _Settings({})
-    rope = _Settings(both)
-    local = _Settings(rope.get("sliding_attention", dict, {}))
-    if local.get("rope_type", str, "default") != "default":
+    old, new = (settings.get(key, dict, {}) for key in ("rope_scaling", "rope_parameters"))
+    for key in old.keys() & new.keys():
+        if old[key] != new[key]:
+            raise CheckpointError(f"rope_scaling and rope_parameters contradict each other: {key}")
+    both = _Settings({**old, **new})
+    if "full_attention" not in both.values:
+        return both, _Settings({})
+    local = _Settings(both.get("sliding_attention", dict, {}))
+    if _rope_type(local) != "default":
         raise CheckpointError("RoPE scaling of sliding-window blocks is not supported")
-    return _Settings(rope.get("full_attention", dict)), local
+    return _Settings(both.get("full_attention", dict)), local
+
+
+def _rope_type(rope: _Settings) -> str:
+    """The kind of scaling, of whose settings none may be unknown."""
+    kind = rope.one_of(
+        str, rope_type=rope.optional("rope_type", str), type=rope.optional("type", str)
+    )
+    kind = kind or "default"
+    known = {"rope_type", "type", "rope_theta"}
+    if kind in ("linear", "llama3"):
+        known |= {"factor", "original_max_position_embeddings"}
+    elif kind != "default":
+        raise CheckpointError(
+            f"RoPE scaling {kind!r:.40} is not supported, only default, linear and llama3"
+        )
+    if kind == "llama3":
+        known |= {"low_freq_factor", "high_freq_factor"}
+    for key, value in rope.values.items():
+        neutral = (None, 1.0) if key in ("partial_rotary_factor", "factor") else (None,)
+        if key not in known and value not in neutral:
+            raise CheckpointError(
+                f"setting {key} = {value!r:.60} of RoPE scaling {kind!r} is not supported"
+            )
+    return kind
 
 
 def _rope_divisors(rope: _Settings, base: float, head_dim: int) -> tuple[float, ...] | None:
     """What divides the rotary frequencies: nothing, one factor ("linear"), or Llama 3's rule."""
-    kind = rope.get("rope_type", str, rope.get("type", str, "default"))
+    kind = _rope_type(rope)
     if kind == "default":
         return None
     if kind == "linear":
         return (rope.get("factor", float),) * (head_dim // 2)
-    if kind != "llama3":
-        raise CheckpointError(f"RoPE scaling {kind!r:.40} is not supported")
     factor = rope.get("factor", float)
     low = rope.get("low_freq_factor", float)
     high = rope.get("high_freq_factor", float)
@@ -187,36 +490,130 @@ def _rope_divisors(rope: _Settings, base: float, head_dim: int) -> tuple[float, 
     return tuple(divisors)
 
 
-def _attention_scale(settings: _Settings, head_dim: int, gemma: bool) -> float:
-    scalar = settings.get("query_pre_attn_scalar", float, 256.0) if gemma else float(head_dim)
+def _attention_scale(settings: _Settings, architecture: str, head_dim: int) -> float:
+    if architecture == "granite":
+        return _multiplier(settings, "attention_multiplier")
+    scalar = float(head_dim)
+    if architecture == "gemma3":
+        scalar = settings.get("query_pre_attn_scalar", float, 256.0)
     if scalar <= 0:
         raise CheckpointError("the attention scale is not positive")
     return scalar**-0.5
 
 
-def _check_layer_types(settings: _Settings, config: ModelConfig) -> None:
-    """Raises CheckpointError unless the list of attention types, if any, is the regular pattern."""
-    kinds = settings.get("layer_types", list, [])
-    expected = [
-        "full_attention" if config.is_global(i) else "sliding_attention" for i in range(len(kinds))
-    ]
-    if kinds and (kinds != expected or len(kinds) != config.blocks):
-        raise CheckpointError("setting layer_types is not the regular pattern")
+def _windowed_blocks(settings: _Settings, config: ModelConfig) -> tuple[int, ...]:
+    """The blocks whose attention has a sliding window: by the list of their types if there is one,
+    which must not contradict the architecture's other settings."""
+    blocks = range(config.blocks)
+    windowed = settings.optional("sliding_window", int) is not None
+    if config.architecture in ("smollm3", "qwen2", "qwen3"):
+        windowed = windowed and settings.get("use_sliding_window", bool, False)
+    expected = [*blocks] if windowed else []
+    if windowed and config.architecture in ("qwen2", "qwen3"):
+        expected = [i for i in blocks if i >= settings.get("max_window_layers", int)]
+    elif windowed and config.architecture == "smollm3":
+        expected = list(_unrotated_blocks(settings, config))
+    pattern = None
+    if config.architecture == "gemma3":
+        keys = ("sliding_window_pattern", "_sliding_window_pattern")
+        pattern = settings.one_of(int, **{key: settings.optional(key, int) for key in keys})
+        if pattern is not None and pattern < 1:
+            raise CheckpointError("sliding_window_pattern is not positive")
+        expected = [i for i in blocks if windowed and (i + 1) % (pattern or 6)]
+    kinds = settings.optional("layer_types", list)
+    if kinds is None:
+        return tuple(expected)
+    if len(kinds) != config.blocks:
+        raise CheckpointError(f"layer_types has {len(kinds)} entries for {config.blocks} blocks")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise _refuse("layer_types", kind, ["full_attention", "sliding_attention"])
+    listed = [i for i in blocks if kinds[i] == "sliding_attention"]
+    free = config.architecture in ("gemma3", "qwen2", "qwen3", "smollm3")
+    if listed != expected and (not free or pattern is not None or (listed and not windowed)):
+        raise CheckpointError("layer_types contradicts the other settings of sliding windows")
+    return tuple(listed)
 
 
-def stored_name(name: str, gemma: bool) -> str:
+def _unrotated_blocks(settings: _Settings, config: ModelConfig) -> tuple[int, ...]:
+    """The blocks without rotary embedding (SmolLM3): by the list, 1 for a block that rotates."""
+    if config.architecture != "smollm3":
+        return ()
+    interval = settings.optional("no_rope_layer_interval", int)
+    flags = settings.optional("no_rope_layers", list)
+    if interval is not None and interval < 1:
+        raise CheckpointError("no_rope_layer_interval is not positive")
+    regular = [int((i + 1) % (interval or 4) != 0) for i in range(config.blocks)]
+    if flags is None:
+        flags = regular
+    if len(flags) != config.blocks or any(flag not in (0, 1) for flag in flags):
+        raise CheckpointError(f"no_rope_layers is not a list of {config.blocks} times 0 or 1")
+    if interval is not None and flags != regular:
+        raise CheckpointError("no_rope_layers contradicts no_rope_layer_interval")
+    return tuple(i for i, flag in enumerate(flags) if not flag)
+
+
+def stored_name(name: str, architecture: str) -> str:
     """The file's name of a weight."""
-    names = _TENSOR_NAMES | _GEMMA_NAMES if gemma else _TENSOR_NAMES
+    names = _TENSOR_NAMES | dict(_FAMILIES[architecture].tensors)
     if name.startswith("block."):
         _, block, part = name.split(".", 2)
         return f"model.layers.{block}.{names[part]}"
     return names[name]
 
 
-def _weight_reader(folder: Path, config: ModelConfig, stack: contextlib.ExitStack) -> WeightReader:
-    """Opens the folder's safetensors files and returns the function that reads a weight."""
-    files = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+_Files = dict[str, Any]  # the open safetensors file of each tensor
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The folder's files with weights, and from its index the file of each tensor, if it has one.
+
+    As in `transformers`, model.safetensors stands alone; otherwise the index, or what is numbered
+    model-00001-of-00003.safetensors, names the parts.
+    """
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    shards = [name for name in found if _SHARD.fullmatch(name)]
+    index = folder / _INDEX
+    if _SINGLE in found:
+        if shards or index.exists():
+            other = shards[0] if shards else _INDEX
+            raise CheckpointError(
+                f"there are both {_SINGLE} and {other}: remove those that do not belong to the "
+                "model"
+            )
+        variants = [name for name in found if re.fullmatch(r"model\..+\.safetensors", name)]
+        if variants:
+            warnings.warn(f"{variants[0]} is ignored, {_SINGLE} is the model", stacklevel=2)
+        return [folder / _SINGLE], {}
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise CheckpointError(f"{_INDEX} has no weight_map from tensors to files")
+        for name in table.values():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{_INDEX} names {name!r:.80}, which is no file beside it")
+            if name not in found:
+                raise CheckpointError(f"{_INDEX} names {name!r:.80}, which is missing")
+        return [folder / name for name in sorted({*table.values()})], table
+    if not shards:
+        hint = f"; rename {found[0]} if it is the whole model" if found else ""
+        raise CheckpointError(f"no {_SINGLE} with weights (pickled weights are not read){hint}")
+    expected = int(shards[0][-len("00001.safetensors") :][:5])
+    numbered = [f"model-{i + 1:05}-of-{expected:05}.safetensors" for i in range(len(shards))]
+    if shards != numbered or len(shards) != expected:
+        missing = next((name for name in numbered if name not in shards), f"{len(shards)} found")
+        raise CheckpointError(
+            f"of the {expected} files model-...-of-{expected:05}.safetensors some are missing or "
+            f"others lie beside them ({missing})"
+        )
+    return [folder / name for name in shards], {}
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> _Files:
+    """Opens the folder's safetensors files."""
+    files: _Files = {}
+    paths, index = _weight_files(folder)
+    for path in paths:
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
         except safetensors.SafetensorError as error:
@@ -224,53 +621,50 @@ def _weight_reader(folder: Path, config: ModelConfig, stack: contextlib.ExitStac
         for name in file.keys():  # noqa: SIM118 (not a dict)
             if name in files:
                 raise CheckpointError(f"tensor {name!r:.80} is in two files")
+            if index and index.get(name) != path.name:
+                raise CheckpointError(f"{_INDEX} has tensor {name!r:.80} in another file")
             files[name] = file
-    if not files:
-        raise CheckpointError("no model*.safetensors with weights (pickled weights are not read)")
-    gemma = config.architecture == "gemma3"
-    stored_names = {name: stored_name(name, gemma) for name, _ in tensor_shapes(config)}
+    for name in index:
+        if name not in files:
+            raise CheckpointError(f"{_INDEX} has tensor {name!r:.80}, which no file has")
+    return files
+
+
+def _with_stored_head(config: ModelConfig, files: _Files) -> ModelConfig:
+    """The configuration with its own head if the file has one that differs from the embedding,
+    whatever it says about them: as in `transformers`, what is stored is the model's."""
+    head, embedding = (stored_name(name, config.architecture) for name in ("head", "embedding"))
+    if not config.tied_head or head not in files or embedding not in files:
+        return config
+    stored = [files[name].get_slice(name) for name in (head, embedding)]
+    alike = stored[0].get_shape() == stored[1].get_shape() and torch.equal(
+        files[head].get_tensor(head), files[embedding].get_tensor(embedding)
+    )
+    return config if alike else replace(config, tied_head=False)
+
+
+def _weight_reader(files: _Files, config: ModelConfig) -> WeightReader:
+    """The function that reads a weight from the open files."""
+    family = _FAMILIES[config.architecture]
+    where = places(config, lambda name: stored_name(name, config.architecture))
     # Old files store the rotary frequencies, tied models sometimes the head once more.
     unused = [name for name in files if name.endswith("rotary_emb.inv_freq")]
-    expect_all_read(files, [*stored_names.values(), *unused, _TENSOR_NAMES["head"]])
+    expect_all_read(files, [*(p.tensor for p in where.values()), *unused, _TENSOR_NAMES["head"]])
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        stored = stored_names[name]
-        if stored not in files:
-            raise CheckpointError(f"tensor {stored!r} is missing")
-        entry = files[stored].get_slice(stored)
+        place = where[name]
+        if place.tensor not in files:
+            raise CheckpointError(f"tensor {place.tensor!r} is missing")
+        entry = files[place.tensor].get_slice(place.tensor)
         if entry.get_dtype() not in _DTYPES:
-            raise CheckpointError(f"tensor {stored!r} is {entry.get_dtype()}")
-        expect_shape(stored, tuple(entry.get_shape()), shape)
-        weight = files[stored].get_tensor(stored)
-        # Gemma stores a norm's factor minus one.
-        return weight.to(torch.float32) + 1.0 if gemma and name.endswith("norm") else weight
+            raise CheckpointError(
+                f"tensor {place.tensor!r} is {entry.get_dtype()}, only {', '.join(_DTYPES)} are "
+                "supported"
+            )
+        expect_shape(place.tensor, tuple(entry.get_shape()), place.shape)
+        weight = entry[place.rows]
+        if family.norm_offset and name.endswith("norm"):
+            return weight.to(torch.float32) + family.norm_offset
+        return weight
 
     return read
-
-
-def _tokenizer(folder: Path, settings: _Settings) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if path.stat().st_size > _MAX_TOKENIZER:
-        raise CheckpointError(f"{path.name} is larger than {_MAX_TOKENIZER} bytes")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.no_truncation()
-        backend.no_padding()
-        opening = backend.encode("", add_special_tokens=True).ids
-    except Exception as error:  # the package raises bare Exception
-        raise CheckpointError(f"{path.name}: {error}") from error
-    stop = settings.values.get("eos_token_id")
-    if (folder / "generation_config.json").exists():
-        stop = _read_json(folder / "generation_config.json").get("eos_token_id", stop)
-    stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if any(type(token) is not int for token in stop):
-        raise CheckpointError("eos_token_id is not a token id")
-    template = ""
-    if (folder / "tokenizer_config.json").exists():
-        template = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    return Tokenizer(
-        backend,
-        stop_ids=frozenset(stop),
-        bos_id=opening[0] if opening else None,
-        chat_template=template if isinstance(template, str) else "",
-    )

@@ -25,7 +25,7 @@ from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import EngineConfig, Mode
-from speq.model.checkpoint import Model
+from speq.model.checkpoint import ARCHITECTURES, Model
 from speq.model.encoding import encode_linears
 from speq.model.format import EncodedTensor, encode
 from speq.model.loaders import load_model
@@ -102,9 +102,10 @@ def test_plain_decoding_of_weights_without_encoding():
     assert len(steps) == TOKENS
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_architectures(architecture):
-    """Biases, norms of queries and keys, norms behind layers, sliding windows (6 positions)."""
+    """Biases, norms of queries and keys, norms behind layers, sliding windows (6 positions),
+    blocks without rotary embedding, factors."""
     model = drafted_model(architecture, SEED)
     encoded = encode_linears(model)
     session = make_session(model, encoded, system())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random models, written in every checkpoint format, and a plain float64 transformer.
 
-The reference is the textbook computation in the layout of Hugging Face's implementations (it was
-compared with transformers 5.23 for all four architectures); it shares no code with `speq.model`
+The reference is the textbook computation in the layout of Hugging Face's implementations (it is
+compared with them for every architecture, see tests/oracle); it shares no code with `speq.model`
 except the configuration.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -62,12 +63,14 @@ VOCABULARY = {"bytes": len(byte_level_tokens()), "pieces": len(sentencepiece_tok
 def small_config(architecture: str = "llama", **changes) -> ModelConfig:
     """A configuration of a few thousand weights with the features of the architecture."""
     gemma = architecture == "gemma3"
+    blocks = 3 if gemma else 2
+    windows = {"gemma3": (0, 1), "mistral": (0, 1), "phi3": (0, 1), "qwen3": (1,)}
     values = {
         "architecture": architecture,
         "vocab_size": VOCABULARY["bytes"],
         "hidden": 64,
         "ffn_hidden": 96,
-        "blocks": 3 if gemma else 2,
+        "blocks": blocks,
         "heads": 4,
         "kv_heads": 2,
         "head_dim": 16,
@@ -75,12 +78,20 @@ def small_config(architecture: str = "llama", **changes) -> ModelConfig:
         "norm_eps": 1e-5,
         "rope_base": 10_000.0,
         "attention_scale": 0.2 if gemma else 0.25,
-        "tied_head": architecture in ("llama", "gemma3"),
+        "tied_head": architecture in ("llama", "smollm3", "gemma3"),
         "activation": "gelu_tanh" if gemma else "silu",
         "embedding_scale": 8.0 if gemma else 1.0,
-        "sliding_window": 6 if gemma else None,
-        "global_every": 3 if gemma else 1,
+        "sliding_window": 6 if architecture in windows else None,
+        "windowed": windows.get(architecture, ()),
+        "local_rope_base": 10_000.0 if gemma else None,
+        "biases": ("q_proj", "k_proj", "v_proj") if architecture == "qwen2" else (),
+        "head_norms": architecture in ("qwen3", "gemma3"),
+        "post_norms": gemma,
+        "unrotated": (1,) if architecture == "smollm3" else (),
     }
+    if architecture == "granite":
+        values |= {"embedding_scale": 6.0, "residual_scale": 0.22, "logit_scale": 0.125}
+        values |= {"attention_scale": 0.3, "biases": LINEARS}
     return ModelConfig(**(values | changes))
 
 
@@ -102,16 +113,30 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 def permute_rope(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows with rotary pairs (i, i + head_dim/2) -> pairs (2i, 2i + 1)."""
-    halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def interleaved(config: ModelConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights with q and k rows in the order of llama.cpp and llama2.c."""
+
+    def is_rotated(name: str) -> bool:
+        return name.removesuffix(".bias").endswith(("q_proj", "k_proj"))
+
     return {
-        name: permute_rope(w, config.head_dim) if name.endswith(("q_proj", "k_proj")) else w
+        name: permute_rope(w, config.head_dim) if is_rotated(name) else w
         for name, w in weights.items()
     }
+
+
+def stored(
+    weights: dict[str, torch.Tensor], stored_name: Callable[[str], str]
+) -> dict[str, torch.Tensor]:
+    """The weights under a file's names; those with the same name are the rows of one tensor."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, weight in weights.items():
+        parts.setdefault(stored_name(name), []).append(weight)
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def write_gguf(
@@ -134,6 +159,11 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_base)
     if config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
+    if config.architecture == "granite":
+        writer.add_embedding_scale(config.embedding_scale)
+        writer.add_residual_scale(config.residual_scale)
+        writer.add_logit_scale(1 / config.logit_scale)
+        writer.add_attention_scale(config.attention_scale)
     if pieces:
         tokens, scores = sentencepiece_tokens()
         writer.add_tokenizer_model("llama")
@@ -149,13 +179,14 @@ def write_gguf(
     writer.add_token_list(tokens)
     writer.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
     writer.add_eos_token_id(2)
-    stored = interleaved(config, weights) if config.architecture == "llama" else weights
-    for name, weight in stored.items():
+    if config.architecture in ("llama", "smollm3", "granite"):
+        weights = interleaved(config, weights)
+    for name, weight in stored(weights, lambda name: gguf_name(name, config.architecture)).items():
         data = weight.numpy()
         if data.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(gguf_name(name), data)
+            writer.add_tensor(name, data)
         else:
-            writer.add_tensor(gguf_name(name), gguf.quantize(data, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -181,10 +212,30 @@ def hf_settings(config: ModelConfig) -> dict:
         "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
         "eos_token_id": 2,
     }
-    if gemma:
-        settings["query_pre_attn_scalar"] = config.attention_scale**-2
-        settings["sliding_window"] = config.sliding_window
-        settings["sliding_window_pattern"] = config.global_every
+    kinds = ("full_attention", "sliding_attention")
+    match config.architecture:
+        case "gemma3":
+            settings["query_pre_attn_scalar"] = config.attention_scale**-2
+            settings["sliding_window"] = config.sliding_window
+            settings["rope_local_base_freq"] = config.local_rope_base
+            settings["layer_types"] = [kinds[i in config.windowed] for i in range(config.blocks)]
+        case "mistral" | "phi3":
+            settings["sliding_window"] = config.sliding_window
+        case "qwen2" | "qwen3" if config.windowed:
+            settings["use_sliding_window"] = True
+            settings["sliding_window"] = config.sliding_window
+            settings["max_window_layers"] = config.windowed[0]
+        case "smollm3":
+            settings["no_rope_layers"] = [
+                int(i not in config.unrotated) for i in range(config.blocks)
+            ]
+        case "granite":
+            settings["embedding_multiplier"] = config.embedding_scale
+            settings["residual_multiplier"] = config.residual_scale
+            settings["attention_multiplier"] = config.attention_scale
+            settings["logits_scaling"] = 1 / config.logit_scale
+            settings["attention_bias"] = "o_proj" in config.biases
+            settings["mlp_bias"] = "up_proj" in config.biases
     return settings
 
 
@@ -199,12 +250,13 @@ def write_hf(
     gemma = config.architecture == "gemma3"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_settings(config)))
-    stored = {
-        hf_name(name, gemma): (w - 1.0 if gemma and name.endswith("norm") else w).to(dtype)
+    changed = {
+        name: (w - 1.0 if gemma and name.endswith("norm") else w).to(dtype)
         for name, w in weights.items()
     }
+    tensors = stored(changed, lambda name: hf_name(name, config.architecture))
     for i in range(shards):
-        part = dict(list(stored.items())[i::shards])
+        part = dict(list(tensors.items())[i::shards])
         save_file(part, folder / f"model-{i + 1:05}-of-{shards:05}.safetensors")
     byte_level_tokenizer().save(str(folder / "tokenizer.json"))
 
@@ -213,25 +265,25 @@ def write_llama2c(
     path: Path, config: ModelConfig, weights: dict[str, torch.Tensor], version: int = 0
 ) -> None:
     """Writes a llama2.c checkpoint and, beside it, tokenizer.bin."""
-    stored = interleaved(config, weights)
+    weights = interleaved(config, weights)
 
     def blocks(*parts: str) -> list[torch.Tensor]:
-        return [stored[f"block.{i}.{part}"] for part in parts for i in range(config.blocks)]
+        return [weights[f"block.{i}.{part}"] for part in parts for i in range(config.blocks)]
 
     attention, ffn = LINEARS[:4], ("gate_proj", "down_proj", "up_proj")
     sizes = (config.hidden, config.ffn_hidden, config.blocks, config.heads, config.kv_heads)
     if version == 0:
         vocabulary = config.vocab_size if config.tied_head else -config.vocab_size
         header = struct.pack("<7i", *sizes, vocabulary, config.context)
-        arrays = [stored["embedding"], *blocks("attn_norm", *attention, "ffn_norm", *ffn)]
-        arrays += [stored["final_norm"], torch.zeros(config.context * config.head_dim)]
+        arrays = [weights["embedding"], *blocks("attn_norm", *attention, "ffn_norm", *ffn)]
+        arrays += [weights["final_norm"], torch.zeros(config.context * config.head_dim)]
     else:
         header = struct.pack("<Ii7i", 0x616B3432, 1, *sizes, config.vocab_size, config.context)
         header = (header + bytes([config.tied_head])).ljust(256, b"\0")
-        arrays = [*blocks("attn_norm", "ffn_norm"), stored["final_norm"], stored["embedding"]]
+        arrays = [*blocks("attn_norm", "ffn_norm"), weights["final_norm"], weights["embedding"]]
         arrays += blocks(*attention, *ffn)
     if not config.tied_head:
-        arrays.append(stored["head"])
+        arrays.append(weights["head"])
     path.write_bytes(header + b"".join(a.numpy().astype("<f4").tobytes() for a in arrays))
     data = struct.pack("<i", 6)
     for token, score in zip(*sentencepiece_tokens(), strict=True):
@@ -269,22 +321,25 @@ def reference_logits(
 
     for i in range(c.blocks):
         block = f"block.{i}."
-        windowed = c.sliding_window is not None and (i + 1) % c.global_every != 0
-        base = c.local_rope_base if windowed else c.rope_base
+        windowed = i in c.windowed
+        local = windowed and c.local_rope_base
+        base = c.local_rope_base if local else c.rope_base
         divisors = torch.ones(c.head_dim // 2, dtype=torch.float64)
-        if c.rope_divisors and not windowed:
+        if c.rope_divisors and not local:
             divisors = torch.tensor(c.rope_divisors, dtype=torch.float64)
         x = norm(block + "attn_norm", h)
         q, k, v = (linear(block + name, x).unflatten(-1, (-1, c.head_dim)) for name in LINEARS[:3])
         if block + "q_norm" in weights:
             q, k = norm(block + "q_norm", q), norm(block + "k_norm", k)
-        q, k = rotate(q, base, divisors), rotate(k, base, divisors)
+        if i not in c.unrotated:
+            q, k = rotate(q, base, divisors), rotate(k, base, divisors)
         k, v = (t.repeat_interleave(c.heads // c.kv_heads, dim=1) for t in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) * c.attention_scale
         hidden = (distance < 0) | (windowed and distance >= (c.sliding_window or 0))
         weight = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
         y = linear(block + "o_proj", torch.einsum("hts,shd->thd", weight, v).flatten(1))
-        h = h + (norm(block + "post_attn_norm", y) if block + "post_attn_norm" in weights else y)
+        y = norm(block + "post_attn_norm", y) if block + "post_attn_norm" in weights else y
+        h = h + y * c.residual_scale
         x = norm(block + "ffn_norm", h)
         gate, up = linear(block + "gate_proj", x), linear(block + "up_proj", x)
         if c.activation == "silu":
@@ -292,9 +347,10 @@ def reference_logits(
         else:
             gate = torch.nn.functional.gelu(gate, approximate="tanh")
         y = linear(block + "down_proj", gate * up)
-        h = h + (norm(block + "post_ffn_norm", y) if block + "post_ffn_norm" in weights else y)
+        y = norm(block + "post_ffn_norm", y) if block + "post_ffn_norm" in weights else y
+        h = h + y * c.residual_scale
     head = weights["embedding"] if c.tied_head else weights["head"]
-    return norm("final_norm", h) @ head.T
+    return norm("final_norm", h) @ head.T * c.logit_scale
 
 
 def perplexity(logits: torch.Tensor, tokens: list[int]) -> float:

@@ -1,0 +1,1 @@
+from model.loaders.gguf_tokenizer import *

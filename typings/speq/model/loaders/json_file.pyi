@@ -1,0 +1,1 @@
+from model.loaders.json_file import *
