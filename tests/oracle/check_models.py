@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests.oracle import gguf_models, hf_models
+from tests.oracle import gguf_models, hf_models, settings
 from tests.oracle.table import Check, Row
 
 
@@ -63,7 +63,7 @@ def main(
         return
     start = time.monotonic()
     found: dict[tuple[str, str], list[Row]] = {}
-    for check in [*hf_models.checks(), *gguf_models.checks()]:
+    for check in [*hf_models.checks(), *gguf_models.checks(), *settings.checks()]:
         if only in check.name:
             for row in run(check, seed):
                 found.setdefault((check.name, row.compared), []).append(row)

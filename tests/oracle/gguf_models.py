@@ -116,6 +116,7 @@ def phi3(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     dimension_count(writer, config)
     writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
     writer.add_sliding_window(config.sliding_window or 0)
+    writer.add_pad_token_id(0)  # transformers' default is beyond a small vocabulary
 
 
 def multipliers(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
