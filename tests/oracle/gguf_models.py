@@ -262,6 +262,10 @@ def add_metadata(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
         writer.add_key_length(head_dim(config))
         writer.add_value_length(head_dim(config))
     writer.add_vocab_size(config.vocab_size)
+
+
+def add_small_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """The byte-level tokenizer of the small models."""
     tokens = byte_level_tokens()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -278,7 +282,11 @@ def paired(rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def write(
-    path: Path, case: GgufCase, kind: gguf.GGMLQuantizationType, seed: int
+    path: Path,
+    case: GgufCase,
+    kind: gguf.GGMLQuantizationType,
+    seed: int,
+    add_tokenizer: Callable[[gguf.GGUFWriter], None] = add_small_tokenizer,
 ) -> PreTrainedModel:
     """Writes a file whose matrices are of type `kind` and returns transformers' model with the
     same weights: dequantised, and rounded to FP16 as the target's are.
@@ -295,6 +303,7 @@ def write(
         )
     writer = gguf.GGUFWriter(path, case.architecture)
     add_metadata(writer, config)
+    add_tokenizer(writer)
     case.metadata(writer, config)
     number = next(n for n, text in gguf.MODEL_ARCH_NAMES.items() if text == case.architecture)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
