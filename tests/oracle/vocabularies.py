@@ -24,8 +24,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from speq.model.loaders import load_model, smollm2_path
 from speq.model.tokenizer import Tokenizer
-from tests.oracle.cases import model
+from tests.oracle.cases import Case, model
 from tests.oracle.gguf_models import KINDS, GgufCase, write
+from tests.oracle.hf_models import build
 from tests.oracle.table import Check, Row
 
 STRINGS = 300
@@ -129,7 +130,7 @@ def load(folder: Path, tokens: int, add: Callable[[gguf.GGUFWriter], None]) -> T
     return load_model(path).tokenizer
 
 
-def check_byte_level(pre: str, folder: Path, seed: int) -> Iterator[Row]:
+def check_byte_level(pre: str, in_gguf: bool, folder: Path, seed: int) -> Iterator[Row]:
     tokens, merges = byte_level_vocabulary()
     backend = byte_level(pre, tokens, merges)
     backend.add_special_tokens(SPECIAL)
@@ -144,12 +145,17 @@ def check_byte_level(pre: str, folder: Path, seed: int) -> Iterator[Row]:
         writer.add_eos_token_id(2)
         writer.add_add_bos_token(False)
 
+    if in_gguf:
+        ours = load(folder, len(tokens), add)
+    else:
+        build(folder, Case("", model("llama", vocab_size=len(tokens))), seed)
+        other.save_pretrained(folder)
+        ours = load_model(folder).tokenizer
     reference = Reference(
         lambda text: other.encode(text, add_special_tokens=False),
         lambda ids: other.decode(ids, skip_special_tokens=True),
     )
-    strings = varied_strings(STRINGS, seed, SPECIAL)
-    yield from compare(load(folder, len(tokens), add), reference, strings)
+    yield from compare(ours, reference, varied_strings(STRINGS, seed, SPECIAL))
 
 
 def check_sentencepiece(prefix: bool, folder: Path, seed: int) -> Iterator[Row]:
@@ -219,8 +225,13 @@ def check_smollm2(folder: Path, seed: int) -> Iterator[Row]:
 
 def checks() -> list[Check]:
     families = [
-        Check(f"tokenizer {pre}", lambda folder, seed, pre=pre: check_byte_level(pre, folder, seed))
+        Check(
+            f"tokenizer {pre}",
+            lambda folder, seed, pre=pre, one=one: check_byte_level(pre, one, folder, seed),
+            "GGUF" if one else "folder",
+        )
         for pre in ("gpt-2", "qwen2", "llama-bpe")
+        for one in (True, False)
     ]
     pieces = [
         Check(
