@@ -64,8 +64,11 @@ def main(
     start = time.monotonic()
     found: dict[tuple[str, str], list[Row]] = {}
     groups = (hf_models, gguf_models, llama2c_models, settings, vocabularies)
-    for check in [check for group in groups for check in group.checks()]:
-        if only in check.name:
+    chosen = [check for group in groups for check in group.checks() if only in check.name]
+    console = Console()
+    with console.status("") as status:
+        for number, check in enumerate(chosen, start=1):
+            status.update(f"{number} of {len(chosen)}: {check.name} {check.variant}")
             for row in run(check, seed):
                 found.setdefault((check.name, row.compared), []).append(row)
     table = Table("case", "compared", "worst difference", "bound", "ok", "note")
@@ -73,7 +76,6 @@ def main(
         row = worst(rows)
         ok = "yes" if row.ok else "[bold red]NO"
         table.add_row(case, compared, f"{row.difference:.2g}", f"{row.bound:.2g}", ok, row.note)
-    console = Console()
     console.print(table)
     every = [row for rows in found.values() for row in rows]
     failed = sum(not row.ok for row in every)
