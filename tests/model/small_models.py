@@ -34,6 +34,19 @@ def byte_level_tokens() -> list[str]:
     return [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in MERGES)]
 
 
+def byte_level_tokenizer() -> Tokenizer:
+    """The tokenizer of that vocabulary, as folders have it."""
+    tokens = byte_level_tokens()
+    merges = [tuple(merge.split(" ")) for merge in MERGES]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL))
+    return backend
+
+
 def sentencepiece_tokens() -> tuple[list[str], list[float]]:
     """Vocabulary and scores of a small SentencePiece tokenizer with byte fallback."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -245,15 +258,7 @@ def write_hf(
     for i in range(shards):
         part = dict(list(tensors.items())[i::shards])
         save_file(part, folder / f"model-{i + 1:05}-of-{shards:05}.safetensors")
-    tokens = byte_level_tokens()
-    merges = [tuple(merge.split(" ")) for merge in MERGES]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    backend.save(str(folder / "tokenizer.json"))
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
 
 
 def write_llama2c(

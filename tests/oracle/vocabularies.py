@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers, compared with those of transformers and sentencepiece on varied strings.
+
+Vocabularies are trained on the project's documents. transformers' own classes say how GPT-2, Qwen 2
+and Llama 3 cut text into words, and sentencepiece is what Llama 2 and Gemma were tokenised with.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import gguf
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from speq.model.loaders import load_model, smollm2_path
+from speq.model.tokenizer import Tokenizer
+from tests.oracle.cases import Case, model
+from tests.oracle.gguf_models import KINDS, GgufCase, write
+from tests.oracle.hf_models import build
+from tests.oracle.table import Check, Row
+
+STRINGS = 300
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+DOCUMENTS = Path(__file__).parents[2] / "docs"
+WORDS = (
+    *("the", "Hello", "I'm", "we'LL", "snake_case", "naïve", "Straße", "def f(x):", "a+=b;"),
+    *("Ελληνικά", "Привет", "世界", "日本語", "한국어", "नमस्ते", "ไทย", "שלום", "مرحبا", "e\u0301"),
+    *(
+        "3.14159",
+        "12345678",
+        "0xFF",
+        "½",
+        "Ⅷ",
+        "٣٤",
+        "😀",
+        "👩‍👩‍👧",
+        "🇩🇪",
+        "\ufeff",
+        "\u200b",
+        "\xa0",
+        "\x07",
+    ),
+)
+GAPS = (" ", " ", " ", "  ", "     ", "\n", "\n\n", "\t", " \n ", "\r\n", "", "")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Another implementation: ids of a text, with the token that begins it, and the text of ids."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+
+def varied_strings(count: int, seed: int, whole: Sequence[str] = ()) -> list[str]:
+    """Different strings of words, numbers and code of many scripts, white space, and `whole`."""
+    chance = random.Random(seed)
+    found = {"", " ", "  ", "\n", "a", " a", "a ", "\ta\n\nb  a\n"}
+    while len(found) < count:
+        pairs = (
+            chance.choice(whole if whole and chance.random() < 0.15 else WORDS)
+            + chance.choice(GAPS)
+            for _ in range(chance.randint(1, 12))
+        )
+        found.add("".join(pairs))
+    return sorted(found)
+
+
+def compare(tokenizer: Tokenizer, reference: Reference, strings: Sequence[str]) -> Iterator[Row]:
+    """Strings that become other ids, and ids that become another text."""
+    encoded = [text for text in strings if tokenizer.encode(text) != reference.encode(text)]
+    ids = [reference.encode(text) for text in strings]
+    decoded = [some for some in ids if tokenizer.decode(some) != reference.decode(some)]
+    for what, wrong in (("ids", encoded), ("decoded text", decoded)):
+        note = f"{len(strings)} strings" + (f", first: {wrong[0]!r:.60}" if wrong else "")
+        yield Row(what, len(wrong), 0, note)
+
+
+def byte_level_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """Tokens and merges of a byte-level BPE."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL,
+        show_progress=False,
+    )
+    backend.train(sorted(map(str, DOCUMENTS.glob("*.md"))), trainer)
+    # The trainer keeps the merges; its JSON is the only place that tells them.
+    trained = json.loads(backend.to_str())["model"]
+    return sorted(trained["vocab"], key=trained["vocab"].get), list(map(tuple, trained["merges"]))
+
+
+def byte_level(pre: str, tokens: list[str], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """How transformers builds a tokenizer of that family (GGUF's name of the rule)."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if pre == "gpt-2":
+        return GPT2Tokenizer(vocabulary, merges).backend_tokenizer
+    if pre == "qwen2":
+        return Qwen2Tokenizer(vocabulary, merges).backend_tokenizer
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    pattern = inspect.signature(TikTokenConverter).parameters["pattern"].default
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def load(folder: Path, tokens: int, add: Callable[[gguf.GGUFWriter], None]) -> Tokenizer:
+    """The tokenizer of a small GGUF file to which `add` adds it."""
+    folder.mkdir()
+    path = folder / "model.gguf"
+    settings = model("llama", vocab_size=tokens, hidden_size=32, num_hidden_layers=1)
+    write(path, GgufCase("", "llama", settings, pairs=True), KINDS.F16, 0, add)
+    return load_model(path).tokenizer
+
+
+def check_byte_level(pre: str, in_gguf: bool, folder: Path, seed: int) -> Iterator[Row]:
+    tokens, merges = byte_level_vocabulary()
+    backend = byte_level(pre, tokens, merges)
+    backend.add_special_tokens(SPECIAL)
+    other = PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+        writer.add_eos_token_id(2)
+        writer.add_add_bos_token(False)
+
+    if in_gguf:
+        ours = load(folder, len(tokens), add)
+    else:
+        build(folder, Case("", model("llama", vocab_size=len(tokens))), seed)
+        other.save_pretrained(folder)
+        ours = load_model(folder).tokenizer
+    reference = Reference(
+        lambda text: other.encode(text, add_special_tokens=False),
+        lambda ids: other.decode(ids, skip_special_tokens=True),
+    )
+    yield from compare(ours, reference, varied_strings(STRINGS, seed, SPECIAL))
+
+
+def check_sentencepiece(prefix: bool, folder: Path, seed: int) -> Iterator[Row]:
+    """Llama's vocabularies have a space before the text, Gemma's do not."""
+    # Gemma's have such; with a space before the text, implementations differ behind them.
+    symbols = [] if prefix else ["\n\n", "▁▁", "<tag>"]
+    trained = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            line for page in sorted(DOCUMENTS.glob("*.md")) for line in page.read_text().split("\n")
+        ),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=1000,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        user_defined_symbols=symbols,
+        minloglevel=2,
+    )
+    other = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    count = other.vocab_size()
+
+    def kind(i: int) -> gguf.TokenType:
+        if other.is_unknown(i):
+            return gguf.TokenType.UNKNOWN
+        if other.is_control(i):
+            return gguf.TokenType.CONTROL
+        if other.is_byte(i):
+            return gguf.TokenType.BYTE
+        whole = other.id_to_piece(i) in symbols
+        return gguf.TokenType.USER_DEFINED if whole else gguf.TokenType.NORMAL
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([other.id_to_piece(i) for i in range(count)])
+        writer.add_token_scores([other.get_score(i) for i in range(count)])
+        writer.add_token_types([kind(i) for i in range(count)])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_add_bos_token(True)
+        writer.add_add_space_prefix(prefix)
+
+    reference = Reference(
+        lambda text: [1, *other.encode(text)],
+        lambda ids: other.decode([i for i in ids if not other.is_control(i)]),
+    )
+    strings = varied_strings(STRINGS, seed, ["<tag>"])
+    yield from compare(load(folder, count, add), reference, strings)
+
+
+def check_smollm2(folder: Path, seed: int) -> Iterator[Row]:
+    path = smollm2_path()
+    other = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers does not read GGUF's name of the rule; this one takes digits one by one.
+    backend = other.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    reference = Reference(
+        lambda text: other.encode(text, add_special_tokens=False),
+        lambda ids: other.decode(ids, skip_special_tokens=True),
+    )
+    strings = varied_strings(STRINGS, seed, SPECIAL)
+    yield from compare(load_model(path).tokenizer, reference, strings)
+
+
+def checks() -> list[Check]:
+    families = [
+        Check(
+            f"tokenizer {pre}",
+            lambda folder, seed, pre=pre, one=one: check_byte_level(pre, one, folder, seed),
+            "GGUF" if one else "folder",
+        )
+        for pre in ("gpt-2", "qwen2", "llama-bpe")
+        for one in (True, False)
+    ]
+    pieces = [
+        Check(
+            f"tokenizer sentencepiece, {name}",
+            lambda folder, seed, prefix=prefix: check_sentencepiece(prefix, folder, seed),
+        )
+        for name, prefix in (("Llama", True), ("Gemma", False))
+    ]
+    return [*families, *pieces, Check("tokenizer SmolLM2", check_smollm2)]
