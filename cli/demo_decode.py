@@ -67,7 +67,7 @@ def run(
     config = accelerator_for(loaded, encoded, rows, cols, capacity)
     settings = Settings(rows, draft_length, threshold)
     console.print(f"{loaded.name}: the golden model decodes ...")
-    runs = golden_runs(Session(loaded, encoded), ids, settings, max_tokens)
+    runs = golden_runs(Session(loaded, encoded), ids, settings, max_tokens, console)
     board = simulated_board(loaded, encoded, config, capacity)
     with Session(loaded, encoded, board, capacity=capacity) as session:
         formats = {name: tensor.config for name, tensor in encoded.items()}
@@ -123,15 +123,25 @@ class GoldenRun:
 
 
 def golden_runs(
-    session: Session, prompt: list[int], settings: Settings, max_tokens: int
+    session: Session, prompt: list[int], settings: Settings, max_tokens: int, console: Console
 ) -> dict[str, GoldenRun]:
-    """The runs by name, as the golden model decodes them."""
+    """The runs by name, as the golden model decodes them. Raises NonFiniteError where it cannot go
+    on, behind the text so far."""
+    from speq.model.transformer import NonFiniteError
+
     runs = {}
     for name, ids, chosen, count in (
         ("plain", prompt[:1], replace(settings, draft_length=0), 1),
         ("speculative", prompt, settings, max_tokens),
     ):
-        steps = list(session.golden(ids, max_tokens=count, settings=chosen))
+        steps: list[Step] = []
+        try:
+            for step in session.golden(ids, max_tokens=count, settings=chosen):
+                steps.append(step)
+        except NonFiniteError:
+            text = ids + [token for step in steps for token in step.tokens]
+            console.print(f"text: {session.model.tokenizer.decode(text)!r}", markup=False)
+            raise
         runs[name] = GoldenRun(ids, chosen, count, steps)
     return runs
 

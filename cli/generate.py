@@ -119,6 +119,7 @@ def run(
     from speq.model.loaders import load_model
     from speq.model.speculation import Statistics
     from speq.model.tokenizer import TextStream
+    from speq.model.transformer import NonFiniteError
 
     speculative, rtl = mode is Decoding.SPEQ, backend is Backend.RTL
     sampling = chosen_sampling(temperature, top_k, top_p)
@@ -158,10 +159,16 @@ def run(
             steps = session.golden(ids, **options, sampling=sampling, generator=generator)
         first = board.cycles() if board else 0
         started = time.perf_counter()
-        for step in steps:
-            statistics.add(step)
-            for token, origin in origins(step):
-                show(output, stream.push(token), origin if speculative else None)
+        ended: NonFiniteError | None = None
+        try:
+            for step in steps:
+                statistics.add(step)
+                for token, origin in origins(step):
+                    show(output, stream.push(token), origin if speculative else None)
+        except NonFiniteError as error:
+            if not statistics.committed:
+                raise
+            ended = error  # behind what was committed before
         seconds = time.perf_counter() - started
         lines = summary(statistics, seconds, costs, "RTL simulation" if rtl else "golden model")
         if board:
@@ -172,6 +179,8 @@ def run(
     if sampling is not None:
         lines.append(f"sampled with seed {seed}")
     print(*lines, sep="\n", file=sys.stderr)
+    if ended is not None:
+        raise ended
     if speculative and output.is_terminal:
         legend = Console(stderr=True, highlight=False)
         legend.print(*(f"[{style}]{origin}[/]" for origin, style in STYLES.items()), sep=", ")
@@ -266,6 +275,8 @@ def summary(
         f"modelled speedup over FP16: {s.speedup(*costs):.2f} ({s.draft_passes} draft passes at "
         f"{costs[0]:.4f}, {s.verify_passes} verify passes at {costs[1]:.4f} of a plain pass)"
     )
+    if s.repeated:
+        lines.append(f"{s.repeated} verify passes were not finite and were repeated plainly")
     return lines
 
 

@@ -2,7 +2,8 @@
 """A functional model of the whole accelerator: registers, descriptors and memory, no cycles.
 
 What the RTL leaves in memory and in its registers, this model leaves there, too, whenever it waits
-for the host and when a run has ended. It shares the arithmetic with `speq.model.arith` and the
+for the host and when a run has ended; only what products write of whose results one is not finite
+is undefined. It shares the arithmetic with `speq.model.arith` and the
 speculation with `speq.model.speculation`; where operands lie in memory it finds out by itself, from
 the description in `speq.hw.control.descriptor`.
 """
@@ -369,13 +370,13 @@ class AcceleratorModel:
                     if (yield "HOST") != ANSWERS["CONTINUE"][0]:
                         raise _Fault(ErrorCode.HOST_REFUSED, address)
                 case DescriptorKind.ATTENTION:
-                    self._attend(fields, len(rows), position + len(rows))
+                    self._attend(fields, address, len(rows), position + len(rows))
                 case DescriptorKind.ARGMAX:
-                    self._logits = self._multiply(self._product(fields, len(rows)))
+                    self._logits = self._multiply(self._product(fields, len(rows)), address)
                     if fields["extra"]:
                         self._write_ranking(fields["extra"])
                 case DescriptorKind.GEMM:
-                    self._multiply(self._product(fields, len(rows)))
+                    self._multiply(self._product(fields, len(rows)), address)
             address += DESCRIPTOR_BYTES
         raise _Fault(ErrorCode.NO_END, address)
 
@@ -395,8 +396,8 @@ class AcceleratorModel:
             stride=0,
         )
 
-    def _attend(self, fields: dict[str, int], rows: int, entries: int) -> None:
-        """An ATTENTION descriptor, batch by batch."""
+    def _attend(self, fields: dict[str, int], address: int, rows: int, entries: int) -> None:
+        """An ATTENTION descriptor at `address`, batch by batch."""
         engine = self.config.engine
         k, o = (entries, fields["o"]) if fields["values"] else (fields["k"], entries)
         activations, results = fields["activations"], fields["results"]
@@ -417,7 +418,8 @@ class AcceleratorModel:
                     activations=activations,
                     results=results,
                     stride=fields["extra"],
-                )
+                ),
+                address,
             )
             beat = self.config.data.beat_bytes
             activations += -(-k * self.config.activation_bytes // beat) * beat
@@ -427,8 +429,8 @@ class AcceleratorModel:
     def _tiles(self, o: int) -> int:
         return -(-o // self.config.engine.cols)
 
-    def _multiply(self, product: _Product) -> torch.Tensor:
-        """Carry out a product; its results, float32 [tokens, o]."""
+    def _multiply(self, product: _Product, address: int) -> torch.Tensor:
+        """Carry out a product of the descriptor at `address`; its results, float32 [tokens, o]."""
         weights = self._operand(product)
         if product.mode is Mode.DRAFT:
             y = draft_gemm(self._block_activations(product), weights)
@@ -437,6 +439,8 @@ class AcceleratorModel:
             words = self._load(product.activations, product.k * size).view(np.uint16)
             x = words.reshape(product.k, -1)[:, : product.tokens].T
             y = verify_gemm(torch.from_numpy(x.copy().view(np.float16)), weights)
+        if not torch.isfinite(to_float16(y) if product.half else y).all():
+            raise _Fault(ErrorCode.NONFINITE, address)
         if not product.discard:
             self._write_results(product, y)
         return y

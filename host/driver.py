@@ -50,17 +50,19 @@ from speq.model.speculation import Settings, Step, committed_step, pass_mask, to
 from speq.model.transformer import (
     AttentionRequest,
     LinearRequest,
+    NonFiniteError,
     PassSteps,
     Request,
     StoreRequest,
     attention_steps,
     finish,
+    first_nonfinite_row,
     pass_steps,
     rotary_tables,
 )
 
-#: Bits of a 32-bit NaN, as the array gives it.
-_NAN32 = np.uint32(0x7FC00000).view(np.float32)
+#: What a `NonFiniteError` calls passes.
+_PASS_NAMES = {PassKind.SINGLE: "prompt", PassKind.DRAFT: "draft", PassKind.VERIFY: "verify"}
 _ALL_INTERRUPTS = 0b111
 #: Times that STATUS is read before an accelerator counts as unable to stop.
 _STOP_READS = 100_000
@@ -122,6 +124,9 @@ class Pass:
     tokens: list[int]
     depths: list[int]
     start: int
+
+
+_NO_PASS = Pass(PassKind.SINGLE, [], [], 0)
 
 
 class Driver:
@@ -188,7 +193,8 @@ class Driver:
         for kind in PassKind:
             self._write_program(kind)
         self._margins: list[float] = []
-        self._current = Pass(PassKind.SINGLE, [], [], 0)  # none yet
+        self._current = _NO_PASS
+        self._operands: tuple[torch.Tensor, ...] = ()  # [T, ...], of the stage under way
         self._stop()
         self._set_up()
 
@@ -242,6 +248,9 @@ class Driver:
     ) -> Generator[Step, None, None]:
         """Decode greedily behind `prompt` and yield every committed step.
 
+        A run that ends with NONFINITE in a pass that plain decoding would not make is followed by
+        another, which repeats the step as `speq.model.speculation.generate` does.
+
         When the prompt but its last token is in the KV cache, the counters start at 0.
 
         Parameters
@@ -257,8 +266,11 @@ class Driver:
         ------
         ValueError
             If the prompt is empty or too long, or the settings are not possible here.
+        NonFiniteError
+            If the prompt, or the pass of the last committed token alone, has a result that is not
+            finite.
         AcceleratorError
-            If a run ends with an error.
+            If a run ends with another error.
         """
         rows = self.config.engine.rows
         settings = settings or Settings(rows)
@@ -289,16 +301,26 @@ class Driver:
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         """Fill the KV cache from its start."""
-        r, rows = self.registers, self.config.engine.rows
-        r["RUN"] = 0
+        self.registers["RUN"] = 0
+        rows = self.config.engine.rows
         for start in range(0, len(tokens), rows):
-            batch = list(tokens[start : start + rows])
-            r["PASS_ROWS"] = len(batch)
-            r["POSITION"] = start
-            self._start()
+            self._fill(list(tokens[start : start + rows]), start)
+
+    def _fill(self, tokens: list[int], start: int) -> None:
+        """A pass that fills the KV cache from entry `start` on."""
+        self.registers["PASS_ROWS"] = len(tokens)
+        self.registers["POSITION"] = start
+        self._start()
+        try:
             self._expect("HOST")
-            self._serve(Pass(PassKind.SINGLE, batch, list(range(len(batch))), start))
+            self._serve(Pass(PassKind.SINGLE, tokens, list(range(len(tokens))), start))
             self._expect("IDLE")
+        except NonFiniteError as error:
+            # A row before it may fail in a later product.
+            if error.position > start:
+                self._stop()
+                self._fill(tokens[: error.position - start], start)
+            raise
 
     def _decode(
         self, prompt: Sequence[int], limit: int, settings: Settings, stop_ids: frozenset[int]
@@ -307,23 +329,55 @@ class Driver:
         r["RUN"] = 1
         r["POSITION"] = len(prompt) - 1
         r["ROOT"] = prompt[-1]
-        r["DRAFT_LENGTH"] = settings.length if self._drafts else 0
         r["THRESHOLD"] = threshold_bits(settings.threshold)
         r["CHOICES"] = settings.choices
-        r["TOKEN_LIMIT"] = limit
-        written = 0  # tokens in the ring
-        self._start()
-        while (state := self._expect("HOST", "STEP", "IDLE")) != "IDLE":
-            if state == "HOST":
-                self._serve(self._next_pass())
+        longest = length = settings.length if self._drafts else 0
+        chain: list[int] = []  # what is left of that of a verify pass that was not finite
+        left, number, repeated = limit, 1, False
+        written = self._begin(length, left)
+        while True:
+            try:
+                state = self._expect("HOST", "STEP", "IDLE")
+                if state == "HOST":
+                    self._serve(self._next_pass())
+                    continue
+            except NonFiniteError as error:
+                failed = self._current
+                if failed.kind is PassKind.DRAFT:
+                    length = failed.start - r["POSITION"]  # the chain ends before it
+                elif len(failed.tokens) > 1:
+                    length, repeated = 0, True
+                    chain = failed.tokens[1 : 1 + max(failed.depths)]
+                else:
+                    error.step = number
+                    raise
+                self._stop()
+                written = self._begin(length, left)
                 continue
-            step = self._committed_step(written, stop_ids)
-            written += len(step.tokens)
+            if state == "IDLE":
+                return
+            step = self._committed_step(written, stop_ids, repeated)
+            written, left = written + len(step.tokens), left - len(step.tokens)
+            number, repeated = number + 1, False
+            chain = chain[1:] if chain[:1] == step.tokens[-1:] else []
             ended = step.tokens[-1] in stop_ids
-            self._answer("FINISH" if ended else "CONTINUE")
+            resumes = left > 0 and not ended and length < longest and not chain
+            self._answer("FINISH" if ended or resumes else "CONTINUE")
             yield step
+            if resumes:
+                self._expect("IDLE")
+                length = longest
+                written = self._begin(length, left)
 
-    def _committed_step(self, written: int, stop_ids: frozenset[int]) -> Step:
+    def _begin(self, draft_length: int, limit: int) -> int:
+        """Start a run that decodes from where the last one has ended; 0, the tokens in the ring."""
+        self._current = _NO_PASS
+        self.registers["DRAFT_LENGTH"] = draft_length
+        self.registers["TOKEN_LIMIT"] = limit
+        self._start()
+        return 0
+
+    def _committed_step(self, written: int, stop_ids: frozenset[int], repeated: bool) -> Step:
         """The step that the accelerator has just committed, but nothing behind a stop token."""
         fields = self.registers.fields("STEP")
         accepted, hit_row, verified = fields["accepted"], fields["hit_row"], self._current
@@ -341,6 +395,7 @@ class Driver:
             alternates=len(verified.tokens) - 1 - fields["chain"],
             margins=self._margins,
             stop_ids=stop_ids,
+            repeated=repeated,
         )
 
     def _read_ring(self, start: int, count: int) -> list[int]:
@@ -371,7 +426,7 @@ class Driver:
     def _expect(self, *names: str) -> str:
         """Wait for an interrupt; the state, which must be one of these.
 
-        Raises AcceleratorError if the run has ended with an error.
+        Raises NonFiniteError or AcceleratorError if the run has ended with an error.
         """
         self._wait()
         return self._check_state(*names)
@@ -380,11 +435,23 @@ class Driver:
         value = self.registers["STATUS"]
         state = next((name for name, (v, _) in STATES.items() if v == value), str(value))
         if state == "ERROR":
-            code = ErrorCode(self.registers["ERROR"])
-            raise AcceleratorError(code, self.registers["ERROR_ADDRESS"])
+            error = AcceleratorError(
+                ErrorCode(self.registers["ERROR"]), self.registers["ERROR_ADDRESS"]
+            )
+            if error.code is ErrorCode.NONFINITE:
+                layer = self.layout.product_at(self._current.kind, error.address)
+                raise self._nonfinite(layer, first_nonfinite_row(*self._operands)) from error
+            raise error
         if state not in names:
             raise OSError(f"accelerator: state {state}; expected {' or '.join(names)}")
         return state
+
+    def _nonfinite(self, layer: str, row: int | None) -> NonFiniteError:
+        """The error of a layer in the pass under way. The row is None if all operands but the
+        weights are finite: then every row shows it."""
+        current = self._current
+        position = current.start + current.depths[row or 0]
+        return NonFiniteError(_PASS_NAMES[current.kind], layer, position)
 
     def _abort(self) -> None:
         """Bring the accelerator back to IDLE behind an error, if it answers."""
@@ -456,18 +523,27 @@ class Driver:
         schedule = self.layout.schedule(current.kind)
         steps = pass_steps(self._model, schedule, torch.tensor(current.tokens), tables)
         answer = None
+        entries: tuple[torch.Tensor, ...] = ()  # the new keys and values of the block
         while (request := _next_request(steps, answer)) is not None:
             match request:
                 case LinearRequest(names, x):
                     self._write_operands(current.kind, names, x)
+                    self._operands = (x,)
                     yield
                     places = zip(names, self.layout.results_of(names), strict=True)
                     answer = [self._read_results(*place, len(x)) for place in places]
                 case StoreRequest(block, keys, values):
                     answer = self._kv.store(block, current.start, keys, values)
+                    entries = keys, values
                 case AttentionRequest(block, queries):
                     allowed = masks[not c.is_global(block)]
-                    answer = yield from self._attend(block, queries, allowed)
+                    answer = yield from self._attend(queries, entries, allowed)
+        if current.kind is PassKind.SINGLE:
+            # The last block's entries have been in no product yet.
+            for part, tensor in zip(("scores", "values"), entries, strict=True):
+                row = first_nonfinite_row(tensor)
+                if row is not None:
+                    raise self._nonfinite(f"block.{c.blocks - 1}.{part}", row)
         yield  # what lies behind the last stage is done
 
     def _write_operands(self, kind: PassKind, names: Sequence[str], x: torch.Tensor) -> None:
@@ -488,25 +564,25 @@ class Driver:
         return torch.from_numpy(unpack_results(content, tokens, o, cols))
 
     def _attend(
-        self, block: int, queries: torch.Tensor, allowed: torch.Tensor
+        self, queries: torch.Tensor, entries: tuple[torch.Tensor, ...], allowed: torch.Tensor
     ) -> Generator[None, None, torch.Tensor]:
-        """Attention of a block, float16 [T, heads * D], all KV heads at once."""
+        """Attention of a block, float16 [T, heads * D], all KV heads at once; `entries` are the
+        keys and values of the pass."""
         c, layout = self._model.config, self.layout
-        rows, entries = len(queries), allowed.shape[1]
+        rows, (keys, values) = len(queries), entries
         # Query heads of one KV head are rows of one product.
         q = queries.unflatten(1, (c.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         steps = attention_steps(q, allowed, c.attention_scale)
         self._write_attention(next(steps), layout.attention_stride(c.head_dim))
+        self._operands = queries, keys
         yield
         stride = layout.attention_result_stride(layout.capacity)
-        scores = self._read_attention(q.shape[1], entries, stride)
+        scores = self._read_attention(q.shape[1], allowed.shape[1], stride)
         self._write_attention(steps.send(scores), layout.attention_stride(layout.capacity))
+        self._operands = (values,)
         yield
         stride = layout.attention_result_stride(c.head_dim)
         y = self._read_attention(q.shape[1], c.head_dim, stride)
-        hidden = self._kv.hidden(block, allowed)
-        if hidden is not None:
-            y = torch.where(hidden, _NAN32.item(), y)
         y = finish(steps, y)  # [kv_heads, T * sharing, D]
         return y.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1)
 

@@ -13,9 +13,6 @@ from speq.host.layout import MemoryLayout, ceil_div
 class KVEntries:
     """The KV cache: a copy of what lies in the accelerator's memory, which it keeps up to date.
 
-    Infinite and NaN values are 0 in memory, because a weight of 0 would not hide them from the
-    array; `hidden` says which outputs they make NaN.
-
     Parameters
     ----------
     board : Board
@@ -29,7 +26,6 @@ class KVEntries:
         self._keys = np.zeros((model.blocks, tiles, model.kv_heads, model.head_dim, cols), "<u2")
         shape = (model.blocks, model.kv_heads, layout.value_tiles, layout.capacity, cols)
         self._values = np.zeros(shape, "<u2")
-        self._nonfinite = np.zeros(model.blocks, bool)
 
     def store(self, block: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write float16 [T, kv_heads, head_dim] to the entries from `start` on."""
@@ -37,7 +33,6 @@ class KVEntries:
         cols = self._keys.shape[-1]
         entries = np.arange(start, start + count)
         self._keys[block, entries // cols, :, :, entries % cols] = keys.numpy().view(np.uint16)
-        self._nonfinite[block] |= not torch.isfinite(values).all()
         padding = ((0, 0), (0, 0), (0, -values.shape[2] % cols))
         tiles = np.pad(values.numpy().view(np.uint16), padding).reshape(count, heads, -1, cols)
         stop = start + count
@@ -59,24 +54,7 @@ class KVEntries:
         first, last = start // cols, ceil_div(stop, cols)
         self._board.write(layout.keys_address(block, first), self._keys[block, first:last])
         values = self._values[block, :, :, start:stop]
-        if self._nonfinite[block]:
-            values = np.where(_is_nonfinite(values), np.uint16(0), values)
         for head in range(values.shape[0]):
             for tile in range(values.shape[1]):
                 address = layout.values_address(block, head, tile, start)
                 self._board.write(address, values[head, tile])
-
-    def hidden(self, block: int, allowed: torch.Tensor) -> torch.Tensor | None:
-        """Which outputs, bool [kv_heads, N, head_dim], an infinite or NaN value makes NaN, for rows
-        that attend to the entries in `allowed` [N, S]; None if there are no such values."""
-        if not self._nonfinite[block]:
-            return None
-        values = self._values[block, :, :, : allowed.shape[1]].swapaxes(1, 2)
-        bad = _is_nonfinite(values).reshape(*values.shape[:2], -1)
-        bad = torch.from_numpy(bad[..., : self._layout.model.head_dim]).to(torch.float32)
-        return allowed.to(torch.float32) @ bad > 0
-
-
-def _is_nonfinite(patterns: np.ndarray) -> np.ndarray:
-    """Which FP16 bit patterns are infinities or NaNs."""
-    return (patterns & np.uint16(0x7C00)) == 0x7C00

@@ -356,12 +356,31 @@ class MemoryLayout:
 
     def program(self, kind: PassKind) -> list[Descriptor]:
         """The program of a pass."""
-        products = [self._products(kind, stage) for stage in self.stages(kind)]
-        program = []
+        return [descriptor for descriptor, _ in self._named_program(kind)]
+
+    def product_at(self, kind: PassKind, address: int) -> str:
+        """The name of the product whose descriptor is at an address of a pass's program: a linear
+        layer's, or an attention's as in "block.3.scores" and "block.3.values".
+
+        Raises ValueError if there is none.
+        """
+        program = self._named_program(kind)
+        index, rest = divmod(address - self.programs[kind], DESCRIPTOR_BYTES)
+        if rest or not 0 <= index < len(program) or not program[index][1]:
+            raise ValueError(f"there is no product at {address:#x}")
+        return program[index][1]
+
+    def _named_program(self, kind: PassKind) -> list[tuple[Descriptor, str]]:
+        """The program of a pass with the names of its products; "" for other descriptors."""
+        stages = self.stages(kind)
+        program: list[tuple[Descriptor, str]] = []
         for index in range(self.host_turns(kind)):
-            program.append(Descriptor(DescriptorKind.HOST, argument=host_argument(kind, index)))
-            program += products[index] if index < len(products) else []
-        return [*program, Descriptor(DescriptorKind.END)]
+            argument = host_argument(kind, index)
+            program.append((Descriptor(DescriptorKind.HOST, argument=argument), ""))
+            if index < len(stages):
+                products = self._products(kind, stages[index])
+                program += zip(products, self._product_names(stages[index]), strict=True)
+        return [*program, (Descriptor(DescriptorKind.END), "")]
 
     def _program_length(self, kind: PassKind) -> int:
         """Descriptors of a program, END included."""
@@ -370,6 +389,17 @@ class MemoryLayout:
             for stage in self.stages(kind)
         )
         return self.host_turns(kind) + sum(products) + 1
+
+    def _product_names(self, stage: Stage) -> list[str]:
+        """The names of a stage's products."""
+        heads = self.model.kv_heads
+        match stage:
+            case Scores(block):
+                return [f"block.{block}.scores"] * heads
+            case WeightedValues(block):
+                return [f"block.{block}.values"] * heads
+            case Linears(names):
+                return list(names)
 
     def _products(self, kind: PassKind, stage: Stage) -> list[Descriptor]:
         """The products of a stage."""

@@ -112,6 +112,7 @@ class Accelerator(wiring.Component):
             walker.host_answer.eq(control.host_answer),
             # Their jobs.
             datapath.kind.eq(walker.kind),
+            datapath.descriptor.eq(walker.error_address),
             walker.idle.eq(datapath.idle),
             walker.rank_idle.eq(datapath.rank_idle),
             datapath.rank_row.eq(speculation.row),

@@ -39,6 +39,7 @@ class ErrorCode(enum.Enum, shape=unsigned(5)):
     HOST_REFUSED = 13
     STOPPED = 14
     BAD_REGISTER = 15
+    NONFINITE = 16
 
 
 def _power_of_two(value: int) -> int:

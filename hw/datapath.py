@@ -39,6 +39,11 @@ _RESULTS, _RANKING, _RING = range(3)
 _LABEL = data.StructLayout({"kind": 4, "mode": 2})
 
 
+def _queued_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """What is kept of a job while it is under way."""
+    return data.StructLayout({"label": _LABEL, "descriptor": config.address_bits})
+
+
 class Datapath(wiring.Component):
     """Carry out jobs: weights, group bytes and activations are read from memory, results are
     written to it and ranked.
@@ -48,6 +53,11 @@ class Datapath(wiring.Component):
 
     Faults: the first bad response or refused transfer of any unit sets `error`, and what depends on
     it does not happen; `clear` drops all work. Outstanding transactions are then waited for.
+
+    A result that is not finite sets `error` to NONFINITE in the cycle after the one in which it is
+    on offer, with the address of its job's descriptor, however far the readers are ahead. Its job
+    is not over then, or has been for less than a cycle: nothing that waits for `idle` has followed.
+    What the job writes is undefined.
 
     Parameters
     ----------
@@ -64,7 +74,8 @@ class Datapath(wiring.Component):
         GEMMs that the engine can run, with aligned addresses; of those with `rank` only one at a
         time.
     kind : In(8)
-        Kind of the descriptor that the job is from.
+    descriptor : In(address_bits)
+        Kind and address of the descriptor that the job is from.
     rank_command, rank_idle
         Transfers of the last ranking to memory, and whether none is under way.
     rank_row : In, rank_entries : Out
@@ -78,8 +89,6 @@ class Datapath(wiring.Component):
     step : Out(1)
         The array takes a weight word.
     stalls : Out(STALLS)
-    nonfinite : Out(1)
-        Sticky, until `clear`: a result was NaN because of an infinite or NaN operand.
     read_base, read_limit, write_base, write_limit : In(address_bits)
         First and last byte of the regions.
     error : Out(ErrorCode)
@@ -101,6 +110,7 @@ class Datapath(wiring.Component):
                 "program_axi": In(config.data.read_signature),
                 "jobs": In(stream.Signature(config.job_layout)),
                 "kind": In(8),
+                "descriptor": In(address),
                 "rank_command": In(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": Out(1),
                 "rank_row": In(config.engine.row_bits),
@@ -112,7 +122,6 @@ class Datapath(wiring.Component):
                 "current": Out(_LABEL),
                 "step": Out(1),
                 "stalls": Out(STALLS),
-                "nonfinite": Out(1),
                 "read_base": In(address),
                 "read_limit": In(address),
                 "write_base": In(address),
@@ -124,6 +133,8 @@ class Datapath(wiring.Component):
             }
         )
         self.engine = GemmEngine(config.engine)
+        self._nonfinite = Signal()
+        self._culprit = Signal(address, name="culprit", reset_less=True)
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
@@ -216,7 +227,9 @@ class Datapath(wiring.Component):
             (results.command, Const(1), {"tiles": tiles, "address": job.results}),
             (self._ranker.start, job.rank, {}),
         )
-        labels = SyncFIFO(width=_LABEL.size, depth=_JOBS)
+        layout = _queued_layout(config)
+        labels = SyncFIFO(width=layout.size, depth=_JOBS)
+        oldest = data.View(layout, labels.r_data)
         m.submodules.labels = ResetInserter(self.clear)(labels)
         handed = Signal(len(takers))
         taken = Signal(len(takers))
@@ -231,7 +244,7 @@ class Datapath(wiring.Component):
         m.d.comb += [
             self.jobs.ready.eq(taken.all() & labels.w_rdy),
             accept.eq(self.jobs.valid & self.jobs.ready),
-            labels.w_data.eq(Cat(self.kind[:4], job.mode)),
+            labels.w_data.eq(Cat(self.kind[:4], job.mode, self.descriptor)),
             labels.w_en.eq(accept),
             labels.r_en.eq(results.done),
         ]
@@ -249,15 +262,21 @@ class Datapath(wiring.Component):
         with m.If(self.clear):
             m.d.sync += unanswered.eq(0)
         with m.If(labels.r_rdy):
-            m.d.sync += last_label.eq(labels.r_data)
+            m.d.sync += last_label.eq(oldest.label)
         under_way = labels.r_rdy | (unanswered != 0) | self._ranker.busy
         m.d.comb += [
             self.idle.eq(~under_way),
-            self.current.eq(Mux(labels.r_rdy, labels.r_data, Mux(under_way, last_label, 0))),
+            self.current.eq(Mux(labels.r_rdy, oldest.label, Mux(under_way, last_label, 0))),
             self.step.eq(self.engine.step),
             self.stalls.eq(self.engine.stalls),
-            self.nonfinite.eq(self.engine.nonfinite),
         ]
+        # A result on offer belongs to the oldest job, whose label may come a little later.
+        known = Signal()
+        m.d.comb += self._nonfinite.eq(self.engine.nonfinite & known)
+        with m.If(~self._nonfinite):
+            m.d.sync += [self._culprit.eq(oldest.descriptor), known.eq(labels.r_rdy)]
+        with m.If(self.clear):
+            m.d.sync += known.eq(0)
         transfer = Signal()
         with m.If(self.rank_command.valid & self.rank_command.ready):
             m.d.sync += transfer.eq(1)
@@ -267,6 +286,11 @@ class Datapath(wiring.Component):
 
     def _report(self, m: Module, readers: tuple, writer: MemoryWriter) -> None:
         """The first error, and whether all transactions are over."""
+        with m.If(self._nonfinite):
+            m.d.comb += [
+                self.error.eq(ErrorCode.NONFINITE),
+                self.error_address.eq(self._culprit),
+            ]
         units = [(reader, read_error(reader.error)) for reader in readers]
         units.append((writer, write_error(writer.error)))
         for unit, code in reversed(units):

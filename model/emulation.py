@@ -26,7 +26,13 @@ import torch.nn.functional as F
 from speq.model.checkpoint import Model, ModelConfig, linear_names
 from speq.model.format import EncodedTensor
 from speq.model.speculation import Settings, Step, allot_alternates
-from speq.model.transformer import Linear, prepare_draft_linears, rotary_tables, run_blocks
+from speq.model.transformer import (
+    Linear,
+    NonFiniteError,
+    prepare_draft_linears,
+    rotary_tables,
+    run_blocks,
+)
 
 # Rows of a pass: enough to make products of matrices efficient, few enough for the caches.
 _BATCH_ROWS = 256
@@ -178,6 +184,8 @@ def decode(
     ------
     ValueError
         If a prompt is empty or leaves no room in the model's context.
+    NonFiniteError
+        If logits are NaN or +infinity. It names the head, wherever the first such result was.
     """
     c = model.config
     linear = linear or float_linear(float_weights(model))
@@ -190,6 +198,7 @@ def decode(
     texts: list[list[int]] = [[] for _ in prompts]
     for n, prompt in enumerate(prompts):
         rows, k, v = prefill(model, prompt, linear, slice(-1, None))
+        _check_logits(rows, torch.tensor([len(prompt) - 1]))
         keys[:, n, :, : len(prompt)], values[:, n, :, : len(prompt)] = k, v
         texts[n].append(int(rows[0].argmax()))
 
@@ -227,6 +236,7 @@ def decode(
 
         last = torch.tensor([texts[n][-1] for n in rows])
         step = run_blocks(model, last, rotary_tables(model, positions), linear, store, attend)
+        _check_logits(step, positions)
         for n, token in zip(rows, step.argmax(dim=1).tolist(), strict=True):
             texts[n].append(token)
 
@@ -236,6 +246,13 @@ def decode(
         entries = (cache[:, n, :, :used].to(torch.float16) for cache in (keys, values))
         result.append(Text(list(prompt), tokens, *entries))
     return result
+
+
+def _check_logits(logits: torch.Tensor, positions: torch.Tensor) -> None:
+    """Raises NonFiniteError if logits [N, V] at positions [N] are NaN or +infinity."""
+    bad = (~(logits < torch.inf)).any(dim=1).nonzero()
+    if len(bad):
+        raise NonFiniteError("verify", "head", int(positions[bad[0]]))
 
 
 def draft_chains(

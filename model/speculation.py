@@ -22,6 +22,11 @@ Inference from Transformers via Speculative Decoding", 2023). Plain decoding is 
 The cache holds every committed token but the last. Draft passes append their own entries behind
 them, which are dropped before the verify pass writes its own in the same slots; of those, the
 accepted rows' stay. Ties go to the lowest token id everywhere.
+
+Decoding ends with a `NonFiniteError` where plain decoding does, and not before: a draft pass with a
+result that is not finite ends the chain before it; behind such a verify pass, decoding is plain for
+as long as it follows that pass's chain. What was proposed there still counts, so that sampled
+decoding keeps its distribution.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from speq.model.checkpoint import Model
-from speq.model.transformer import DraftLinear, KVCache, forward
+from speq.model.transformer import DraftLinear, KVCache, NonFiniteError, forward, prefill
 
 #: No array has so many rows; it bounds what a pass may allocate.
 MAX_ROWS = 1 << 10
@@ -150,6 +155,13 @@ class Proposal:
         first = 1 + len(self.choices) + sum(len(c) - 1 for c in self.choices[:position])
         return [1 + position, *range(first, first + len(self.choices[position]) - 1)]
 
+    def behind(self, match: int | None) -> Proposal:
+        """What is left of it behind its first position, of which choice `match` was committed
+        (None: none of them)."""
+        if match != 0:
+            return Proposal()
+        return Proposal(self.choices[1:], self.margins[1:], self.distributions[1:])
+
 
 @dataclass(frozen=True)
 class Step:
@@ -165,6 +177,7 @@ class Step:
     alternates : leaf alternates that were verified
     alternate_hit : whether one of them was accepted
     margins : the draft's logit margins along the chain
+    repeated : whether a verify pass at this place was not finite, and this is its plain repetition
     """
 
     tokens: list[int]
@@ -174,6 +187,7 @@ class Step:
     alternates: int
     alternate_hit: bool
     margins: list[float]
+    repeated: bool = False
 
 
 @dataclass
@@ -187,6 +201,7 @@ class Statistics:
     compared: int = 0
     alternates: int = 0
     alternate_hits: int = 0
+    repeated: int = 0
 
     def add(self, step: Step) -> None:
         """Count a step."""
@@ -198,6 +213,7 @@ class Statistics:
         self.compared += min(step.drafted, step.accepted + 1, len(step.tokens))
         self.alternates += step.alternates
         self.alternate_hits += step.alternate_hit
+        self.repeated += step.repeated
 
     @property
     def match_rate(self) -> float:
@@ -354,12 +370,15 @@ def draft(
 ) -> Proposal:
     """Draft a chain behind the last committed token `root` and select leaf alternates.
 
-    The cache is as before when this returns.
+    The chain ends before a draft pass that is not finite. The cache is as before when this returns.
     """
     start, token = cache.length, root
     choices, distributions, gaps = [], [], []
     while len(choices) < settings.length:
-        logits = forward(model, [token], cache, draft=layers)[0]
+        try:
+            logits = forward(model, [token], cache, draft=layers)[0]
+        except NonFiniteError:
+            break
         tokens, q = propose(logits, settings.choices, sampling, generator)
         best = logits[ranked(logits, max(2, settings.choices))]
         gap = best[0] - best
@@ -479,6 +498,9 @@ def generate(
     ------
     ValueError
         If the prompt is empty or too long for the model, or sampling lacks a generator.
+    NonFiniteError
+        If plain decoding cannot go on: the prompt, or the pass of the last committed token alone,
+        has a result that is not finite.
     """
     settings = settings or Settings()
     if sampling is not None and generator is None:
@@ -486,18 +508,31 @@ def generate(
     remaining = token_limit(model, prompt, max_tokens)
     cache = KVCache(model.config, len(prompt) + max(0, remaining) + settings.rows)
     if len(prompt) > 1 and remaining > 0:
-        forward(model, prompt[:-1], cache, logit_rows=slice(-1, None))
-    root = prompt[-1]
+        prefill(model, prompt[:-1], cache)
+    root, number = prompt[-1], 1
+    failed, repeated = Proposal(), False  # what is left of one whose verify pass was not finite
     while remaining > 0:
         start = cache.length
         # The target adds a token to what is accepted.
         limit = min(settings.length, remaining - 1)
         proposal = Proposal()
-        if layers is not None and limit:
+        if layers is not None and limit and not failed.choices:
             limited = replace(settings, draft_length=limit)
             proposal = draft(model, cache, root, layers, limited, sampling, generator)
-        logits = verify(model, cache, root, proposal)
-        tokens, rows = accept(proposal, logits, sampling, generator)
+        try:
+            logits = verify(model, cache, root, proposal)
+        except NonFiniteError as error:
+            if not proposal.choices:
+                error.step = number
+                raise
+            failed, repeated = proposal, True
+            continue
+        if failed.choices:
+            q = failed.distributions[0] if sampling else None
+            token, match = choose(logits[0], failed.choices[0], q, sampling, generator)
+            tokens, rows, failed = [token], [0], failed.behind(match)
+        else:
+            tokens, rows = accept(proposal, logits, sampling, generator)
         cache.keep(start, [start + row for row in rows])
         step = committed_step(
             tokens[:remaining],
@@ -507,9 +542,10 @@ def generate(
             alternates=len(proposal.alternates),
             margins=proposal.margins,
             stop_ids=stop_ids,
+            repeated=repeated,
         )
         yield step
-        root = step.tokens[-1]
+        root, number, repeated = step.tokens[-1], number + 1, False
         remaining = 0 if root in stop_ids else remaining - len(step.tokens)
 
 
@@ -535,6 +571,7 @@ def committed_step(
     alternates: int,
     margins: list[float],
     stop_ids: frozenset[int],
+    repeated: bool,
 ) -> Step:
     """The step that commits `tokens`, but nothing behind a stop token.
 
@@ -543,7 +580,7 @@ def committed_step(
     tokens : those that were accepted and the target's, perhaps without the last ones
     rows : of the verify pass that each was chosen by, as of `accept`
     logits : float32 [rows of the pass, V]
-    drafted, alternates, margins : as of `Step`
+    drafted, alternates, margins, repeated : as of `Step`
     stop_ids : token ids after which decoding ends
     """
     ends = [i + 1 for i, token in enumerate(tokens) if token in stop_ids]
@@ -557,4 +594,5 @@ def committed_step(
         alternates=alternates,
         alternate_hit=rows[-1] > drafted and count > accepted,
         margins=margins,
+        repeated=repeated,
     )

@@ -9,6 +9,10 @@ where in the cache those entries lie. That is contract C4's ground.
 A draft pass is the same pass with the draft weights inside the encoded linear layers and 8-bit
 block activations; attention's own products (queries with keys, weights with values) always run in
 verify mode on FP16 operands, as on the array.
+
+A product with a result that is not finite ends the pass with a `NonFiniteError`, as it ends a run
+of the accelerator with NONFINITE: activations have left FP16's range, and nothing that follows from
+them is worth anything.
 """
 
 import math
@@ -46,6 +50,36 @@ Linear = Callable[[str, torch.Tensor], torch.Tensor]
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 RotaryTable = tuple[torch.Tensor, torch.Tensor]
+
+
+class NonFiniteError(ValueError):
+    """A product of a pass, a linear layer's or one of attention's two, has a result that is not
+    finite.
+
+    Attributes
+    ----------
+    kind : str
+        Of the pass: "prompt", "draft" or "verify".
+    layer : str
+        The first such product of the pass: a linear layer's name, or "block.3.scores" (queries
+        times keys) or "block.3.values" (weights times values).
+    position : int
+        Of the lowest row with such a result, in the text. In attention, of the lowest row whose
+        own query, key or value is not finite.
+    step : int, optional
+        Of decoding, from 1 on.
+    """
+
+    def __init__(self, kind: str, layer: str, position: int, step: int | None = None) -> None:
+        super().__init__(kind, layer, position, step)
+        self.kind, self.layer, self.position, self.step = kind, layer, position, step
+
+    def __str__(self) -> str:
+        where = f"{self.kind} pass" + (f" of step {self.step}" if self.step is not None else "")
+        return (
+            f"NONFINITE: a result of {self.layer} is not finite at position {self.position}, in "
+            f"the {where}: the model's activations leave the range of FP16 on this text"
+        )
 
 
 class KVCache:
@@ -169,35 +203,99 @@ def forward(
     Raises
     ------
     ValueError
-        If a token is not in the vocabulary, the cache is too small or a shape does not fit. The
-        cache is then unchanged.
-    """
-    c = model.config
-    ids, places, allowed = _checked_arguments(c, tokens, cache, positions, mask)
-    cache.positions[cache.length : cache.length + len(ids)] = places
+        If a token is not in the vocabulary, the cache is too small or a shape does not fit.
+    NonFiniteError
+        If a product has a result that is not finite.
 
+    The cache has the same slots in use then as before.
+    """
+    arguments = _checked_arguments(model.config, tokens, cache, positions, mask)
+    kind = "verify" if draft is None else "draft"
+    schedule = pass_schedule(model.config)
+    return _run_pass(model, kind, schedule, arguments, cache, draft or {}, logit_rows, capture)
+
+
+def prefill(model: Model, tokens: Sequence[int], cache: KVCache) -> None:
+    """Fills a cache that is empty with the entries of `tokens`, in one pass without logits.
+
+    Raises as `forward` does; a `NonFiniteError` names the lowest position that has a result that is
+    not finite, and its first product, as if the tokens had come one at a time.
+    """
+    arguments = _checked_arguments(model.config, tokens, cache, None, None)
+    schedule = pass_schedule(model.config, prefill=True)
+    try:
+        _run_pass(model, "prompt", schedule, arguments, cache)
+    except NonFiniteError as error:
+        # A row before it may fail in a later product.
+        if error.position:
+            prefill(model, tokens[: error.position], cache)
+            cache.truncate(0)
+        raise
+
+
+def _run_pass(
+    model: Model,
+    kind: str,
+    schedule: Sequence[Step],
+    arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cache: KVCache,
+    draft: Mapping[str, DraftLinear] | None = None,
+    logit_rows: slice = slice(None),
+    capture: Capture | None = None,
+) -> torch.Tensor:
+    """A pass with the arguments that `_checked_arguments` gives; the others as of `forward`."""
+    c = model.config
+    ids, places, allowed = arguments
+    cache.positions[cache.length : cache.length + len(ids)] = places
     tables = rotary_tables(model, places)
     window_mask = _sliding_window(c, cache, places, allowed)
+    entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # new ones by block
+
+    def check(layer: str, *tensors: torch.Tensor) -> None:
+        row = first_nonfinite_row(*tensors)
+        if row is not None:
+            rows = places[logit_rows] if layer == "head" else places
+            raise NonFiniteError(kind, layer, int(rows[row]))
+
+    def check_attention(block: int, *queries: torch.Tensor) -> None:
+        # All earlier entries are finite, and so are the softmax's weights.
+        keys, values = entries[block]
+        check(f"block.{block}.scores", *queries, keys)
+        check(f"block.{block}.values", values)
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         if capture is not None:
             capture(name, x)
-        if draft is not None and name in draft:
-            layer = draft[name]
-            return layer.pad(draft_gemm(layer.quantize(x), layer.operand))
-        return verify_gemm(x, model.operands[name])
+        layer = draft.get(name) if draft else None
+        if layer is None:
+            y = verify_gemm(x, model.operands[name])
+        else:
+            y = draft_gemm(layer.quantize(x), layer.operand)
+        check(name, y)
+        return y if layer is None else layer.pad(y)
 
     def store(block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         cache.store(block, keys, values)
+        entries[block] = keys, values
 
     def attend(block: int, queries: torch.Tensor) -> torch.Tensor:
+        check_attention(block, queries)
         seen = allowed if c.is_global(block) else window_mask
         keys, values = cache.entries(block, allowed.shape[1])
         return attention(queries, keys, values, seen, c.attention_scale)
 
-    logits = run_blocks(model, ids, tables, linear, store, attend, logit_rows)
+    logits = run_blocks(model, ids, tables, linear, store, attend, logit_rows, schedule)
+    # Without attention in the last block, its entries have been in no product yet.
+    check_attention(c.blocks - 1)
     cache.length += len(ids)
     return logits
+
+
+def first_nonfinite_row(*tensors: torch.Tensor) -> int | None:
+    """The lowest row of tensors [T, ...] in which one of them is not finite; None if all are."""
+    finite = [torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in tensors]
+    bad = (~torch.stack(finite).all(dim=0)).nonzero()
+    return int(bad[0]) if len(bad) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +336,7 @@ def run_blocks(
     store: Store,
     attend: Attend,
     logit_rows: slice = slice(None),
+    schedule: Sequence[Step] | None = None,
 ) -> torch.Tensor:
     """The transformer around its linear layers and its attention: logits float32 [rows, V].
 
@@ -252,8 +351,10 @@ def run_blocks(
         Writes to the KV cache; keys are rotated.
     attend : (block, queries float16 [T, heads, D]) -> float16 [T, heads * D]
         Attention of a block to the KV cache, what was just stored included; queries are rotated.
+    schedule : of the pass, optional
+        One that gives logits when not given.
     """
-    steps = pass_steps(model, pass_schedule(model.config), tokens, tables, logit_rows)
+    steps = pass_steps(model, schedule or pass_schedule(model.config), tokens, tables, logit_rows)
     answer = None
     try:
         while True:
@@ -356,7 +457,7 @@ def attention(
     for q, k, v in zip(queries.split(sharing, dim=1), keys, values, strict=True):
         steps = attention_steps(q.flatten(0, 1), allowed, scale)
         weights = steps.send(verify_gemm(next(steps), k))
-        y = finish(steps, _weighted_values(weights, v, allowed))
+        y = finish(steps, verify_gemm(weights, v.T))
         outputs.append(y.unflatten(0, (rows, sharing)))
     return torch.cat(outputs, dim=1).flatten(1)
 
@@ -385,22 +486,6 @@ def finish(
     except StopIteration as end:
         return end.value
     raise RuntimeError("the generator has more steps")
-
-
-def _weighted_values(
-    weights: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor
-) -> torch.Tensor:
-    """weights [N, S] times values [S, D], float32 [N, D]. A weight of 0 does not hide an infinite
-    or NaN value from the product, so if there are any, each row takes the values that it attends
-    to."""
-    if torch.isfinite(values).all():
-        return verify_gemm(weights, values.T)
-    return torch.cat(
-        [
-            verify_gemm(row[None, seen], values[seen].T)
-            for row, seen in zip(weights, allowed, strict=True)
-        ]
-    )
 
 
 def linear_inputs(model: Model, tokens: Sequence[int], block: int) -> dict[str, torch.Tensor]:

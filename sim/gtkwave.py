@@ -148,7 +148,7 @@ LAYOUT = (
                 Trace(f"{_DATAPATH}.stalls.{name}", f"stall: {name}")
                 for name in ("weights", "groups", "activations", "results")
             ),
-            Trace(f"{_DATAPATH}.nonfinite"),
+            Trace(f"{_DATAPATH}.engine.nonfinite"),
         ),
     ),
     Group("Weight words", _stream(f"{_DATAPATH}.weights")),

@@ -95,7 +95,8 @@ class GemmEngine(wiring.Component):
     rejected : Out(1)
         Sticky: a command was dropped.
     nonfinite : Out(1)
-        Sticky: a result was NaN because of an infinite or NaN operand.
+        Sticky: a result on offer was not finite. FP32 results are finite or NaN, because of an
+        infinite or NaN operand; FP16 results can overflow as well.
     clear : In(1)
         Reset the sticky flags.
     """
@@ -345,12 +346,11 @@ class GemmEngine(wiring.Component):
             payload.row.eq(read.row),
             payload.last.eq(read.last),
         ]
-        # FP32 results are finite or NaN; FP16 results can be infinite as well.
-        is_nan = Cat(
-            Mux(read.half, lane[9:15].all(), lane[23:31].all()) & payload.strobe[column]
+        is_nonfinite = Cat(
+            Mux(read.half, lane[10:15].all(), lane[23:31].all()) & payload.strobe[column]
             for column, lane in enumerate(read.data)
         )
-        with m.If(self.results.valid & is_nan.any()):
+        with m.If(self.results.valid & is_nonfinite.any()):
             m.d.sync += self.nonfinite.eq(1)
         with m.Elif(self.clear):
             m.d.sync += self.nonfinite.eq(0)

@@ -111,7 +111,7 @@ class ProgramWalker(wiring.Component):
         Pulse: a descriptor has passed its checks.
     error : Out(ErrorCode)
     error_address : Out(address_bits)
-        Of the descriptor, or of the failed read.
+        Of the descriptor, also while there is no error, or of the failed read.
     clear : In(1)
         Pulse: drop everything.
     busy : Out(1)

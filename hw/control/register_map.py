@@ -143,6 +143,7 @@ ERRORS = {
     ErrorCode.STOPPED: "the host wrote STOP",
     ErrorCode.BAD_REGISTER: "start was written with an impossible value in the register whose "
     "offset ERROR_ADDRESS holds",
+    ErrorCode.NONFINITE: "a result of a product is infinite or NaN",
 }
 
 #: Counters of 64 bits. They count from reset or CLEAR_COUNTERS on, while a run is under way.
@@ -264,7 +265,8 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             "ERROR_ADDRESS",
             0x030,
             "of the malformed descriptor, the refused transfer, the burst that failed, the "
-            "descriptor that the host did not answer, or the register; 0 for STOPPED",
+            "descriptor that the host did not answer, the product's descriptor for NONFINITE, or "
+            "the register; 0 for STOPPED",
             "ro",
         ),
         Register("IRQ_ENABLE", 0x038, "rw", "interrupts that raise irq", 3, interrupts),

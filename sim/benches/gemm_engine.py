@@ -382,7 +382,7 @@ def _write_beats(
     groups = np.concatenate([group_beats(gemm, columns) for gemm in gemms])
     marks = np.concatenate([np.arange(len(beats)) == 0 for beats in words]).astype(np.uint8)
     # Big-endian: the mark, then the columns from the last to the first.
-    weights = np.concatenate(words)[:, ::-1].astype(">u2").view(np.uint8)
+    weights = np.concatenate(words)[:, ::-1].astype(">u2", order="C").view(np.uint8)
     contents = {
         "command": _to_bytes(commands, command_layout(config).size),
         "activations": _to_bytes(activations, config.activation_layout.size),

@@ -23,6 +23,7 @@ from speq.cli.simulation import rtl_figures
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.session import memory_size
 from speq.hw.control.register_map import COUNTERS
+from speq.model.checkpoint import Model
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.encoding import encode_linears
 from speq.model.evaluation import encoded_costs
@@ -31,7 +32,7 @@ from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.tokenizer import TextStream
 from tests.model.drafted import pass_costs, rearranged
-from tests.model.small_models import random_weights, small_config, write_gguf
+from tests.model.small_models import overflowing, random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 COUNT = 20
@@ -82,6 +83,46 @@ def test_speculative_text_is_that_of_fp16(speq_generate):
         assert re.search(r"modelled speedup over FP16: \d\.\d\d \(\d+ draft passes at", made.err)
     short = speq_generate("--max-tokens", 4)
     assert plain.out.startswith(short.out[:-1])
+
+
+@pytest.fixture(scope="module")
+def overflowing_checkpoint(tmp_path_factory) -> str:
+    """A model that cannot go on behind the fifth token that it decodes for "hello"."""
+    config = small_config(tied_head=False, context=64)
+    weights = {name: w.half() for name, w in random_weights(config, SEED).items()}
+    path = str(tmp_path_factory.mktemp("overflow") / "random.gguf")
+
+    def write(token: int, scale: float = 1.0) -> Model:
+        model = Model("random", config, weights, tokenizer=None)
+        model = overflowing(model, token, "block.0.down_proj", scale=scale)
+        write_gguf(Path(path), config, {n: w.float() for n, w in model.weights.items()})
+        return load_model(path)
+
+    model = write(0, 2.0**-6)
+    prompt = model.tokenizer.encode(model.tokenizer.chat("hello"))
+    text = [t for step in generate(model, prompt, None, max_tokens=COUNT) for t in step.tokens]
+    assert 0 not in prompt + text[:5] and text[4] not in prompt + text[:4]
+    write(text[4])
+    return path
+
+
+def test_text_before_the_end_of_fp16s_range_is_shown(overflowing_checkpoint, speq_generate):
+    """Then one line that says where, and exit code 1."""
+    shown = []
+    for options in (("--mode", "fp16"), ("--threshold", 0.5), ("--temperature", 1e-6)):
+        made = speq_generate("--max-tokens", COUNT, *options, model=overflowing_checkpoint)
+        assert made.code == 1
+        figures, *_, error, empty = made.err.split("\n")
+        assert figures.startswith("5 tokens in ") and not empty
+        assert re.fullmatch(
+            r"speq: error: NONFINITE: a result of block\.0\.down_proj is not finite at position "
+            r"\d+, in the verify pass of step \d: .*",
+            error,
+        )
+        shown.append(made.out)
+    assert len(set(shown)) == 1 and len(shown[0]) > 1
+    short = speq_generate("--mode", "fp16", "--max-tokens", 5, model=overflowing_checkpoint)
+    assert short.code == 0 and short.out == shown[0]
 
 
 def test_sampled_text_depends_on_the_seed(speq_generate):

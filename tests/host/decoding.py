@@ -12,6 +12,7 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.model.speculation import Settings, Step
+from speq.model.transformer import NonFiniteError
 from speq.sim.runner import seed
 
 SEED = seed()
@@ -66,3 +67,23 @@ def check(session: Session, prompt: list[int], settings: Settings, **options: ob
     got = list(session.generate(prompt, **options))
     assert_same_steps(got, list(session.golden(prompt, **options)))
     return got
+
+
+def check_end(
+    session: Session, prompt: list[int], settings: Settings, **options: object
+) -> tuple[list[Step], NonFiniteError | None]:
+    """As `check`, but decoding may end with a `NonFiniteError`: both with the same one."""
+    options = {"max_tokens": TOKENS, "settings": settings} | options
+    made: list[tuple[list[Step], NonFiniteError | None]] = []
+    for decode in (session.generate, session.golden):
+        steps, error = [], None
+        try:
+            for step in decode(prompt, **options):
+                steps.append(step)
+        except NonFiniteError as caught:
+            error = caught
+        made.append((steps, error))
+    (got, error), (expected, golden) = made
+    assert_same_steps(got, expected)
+    assert str(error) == str(golden), f"SPEQ_SEED={SEED}"
+    return got, error

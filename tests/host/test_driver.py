@@ -17,7 +17,6 @@ import torch
 
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.driver import AcceleratorError, Driver, default_capacity, threshold_bits
-from speq.host.kv_entries import KVEntries
 from speq.host.layout import Region
 from speq.host.registers import Registers, read_configuration
 from speq.host.session import Session, memory_size
@@ -25,13 +24,14 @@ from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import EngineConfig, Mode
+from speq.model import speculation
 from speq.model.checkpoint import ARCHITECTURES, Model
 from speq.model.encoding import encode_linears
 from speq.model.format import EncodedTensor, encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, generate
-from speq.model.transformer import attention
+from speq.model.transformer import NonFiniteError
 from tests.host.decoding import (
     COUNTED,
     SEED,
@@ -40,10 +40,11 @@ from tests.host.decoding import (
     assert_same_steps,
     bits,
     check,
+    check_end,
     system,
 )
 from tests.model.drafted import drafted_model, rearranged
-from tests.model.small_models import random_tokens
+from tests.model.small_models import BEHIND_PREFILL, OVERFLOWS, overflowing, random_tokens
 
 
 def make_session(
@@ -206,37 +207,91 @@ def test_the_weights_in_memory_are_what_counts(llama):
     assert_same_steps(list(llama.generate(prompt, max_tokens=3, settings=settings)), expected)
 
 
-def test_infinite_values_are_hidden_from_rows_that_do_not_attend_to_them():
-    """As in the golden attention; in memory they are 0."""
-    model = drafted_model("llama", SEED, blocks=1, heads=2, kv_heads=2, head_dim=6)
-    session = make_session(model, None, system())
-    generator = torch.Generator().manual_seed(SEED)
-    q, k, v = (torch.randn(n, 2, 6, generator=generator).half() for n in (3, 9, 9))
-    v[4, 0, 5], v[8, 1, 0], v[2, 1, 3] = math.inf, math.nan, -math.inf
-    allowed = torch.rand(3, 9, generator=generator) < 0.5
-    allowed[:, 8] = torch.tensor([True, True, False])
-    kv = KVEntries(session.board, session.driver.layout)
-    kv.store(0, 0, k, v)
-    expected = attention(q, k.transpose(0, 1), v.transpose(0, 1), allowed, 0.3).unflatten(1, (2, 6))
-    hidden = kv.hidden(0, allowed).transpose(0, 1)
-    assert torch.equal(hidden, expected.isnan()) and hidden.any() and not hidden.all()
-    for head in range(2):
-        content = session.board.read(session.driver.layout.values_address(0, head), 9 * 8 * 2)
-        stored = content.view(np.float16).reshape(9, 8)[:, :6]
-        clean = torch.where(torch.isfinite(v[:, head]), v[:, head], 0).numpy()
-        assert np.array_equal(stored, clean)
+# Results that are not finite.
+
+OVERFLOWING = [f"block.{block}.{layer}" for block in (0, 1) for layer in OVERFLOWS] + ["head"]
 
 
-def test_values_that_overflow_decode_like_the_golden_model():
-    """Those of some tokens at the smaller scale, of most at the larger one."""
-    for scale in (2.0**14.5, 2.0**15.5):
-        model = drafted_model("llama", SEED)
-        model.weights["block.0.v_proj"] *= scale
+@pytest.mark.parametrize("layer", OVERFLOWING)
+def test_results_that_are_not_finite_end_decoding(layer):
+    """Where the golden model ends, with the same error: in the prompt, at its end, and later."""
+    settings = Settings(4, threshold=0.5)
+    base, prompt = drafted_model("llama", SEED), [1, 2, 3, 4, 5, 6, 7]
+    model = overflowing(base, 5, layer)
+    session = make_session(model, encode_linears(model), system())
+    name = layer.split(" ")[0]
+    for text, kind, position in (
+        (prompt, "prompt", 4),  # the first row of a batch
+        (prompt[1:], "prompt", 3),  # the last
+        ([5, 6], "prompt", 0),
+        (prompt[:5], "verify", 4),
+    ):
+        steps, error = check_end(session, text, settings, max_tokens=2)
+        if layer in BEHIND_PREFILL and kind == "prompt":
+            assert error is None or error.kind == "verify"
+            continue
+        assert steps == [] and error is not None
+        assert (error.kind, error.layer, error.position) == (kind, name, position)
+        assert session.driver.registers["STATUS"] == STATES["IDLE"][0]
+
+
+def test_the_lowest_position_of_a_prompt_is_named():
+    """Tokens in one batch and in two; a later one fails in an earlier product."""
+    model = overflowing(drafted_model("llama", SEED), 7, "block.0.values")
+    model = overflowing(model, 5, "block.1.values", axis=1)
+    session = make_session(model, encode_linears(model), system())
+    for text, position in (
+        ([1, 2, 5, 7, 3], 2),
+        ([1, 2, 3, 5, 7, 7, 4], 3),
+        ([7, 5, 3], 0),
+        ([1, 2, 3, 4, 9, 5, 7, 3], 5),
+    ):
+        _, error = check_end(session, text, Settings(4))
+        assert error is not None and error.position == position
+
+
+def test_steps_whose_drafts_are_not_finite_are_repeated(monkeypatch):
+    """Behind draft and verify passes; decoding ends where the golden model's does."""
+    base, settings = drafted_model("llama", SEED, blocks=1), Settings(4, threshold=0.1)
+    prompt = random_tokens(base.config, 4, SEED)
+    failed: list[str] = []
+    plain_forward = speculation.forward
+
+    def recorded(*arguments, **options):
+        try:
+            return plain_forward(*arguments, **options)
+        except NonFiniteError as error:
+            failed.append(error.kind)
+            raise
+
+    monkeypatch.setattr(speculation, "forward", recorded)
+    wanted = {"a draft", "a verify pass", "the end behind a repetition"}
+    for token in range(64):
+        model = overflowing(base, token, "block.0.down_proj")
         encoded = encode_linears(model)
-        session = make_session(model, encoded, system())
-        prompt = random_tokens(model.config, 5, SEED + 1)
-        steps = check(session, prompt, Settings(4, threshold=0.1))
-    assert all(step.logits.isnan().any() for step in steps)
+        failed.clear()
+        steps, end = [], None
+        try:
+            for step in Session(model, encoded).golden(prompt, max_tokens=6, settings=settings):
+                steps.append(step)
+        except NonFiniteError as error:
+            end = error.step
+        repeated = any(step.repeated for step in steps)
+        found = {
+            "a draft": "draft" in failed,
+            "a verify pass": repeated,
+            "the end behind a repetition": end is not None and end > 1 and len(failed) > 1,
+        }
+        found = {name for name, happens in found.items() if happens} & wanted
+        if found:
+            session = make_session(model, encoded, system())
+            got, error = check_end(session, prompt, settings, max_tokens=6)
+            assert (len(got), error and error.step) == (len(steps), end)
+            assert session.driver.registers["STATUS"] == STATES["IDLE"][0]
+            wanted -= found
+        if not wanted:
+            return
+    raise AssertionError(f"no model for {wanted}")
 
 
 def test_a_run_that_nobody_finishes_is_stopped(llama):

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from speq.model.checkpoint import LINEARS, ModelConfig, tensor_shapes
+from speq.model.checkpoint import LINEARS, Model, ModelConfig, tensor_shapes
 from speq.model.loaders.gguf import stored_name as gguf_name
 from speq.model.loaders.hf import stored_name as hf_name
 
@@ -351,6 +351,53 @@ def reference_logits(
         h = h + y * c.residual_scale
     head = weights["embedding"] if c.tied_head else weights["head"]
     return norm("final_norm", h) @ head.T * c.logit_scale
+
+
+#: Where a token's activations can leave FP16's range, by the layer that shows it.
+OVERFLOWS = ("q_proj", "scores of q", "scores of k", "values", "gate_proj", "down_proj")
+#: What the prompt's passes of a model of two blocks do not compute.
+BEHIND_PREFILL = ("block.1.scores of q", "block.1.gate_proj", "block.1.down_proj", "head")
+
+
+def overflowing(model: Model, token: int, layer: str, axis: int = 0, scale: float = 1.0) -> Model:
+    """The model, but wherever `token` stands, and nowhere else, a result of `layer` is not finite:
+    "head", or one of `OVERFLOWS` behind a block, as in "block.1.scores of k".
+
+    Component `axis` of the residual stream is the token's alone; weights that amplify it by `scale`
+    times enough do the rest. The model must have no norm behind that layer's input.
+    """
+    weights = {name: w.clone() for name, w in model.weights.items()}
+    c = model.config
+    weights["embedding"][:, axis] = 0
+    weights["embedding"][token, axis] = 8 / c.embedding_scale
+    for name, w in weights.items():
+        if name.endswith(("o_proj", "down_proj")):
+            w[axis] = 0
+        elif name.endswith("_proj"):
+            w[:, axis] = 0
+
+    def amplify(name: str, row: int, factor: float) -> None:
+        # Beside a large weight, small ones are large as well in a draft.
+        weights[name][row] = 0
+        weights[name][row, axis] = factor
+
+    block = layer[: layer.rfind(".") + 1]
+    match layer.removeprefix(block):
+        case "head":
+            weights["final_norm"][axis] = 60_000 * scale
+        case "q_proj":
+            weights[block + "attn_norm"][axis] = 60_000 * scale
+        case "gate_proj":
+            weights[block + "ffn_norm"][axis] = 60_000 * scale
+        case "scores of q" | "scores of k" as scores:  # whatever their rotation
+            for row in (0, c.head_dim // 2):
+                amplify(f"{block}{scores[-1]}_proj", row, 60_000 * scale)
+        case "values":
+            amplify(block + "v_proj", 0, 60_000 * scale)
+        case "down_proj":
+            amplify(block + "gate_proj", 0, 100)
+            amplify(block + "up_proj", 0, 600 * scale)
+    return Model(f"overflowing {model.name}", c, weights, tokenizer=None)
 
 
 def perplexity(logits: torch.Tensor, tokens: list[int]) -> float:

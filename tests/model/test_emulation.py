@@ -30,9 +30,9 @@ from speq.model.emulation import (
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate, ranked
-from speq.model.transformer import KVCache, forward, prepare_draft_linears
+from speq.model.transformer import KVCache, NonFiniteError, forward, prepare_draft_linears
 from tests.model.drafted import drafted_model, rearranged
-from tests.model.small_models import random_tokens
+from tests.model.small_models import overflowing, random_tokens
 from tests.model.test_speculation import plain_decoding
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -360,3 +360,18 @@ def test_activations_and_weights_can_be_replaced(subject):
     ours = float_linear(weights, lambda name, x: layers[name].quantize(x).values())
     tokens = random_tokens(model.config, 12, SEED)
     assert torch.equal(logits(model, tokens, ours), logits(model, tokens, draft_linear(encoded)))
+
+
+@pytest.mark.parametrize("layer", ["block.0.down_proj", "block.1.values", "head"])
+def test_texts_end_with_an_error_where_logits_are_not_finite(layer):
+    """A token of a prompt, then one that is decoded."""
+    base, prompt = drafted_model("llama", SEED), [3, 4, 5]
+    first = decode(overflowing(base, 6, layer, scale=2.0**-6), [prompt], 1)[0].tokens[0]
+    assert first not in (6, *prompt)
+    for token, position in ((5, 2), (first, 3)):
+        model = overflowing(base, token, layer)
+        with pytest.raises(NonFiniteError) as error:
+            decode(model, [prompt], 8)
+        assert (error.value.kind, error.value.layer) == ("verify", "head")
+        assert error.value.position == position
+    assert len(decode(model, [prompt], 1)[0].tokens) == 1

@@ -38,8 +38,8 @@ from speq.model.speculation import (
     recursive_rejection,
     sample,
 )
-from speq.model.transformer import KVCache, forward, prepare_draft_linears
-from tests.model.small_models import random_tokens, random_weights, small_config
+from speq.model.transformer import KVCache, NonFiniteError, forward, prepare_draft_linears
+from tests.model.small_models import overflowing, random_tokens, random_weights, small_config
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 TOKENS = 24
@@ -268,6 +268,148 @@ def test_greedy_check_notices_bugs(subject, bug, monkeypatch):
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(AssertionError, match=message):
         check_lossless(subject, settings)
+
+
+# Results that are not finite.
+
+OVERFLOWING = ("block.0.down_proj", "block.1.scores of k", "block.1.values", "head")
+#: Of those of `SETTINGS`, with chains and alternates of many lengths.
+ENDING = ["chain with early exit", "alternates with early exit", "two choices", "many rows"]
+
+Ended = tuple[list[int], tuple[str, int] | None]
+
+
+def plain_end(model: Model, prompt: list[int], count: int) -> Ended:
+    """Tokens of plain decoding, and layer and position of a result that is not finite."""
+    cache = KVCache(model.config, len(prompt) + count)
+    tokens = []
+    try:
+        for token in prompt[:-1]:
+            forward(model, [token], cache)
+        while len(tokens) < count:
+            row = forward(model, [(prompt + tokens)[-1]], cache)[0].tolist()
+            tokens.append(row.index(max(row)))
+    except NonFiniteError as error:
+        return tokens, (error.layer, error.position)
+    return tokens, None
+
+
+def speculative_end(subject, model: Model, layers, prompt: list[int], **options) -> tuple:
+    """The same of `generate`, with its statistics and the error."""
+    tokens, statistics, error = [], Statistics(), None
+    try:
+        for step in generate(model, prompt, layers, max_tokens=TOKENS, **options):
+            tokens += step.tokens
+            statistics.add(step)
+    except NonFiniteError as caught:
+        error = caught
+    return tokens, error and (error.layer, error.position), statistics, error
+
+
+def encoded_layers(model: Model) -> dict:
+    return prepare_draft_linears(
+        {
+            name: encode(model.linear_weight(name), FormatConfig(), name=name)
+            for name in linear_names(model.config)
+        }
+    )
+
+
+def ordinary_text(subject, prompt: list[int], layer: str) -> list[int]:
+    """What models decode that `layer` overflows in, before they meet their token."""
+    for absent in set(range(64)) - set(prompt):
+        model = overflowing(subject.model, absent, layer, scale=2.0**-6)
+        text, _ = plain_end(model, prompt, TOKENS)
+        if absent not in text:
+            return text
+    raise AssertionError("every token occurs")
+
+
+@pytest.mark.parametrize("layer", OVERFLOWING)
+def test_decoding_ends_where_plain_decoding_does(subject, layer):
+    """The tokens before are all committed; the pass, the position and the layer are named."""
+    if "scores" in layer and "gemma" in subject.model.name:
+        pytest.skip("it norms its keys")
+    prompt = subject.prompts[1]
+    text = ordinary_text(subject, prompt, layer)
+    late = next(i for i in range(8, TOKENS) if text[i] not in prompt + text[:i])
+    for number in {late, 0 if text[0] not in prompt else late}:
+        model = overflowing(subject.model, text[number], layer)
+        layers = encoded_layers(model)
+        expected = text[: number + 1], (layer.split(" ")[0], len(prompt) + number)
+        assert plain_end(model, prompt, TOKENS) == expected
+        for draft_layers, names in ((layers, ENDING), (None, ["one row"])):
+            for name in names:
+                *got, statistics, error = speculative_end(
+                    subject, model, draft_layers, prompt, settings=SETTINGS[name]
+                )
+                assert tuple(got) == expected, name
+                assert error.kind == "verify" and error.step == statistics.verify_passes + 1
+                assert f"in the verify pass of step {error.step}: " in str(error)
+
+
+def test_the_prompt_may_end_decoding(subject):
+    for place in range(4):
+        prompt = [1, 2, 3, 4]
+        model = overflowing(subject.model, prompt[place], "block.1.values")
+        layers = encoded_layers(model)
+        tokens, where, _, error = speculative_end(subject, model, layers, prompt)
+        assert (tokens, where) == ([], ("block.1.values", place))
+        expected = ("prompt", None) if place < 3 else ("verify", 1)
+        assert (error.kind, error.step) == expected
+
+
+def test_drafts_that_are_not_finite_end_nothing(subject):
+    """Tokens that are drafted and refused; and those that only the draft cannot compute."""
+    layer, settings = "block.0.down_proj", SETTINGS["alternates with early exit"]
+    prompt = subject.prompts[1]
+    text = ordinary_text(subject, prompt, layer)
+    total = Statistics()
+    for token in set(range(64)) - set(prompt + text[:-1]):
+        model = overflowing(subject.model, token, layer)
+        *got, statistics, _ = speculative_end(
+            subject, model, encoded_layers(model), prompt, settings=settings
+        )
+        assert got == [text, None]
+        total.repeated += statistics.repeated
+        if total.repeated >= 3:
+            break
+    assert total.repeated
+
+    token = text[0]
+    model = overflowing(subject.model, token, layer, scale=2.0**-6)
+    layers = encoded_layers(overflowing(subject.model, token, layer))
+    steps = list(generate(model, prompt, layers, max_tokens=TOKENS, settings=Settings()))
+    assert [t for step in steps for t in step.tokens] == plain_end(model, prompt, TOKENS)[0]
+    assert not any(step.repeated for step in steps)
+    roots = [prompt[-1], *(step.tokens[-1] for step in steps[:-1])]
+    assert token in roots
+    assert all(
+        (root == token) <= (step.drafted == 0) for root, step in zip(roots, steps, strict=True)
+    )
+
+
+def test_statistics_count_repetitions(subject, monkeypatch):
+    """Behind a verify pass that is not finite, decoding is plain while it follows the chain."""
+    prompt, settings = subject.prompts[1], Settings(rows=4, choices=1)
+    expected, _ = reference(subject, 1)
+    passes = []
+
+    def verify_failing_once(model, cache, root, proposal):
+        passes.append(proposal.chain)
+        if len(passes) == 1:
+            raise NonFiniteError("verify", "head", 0)
+        return plain_verify(model, cache, root, proposal)
+
+    monkeypatch.setattr(speculation, "verify", verify_failing_once)
+    steps = list(
+        generate(subject.model, prompt, subject.layers, max_tokens=TOKENS, settings=settings)
+    )
+    assert [t for step in steps for t in step.tokens] == expected
+    followed = next(i for i in range(4) if passes[0][i:] == [] or passes[0][i] != expected[i])
+    plain = min(followed + 1, 3)  # one for each position that is compared
+    assert [bool(chain) for chain in passes[: plain + 2]] == [True, *[False] * plain, True]
+    assert [step.repeated for step in steps] == [True, *[False] * (len(steps) - 1)]
 
 
 # Ties, alternates, settings.
@@ -642,6 +784,42 @@ def test_sampled_text_has_the_targets_distribution(markov, settings, sampling):
     assert 0.2 < statistics.match_rate < 0.9
     assert (statistics.alternate_hits > 300) == (settings.choices > 1)
     assert p_value(counts, distribution(markov.target, sampling)) > LEAST_P_VALUE
+
+
+def fail_on_some(markov: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft passes of token 1 and verify passes with token 2 or 4 behind the root fail."""
+    ordinary = speculation.forward
+
+    def failing(model, tokens, cache, *, draft=None, **options):
+        if (draft is not None and tokens == [1]) or {2, 4} & set(tokens[1:]):
+            raise NonFiniteError("draft" if draft is not None else "verify", "head", 0)
+        markov.rows = len(tokens)
+        return ordinary(model, tokens, cache, draft=draft, **options)
+
+    monkeypatch.setattr(speculation, "forward", failing)
+
+
+@pytest.mark.parametrize("case", ["chain", "alternates"])
+def test_repetitions_keep_the_targets_distribution(markov, monkeypatch, case):
+    fail_on_some(markov, monkeypatch)
+    settings, sampling = SAMPLED[case]
+    counts, statistics = transitions(markov, settings, sampling, 6_000)
+    assert statistics.repeated > 400
+    assert p_value(counts, distribution(markov.target, sampling)) > LEAST_P_VALUE
+
+
+def test_chi_square_notices_a_forgotten_proposal(markov, monkeypatch):
+    """As if nothing had been proposed where a verify pass failed."""
+    fail_on_some(markov, monkeypatch)
+    settings, sampling = SAMPLED["chain"]
+
+    def forgetting(logits, choices, q, *rest):
+        known = ([], None) if markov.rows == 1 else (choices, q)
+        return choose(logits, *known, *rest)
+
+    monkeypatch.setattr(speculation, "choose", forgetting)
+    counts, _ = transitions(markov, settings, sampling, 6_000)
+    assert p_value(counts, distribution(markov.target, sampling)) < LEAST_P_VALUE
 
 
 def test_sampled_text_depends_on_the_seed_only(subject):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,17 +20,21 @@ from speq.model.transformer import (
     AttentionRequest,
     KVCache,
     LinearRequest,
+    NonFiniteError,
     StoreRequest,
-    attention,
     attention_steps,
     finish,
     forward,
     linear_inputs,
     pass_steps,
+    prefill,
     prepare_draft_linears,
     rotary_tables,
 )
 from tests.model.small_models import (
+    BEHIND_PREFILL,
+    OVERFLOWS,
+    overflowing,
     perplexity,
     random_tokens,
     random_weights,
@@ -227,20 +233,6 @@ def test_a_pass_asks_for_its_products_stage_by_stage():
         finish(attention_pass, torch.zeros(1, 1))
 
 
-def test_values_that_a_row_does_not_see_cannot_disturb_it():
-    """Zero times an infinite value is NaN, so a weight of zero alone would not hide it."""
-    generator = torch.Generator().manual_seed(SEED)
-    q, k, v = (torch.randn(n, 2, 8, generator=generator).half() for n in (3, 5, 5))
-    keys, values = k.transpose(0, 1), v.transpose(0, 1).clone()
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    mask[1, 4] = mask[2, 4] = False
-    clean = attention(q, keys, values, mask, 0.25)
-    values[:, 4, 3] = torch.inf
-    disturbed = attention(q, keys, values, mask, 0.25)
-    assert torch.equal(disturbed[1:], clean[1:])
-    assert disturbed[0].isnan().any()
-
-
 @pytest.mark.parametrize("width", [4, 6])
 def test_draft_pass_uses_draft_numerics_where_it_has_draft_weights(width):
     model = small_model()
@@ -288,11 +280,96 @@ def test_logit_rows_selects_rows():
     assert_same_bits(last, every[-2:])
 
 
-def test_nonfinite_weight_makes_every_logit_nan():
-    model = small_model()
-    model.weights["block.0.down_proj"][3, 5] = torch.inf
-    logits = forward(model, random_tokens(model.config, 3, SEED), KVCache(model.config, 3))
-    assert (bits(logits) == 0x7FC00000).all()
+# Results that are not finite.
+
+OVERFLOWING = [f"block.{block}.{layer}" for block in (0, 1) for layer in OVERFLOWS] + ["head"]
+
+
+@pytest.mark.parametrize("layer", OVERFLOWING)
+def test_a_result_that_is_not_finite_ends_a_pass(layer):
+    """In passes of any kind: the first product is named, and the position of the token's row."""
+    token, text = 7, [3, 5, 9, 7, 4, 7]
+    model = overflowing(small_model(), token, layer)
+    layers = prepare_draft_linears(encoded_linears(model, FormatConfig()))
+    expected = layer.split(" ")[0]
+
+    def ended(kind: str, run: Callable[..., object], position: int, *arguments, **options):
+        with pytest.raises(NonFiniteError) as error:
+            run(model, *arguments, **options)
+        got = (error.value.kind, error.value.layer, error.value.position, error.value.step)
+        assert got == (kind, expected, position, None)
+        assert re.fullmatch(
+            f"NONFINITE: a result of {expected} is not finite at position {position}, in the {kind}"
+            " pass: .*",
+            str(error.value),
+        )
+
+    for kind, draft in (("verify", None), ("draft", layers)):
+        cache = KVCache(model.config, 12)
+        before = forward(model, text[:2], cache, draft=draft)
+        assert torch.isfinite(before).all()
+        slots = cache.length
+        ended(kind, forward, 3, text[2:], cache, draft=draft)
+        positions, mask = [2, 9], torch.ones(2, 4, dtype=torch.bool)
+        mask[1, 2] = mask[0, 3] = False
+        ended(kind, forward, 9, [4, 7], cache, draft=draft, positions=positions, mask=mask)
+        assert cache.length == slots
+        # What the failed passes have left in the cache is nothing to those that follow.
+        after = forward(model, text[2:3], cache, draft=draft)
+        alone = forward(model, text[:3], KVCache(model.config, 3), draft=draft)
+        assert_same_bits(after, alone[-1:])
+    cache = KVCache(model.config, 12)
+    if layer in BEHIND_PREFILL:
+        prefill(model, text, cache)
+    else:
+        ended("prompt", prefill, 3, text, cache)
+        assert cache.length == 0
+
+
+def test_logit_rows_keep_their_positions():
+    """The head's first row is not the pass's."""
+    model = overflowing(small_model(), 7, "head")
+    cache = KVCache(model.config, 8)
+    with pytest.raises(NonFiniteError) as error:
+        forward(model, [1, 7, 2, 7], cache, logit_rows=slice(2, None))
+    assert (error.value.layer, error.value.position) == ("head", 3)
+    forward(model, [1, 7, 2, 7], cache, logit_rows=slice(2, 3))
+
+
+def test_prefill_fills_the_cache_as_a_pass_does():
+    for architecture in ARCHITECTURES:
+        model = small_model(architecture)
+        tokens = random_tokens(model.config, 9, SEED)
+        filled, expected = KVCache(model.config, 16), KVCache(model.config, 16)
+        prefill(model, tokens, filled)
+        forward(model, tokens, expected)
+        assert filled.length == expected.length == 9
+        for name in ("keys", "values", "positions"):
+            assert torch.equal(getattr(filled, name), getattr(expected, name))
+
+
+def test_prefill_names_the_lowest_position():
+    """As decoding token by token does, even if a later token fails in an earlier product."""
+    early, late = "block.0.values", "block.1.values"
+    model = overflowing(overflowing(small_model(), 7, early), 5, late, axis=1)
+    for text, layer, position in (
+        ([1, 2, 7, 3, 5], early, 2),
+        ([1, 5, 7, 3, 7], late, 1),
+        ([1, 2, 3, 5, 7], late, 3),
+        ([7, 5], early, 0),
+    ):
+        with pytest.raises(NonFiniteError) as error:
+            prefill(model, text, KVCache(model.config, 5))
+        assert (error.value.layer, error.value.position) == (layer, position)
+
+
+def test_nonfinite_weights_show_in_every_row():
+    for value in (torch.inf, torch.nan):
+        model = small_model()
+        model.weights["block.0.down_proj"][3, 5] = value
+        with pytest.raises(NonFiniteError) as error:
+            forward(model, random_tokens(model.config, 3, SEED), KVCache(model.config, 3))
+        assert (error.value.layer, error.value.position) == ("block.0.down_proj", 0)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,12 @@ from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.weight_reader import RESIDUAL_WORDS, chunk_words
 from speq.hw.verilog import generate_top
-from speq.model.number_format import FormatConfig, draft_words, residual_words
+from speq.model.number_format import (
+    NONFINITE_BASE,
+    FormatConfig,
+    draft_words,
+    residual_words,
+)
 from speq.sim.runner import seed
 from speq.sim.simulated_board import CHANNELS, MemoryFault, MemoryOptions, SimulatedBoard
 from tests.sim.workloads import (
@@ -106,14 +111,21 @@ class Pair:
     def workload(self, **values: object) -> Workload:
         return Workload(self.config, self.random, **values)
 
-    def check(self, workload: Workload, between: Callable[[Board], None] | None = None) -> None:
+    def check(
+        self, workload: Workload, between: Callable[[Board], None] | None = None
+    ) -> RunStatus:
         """Run a workload on both; everything must be equal wherever they stand still. `between` is
-        called before the host answers, for each of them."""
+        called before the host answers, for each of them. Gives how the run ends; behind NONFINITE
+        what products have written is undefined."""
         runs = [run(board, workload) for board in (self.model, self.rtl)]
         expected = None
         for expected in runs[0]:
             got = next(runs[1])
             assert got == expected, f"SPEQ_SEED={SEED}: got {got}, expected {expected}\n{workload}"
+            if got.error is ErrorCode.NONFINITE:
+                assert [next(each, None) for each in runs] == [None, None]
+                self.check_stopped(workload)
+                return got
             assert_same_memory(self.rtl, memory_of(self.model), workload)
             for board in (self.model, self.rtl):
                 if between is not None:
@@ -125,6 +137,8 @@ class Pair:
         for name in names if expected.state == "IDLE" else ():
             values = [Registers(board, self.config)[name] for board in (self.model, self.rtl)]
             assert values[0] == values[1], f"SPEQ_SEED={SEED}: {name} {values}\n{workload}"
+        assert expected is not None
+        return expected
 
     def check_fault(self, workload: Workload, expected: RunStatus | None = None) -> RunStatus:
         """Run a workload that ends with an error: that of the functional model, unless told
@@ -192,6 +206,11 @@ def check_random_programs(name: str, trials: int, **memory: object) -> None:
     with Pair(name, random, **memory) as pair:
         for _ in range(trials):
             pair.check(random_workload(pair.config, random))
+        ends = [
+            pair.check(random_workload(pair.config, random, special=True)).error
+            for _ in range(trials // 3)
+        ]
+    assert trials < 60 or set(ends) == {ErrorCode.NONE, ErrorCode.NONFINITE}
 
 
 @pytest.mark.parametrize("memory", [{}, STALLED], ids=["ideal", "stalled"])
@@ -591,6 +610,121 @@ def test_reads_around_the_end_of_the_address_space(faulty):
         if first + size > top:
             expected = RunStatus("ERROR", ErrorCode.READ_OUTSIDE, first, 0)
             faulty.check_fault(workload, expected)
+
+
+# Faults: results that are not finite.
+
+
+def spoil_operand(workload: Workload, index: int, field: str) -> None:
+    """Put an infinity or a NaN among the activations or the weights of a product."""
+    d, random, engine = workload.descriptors[index], workload.random, workload.config.engine
+    address = getattr(d, field)
+    if field == "groups":  # of the first column of the first tile
+        workload.put(address, np.array([NONFINITE_BASE], np.uint8))
+        return
+    k = d.k or workload.position + workload.rows
+    word = int(random.integers(k)) * (
+        workload.config.activation_bytes if field == "activations" else 2 * engine.cols
+    )
+    workload.put(address + word, np.array([random.choice([0x7C00, 0xFC00, 0x7E00])], np.uint16))
+
+
+NONFINITE = {
+    "verify": ("activations", "groups"),
+    "draft": ("groups",),
+    "bypass": ("activations", "plane"),
+    "argmax": ("activations", "groups"),
+    "scores": ("activations", "plane"),
+    "values": ("activations", "plane"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, fields in NONFINITE.items() for field in fields]
+)
+def test_results_that_are_not_finite(pair, name, field):
+    """The product's descriptor is named, whatever the walker has fetched and started behind it, and
+    whichever products are before it."""
+    for before in range(4):
+        for behind in (
+            [],
+            [DescriptorKind.HOST],
+            [DescriptorKind.GEMM] * 4,
+            [DescriptorKind.ARGMAX, DescriptorKind.HOST],
+        ):
+            workload = pair.workload(rows=pair.config.engine.draft_rows, position=7)
+            for _ in range(before):
+                workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 5, 20)
+            add_sound(workload, name)
+            spoil_operand(workload, before, field)
+            for kind in behind:
+                if kind is DescriptorKind.HOST:
+                    workload.add(kind)
+                else:
+                    workload.add_product(kind, Mode.BYPASS, 3, 4)
+            got = pair.check_fault(workload.end())
+            address = workload.program + before * DESCRIPTOR_BYTES
+            assert got == RunStatus("ERROR", ErrorCode.NONFINITE, address, 0)
+
+
+def test_fp16_results_that_overflow(pair):
+    """The largest FP32 results are finite, and those of FP16 are not."""
+    for half in (False, True):
+        workload = pair.workload(rows=1)
+        gemm = workload.add_product(DescriptorKind.GEMM, Mode.BYPASS, 40, 9, half=half)
+        largest = np.full(40 * pair.config.engine.cols, 0x7BFF, np.uint16)
+        workload.put(gemm.plane, largest)
+        workload.put(
+            gemm.activations, np.full(40 * pair.config.activation_bytes // 2, 0x7BFF, np.uint16)
+        )
+        expected = RunStatus("ERROR", ErrorCode.NONFINITE, workload.program, 0)
+        workload.end()
+        assert pair.check(workload) == (
+            expected if half else RunStatus("IDLE", ErrorCode.NONE, 0, 0)
+        )
+
+
+def test_columns_and_rows_beyond_a_product_do_not_matter(pair):
+    """Infinities in the padding of tiles and in rows that are not in use."""
+    engine, size = pair.config.engine, pair.config.activation_bytes // 2
+    o = engine.cols + 3
+    workload = pair.workload(rows=1)
+    gemm = workload.add_product(DescriptorKind.ARGMAX, Mode.BYPASS, 5, o)
+    plane = np.full((2, 5, engine.cols), 0x7C00, np.uint16)
+    plane[0], plane[1, :, :3] = 0x3C00, 0x3C00
+    activations = np.full((5, size), 0xFC00, np.uint16)
+    activations[:, 0] = 0x3C00
+    workload.put(gemm.plane, plane)
+    workload.put(gemm.activations, activations)
+    assert pair.check(workload.end()).state == "IDLE"
+
+
+@pytest.mark.parametrize("spoiled_pass", ["draft", "verify"])
+def test_nothing_of_a_step_that_is_not_finite_is_committed(pair, spoiled_pass):
+    """By an ARGMAX whose results are written or only ranked."""
+    for discard in (False, True):
+        workload = decoding(pair)
+        workload.registers |= {"DRAFT_LENGTH": 1, "TOKEN_LIMIT": 5}
+        index = 0 if spoiled_pass == "draft" else 2
+        workload.descriptors = [
+            replace(d, discard=discard, results=BASE if discard else d.results)
+            if d.kind is DescriptorKind.ARGMAX
+            else d
+            for d in workload.descriptors
+        ]
+        workload.write_program()
+        spoil_operand(workload, index, "groups")
+        got = pair.check_fault(workload)
+        address = workload.program + index * DESCRIPTOR_BYTES
+        assert got == RunStatus("ERROR", ErrorCode.NONFINITE, address, 0)
+        begun = {"ROOT": workload.registers["ROOT"], "POSITION": workload.position}
+        for board in (pair.rtl, pair.model):
+            *_, got = run(board, workload)
+            assert got == RunStatus("ERROR", ErrorCode.NONFINITE, address, 0)
+            values = Registers(board, pair.config)
+            assert {name: values[name] for name in begun} == begun
+            assert values["RING_INDEX"] == values["COMMITTED"] == 0
+            values.command("stop")
 
 
 # Faults: programs.

@@ -21,12 +21,12 @@ from speq.model.format import EncodedTensor
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig, draft_words
 from speq.model.schedule import Linears, pass_schedule, stages
-from speq.model.speculation import Settings, Statistics, Step
+from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.sim.session import simulated_session
 from speq.sim.simulated_board import CHANNELS
-from tests.host.decoding import COUNTED, SEED, check, system
+from tests.host.decoding import COUNTED, SEED, check, check_end, system
 from tests.model.drafted import drafted_model
-from tests.model.small_models import random_tokens
+from tests.model.small_models import overflowing, random_tokens
 
 # Simulations of these are built for test_accelerator.py as well.
 FULL = system(EngineConfig())
@@ -172,6 +172,28 @@ SHAPES = {
     "qwen3": ("qwen3", {"heads": 4, "kv_heads": 2, "head_dim": 10}),
     "gemma3": ("gemma3", {"hidden": 36, "tied_head": True}),
 }
+
+
+@pytest.mark.parametrize("layer", ["block.0.values", "block.1.down_proj", "head"])
+def test_decoding_ends_where_results_are_not_finite(layer):
+    """As the golden model does, with the same error: in the prompt, behind some steps, and where
+    drafts alone leave FP16's range. Then the next text decodes as it should."""
+    base, settings = drafted_model("llama", SEED), Settings(4, threshold=0.25)
+    prompt = [1, 2, 3, 4, 5, 6]
+    ordinary = overflowing(base, 7, layer, scale=2.0**-6)
+    text = [t for s in generate(ordinary, prompt, None, max_tokens=5) for t in s.tokens]
+    number = max(i for i, t in enumerate(text) if t not in prompt + text[:i])
+    model = overflowing(base, text[number], layer)
+    encoded = encode_linears(model)
+    ends = []
+    with rtl_session(FEW, model, encoded, capacity=24) as session:
+        for start in (prompt, [*prompt[:5], text[number], 6], [10, 11], [12]):
+            steps, error = check_end(session, start, settings, max_tokens=6)
+            ends.append(error and (error.kind, error.layer, error.position))
+            assert error or sum(len(step.tokens) for step in steps) == 6
+    assert ends[0] == ("verify", layer, len(prompt) + number) and None in ends
+    if layer == "block.0.values":
+        assert ends[1] == ("prompt", layer, 5)
 
 
 @pytest.mark.parametrize(

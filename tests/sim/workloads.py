@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from speq.host.accelerator_model import AcceleratorModel
 from speq.host.board import Board
 from speq.host.layout import (
     RANKING_BYTES,
@@ -87,6 +88,8 @@ class Workload:
         KV entries before it.
     base : int
         Address of the memory's first byte.
+    special : bool
+        Infinities and NaNs may be among the operands.
 
     Attributes
     ----------
@@ -109,6 +112,7 @@ class Workload:
     rows: int = 1
     position: int = 0
     base: int = BASE
+    special: bool = False
     descriptors: list[Descriptor] = field(default_factory=list)
     patches: dict[int, list[Patch]] = field(default_factory=dict)
     places: dict[str, Callable[[int, int], int]] = field(default_factory=dict)
@@ -144,7 +148,13 @@ class Workload:
         address = round_up(self._results_end + gap, multiple)
         self._results_end = address + size
         assert self._results_end <= self.base + _RESULTS_STOP, "the results do not fit"
-        if name == "results":
+        return address
+
+    def _product_results(self, size: int, half: bool) -> int:
+        """The address of a product's results, which may be operands later on."""
+        address = self._result("results", size)
+        # Halves of FP32 numbers may be any FP16 patterns.
+        if half or self.special:
             self._written.append((address, size))
         return address
 
@@ -160,6 +170,12 @@ class Workload:
     def patterns(self, *shape: int) -> np.ndarray:
         """FP16 bit patterns, of one of several kinds: any bits, sane numbers, sane ones with a few
         special ones, small integers (for equal results)."""
+        values = self._any_patterns(*shape)
+        if not self.special:
+            values[values & 0x7C00 == 0x7C00] &= 0xBFFF
+        return values
+
+    def _any_patterns(self, *shape: int) -> np.ndarray:
         random = self.random
         match random.choice(["bits", "sane", "special", "integers"], p=[0.15, 0.45, 0.15, 0.25]):
             case "bits":
@@ -191,7 +207,7 @@ class Workload:
             "groups": (tiles * group_size, config.data.beat_bytes),
         }
         addresses = {name: self._buffer(name, *place) for name, place in names.items()}
-        if self.random.random() < 0.85:  # else the random bytes that are there
+        if not self.special or self.random.random() < 0.85:  # else the random bytes that are there
             values = torch.from_numpy(self.patterns(o, k).view(np.float16))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # infinities and NaNs are meant
@@ -265,7 +281,7 @@ class Workload:
             results = self.base  # which must not be written
         else:
             size = ceil_div(o, engine.cols) * engine.cols * actual * (2 if half else 4)
-            results = self._result("results", size)
+            results = self._product_results(size, half)
         place = self._result("ranking", RANKING_BYTES * actual) if ranking else 0
         return self.add(
             kind,
@@ -317,7 +333,7 @@ class Workload:
             o=o if values else 0,
             plane=plane,
             activations=self._activations(Mode.BYPASS, k, all_rows),
-            results=self._result("results", tiles * cols * all_rows * (2 if half else 4)),
+            results=self._product_results(tiles * cols * all_rows * (2 if half else 4), half),
             stride=0 if gap is None else stride,
         )
 
@@ -427,13 +443,28 @@ class Workload:
         return "\n".join(lines)
 
 
-def random_workload(config: AcceleratorConfig, random: np.random.Generator) -> Workload:
-    """A program of 1 to 8 random descriptors before its END."""
+def random_workload(
+    config: AcceleratorConfig, random: np.random.Generator, *, special: bool = False
+) -> Workload:
+    """A program of 1 to 8 random descriptors before its END. Unless `special`, all results are
+    finite."""
+    while True:
+        workload = _random_workload(config, random, special)
+        if special:
+            return workload
+        *_, last = run(AcceleratorModel(config, SIZE, BASE), workload)
+        if last.error is not ErrorCode.NONFINITE:
+            return workload
+
+
+def _random_workload(
+    config: AcceleratorConfig, random: np.random.Generator, special: bool
+) -> Workload:
     rows = int(random.integers(1, config.engine.rows + 1))
     position = int(
         random.integers(0, min(90, config.engine.max_k - rows, config.engine.max_o - rows))
     )
-    workload = Workload(config, random, rows, position)
+    workload = Workload(config, random, rows, position, special=special)
     for _ in range(random.integers(1, 9)):
         workload.add_random()
     workload.end()

@@ -172,6 +172,11 @@ def test_not_finite() -> None:
     assert check(SMALL, pairs, stalls={"weights": 50}).nonfinite
     finite = [gemm(rng, SMALL, Mode.VERIFY, (2, 9, 9))]
     assert not check(SMALL, finite).nonfinite
+    # Sums of large numbers: finite in FP32, infinite in FP16. Columns beyond o do not count.
+    large = torch.full((3, 40), 60_000.0).half()
+    for half in (False, True):
+        overflowing = [with_golden(SMALL, Mode.BYPASS, large, large, half=half)]
+        assert check(SMALL, overflowing).nonfinite == half
 
 
 def test_impossible_commands_are_dropped() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field, replace
 
@@ -103,6 +104,7 @@ def walk(
             if taken:
                 names = _JOB_FIELDS + _ADDRESSES
                 values = {n: int(getattr(job[n], "value", job[n])) for n in names}
+                values["descriptor"] = ctx.get(dut.error_address)
                 record.events.append(("job", values, bool(left)))
                 left.append(rng.randrange(2, 30))
             if ranking:
@@ -228,13 +230,13 @@ def test_random_programs(data_bits):
         )
         events = got.events
         rest = iter(events)
-        for d in program:
+        for place, d in zip(itertools.count(PROGRAM, DESCRIPTOR_BYTES), program, strict=False):
             if d.kind is DescriptorKind.HOST:
                 assert next(rest) == ("host", d.argument, False)
                 continue
             for i, job in enumerate(jobs_of(config, d, rows, position)):
                 name, values, overlaps = next(rest)
-                assert (name, values) == ("job", job)
+                assert (name, values) == ("job", job | {"descriptor": place})
                 first_alone = d.wait or d.kind is DescriptorKind.ARGMAX
                 assert not (overlaps and first_alone and i == 0)
             if d.kind is DescriptorKind.ARGMAX and d.ranking:
