@@ -305,7 +305,7 @@ class AcceleratorModel:
                 VERIFY_PASSES=1,
                 ALTERNATES=len(proposal.alternates),
                 ACCEPTED=accepted,
-                TREE_HITS=bool(hit_row),
+                ALTERNATE_HITS=bool(hit_row),
                 COMMITTED=len(tokens),
             )
             answer = yield "STEP"

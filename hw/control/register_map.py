@@ -165,7 +165,7 @@ COUNTERS = {
     "VERIFY_PASSES": "verify passes finished",
     "ALTERNATES": "leaf alternates verified",
     "ACCEPTED": "drafted tokens of the chain that were accepted",
-    "TREE_HITS": "alternates that were accepted",
+    "ALTERNATE_HITS": "alternates that were accepted",
     "COMMITTED": "tokens committed",
 }
 

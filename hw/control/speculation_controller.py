@@ -41,7 +41,7 @@ def speculation_events_layout() -> data.StructLayout:
             "verify_passes": 1,
             "alternates": _COUNT_BITS,
             "accepted": _COUNT_BITS,
-            "tree_hits": 1,
+            "alternate_hits": 1,
             "committed": _COUNT_BITS,
         }
     )
@@ -419,7 +419,7 @@ class SpeculationController(wiring.Component):
                 self.update.eq(1),
                 self.events.alternates.eq(r.used - 1 - r.chain),
                 self.events.accepted.eq(r.accepted),
-                self.events.tree_hits.eq(r.hit_row != 0),
+                self.events.alternate_hits.eq(r.hit_row != 0),
                 self.events.committed.eq(r.committed),
             ]
             m.next = "STEP"

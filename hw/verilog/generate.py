@@ -87,16 +87,9 @@ def _file(
     config: EngineConfig | AcceleratorConfig, top: str, units: Mapping[str, wiring.Component]
 ) -> str:
     """A Verilog file: the top module, the memory primitive, and units that are instantiated."""
-    header = f"// SPDX-License-Identifier: Apache-2.0\n// {_notation(config)}\n"
+    header = f"// SPDX-License-Identifier: Apache-2.0\n// {config!r}\n"
     modules = [convert_unit(unit, name, reset=False) for name, unit in units.items()]
     return header + RAM_VERILOG + top + "".join(modules)
-
-
-def _notation(config: EngineConfig | AcceleratorConfig) -> str:
-    """The parameters in the header's notation. The names in it stay when classes are renamed, so
-    that a file of the same hardware stays the same file."""
-    names = {"AcceleratorConfig": "SystemConfig", "EngineConfig": "AcceleratorConfig"}
-    return re.sub(r"\b(AcceleratorConfig|EngineConfig)\b", lambda m: names[m[1]], repr(config))
 
 
 def accelerator_files(config: AcceleratorConfig, stem: str) -> dict[str, str]:

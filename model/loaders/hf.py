@@ -187,6 +187,7 @@ _NEUTRAL: dict[str, tuple] = {
     "logit_scale": (1.0,),
     "qk_layernorm": (False,),
     "use_qk_norm": (False,),
+    "use_mrope": (False,),
     "clip_qkv": (),
     "attn_temperature_tuning": (False,),
     "num_experts": (0, 1),
@@ -358,7 +359,7 @@ def _config(settings: _Settings) -> ModelConfig:
     if heads < 1:
         raise CheckpointError("num_attention_heads is not positive")
     head_dim = get("head_dim", int, hidden // heads)
-    rope, local_rope = _rope_settings(settings)
+    rope, local_rope = _rope_settings(settings, gemma)
     base = settings.one_of(
         float,
         rope_theta=None if "rope_theta" in absent else settings.optional("rope_theta", float),
@@ -429,19 +430,28 @@ def _biases(settings: _Settings, family: _Family) -> tuple[str, ...]:
     return attention + (_MLP if settings.get("mlp_bias", bool, False) else ())
 
 
-def _rope_settings(settings: _Settings) -> tuple[_Settings, _Settings]:
+def _rope_settings(settings: _Settings, gemma: bool) -> tuple[_Settings, _Settings]:
     """RoPE settings of global and of sliding-window blocks; newer files of Gemma give both."""
-    old, new = (settings.get(key, dict, {}) for key in ("rope_scaling", "rope_parameters"))
-    for key in old.keys() & new.keys():
-        if old[key] != new[key]:
+    scaling, parameters = (
+        _Settings(settings.get(key, dict, {})) for key in ("rope_scaling", "rope_parameters")
+    )
+    local = _Settings({})
+    if "full_attention" in parameters.values:
+        if not gemma:
+            raise CheckpointError(
+                "RoPE settings by type of attention are not supported, only for gemma3"
+            )
+        others = parameters.values.keys() - {"full_attention", "sliding_attention"}
+        if others:
+            raise CheckpointError(f"setting {min(others)} of rope_parameters is not supported")
+        local = _Settings(parameters.get("sliding_attention", dict, {}))
+        if _rope_type(local) != "default":
+            raise CheckpointError("RoPE scaling of sliding-window blocks is not supported")
+        parameters = _Settings(parameters.get("full_attention", dict))
+    for key in scaling.values.keys() & parameters.values.keys():
+        if scaling.values[key] != parameters.values[key]:
             raise CheckpointError(f"rope_scaling and rope_parameters contradict each other: {key}")
-    both = _Settings({**old, **new})
-    if "full_attention" not in both.values:
-        return both, _Settings({})
-    local = _Settings(both.get("sliding_attention", dict, {}))
-    if _rope_type(local) != "default":
-        raise CheckpointError("RoPE scaling of sliding-window blocks is not supported")
-    return _Settings(both.get("full_attention", dict)), local
+    return _Settings({**scaling.values, **parameters.values}), local
 
 
 def _rope_type(rope: _Settings) -> str:
@@ -503,7 +513,7 @@ def _attention_scale(settings: _Settings, architecture: str, head_dim: int) -> f
 
 def _windowed_blocks(settings: _Settings, config: ModelConfig) -> tuple[int, ...]:
     """The blocks whose attention has a sliding window: by the list of their types if there is one,
-    which must not contradict the architecture's other settings."""
+    otherwise by the architecture's pattern."""
     blocks = range(config.blocks)
     windowed = settings.optional("sliding_window", int) is not None
     if config.architecture in ("smollm3", "qwen2", "qwen3"):
@@ -513,7 +523,6 @@ def _windowed_blocks(settings: _Settings, config: ModelConfig) -> tuple[int, ...
         expected = [i for i in blocks if i >= settings.get("max_window_layers", int)]
     elif windowed and config.architecture == "smollm3":
         expected = list(_unrotated_blocks(settings, config))
-    pattern = None
     if config.architecture == "gemma3":
         keys = ("sliding_window_pattern", "_sliding_window_pattern")
         pattern = settings.one_of(int, **{key: settings.optional(key, int) for key in keys})
@@ -529,14 +538,16 @@ def _windowed_blocks(settings: _Settings, config: ModelConfig) -> tuple[int, ...
         if kind not in ("full_attention", "sliding_attention"):
             raise _refuse("layer_types", kind, ["full_attention", "sliding_attention"])
     listed = [i for i in blocks if kinds[i] == "sliding_attention"]
+    # The patterns are defaults of `transformers`, which it stores beside a list that differs.
     free = config.architecture in ("gemma3", "qwen2", "qwen3", "smollm3")
-    if listed != expected and (not free or pattern is not None or (listed and not windowed)):
+    if listed != expected and (not free or (listed and not windowed)):
         raise CheckpointError("layer_types contradicts the other settings of sliding windows")
     return tuple(listed)
 
 
 def _unrotated_blocks(settings: _Settings, config: ModelConfig) -> tuple[int, ...]:
-    """The blocks without rotary embedding (SmolLM3): by the list, 1 for a block that rotates."""
+    """The blocks without rotary embedding (SmolLM3): by the list, 1 for a block that rotates,
+    otherwise at the interval, a default that `transformers` stores beside lists, too."""
     if config.architecture != "smollm3":
         return ()
     interval = settings.optional("no_rope_layer_interval", int)
@@ -548,8 +559,6 @@ def _unrotated_blocks(settings: _Settings, config: ModelConfig) -> tuple[int, ..
         flags = regular
     if len(flags) != config.blocks or any(flag not in (0, 1) for flag in flags):
         raise CheckpointError(f"no_rope_layers is not a list of {config.blocks} times 0 or 1")
-    if interval is not None and flags != regular:
-        raise CheckpointError("no_rope_layers contradicts no_rope_layer_interval")
     return tuple(i for i, flag in enumerate(flags) if not flag)
 
 

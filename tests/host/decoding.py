@@ -25,7 +25,7 @@ COUNTED = {
     "committed": "COMMITTED",
     "accepted": "ACCEPTED",
     "alternates": "ALTERNATES",
-    "alternate_hits": "TREE_HITS",
+    "alternate_hits": "ALTERNATE_HITS",
 }
 SMALL = EngineConfig(rows=4, cols=8, max_k=256, max_o=1024)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from speq.model.checkpoint import CheckpointError, Model
+from speq.model.checkpoint import Model
 from speq.model.loaders import load_model
 from speq.model.transformer import KVCache, forward
 from tests.model.reference_models import (
@@ -26,18 +26,6 @@ from tests.model.reference_models import (
 from tests.model.small_models import reference_logits
 
 MODELS = json.loads(REFERENCE.read_text())
-# Refused today: a list of layers beside the regular pattern's number, which transformers' own
-# writing leaves at its default.
-UNSUPPORTED = (
-    *("smollm3 list", "gemma3 pattern", "gemma3 bases", "gemma3 linear RoPE"),
-    "gemma3 irregular layer_types",
-)
-
-
-@pytest.fixture(autouse=True)
-def refusal_is_expected(request):
-    if request.getfixturevalue("name").startswith(UNSUPPORTED):
-        request.applymarker(pytest.mark.xfail(raises=CheckpointError))
 
 
 def load(folder: Path, name: str, changes: dict[str, Any] | None = None) -> Model:

@@ -88,6 +88,15 @@ def hf_config(tmp_path: Path, architecture: str = "llama", /, **settings: object
             {"sliding_window": 5, "layer_types": ..., "sliding_window_pattern": 2},
             (0, 2),
         ),
+        (
+            "gemma3",
+            {
+                "sliding_window": 5,
+                "layer_types": ["full_attention", "sliding_attention"] * 2,
+                "_sliding_window_pattern": 6,  # which `transformers` stores beside any list
+            },
+            (1, 3),
+        ),
     ],
 )
 def test_sliding_windows_of_blocks(tmp_path, architecture, settings, windowed):
@@ -103,6 +112,9 @@ def test_blocks_without_rotary_embedding(tmp_path):
     assert hf_config(tmp_path, "smollm3", no_rope_layers=[0, 1, 1, 0]).unrotated == (0, 3)
     interval = {"no_rope_layers": ..., "no_rope_layer_interval": 2}
     assert hf_config(tmp_path, "smollm3", **interval).unrotated == (1, 3)
+    # `transformers` stores its default interval beside any list.
+    both = {"no_rope_layers": [0, 1, 1, 1], "no_rope_layer_interval": 4}
+    assert hf_config(tmp_path, "smollm3", **both).unrotated == (0,)
 
 
 def test_what_a_file_leaves_out(tmp_path):
@@ -142,6 +154,21 @@ def test_spellings_of_rotary_scaling(tmp_path, key, name):
     assert len(set(hf_config(tmp_path, **{key: llama3}).rope_divisors)) > 1
     default = {name: "default", "rope_theta": 500.0}
     assert hf_config(tmp_path, **{key: default, "rope_theta": ...}).rope_base == 500.0
+
+
+def test_rotary_settings_by_type_of_attention(tmp_path):
+    """Newer files of Gemma; a scaling beside them is that of global attention."""
+    both = {
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    }
+    newer = {"rope_parameters": both, "rope_theta": ..., "rope_local_base_freq": ...}
+    config = hf_config(tmp_path, "gemma3", layer_types=..., sliding_window=5, **newer)
+    assert (config.rope_base, config.local_rope_base) == (500.0, 50.0)
+    assert config.rope_divisors is None
+    del both["full_attention"]["rope_type"]
+    scaling = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert hf_config(tmp_path, "gemma3", **newer, **scaling).rope_divisors == (8.0,) * 8
 
 
 def test_a_stored_head_is_the_models(tmp_path):
@@ -187,16 +214,20 @@ def test_a_stored_head_is_the_models(tmp_path):
             {"sliding_window": 5, "sliding_window_pattern": 2, "_sliding_window_pattern": 3},
             "settings contradict each other: sliding_window_pattern = 2, _sliding_window_pattern",
         ),
-        ("gemma3", {"sliding_window": 5, "sliding_window_pattern": 2}, "layer_types contradicts"),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "RoPE settings by type of attention are not supported, only for gemma3",
+        ),
+        (
+            "gemma3",
+            {"rope_parameters": {"full_attention": {}, "factor": 2.0}},
+            "setting factor of rope_parameters",
+        ),
         ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern is not positive"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         ("gemma3", {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only gelu"),
         ("smollm3", {"no_rope_layers": [1, 2, 1, 1]}, "no_rope_layers is not a list of 4 times"),
-        (
-            "smollm3",
-            {"no_rope_layers": [1, 0, 1, 1], "no_rope_layer_interval": 4},
-            "no_rope_layers contradicts no_rope_layer_interval",
-        ),
         (
             "llama",
             {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}},

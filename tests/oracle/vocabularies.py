@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -24,66 +22,34 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from speq.model.loaders import load_model, smollm2_path
 from speq.model.tokenizer import Tokenizer
+from tests.model.test_tokenizer import TEMPLATES
 from tests.oracle.cases import Case, model
 from tests.oracle.gguf_models import KINDS, GgufCase, write
 from tests.oracle.hf_models import build
 from tests.oracle.table import Check, Row
+from tests.oracle.tokenizers_check import (
+    Reference,
+    chat_rows,
+    compare,
+    rows,
+    varied_strings,
+)
 
 STRINGS = 300
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 DOCUMENTS = Path(__file__).parents[2] / "docs"
-WORDS = (
-    *("the", "Hello", "I'm", "we'LL", "snake_case", "naïve", "Straße", "def f(x):", "a+=b;"),
-    *("Ελληνικά", "Привет", "世界", "日本語", "한국어", "नमस्ते", "ไทย", "שלום", "مرحبا", "e\u0301"),
-    *(
-        "3.14159",
-        "12345678",
-        "0xFF",
-        "½",
-        "Ⅷ",
-        "٣٤",
-        "😀",
-        "👩‍👩‍👧",
-        "🇩🇪",
-        "\ufeff",
-        "\u200b",
-        "\xa0",
-        "\x07",
-    ),
-)
-GAPS = (" ", " ", " ", "  ", "     ", "\n", "\n\n", "\t", " \n ", "\r\n", "", "")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Another implementation: ids of a text, with the token that begins it, and the text of ids."""
-
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-
-
-def varied_strings(count: int, seed: int, whole: Sequence[str] = ()) -> list[str]:
-    """Different strings of words, numbers and code of many scripts, white space, and `whole`."""
-    chance = random.Random(seed)
-    found = {"", " ", "  ", "\n", "a", " a", "a ", "\ta\n\nb  a\n"}
-    while len(found) < count:
-        pairs = (
-            chance.choice(whole if whole and chance.random() < 0.15 else WORDS)
-            + chance.choice(GAPS)
-            for _ in range(chance.randint(1, 12))
-        )
-        found.add("".join(pairs))
-    return sorted(found)
+def as_rows(found: Iterable[tuple[tuple[str, int, int], list[str]]]) -> Iterator[Row]:
+    """Rows of the table from those of `tokenizers_check`."""
+    for (name, count, differing), lines in found:
+        note = f"{count} strings" + (f", first: {lines[0]:.100}" if lines else "")
+        yield Row(name, differing, 0, note)
 
 
-def compare(tokenizer: Tokenizer, reference: Reference, strings: Sequence[str]) -> Iterator[Row]:
-    """Strings that become other ids, and ids that become another text."""
-    encoded = [text for text in strings if tokenizer.encode(text) != reference.encode(text)]
-    ids = [reference.encode(text) for text in strings]
-    decoded = [some for some in ids if tokenizer.decode(some) != reference.decode(some)]
-    for what, wrong in (("ids", encoded), ("decoded text", decoded)):
-        note = f"{len(strings)} strings" + (f", first: {wrong[0]!r:.60}" if wrong else "")
-        yield Row(what, len(wrong), 0, note)
+def compared(tokenizer: Tokenizer, reference: Reference, strings: Sequence[str]) -> Iterator[Row]:
+    """Strings that become other ids, and ids that become another text, at once or streamed."""
+    yield from as_rows([compare("ids, text, stream", tokenizer, reference, strings)])
 
 
 def byte_level_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
@@ -155,7 +121,7 @@ def check_byte_level(pre: str, in_gguf: bool, folder: Path, seed: int) -> Iterat
         lambda text: other.encode(text, add_special_tokens=False),
         lambda ids: other.decode(ids, skip_special_tokens=True),
     )
-    yield from compare(ours, reference, varied_strings(STRINGS, seed, SPECIAL))
+    yield from compared(ours, reference, varied_strings(STRINGS, seed, SPECIAL))
 
 
 def check_sentencepiece(prefix: bool, folder: Path, seed: int) -> Iterator[Row]:
@@ -205,7 +171,7 @@ def check_sentencepiece(prefix: bool, folder: Path, seed: int) -> Iterator[Row]:
         lambda ids: other.decode([i for i in ids if not other.is_control(i)]),
     )
     strings = varied_strings(STRINGS, seed, ["<tag>"])
-    yield from compare(load(folder, count, add), reference, strings)
+    yield from compared(load(folder, count, add), reference, strings)
 
 
 def check_smollm2(folder: Path, seed: int) -> Iterator[Row]:
@@ -220,10 +186,21 @@ def check_smollm2(folder: Path, seed: int) -> Iterator[Row]:
         lambda ids: other.decode(ids, skip_special_tokens=True),
     )
     strings = varied_strings(STRINGS, seed, SPECIAL)
-    yield from compare(load_model(path).tokenizer, reference, strings)
+    yield from compared(load_model(path).tokenizer, reference, strings)
+
+
+def check_chat(folder: Path, seed: int) -> Iterator[Row]:
+    """Prompts by chat templates: a published one and those of the tests."""
+    published = load_model(smollm2_path()).tokenizer.chat_template
+    yield from as_rows(chat_rows(folder, {"SmolLM2": published, **TEMPLATES}))
 
 
 def checks() -> list[Check]:
+    others = [
+        Check("tokenizers of others", lambda folder, seed: as_rows(rows(folder, seed))),
+        Check("chat prompts", check_chat),
+        Check("tokenizer SmolLM2", check_smollm2),
+    ]
     families = [
         Check(
             f"tokenizer {pre}",
@@ -240,4 +217,4 @@ def checks() -> list[Check]:
         )
         for name, prefix in (("Llama", True), ("Gemma", False))
     ]
-    return [*families, *pieces, Check("tokenizer SmolLM2", check_smollm2)]
+    return [*families, *pieces, *others]
