@@ -19,7 +19,7 @@ from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
 #: Of this map: major version in the upper half, minor in the lower.
-VERSION = 0x0001_0000
+VERSION = 0x0001_0001
 #: Bits of a register's address.
 ADDRESS_BITS = 12
 #: Largest value of RING_LOG2.
