@@ -90,7 +90,7 @@ def small_config(architecture: str = "llama", **changes) -> ModelConfig:
         "unrotated": (1,) if architecture == "smollm3" else (),
     }
     if architecture == "granite":
-        values |= {"embedding_scale": 6.0, "residual_scale": 0.22, "logit_scale": 0.125}
+        values |= {"embedding_scale": 6.0, "residual_scale": 0.22, "logit_scale": 1.25}
         values |= {"attention_scale": 0.3, "biases": LINEARS}
     return ModelConfig(**(values | changes))
 
