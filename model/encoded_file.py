@@ -36,7 +36,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,8 @@ def _settings(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Settings]:
     if set(entries) not in (set(), {"chain", "alternates"}):
         raise ValueError(f"settings are {list(entries)!r:.80}; expected chain and alternates")
     for name, values in entries.items():
+        if set(values) != {member.name for member in fields(Settings)}:
+            raise ValueError(f"the settings {name} have {', '.join(values):.80}")
         for key, value in values.items():
             whole = type(value) is int or (key == "draft_length" and value is None)
             number = key == "threshold" and type(value) is float and math.isfinite(value)
