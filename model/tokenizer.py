@@ -415,12 +415,11 @@ def library_errors() -> Iterator[None]:
 @contextmanager
 def _without_stderr() -> Iterator[None]:
     """Drops what is written to the process's standard error."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
+    if sys.stderr is None:  # closed, and another file may have its number
         yield
         return
     sys.stderr.flush()
+    kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)
     try:

@@ -1110,3 +1110,8 @@ def test_a_panic_in_a_text_is_an_error(tmp_path, capfd):
         tokenizer._encoder(Interrupted())("a")
     print("still there", file=sys.stderr)
     assert capfd.readouterr().err == "still there\n"
+
+
+def test_encoding_without_standard_error(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert names(gguf_tokenizer().encode("hello"), byte_level_tokens()) == ["hello"]
