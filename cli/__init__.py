@@ -45,30 +45,54 @@ app.command("bench")(bench.run)
 app.command("waves")(waves.run)
 
 
-def describe(error: Exception) -> str:
-    """One line that says what went wrong, without line breaks."""
+def describe(error: BaseException) -> str:
+    """One line that says what went wrong."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, and with what would control a terminal as escape sequences: it
+    may quote files of others."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def answer(error: BaseException) -> str:
+    """What the user is told of an error that ends a command, in one line."""
+    if isinstance(error, (ValueError, OSError)):
+        return describe(error)
+    if isinstance(error, MemoryError) or "allocate memory" in str(
+        error
+    ):  # torch has no class for it
+        return f"not enough memory: {describe(error)}"
+    return (
+        f"{type(error).__name__}: {describe(error):.300} (this should not happen: please report "
+        "it, with what the same command prints with SPEQ_DEBUG=1 in front)"
+    )
 
 
 def show_warning(message: Warning | str, *_: object) -> None:
     """Print a warning as one line, in place of Python's two with a source line."""
-    print(f"speq: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"speq: warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def main() -> None:
-    """Entry point of `speq`: exit code 1 and one line on stderr for an expected error.
+    """Entry point of `speq`: exit code 1 and one line on stderr for an error; one that is not
+    expected asks for a report.
 
     Usage errors exit with 2. With SPEQ_DEBUG set in the environment, the traceback is shown.
     """
     warnings.showwarning = show_warning
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic in a library of Rust is no Exception
         if os.environ.get("SPEQ_DEBUG"):
             raise
-        print(f"speq: error: {describe(error)}", file=sys.stderr)
+        print(f"speq: error: {answer(error)}", file=sys.stderr)
         sys.exit(1)

@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 from speq.hw import EngineConfig
 from speq.hw.array.array import array_modules
 from speq.hw.verilog import convert_unit
+from speq.model.input_file import check_regular
 
 _CELLS = "cells.lib"
 _REPORT = "report.txt"
@@ -41,12 +43,16 @@ def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
         If the library cannot be read or there is no Yosys.
     """
     yosys = _yosys()
+    check_regular(liberty)
     open_library = gzip.open if liberty.suffix == ".gz" else open
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # A copy, since Yosys as WebAssembly sees the files of its working directory only.
-        with open_library(liberty, "rb") as source, (folder / _CELLS).open("wb") as target:
-            shutil.copyfileobj(source, target)
+        try:
+            with open_library(liberty, "rb") as source, (folder / _CELLS).open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{liberty} is no intact .gz file: {error}") from error
         # It reads the library even where there are no flip-flops: a broken one shows at once.
         _run(yosys, folder, f"dfflibmap -liberty {_CELLS}", f"{liberty}: Yosys fails on it")
         areas = {}
@@ -71,7 +77,9 @@ def _run(yosys: Path, folder: Path, script: str, failure: str) -> None:
     done = subprocess.run([yosys, "-q", "-p", script], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
-        raise ValueError(f"{failure}: {' '.join(lines)}")
+        # Yosys knows only the copy.
+        reasons = " ".join(lines).replace(_CELLS, "the library")
+        raise ValueError(f"{failure}: {reasons}")
 
 
 def _yosys() -> Path:

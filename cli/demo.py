@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -66,7 +67,7 @@ def run(
         except CheckpointError as error:
             layers = random_layers(rows, seed)
             source = f"RANDOM weights with SmolLM2's distribution, seed {seed}"
-            progress.console.print(f"[yellow]no SmolLM2-135M ({error})[/]")
+            progress.console.print(f"[yellow]no SmolLM2-135M ({escape(str(error))})[/]")
             progress.console.print(f"[yellow]going on with {source}[/]")
         done(task, source)
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows
+from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows, finite
 from speq.cli.progress import with_passing_bar
 from speq.cli.simulation import rtl_figures, simulated_board
 
@@ -47,7 +48,8 @@ def run(
     cols: Cols = 32,
     draft_length: Annotated[int, typer.Option(help="Most tokens to draft.")] = 4,
     threshold: Annotated[
-        float, typer.Option(help="Stop drafting below this margin of the best logit.")
+        float,
+        typer.Option(help="Stop drafting below this margin of the best logit.", callback=finite),
     ] = 0.5,
 ) -> None:
     """Decode with a real LLM on the accelerator's RTL and compare every token and logit bit."""
@@ -66,7 +68,7 @@ def run(
     capacity = kv_capacity(loaded, ids, max_tokens, rows)
     config = accelerator_for(loaded, encoded, rows, cols, capacity)
     settings = Settings(rows, draft_length, threshold)
-    console.print(f"{loaded.name}: the golden model decodes ...")
+    console.print(f"{escape(loaded.name)}: the golden model decodes ...")
     runs = golden_runs(Session(loaded, encoded), ids, settings, max_tokens, console)
     board = simulated_board(loaded, encoded, config, capacity)
     with Session(loaded, encoded, board, capacity=capacity) as session:
@@ -82,7 +84,7 @@ def run(
         done = decode(session, board, runs, total, console)
 
     comparison = done.comparison
-    title = f"{loaded.name} on {rows} x {cols} PEs, generated Verilog on Verilator"
+    title = f"{escape(loaded.name)} on {rows} x {cols} PEs, generated Verilog on Verilator"
     console.print(pass_table(done.meters.values(), predicted, title))
     compared = f"{comparison.bits:,} logit bits compared, {comparison.wrong_bits} differ"
     if comparison.problems:

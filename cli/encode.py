@@ -12,17 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from speq.cli.options import MOST_TOKENS, Group, ModelName, Rows
+from speq.cli.options import MOST_TOKENS, Group, ModelName, refuse_unused
 from speq.cli.progress import bars, with_bar
 from speq.model.number_format import FormatConfig
+
+_MAX_JOURNAL = 1 << 28  # bytes
 
 if TYPE_CHECKING:
     from speq.model.checkpoint import Model
@@ -36,15 +40,24 @@ def run(
     columns: Annotated[
         int, typer.Option(min=1, max=256, help="Columns of the array that reads it.")
     ] = 16,
-    rows: Rows = 8,
-    choices: Annotated[int, typer.Option(help="Candidates per position for spare rows.")] = 4,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows of the array: tokens in a verify pass.", show_default="8"),
+    ] = None,
+    choices: Annotated[
+        int | None,
+        typer.Option(help="Candidates per position for spare rows.", show_default="4"),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Calibration prompts (JSON: kind -> list).", show_default="shipped"),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_TOKENS, help="Length of a calibration text.")
-    ] = 96,
+        int | None,
+        typer.Option(
+            min=1, max=MOST_TOKENS, help="Length of a calibration text.", show_default="96"
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read back and compare bits.")] = False,
     fixed: Annotated[
         bool, typer.Option("--fixed", help="One format for all tensors, no calibration.")
@@ -68,14 +81,24 @@ def run(
     from speq.model.speculation import Settings
 
     config = FormatConfig(group=group)
+    if fixed:
+        refuse_unused(
+            "with --fixed: nothing is calibrated",
+            prompts=prompts,
+            rows=rows,
+            choices=choices,
+            max_tokens=max_tokens,
+        )
+    rows, choices, max_tokens = (
+        default if given is None else given
+        for given, default in ((rows, 8), (choices, 4), (max_tokens, 96))
+    )
     Settings(rows=rows, choices=choices)
     given = {"split": split, "width": width, "tensors": tensors}
     given = {name: value for name, value in given.items() if value is not None}
     if fixed:
         formats = {name: value for name, value in given.items() if name != "tensors"}
         config = FormatConfig(group, **formats)
-        if prompts:
-            raise ValueError("--prompts and --fixed exclude each other: nothing is calibrated")
     elif given:
         raise ValueError(f"--{next(iter(given))} needs --fixed: else the optimiser chooses")
     elif rows < 2 or choices < 2:
@@ -85,7 +108,7 @@ def run(
 
     journal = Path(f"{output}.journal")
     with replacing(output) as temporary:
-        with Console(stderr=True).status(f"loading {model}"):
+        with Console(stderr=True).status(f"loading {escape(model)}"):
             loaded = load_model(model, decoding=not fixed)
         start = time.perf_counter()
         if fixed:
@@ -109,9 +132,11 @@ def run(
         digests = {name: sha256(loaded.linear_weight(name)) for name in encoded}
         settings = {"chain": outcome.chain, "alternates": outcome.alternates} if outcome else {}
         report = _report(outcome) if outcome else {}
-        write_encoded(temporary, EncodedModel(loaded.name, encoded, digests, settings, report))
+        with _naming(output, temporary):
+            write_encoded(temporary, EncodedModel(loaded.name, encoded, digests, settings, report))
+            if verify:
+                read_encoded(temporary).check_bits()
         if verify:
-            read_encoded(temporary).check_bits()
             print(f"verified: all {len(encoded)} tensors decode to their original bits")
     journal.unlink(missing_ok=True)
 
@@ -130,6 +155,15 @@ def run(
         print(_summary(outcome))
     print(f"encoding: {seconds:.1f} s")
     print(f"written:  {output}, {output.stat().st_size / 1e6:.1f} MB")
+
+
+@contextmanager
+def _naming(output: Path, temporary: Path) -> Iterator[None]:
+    """Errors name the file that was asked for, not the temporary one in its place."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error).replace(str(temporary), str(output))) from error
 
 
 def _optimise(model: Model, prompts: Path | None, path: Path, **numbers: int) -> OptimisedEncoding:
@@ -182,14 +216,17 @@ def _journal_key(digests: Mapping[str, str], prompts: list[list[int]], numbers: 
 
 def _read_journal(path: Path, key: str) -> Journal:
     """The journal of an interrupted run of the same command; an empty one if there is none."""
+    from speq.model.input_file import read_limited
+
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(read_limited(path, _MAX_JOURNAL))
         if stored["key"] == key:
             return dict(stored["journal"])
     except FileNotFoundError:
         pass
     except (ValueError, LookupError, TypeError, RecursionError):
-        Console(stderr=True).print(f"note: {path} is damaged: starting anew")
+        note = f"note: {path} is damaged: starting anew"
+        Console(stderr=True).print(note, markup=False)
     return {}
 
 

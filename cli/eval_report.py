@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from speq.model.ablation import Ablation, LossyResult, RowResult
@@ -218,7 +219,7 @@ def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) 
         if kind == "all":
             table.add_section()
         table.add_row(
-            *(kind, percent(f.match_rate), number(f.drafted), number(f.acceptance_length)),
+            *(escape(kind), percent(f.match_rate), number(f.drafted), number(f.acceptance_length)),
             number(f.tokens_per_pass),
             *(percent(f.early_exits), percent(f.alternate_hits)),
             *(shown(f.speedup), number(f.speedup_kv.value)),

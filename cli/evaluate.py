@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from speq.cli.options import (
     MOST_TOKENS,
@@ -86,7 +87,7 @@ def run(
     errors = Console(stderr=True)
     with staged(output) as folder:
         with bars(transient=True, disable=not errors.is_terminal) as progress:
-            loading = progress.add_task(f"loading {model}", total=None)
+            loading = progress.add_task(f"loading {escape(model)}", total=None)
             loaded = load_model(model)
             progress.remove_task(loading)
             vocabulary = loaded.config.vocab_size

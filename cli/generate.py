@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -34,6 +35,8 @@ from speq.cli.options import (
     SplitOfEncode,
     WidthOfEncode,
     chosen_formats,
+    finite,
+    refuse_unused,
 )
 from speq.cli.progress import with_passing_bar
 from speq.cli.simulation import rtl_figures, simulated_board
@@ -72,7 +75,9 @@ def run(
     ] = Decoding.SPEQ,
     max_tokens: MaxTokens = 128,
     seed: Seed = 0,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token.", callback=finite)
+    ] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest of this sum.")] = 1.0,
     encoded: Annotated[
@@ -87,6 +92,7 @@ def run(
         float | None,
         typer.Option(
             help="Stop drafting below this margin of the best logit.",
+            callback=finite,
             show_default=f"{DEFAULT_THRESHOLD:g}",
         ),
     ] = None,
@@ -122,6 +128,20 @@ def run(
     from speq.model.transformer import NonFiniteError
 
     speculative, rtl = mode is Decoding.SPEQ, backend is Backend.RTL
+    if not speculative:
+        refuse_unused(
+            "with --mode fp16",
+            encoded=encoded,
+            draft_length=draft_length,
+            threshold=threshold,
+            choices=choices,
+            group=group,
+            split=split,
+            width=width,
+            head_width=head_width,
+        )
+        if not rtl:
+            refuse_unused("with --mode fp16 in the golden model", rows=rows)
     sampling = chosen_sampling(temperature, top_k, top_p)
     if rtl and sampling is not None:
         raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
@@ -149,7 +169,7 @@ def run(
     board, capacity = None, None
     if rtl:
         board, capacity = rtl_board(
-            loaded, tensors, ids, max_tokens, settings.rows, cols or DEFAULT_COLS
+            loaded, tensors, ids, max_tokens, settings.rows, DEFAULT_COLS if cols is None else cols
         )
     with Session(loaded, tensors, board, capacity=capacity) as session:
         if sampling is None:
@@ -282,9 +302,16 @@ def summary(
 
 def show(output: Console, text: str, origin: str | None) -> None:
     """Print a piece of text at once: as it is when piped, on a terminal in its origin's style and
-    with escape characters made visible, because a model may write anything."""
+    with control characters made visible, because a model may write anything."""
     if output.is_terminal:
-        safe = text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")
+        safe = "".join(map(visible, text))
         output.print(Text(safe, style=STYLES[origin] if origin else ""), end="")
     else:
         print(text, end="", flush=True)
+
+
+def visible(character: str) -> str:
+    """The character, or what stands for one that would control a terminal."""
+    if character in "\n\t" or unicodedata.category(character) != "Cc":
+        return character
+    return chr(0x2400 + ord(character)) if character < " " else "\N{REPLACEMENT CHARACTER}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,22 @@ from speq.model.number_format import FormatConfig
 
 #: Early exit of models that are not calibrated.
 DEFAULT_THRESHOLD = 2.0
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of options: refuses infinity and NaN."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
+def refuse_unused(why: str, **options: object) -> None:
+    """Raises ValueError, naming it, if one of the options is given (not None) that has no use."""
+    for name, value in options.items():
+        if value is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is not used {why}: leave it out (it is {value})")
+
 
 ModelName = Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")]
 Seed = Annotated[

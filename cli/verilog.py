@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from speq.cli.options import Cols, Group, Rows
+from speq.cli.options import Cols, Group, Rows, refuse_unused
 
 
 def run(
@@ -30,7 +30,9 @@ def run(
         int | None,
         typer.Option(help="Data width of the data port.", show_default="16 per column"),
     ] = None,
-    address_bits: Annotated[int, typer.Option(help="Bits of an address in memory.")] = 40,
+    address_bits: Annotated[
+        int | None, typer.Option(help="Bits of an address in memory.", show_default="40")
+    ] = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
@@ -50,12 +52,23 @@ def run(
         draft_rows=draft_rows,
         max_k=max_k,
     )
-    if not engine:
-        default = AcceleratorConfig(config)
-        weights, data = (
-            AxiConfig(data_bits=given or port.data_bits, address_bits=address_bits)
-            for given, port in ((weights_bits, default.weights), (data_bits, default.data))
+    if engine:
+        refuse_unused(
+            "with --engine, which has no ports to memory",
+            weights_bits=weights_bits,
+            data_bits=data_bits,
+            address_bits=address_bits,
         )
-        config = AcceleratorConfig(config, weights=weights, data=data)
+    else:
+        default = AcceleratorConfig(config)
+        chosen = {} if address_bits is None else {"address_bits": address_bits}
+        ports = {}
+        for name, given in (("weights", weights_bits), ("data", data_bits)):
+            bits = getattr(default, name).data_bits if given is None else given
+            try:
+                ports[name] = AxiConfig(data_bits=bits, **chosen)
+            except ValueError as error:
+                raise ValueError(f"the {name} port: {error}") from error
+        config = AcceleratorConfig(config, **ports)
     for path in write_verilog(config, output):
         print(f"{path}  {path.stat().st_size:,} bytes")

@@ -27,6 +27,7 @@ from speq.cli.options import (
     MaxTokens,
     ModelName,
     Rows,
+    refuse_unused,
 )
 from speq.cli.progress import with_passing_bar
 
@@ -70,8 +71,9 @@ def run(
         typer.Option(help="The window begins where such a pass, or a step's end, is reported."),
     ] = None,
     nth: Annotated[
-        int, typer.Option(min=1, max=1 << 24, help="With --at: which of them, from 1.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, max=1 << 24, help="With --at: which of them.", show_default="1"),
+    ] = None,
     cycles: Annotated[int, typer.Option(min=1, max=1 << 32, help="Cycles of the window.")] = 5000,
     array: Annotated[
         bool, typer.Option("--array", help="Also record the array's inside: much larger.")
@@ -90,6 +92,9 @@ def run(
 
     if start is not None and at is not None:
         raise ValueError("--start and --at exclude each other: both say where the window begins")
+    if start is not None:
+        refuse_unused("with --start", nth=nth)
+    nth = 1 if nth is None else nth
     output.mkdir(parents=True, exist_ok=True)
     loaded = load_model(model)
     tokenizer = loaded.tokenizer

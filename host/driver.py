@@ -159,7 +159,8 @@ class Driver:
     Raises
     ------
     ValueError
-        If the model does not fit the accelerator, or the encoding is not one that it can read.
+        If the model does not fit the accelerator, or the encoding is not one that it can read or
+        does not decode to the model's weights bit for bit.
     """
 
     def __init__(
@@ -180,7 +181,8 @@ class Driver:
         encoded = encoded or {}
         check_encoded(config, encoded)
         check_model(model)
-        capacity = capacity or default_capacity(config, model.config)
+        if capacity is None:
+            capacity = default_capacity(config, model.config)
         start, stop = memory or Region(0, 1 << config.address_bits)
         self.layout = layout = MemoryLayout(config, model.config, encoded, capacity, start)
         if start + layout.size > stop:
@@ -202,15 +204,20 @@ class Driver:
 
     def _write_weights(self, encoded: Mapping[str, EncodedTensor]) -> None:
         for name, place in self.layout.weights.items():
+            weight = self._model.linear_weight(name).contiguous()
             if place.encoded:
+                decoded = encoded[name].decode()
+                if not torch.equal(decoded.view(torch.int16), weight.view(torch.int16)):
+                    raise ValueError(f"{name} does not decode to the weights of {self._model.name}")
                 planes = weight_planes(encoded[name], self.config)
                 for address, plane in zip(
                     (place.plane, place.residual, place.groups), planes, strict=True
                 ):
                     self._board.write(address, plane)
             else:
-                patterns = self._model.linear_weight(name).contiguous().numpy().view(np.uint16)
-                self._board.write(place.plane, tiled(patterns, self.config.engine.cols))
+                self._board.write(
+                    place.plane, tiled(weight.numpy().view(np.uint16), self.config.engine.cols)
+                )
 
     def _write_program(self, kind: PassKind) -> None:
         content = b"".join(descriptor.pack() for descriptor in self.layout.program(kind))

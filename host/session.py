@@ -94,7 +94,9 @@ class Session:
     Raises
     ------
     ValueError
-        If the model does not fit the accelerator, or the encoding is not one that it can read.
+        If the model does not fit the accelerator, or the encoding is not one that it can read or
+        does not decode to the model's weights bit for bit. The golden model never reads weights
+        from the encoding, and does not compare them.
     """
 
     def __init__(

@@ -13,39 +13,49 @@ scaled:
 
 and the entry `speq` of the file's metadata is a JSON object:
 
-    version   3
+    version   4
     source    the model's name, as given
     columns   columns of a tile
     tensors   for each NAME its `shape` [O, K], `format` (group, split and width),
               `drafted_outputs` if not all are drafted, `channels` (which of order and shift there
-              are) and the `sha256` of its FP16 weights, row by row, little-endian
+              are), the `sha256` of its FP16 weights, row by row, and `planes`, that of its arrays,
+              one behind the other in the order above; both of little-endian numbers
     settings  "chain" and "alternates": the settings of speculation that were best on the
               calibration texts, without and with leaf alternates; absent if there was none
     report    what the optimiser found, for people; absent if there was no calibration
+    sha256    of this object as JSON in one line, without this entry
+
+So no bit of a file changes unnoticed. `read_encoded` compares the digests of the header and of the
+arrays; whether these are the weights of a model, `EncodedModel.check_source` and `check_bits` say.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from speq.model.checkpoint import Model, linear_names
 from speq.model.format import EncodedTensor
+from speq.model.input_file import check_regular
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 
-VERSION = 3
+VERSION = 4
+
+_MAX_HEADER = 1 << 24  # bytes; 200 of a tensor
+_PLANES = ("draft", "residual", "groups")
+_CHANNELS = ("order", "shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,18 +100,19 @@ def write_encoded(path: Path, encoded: EncodedModel) -> None:
     """Write a file as this module describes it. Raises OSError if it cannot be written."""
     entries, arrays = {}, {}
     for name, tensor in encoded.tensors.items():
-        channels = {"order": tensor.order, "shift": tensor.shift}
-        present = {part: array for part, array in channels.items() if array is not None}
+        planes = (tensor.draft_plane, tensor.residual_plane, tensor.group_bytes)
+        present = dict(zip(_PLANES, planes, strict=True))
+        channels = {part: getattr(tensor, part) for part in _CHANNELS}
+        channels = {part: array for part, array in channels.items() if array is not None}
+        present |= channels
         entries[name] = {
             "shape": list(tensor.shape),
             "format": asdict(tensor.config),
             "drafted_outputs": tensor.drafted_outputs,
-            "channels": list(present),
+            "channels": list(channels),
             "sha256": encoded.digests[name],
+            "planes": _digest(present.values()),
         }
-        arrays[f"{name}.draft"] = tensor.draft_plane
-        arrays[f"{name}.residual"] = tensor.residual_plane
-        arrays[f"{name}.groups"] = tensor.group_bytes
         arrays |= {f"{name}.{part}": array for part, array in present.items()}
     header = {
         "version": VERSION,
@@ -111,6 +122,7 @@ def write_encoded(path: Path, encoded: EncodedModel) -> None:
         "settings": {name: asdict(settings) for name, settings in encoded.settings.items()},
         "report": encoded.report,
     }
+    header["sha256"] = _text_digest(header)
     try:
         save_file(arrays, path, {"speq": json.dumps(header)})
     except SafetensorError as error:
@@ -118,23 +130,18 @@ def write_encoded(path: Path, encoded: EncodedModel) -> None:
 
 
 def read_encoded(path: Path) -> EncodedModel:
-    """Read a file.
+    """Read a file, and compare the digests of its header and of every tensor's arrays.
 
     Raises
     ------
     ValueError
         If the file is not of this module's making or is damaged.
     OSError
-        If it cannot be read.
+        If it is no regular file or cannot be read.
     """
-    if path.is_dir():  # the library's own error does not name it
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    check_regular(path)
     with _naming(path), safe_open(path, "numpy") as file:
-        header = json.loads(file.metadata()["speq"])
-        if header["version"] != VERSION:
-            raise ValueError(
-                f"version is {header['version']!r:.40}, expected {VERSION}: encode it again"
-            )
+        header = _header(file.metadata() or {})
         tensors = {
             name: _tensor(file, name, entry, header["columns"])
             for name, entry in header["tensors"].items()
@@ -145,22 +152,74 @@ def read_encoded(path: Path) -> EncodedModel:
             header["source"],
             tensors,
             {name: entry["sha256"] for name, entry in header["tensors"].items()},
-            {name: Settings(**entry) for name, entry in header["settings"].items()},
+            _settings(header["settings"]),
             header["report"],
         )
+
+
+def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata["speq"]
+    if len(text) > _MAX_HEADER:
+        raise ValueError(f"its header is longer than {_MAX_HEADER} characters")
+    header = json.loads(text)
+    if header["version"] != VERSION:
+        raise ValueError(
+            f"version is {header['version']!r:.40}, expected {VERSION}: encode it again"
+        )
+    digest = header.pop("sha256")
+    if _text_digest(header) != digest:
+        raise ValueError("its header differs from its digest")
+    return header
 
 
 def _tensor(file: Any, name: str, entry: Mapping[str, Any], columns: int) -> EncodedTensor:
     sizes = [columns, *entry["shape"], entry["drafted_outputs"] or 0]
     if any(type(size) is not int for size in sizes):
         raise ValueError(f"sizes of {name} are {sizes!r:.80}; expected integers")
-    planes = [file.get_tensor(f"{name}.{part}") for part in ("draft", "residual", "groups")]
-    channels = {part: file.get_tensor(f"{name}.{part}") for part in entry["channels"]}
-    config = FormatConfig(**entry["format"])
+    channels = [part for part in _CHANNELS if part in entry["channels"]]
+    if channels != entry["channels"]:
+        raise ValueError(f"channels of {name} are {entry['channels']!r:.80}")
+    arrays = {part: file.get_tensor(f"{name}.{part}") for part in (*_PLANES, *channels)}
+    if _digest(arrays.values()) != entry["planes"]:
+        raise ValueError(f"the arrays of {name} differ from their digest")
     return EncodedTensor(
-        name, tuple(entry["shape"]), config, columns, *planes,
-        drafted_outputs=entry["drafted_outputs"], **channels,
-    )  # fmt: skip
+        name,
+        tuple(entry["shape"]),
+        FormatConfig(**entry["format"]),
+        columns,
+        *(arrays.pop(part) for part in _PLANES),
+        drafted_outputs=entry["drafted_outputs"],
+        **arrays,
+    )
+
+
+def _settings(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Settings]:
+    """Settings of speculation by name: both or none."""
+    if set(entries) not in (set(), {"chain", "alternates"}):
+        raise ValueError(f"settings are {list(entries)!r:.80}; expected chain and alternates")
+    for name, values in entries.items():
+        if set(values) != {member.name for member in fields(Settings)}:
+            raise ValueError(f"the settings {name} have {', '.join(values):.80}")
+        for key, value in values.items():
+            whole = type(value) is int or (key == "draft_length" and value is None)
+            number = key == "threshold" and type(value) is float and math.isfinite(value)
+            if not whole and not number:
+                raise ValueError(f"{key} of the settings {name} is {value!r:.40}")
+    return {name: Settings(**values) for name, values in entries.items()}
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    """Hex digest of little-endian arrays, one behind the other."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        digest.update(np.ascontiguousarray(little).data)
+    return digest.hexdigest()
+
+
+def _text_digest(header: Mapping[str, Any]) -> str:
+    """Hex digest of a header as JSON, without its digest."""
+    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
 
 
 @contextmanager
@@ -168,6 +227,8 @@ def _naming(path: Path) -> Iterator[None]:
     """Report a file's damage as a ValueError that names the file."""
     try:
         yield
+    except KeyError as error:
+        raise ValueError(f"{path} is no intact encoded model: {error} is missing") from error
     # What a header of the wrong structure can cause, and what EncodedTensor says about its planes.
     except (
         SafetensorError,

@@ -86,12 +86,13 @@ def encode_linears(
 
 
 def tensors_for(model: Model, file: EncodedModel, path: Path) -> Mapping[str, EncodedTensor]:
-    """The tensors of an encoded file at `path`, which must be this model's.
+    """The tensors of an encoded file at `path`, which must be this model's and decode to its bits.
 
-    Raises ValueError, naming the file, if they are not.
+    Raises ValueError, naming the file and the tensor, if they are not or do not.
     """
     try:
         file.check_source(model)
+        file.check_bits()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return file.tensors

@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from speq.model.input_file import read_limited
+
 #: Kind of text -> prompts.
 Prompts = dict[str, list[str]]
 
 _SHIPPED = Path(__file__).with_name("prompts.json")
+_MAX_PROMPTS = 1 << 26  # bytes
 
 
 def shipped_prompts(purpose: str, raw: bool = False) -> Prompts:
@@ -40,8 +43,9 @@ def read_prompts(path: Path) -> Prompts:
     OSError
         If it cannot be read.
     """
+    content = read_limited(path, _MAX_PROMPTS)
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        prompts = json.loads(content.decode("utf-8"))
     except ValueError as error:  # broken JSON or UTF-8
         raise ValueError(f"{path} is no JSON file: {error}") from error
     except RecursionError as error:
@@ -49,8 +53,12 @@ def read_prompts(path: Path) -> Prompts:
     if not isinstance(prompts, dict) or not prompts:
         raise ValueError(f"{path} must hold an object that maps kinds to lists of prompts")
     for kind, texts in prompts.items():
+        if not kind.isprintable() or kind == "all":  # printed as it is, beside the figures of all
+            raise ValueError(f"{path}: {kind!r:.40} cannot be the name of a kind")
         if not isinstance(texts, list) or not texts or not all(_is_prompt(text) for text in texts):
-            raise ValueError(f"{path}: kind {kind!r:.40} must be a list of non-empty texts")
+            raise ValueError(
+                f"{path}: kind {kind!r:.40} must be a list of non-empty texts in valid Unicode"
+            )
     return prompts
 
 
@@ -60,4 +68,10 @@ def first_of_each(prompts: Prompts, count: int | None) -> Prompts:
 
 
 def _is_prompt(text: object) -> bool:
-    return isinstance(text, str) and bool(text.strip())
+    if not isinstance(text, str) or not text.strip():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character
+        return False
+    return True

@@ -42,6 +42,10 @@ from speq.model.transformer import DraftLinear, KVCache, NonFiniteError, forward
 
 #: No array has so many rows; it bounds what a pass may allocate.
 MAX_ROWS = 1 << 10
+#: Between these, logits divided by the temperature neither overflow nor vanish.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+#: No vocabulary is larger.
+MAX_TOP_K = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Sampling:
     Attributes
     ----------
     temperature : float
-        Divides the logits; above 0.
+        Divides the logits; `MIN_TEMPERATURE` to `MAX_TEMPERATURE`.
     top_k : int
         Keep the k likeliest tokens; 0 keeps all.
     top_p : float
@@ -112,13 +116,13 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        if not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:  # NaN is not, either
             raise ValueError(
-                f"temperature is {self.temperature}; expected a number above 0 "
-                "(greedy decoding has no sampling)"
+                f"temperature is {self.temperature}; expected {MIN_TEMPERATURE:g} to "
+                f"{MAX_TEMPERATURE:g} (greedy decoding has no sampling)"
             )
-        if self.top_k < 0:
-            raise ValueError(f"top-k is {self.top_k}; expected 0 (all tokens) or more")
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise ValueError(f"top-k is {self.top_k}; expected 0 (all tokens) to {MAX_TOP_K}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p is {self.top_p}; expected a number above 0 and up to 1")
 

@@ -10,8 +10,11 @@ the concatenation of what a `TextStream` gives.
 
 import codecs
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -37,6 +40,8 @@ _TEKKEN_SPLIT = (
 # llama.cpp's own rule, "default", applies these in turn, with that of GPT-2 behind the first.
 _DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", r"\p{N}+", r"[0-9][0-9][0-9]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# No vocabulary has nearly as many tokens or merges (Gemma 3: 262,144 and 514,906).
+_MAX_TOKENS, _MAX_MERGES = 1 << 21, 1 << 22
 
 
 class TokenType(IntEnum):
@@ -98,13 +103,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, after the beginning-of-text tokens if the model uses any. The names
-        of special tokens in the text become these tokens. Raises ValueError for a text that needs a
-        token that the model does not have."""
+        of special tokens in the text become these tokens. Raises ValueError for what is no text, or
+        needs a token that the model does not have."""
+        _check_text(text)
         return self._checked([*self.leading, *self.vocabulary.encode(text)])
 
     def encode_chat(self, user: str, system: str | None = None) -> list[int]:
         """Token ids of the prompt for one user message. A chat template decides about
         beginning-of-text tokens; without one they are there. Raises ValueError as `encode`."""
+        for text in (user, system or ""):
+            _check_text(text)
         prompt, complete = self._prompt(user, system)
         return self._checked([*(() if complete else self.leading), *self.vocabulary.encode(prompt)])
 
@@ -192,13 +200,15 @@ def byte_level_bpe(
     tokens (`TokenType`); `splitter` is GGUF's name of the rule that cuts text into words. Of equal
     tokens the last is the one that text becomes. Raises ValueError if the vocabulary is
     inconsistent or the rule is unknown."""
+    _check_counts(tokens, merges)
     pairs = [merge.split(" ") for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("a merge of the tokenizer is not two tokens")
     both = [(first, second) for first, second in pairs]
     normalizer, words, ignore_merges = _splitter(splitter)
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, both, ignore_merges=ignore_merges))
+    with library_errors():
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, both, ignore_merges=ignore_merges))
     if normalizer is not None:
         backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(words)
@@ -230,6 +240,7 @@ def sentencepiece_bpe(
     (`TokenType`); spaces inside tokens are U+2581. White space behind the whole tokens of
     `strips_right` is dropped; without `parse_special` there are none. Raises ValueError if the
     vocabulary is inconsistent."""
+    _check_counts(tokens)
 
     def content(token: str, kind: int) -> str | bytes:
         byte = _BYTE_TOKEN.fullmatch(token) if kind == TokenType.NORMAL else None
@@ -325,8 +336,11 @@ def _split(pattern: str) -> pre_tokenizers.Split:
 
 def _encoder(backend: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
     def encode(text: str) -> list[int]:
-        text.encode()  # a ValueError for what is no text, where the package raises a TypeError
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            with library_errors():
+                return backend.encode(text, add_special_tokens=False).ids
+        except ValueError as error:
+            raise ValueError(f"the tokenizer fails on the text: {error}") from error
 
     return encode
 
@@ -379,3 +393,57 @@ def _decoder(backend: tokenizers.Tokenizer) -> tuple[bool, int]:
             "ByteLevel and SentencePiece's Replace, ByteFallback, Fuse and Strip"
         )
     return False, strip
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Raises ValueError where the tokenizers package fails: it raises bare Exceptions, and the
+    panics of its Rust code are no Exceptions and print a report, which is dropped."""
+    try:
+        with _without_stderr():
+            yield
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # the package does not export it
+            raise
+        raise ValueError(f"the tokenizers package cannot cope with it: {error}") from error
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drops what is written to the process's standard error."""
+    if sys.stderr is None:  # closed, and another file may have its number
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _check_text(text: str) -> None:
+    """Raises ValueError for half a character, which is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is no UTF-8: {text[error.start]!a} at position {error.start}"
+        ) from error
+
+
+def _check_counts(tokens: Sequence[str], merges: Sequence[str] = ()) -> None:
+    """Raises ValueError for more tokens or merges than any tokenizer has."""
+    for name, found, limit in (
+        ("tokens", len(tokens), _MAX_TOKENS),
+        ("merges", len(merges), _MAX_MERGES),
+    ):
+        if found > limit:
+            raise ValueError(f"the tokenizer has {found} {name}, more than {limit}")

@@ -149,7 +149,9 @@ def build(
     key = repr((top, contents, parameters, visible, waves, unrecorded, _MAKEFLAGS, _ARGUMENTS))
     folder = (BUILD_ROOT / f"{top}-{hashlib.sha256(key.encode()).hexdigest()[:16]}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    path = f"{VERILATOR_BIN}{os.pathsep}{os.environ['PATH']}"
+    # The makefile asks for a Python by this name.
+    programs = (VERILATOR_BIN, Path(sys.executable).parent, os.environ.get("PATH", os.defpath))
+    path = os.pathsep.join(map(str, programs))
     with _exclusive(folder / "lock"), _environment(PATH=path, MAKEFLAGS=_MAKEFLAGS):
         if (folder / "built").exists():
             return folder

@@ -45,7 +45,8 @@ def board_for(
     SimulationError
         If the simulation cannot be built.
     """
-    capacity = capacity or default_capacity(config, model.config)
+    if capacity is None:
+        capacity = default_capacity(config, model.config)
     size = memory_size(config, model, encoded or {}, capacity)
     options = MemoryOptions(size, **memory)
     return SimulatedBoard(generate_top(config), config, options, waves)

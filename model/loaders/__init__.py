@@ -70,7 +70,9 @@ def load_model(
             )
     except MemoryError as error:
         raise CheckpointError(f"{path}: not enough memory to load it") from error
-    except (CheckpointError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     config, weights, read = parts
     beyond = [token for token in read.leading if not 0 <= token < config.vocab_size]
@@ -86,3 +88,8 @@ def load_model(
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
     return model
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """Which file of a model at `path` cannot be read, and why."""
+    return f"{error.filename or path}: {error.strerror}" if error.strerror else f"{path}: {error}"

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 
 from speq.model.checkpoint import CheckpointError
+from speq.model.input_file import check_regular
 
 _TYPE = gguf.GGUFValueType
 _SCALARS = {
@@ -90,8 +91,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Metadata (int, float, bool, str, list of str, numpy array) and tensors of a GGUF file.
 
     Tensors are views of the mapped file. Raises CheckpointError if anything does not lie inside the
-    file, overlaps or has an unknown type.
+    file, overlaps or has an unknown type; OSError if it is no regular file or cannot be read.
     """
+    check_regular(path)
     with path.open("rb") as file:
         reader = _Reader(file, path.stat().st_size)
         magic, version, tensor_count, value_count = reader.unpack("<4sIQQ")

@@ -29,6 +29,7 @@ from speq.model.checkpoint import (
     expect_shape,
     places,
 )
+from speq.model.input_file import check_regular
 from speq.model.loaders.hf_tokenizer import read_tokenizer
 from speq.model.loaders.json_file import read_json
 from speq.model.tokenizer import Tokenizer
@@ -623,6 +624,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> _Files:
     files: _Files = {}
     paths, index = _weight_files(folder)
     for path in paths:
+        check_regular(path)
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
         except safetensors.SafetensorError as error:

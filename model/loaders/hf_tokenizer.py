@@ -17,8 +17,10 @@ import tokenizers
 from speq.model.chat import END_OF_TEXT, END_OF_TURN
 from speq.model.chat_template import MAX_TEMPLATE
 from speq.model.checkpoint import CheckpointError
+from speq.model.input_file import read_limited
 from speq.model.loaders.json_file import read_json
-from speq.model.tokenizer import Tokenizer, from_backend
+from speq.model.loaders.tokenizer_json import check_tokenizer
+from speq.model.tokenizer import Tokenizer, from_backend, library_errors
 
 _MAX_TOKENIZER = 1 << 26  # bytes of tokenizer.json
 
@@ -87,21 +89,25 @@ _PLAIN: dict[str, tuple] = {
 def read_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     """The folder's tokenizer; `settings` is the content of config.json. Raises CheckpointError."""
     path = folder / "tokenizer.json"
-    if path.stat().st_size > _MAX_TOKENIZER:
-        raise CheckpointError(f"{path.name} is larger than {_MAX_TOKENIZER} bytes")
+    data = read_limited(path, _MAX_TOKENIZER)
     config = _optional(folder / "tokenizer_config.json")
     _check_config(config)
     named = _named_tokens(config, _optional(folder / "special_tokens_map.json"))
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.no_truncation()
-        backend.no_padding()
-        _add_tokens(backend, config, named)
-        vocabulary = from_backend(backend)
-        leading, trailing = _around(backend)
+        check_tokenizer(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+    try:
+        with library_errors():
+            backend = tokenizers.Tokenizer.from_buffer(data)
+            backend.no_truncation()
+            backend.no_padding()
+            _add_tokens(backend, config, named)
+            vocabulary = from_backend(backend)
+            leading, trailing = _around(backend)
     except CheckpointError:
         raise
-    except Exception as error:  # the package raises bare Exception
+    except ValueError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
     if "add_bos_token" in config or "add_eos_token" in config:
         leading, trailing = _chosen(backend, config, named, leading)
@@ -206,7 +212,10 @@ def _add_tokens(
 def _around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that tokenizer.json puts before and after a text."""
     for probe in ("a", "0", " ", "the", *sorted(backend.get_vocab())[:1000]):
-        plain = backend.encode(probe, add_special_tokens=False).ids
+        try:
+            plain = backend.encode(probe, add_special_tokens=False).ids
+        except Exception:  # it is unknown, and the vocabulary has no token for that
+            continue
         if plain:
             both = backend.encode(probe, add_special_tokens=True).ids
             starts = range(len(both) - len(plain) + 1)
@@ -290,12 +299,11 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
     path = folder / "chat_template.jinja"
     if not path.exists():
         return stored
-    if path.stat().st_size > MAX_TEMPLATE:
-        raise CheckpointError(f"{path.name} is larger than {MAX_TEMPLATE} bytes")
     try:
-        template = path.read_text("utf-8")
+        template = read_limited(path, MAX_TEMPLATE).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path.name} is not UTF-8") from error
+    template = template.replace("\r\n", "\n").replace("\r", "\n")
     if stored and stored != template:
         warnings.warn(
             f"{path.name} and chat_template of tokenizer_config.json differ: the former is "

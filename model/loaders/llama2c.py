@@ -21,6 +21,7 @@ from speq.model.checkpoint import (
     tensor_shapes,
     unpermute_rope,
 )
+from speq.model.input_file import check_regular, read_limited
 from speq.model.sentencepiece import SPACE
 from speq.model.tokenizer import Tokenizer, TokenType, sentencepiece_bpe
 
@@ -34,6 +35,7 @@ _ORDER = {  # the arrays of the file by version; one of the blocks' tensors stan
     1: ("attn_norm", "ffn_norm", "final_norm", "embedding", *_ATTENTION, *_FFN, "head"),
 }
 _NORM_EPS, _ROPE_BASE = 1e-5, 10_000.0  # constants of llama2.c, not stored in the file
+_MAX_TOKENIZER = 1 << 26  # bytes of the tokenizer's file
 _BOS, _EOS = 1, 2  # llama2.c ends a text at either
 _FIRST_BYTE = 3  # id of the token for byte 0; older tokenizer files spell these tokens differently
 
@@ -42,6 +44,7 @@ def load_llama2c(
     path: Path, tokenizer: Path | None
 ) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a .bin file. Raises CheckpointError."""
+    check_regular(path)
     version, config = _header(path)
     offsets, length = _layout(version, config)
     if path.stat().st_size != length:
@@ -125,7 +128,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The SentencePiece vocabulary: int32, then float32 score, int32 length and text of tokens, at
     most as many as the model has."""
-    data = path.read_bytes()
+    data = read_limited(path, _MAX_TOKENIZER)
     tokens, scores, position = [], [], 4
     try:
         while position < len(data):

@@ -357,6 +357,18 @@ def test_encodings_that_the_array_cannot_read_are_refused():
     )
 
 
+def test_planes_of_other_weights_are_refused():
+    """A flipped bit of any array, even one that leaves the tensor's shape and format alone, and the
+    encoding of another model."""
+    model = drafted_model("llama", SEED)
+    for plane in ("draft_plane", "residual_plane", "group_bytes"):
+        encoded = encode_linears(model)
+        getattr(encoded["block.1.o_proj"], plane)[0, 0, 0] ^= 1
+        refused("block.1.o_proj does not decode to the weights of random llama", model, encoded)
+    other = encode_linears(drafted_model("llama", SEED + 1))
+    refused("block.0.q_proj does not decode to the weights of random llama", model, other)
+
+
 def test_models_that_do_not_fit_are_refused():
     model = drafted_model("llama", SEED)
     refused(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
+from speq.model.encoding import tensors_for
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 from tests.model.drafted import drafted_model, rearranged
@@ -25,6 +28,7 @@ from tests.model.drafted import drafted_model, rearranged
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 SETTINGS = {"chain": Settings(6, 3, 0.5, 1), "alternates": Settings(8, None, 1.25, 4)}
 REPORT = {"tried": [{"cost": 0.25, "alternates": 1.5}], "note": "ä"}
+PARTS = ("draft", "residual", "groups", "order", "shift")
 PLANES = ("draft_plane", "residual_plane", "group_bytes", "order", "shift")
 
 
@@ -51,12 +55,32 @@ def path(encoded, tmp_path) -> Path:
     return path
 
 
-def change(path: Path, edit: Callable[[dict[str, Any], dict[str, np.ndarray]], object]) -> None:
-    """Write the file again after edit(header, arrays)."""
+def digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def sign(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Give a changed file the digests that belong to it, as the module documents them."""
+    entries = header.get("tensors")
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        parts = (arrays.get(f"{name}.{part}") for part in PARTS)
+        entry["planes"] = digest(*(part.tobytes() for part in parts if part is not None))
+    header.pop("sha256", None)
+    header["sha256"] = digest(json.dumps(header).encode())
+
+
+def change(
+    path: Path,
+    edit: Callable[[dict[str, Any], dict[str, np.ndarray]], object],
+    signed: bool = True,
+) -> None:
+    """Write the file again after edit(header, arrays), with digests of its own or as damage."""
     arrays = {name: array.copy() for name, array in load_file(path).items()}
     with safe_open(path, "numpy") as file:
         header = json.loads(file.metadata()["speq"])
     edit(header, arrays)
+    if signed:
+        sign(header, arrays)
     save_file(arrays, path, {"speq": json.dumps(header)})
 
 
@@ -99,8 +123,9 @@ def test_documented_layout(encoded, path):
     arrays = load_file(path)
     with safe_open(path, "numpy") as file:
         header = json.loads(file.metadata()["speq"])
-    assert header["version"] == 3 and header["columns"] == 16
-    assert set(header) == {"version", "source", "columns", "tensors", "settings", "report"}
+    assert header["version"] == 4 and header["columns"] == 16
+    keys = {"version", "source", "columns", "tensors", "settings", "report", "sha256"}
+    assert set(header) == keys
     entry = header["tensors"]["head"]
     assert entry["shape"] == [64, 32] and entry["drafted_outputs"] == 40
     assert entry["format"] == {"group": 32, "split": 3, "width": 5}
@@ -108,12 +133,13 @@ def test_documented_layout(encoded, path):
     assert entry["sha256"] == encoded.digests["head"]
     names = {f"head.{part}" for part in ("draft", "residual", "groups", "order", "shift")}
     assert {name for name in arrays if name.startswith("head.")} == names
+    stored = json.loads(json.dumps(header))
+    sign(stored, arrays)
+    assert stored == header  # the digests are the documented ones
     assert arrays["head.order"].dtype == np.uint16 and arrays["head.shift"].dtype == np.uint8
 
 
 def test_digest_is_of_little_endian_rows():
-    import hashlib
-
     weights = torch.tensor([[1.0, 2.0], [-0.0, 0.5]]).half()
     expected = hashlib.sha256(bytes.fromhex("003c 0040 0080 0038")).hexdigest()
     assert sha256(weights) == expected
@@ -159,6 +185,7 @@ DAMAGE = {
     "unknown channels": lambda h, a: head(h).update(channels=["draft"]),
     "channels of another type": lambda h, a: head(h).update(channels=3),
     "no digest": lambda h, a: head(h).pop("sha256"),
+    "channels in another order": lambda h, a: head(h).update(channels=["shift", "order"]),
     "plane missing": lambda h, a: a.pop("head.draft"),
     "order missing": lambda h, a: a.pop("head.order"),
     "plane of another type": lambda h, a: a.update({"head.groups": a["head.groups"].astype("u2")}),
@@ -167,6 +194,15 @@ DAMAGE = {
     "shift too short": lambda h, a: a.update({"head.shift": a["head.shift"][1:]}),
     "impossible settings": lambda h, a: h["settings"]["alternates"].update(draft_length=9),
     "settings of another type": lambda h, a: h["settings"]["alternates"].update(rows="8"),
+    "fraction of a row": lambda h, a: h["settings"]["alternates"].update(rows=8.5),
+    "rows as a truth value": lambda h, a: h["settings"]["alternates"].update(rows=True),
+    "no rows": lambda h, a: h["settings"]["alternates"].update(rows=None),
+    "infinite threshold": lambda h, a: h["settings"]["chain"].update(threshold=math.inf),
+    "threshold is not a number": lambda h, a: h["settings"]["chain"].update(threshold=math.nan),
+    "one setting": lambda h, a: h["settings"]["chain"].pop("threshold"),
+    "settings of one kind": lambda h, a: h["settings"].pop("chain"),
+    "no settings": lambda h, a: h.pop("settings"),
+    "no report": lambda h, a: h.pop("report"),
     "unknown setting": lambda h, a: h["settings"]["alternates"].update(speed=9),
     "settings as a list": lambda h, a: h.update(settings=[]),
 }
@@ -179,8 +215,9 @@ def test_damaged_headers_and_arrays_are_refused(path, damage):
         read_encoded(path)
     message = str(caught.value)
     assert str(path) in message and len(message) < 600
+    assert "digest" not in message or "no digest" in damage  # but for what is wrong itself
     if damage == "version":
-        assert "version is 1, expected 3: encode it again" in message
+        assert "version is 1, expected 4: encode it again" in message
 
 
 @pytest.mark.parametrize(
@@ -199,9 +236,41 @@ def test_an_absent_file_is_named(tmp_path):
         read_encoded(tmp_path)
 
 
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("bit", range(8))
+def test_one_flipped_bit_is_found(path, part, bit):
+    """Of any array, also where it decodes to the same weights: a scale code changes drafts only."""
+
+    def flip(header: dict, arrays: dict[str, np.ndarray]) -> None:
+        arrays[f"head.{part}"].reshape(-1).view(np.uint8)[13] ^= 1 << bit
+
+    change(path, flip, signed=False)
+    with pytest.raises(ValueError, match="the arrays of head differ from their digest"):
+        read_encoded(path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda h, a: h["settings"]["chain"].update(threshold=0.75),
+        lambda h, a: head(h).update(drafted_outputs=41),
+        lambda h, a: head(h).update(sha256="0" * 64),
+        lambda h, a: h.update(source="another model"),
+        lambda h, a: h["report"].update(note="a"),
+        lambda h, a: h.update(sha256="0" * 64),
+    ],
+)
+def test_a_changed_header_is_found(path, edit):
+    change(path, edit, signed=False)
+    with pytest.raises(ValueError, match="its header differs from its digest"):
+        read_encoded(path)
+
+
 @pytest.mark.parametrize("part", ["draft", "residual", "groups"])
 @pytest.mark.parametrize("name", ["head", "block.1.k_proj"])
-def test_one_flipped_bit_is_found(model, path, name, part):
+def test_planes_of_other_weights_are_found(model, path, name, part):
+    """Whatever their digest says."""
+
     def flip(header: dict, arrays: dict[str, np.ndarray]) -> None:
         plane = arrays[f"{name}.{part}"]
         # Any bit of the planes; of the group bytes one of the base exponent.
@@ -212,6 +281,8 @@ def test_one_flipped_bit_is_found(model, path, name, part):
     read.check_source(model)
     with pytest.raises(ValueError, match=f"{name} does not decode to its original bits"):
         read.check_bits()
+    with pytest.raises(ValueError, match=f"{path}: {name} does not decode"):
+        tensors_for(model, read, path)
 
 
 def test_swapped_channels_are_found(path):

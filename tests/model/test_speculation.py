@@ -514,6 +514,9 @@ def test_impossible_settings_are_refused(arguments, message):
     [
         ({"temperature": 0.0}, r"temperature is 0\.0"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": 1e-320}, r"temperature is 1e-320; expected 1e-06 to 1e\+06"),
+        ({"temperature": 1e7}, r"temperature is 10000000\.0"),
+        ({"top_k": 1 << 25}, "top-k is 33554432; expected 0"),
         ({"top_k": -1}, "top-k is -1"),
         ({"top_p": 0.0}, r"top-p is 0\.0"),
         ({"top_p": 1.5}, r"top-p is 1\.5"),

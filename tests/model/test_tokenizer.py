@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
+import resource
 import struct
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +20,14 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from speq.model import tokenizer
 from speq.model.chat_template import TemplateRefusal, UnsupportedTemplate, render
 from speq.model.checkpoint import CheckpointError
-from speq.model.loaders import load_model
+from speq.model.loaders import load_model, tokenizer_json
 from speq.model.loaders.gguf_file import Metadata
 from speq.model.loaders.gguf_tokenizer import knows, read_tokenizer
 from speq.model.loaders.hf_tokenizer import read_tokenizer as read_folder
+from speq.model.loaders.tokenizer_json import check_tokenizer
 from speq.model.tokenizer import (
     TextStream,
     Tokenizer,
@@ -253,7 +258,7 @@ def test_equal_tokens():
 
 @pytest.mark.parametrize("pieces", [False, True], ids=["byte-level", "sentencepiece"])
 def test_half_of_a_character_is_refused(pieces):
-    with pytest.raises(ValueError, match="surrogates not allowed"):
+    with pytest.raises(ValueError, match=r"the text is no UTF-8: '\\udcff' at position 1"):
         gguf_tokenizer(pieces).encode("a\udcff")
 
 
@@ -890,3 +895,223 @@ def test_hostile_templates_end(template, message):
     values = {"messages": [{"role": "user", "content": "hi"}]}
     with pytest.raises(UnsupportedTemplate, match=message):
         render(template, values)
+
+
+# Hostile tokenizer.json files.
+
+
+def write_json(folder: Path, **changes) -> Path:
+    """A folder whose tokenizer.json is a small one with other parts."""
+    write_folder(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def replace_step(old: str, new: str) -> dict:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def sequence(*steps: dict) -> dict:
+    return {"type": "Sequence", "normalizers": [*steps]}
+
+
+def charsmap(blob: bytes) -> dict:
+    return {
+        "type": "Precompiled",
+        "precompiled_charsmap": base64.b64encode(blob).decode(),
+    }
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+def template(single: list, **special: list) -> dict:
+    tokens = {name: {"id": name, "ids": ids, "tokens": []} for name, ids in special.items()}
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": tokens}
+
+
+HOSTILE = {
+    "one letter becomes ten, ten times": (
+        {"normalizer": sequence(*[replace_step("a", 10 * "a")] * 10)},
+        "Replace and the steps before it can make a text more than 4096 times as long",
+    ),
+    "in sequences of sequences": (
+        {"normalizer": sequence(*[sequence(*[replace_step("a", 10 * "a")] * 2)] * 2)},
+        "more than 4096 times as long",
+    ),
+    "an expression that matches everywhere": (
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": 5000 * "a"}},
+        "more than 4096 times as long",
+    ),
+    "an empty text that is replaced": (
+        {"normalizer": replace_step("", 5000 * "a")},
+        "more than 4096 times as long",
+    ),
+    "texts before the text": (
+        {"normalizer": sequence(*[{"type": "Prepend", "prepend": 99 * "a"}] * 2)},
+        "Prepend and the steps before it",
+    ),
+    "a letter with a long text in a character map": (
+        {"normalizer": charsmap(bytes(4) + 5000 * b"a" + b"\0")},
+        "Precompiled and the steps before it",
+    ),
+    "bytes of bytes of bytes": (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 9}},
+        "ByteLevel and the steps before it",
+    ),
+    "normalisers and pre-tokenizers together": (
+        {
+            "normalizer": replace_step("a", 200 * "a"),
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 2},
+        },
+        "ByteLevel and the steps before it",
+    ),
+    "many steps": (
+        {
+            "normalizer": sequence(
+                *[{"type": "Strip", "strip_left": True, "strip_right": True}] * 65
+            )
+        },
+        "more than 64 steps, the last a normalizer",
+    ),
+    "a text twice, many times": (
+        {"post_processor": {"type": "Sequence", "processors": [template([TEXT, TEXT])] * 40}},
+        "must have the text once",
+    ),
+    "many tokens around a text": (
+        {"post_processor": template([TEXT, *[{"SpecialToken": {"id": "t"}}] * 11], t=[0] * 100)},
+        "between at most 1024 tokens",
+    ),
+    "an unknown normaliser": ({"normalizer": {"type": "Novel"}}, "normalizer 'Novel' is not"),
+    "a normaliser of no type": ({"normalizer": [1]}, "normalizer None is not supported"),
+    "deep nesting": ({"added_tokens": "deep"}, "is not valid JSON"),
+    "tokens at random": ({"model": {"type": "BPE", "dropout": 0.5}}, "dropout = 0.5"),
+    "no model": ({"model": None}, "it has no model"),
+    "a content that is no text": (
+        {"normalizer": replace_step("a", 5)},
+        "content of Replace is not",
+    ),
+    # What the package fails on: with an error, or with a panic.
+    "an expression that is none": (
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": "a"}},
+        "unmatched parenthesis",
+    ),
+    "a short character map": ({"normalizer": charsmap(b"ab")}, "cannot cope with it"),
+    "a character map that leads out of itself": (
+        {"normalizer": charsmap(b"\x08\0\0\0" + 8 * b"\xff" + b"x\0")},
+        "cannot cope with it: index out of bounds",
+    ),
+    "a character map that is not base64": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "*"}},
+        "is not base64",
+    ),
+    "words of length 0": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "non-zero"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_tokenizers_are_refused(tmp_path, capfd, name):
+    """In time and in memory, and without a word of the package's own."""
+    changes, message = HOSTILE[name]
+    folder = write_json(tmp_path / "folder", **changes)
+    path = folder / "tokenizer.json"
+    if changes == {"added_tokens": "deep"}:
+        path.write_text(path.read_text().replace('"deep"', "[" * 99_999))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError) as caught:
+        read_folder(folder, {})
+    assert str(caught.value).startswith("tokenizer.json: ")
+    assert message in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1 << 17  # KiB
+
+
+def test_keys_that_are_there_twice_are_refused(tmp_path):
+    """Python takes the last of them; another reader might not."""
+    path = write_folder(tmp_path / "folder") / "tokenizer.json"
+    text = path.read_text()
+    path.write_text(text.replace("{", '{"normalizer": null, "normalizer": null, ', 1))
+    with pytest.raises(CheckpointError, match="has a key twice"):
+        read_folder(path.parent, {})
+
+
+def test_real_tokenizers_are_within_the_limits(tmp_path):
+    """What published files chain: Llama 2's and Phi-3's, XLM-R's, Qwen's."""
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"\p{N}"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    for normalizer, words in (
+        (sequence({"type": "Prepend", "prepend": "▁"}, replace_step(" ", "▁")), None),
+        (sequence(charsmap(bytes(4) + 33 * b"a" + b"\0"), replace_step("  ", " ")), metaspace),
+        ({"type": "NFC"}, {"type": "Sequence", "pretokenizers": [split, BYTES]}),
+        (sequence({"type": "NFKC"}, {"type": "Lowercase"}, {"type": "NFD"}), BYTES),
+    ):
+        parts = {"normalizer": normalizer, "pre_tokenizer": words, "model": {"type": "BPE"}}
+        check_tokenizer(json.dumps(parts).encode())
+
+
+def test_counts_are_checked_before_vocabularies_are_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_json, "_MAX_TOKENS", 5)
+    folder = write_folder(tmp_path / "folder")
+    with pytest.raises(CheckpointError, match=r"vocab has [0-9]+ entries, more than 5"):
+        read_folder(folder, {})
+    monkeypatch.setattr(tokenizer_json, "_MAX_VALUES", 100)
+    with pytest.raises(CheckpointError, match="it holds more than 100 values"):
+        read_folder(folder, {})
+    monkeypatch.setattr(tokenizer, "_MAX_TOKENS", 100)
+    for pieces in (False, True):
+        with pytest.raises(CheckpointError, match=r"tokenizer has [0-9]+ tokens, more than 100"):
+            gguf_tokenizer(pieces)
+
+
+def test_vocabularies_without_an_unknown_token(tmp_path):
+    """They load, and a text that they have no token for is refused."""
+    models = {
+        "WordLevel": {"vocab": {"hello": 0}, "unk_token": "[UNK]"},
+        "BPE": {"vocab": {"hello": 0, "h": 1}, "merges": [], "unk_token": "[UNK]"},
+    }
+    for kind, model in models.items():
+        folder = write_json(
+            tmp_path / kind, model={"type": kind, **model}, added_tokens=[], pre_tokenizer=None
+        )
+        read = read_folder(folder, {})
+        assert read.encode("h" if kind == "BPE" else "hello") == [kind == "BPE"]
+        with pytest.raises(ValueError, match=r"fails on the text: .*UNK"):
+            read.encode("z")
+
+
+def test_a_panic_in_a_text_is_an_error(tmp_path, capfd):
+    """Of a character map whose damaged part only some letters lead to."""
+
+    class Panics:
+        def encode(self, *_, **__):
+            class PanicException(BaseException):
+                pass
+
+            os.write(2, b"thread '<unnamed>' panicked")
+            raise PanicException("index out of bounds")
+
+    with pytest.raises(ValueError, match=r"fails on the text: .*cannot cope with it: index out of"):
+        tokenizer._encoder(Panics())("a")
+    assert capfd.readouterr() == ("", "")
+
+    class Interrupted:
+        def encode(self, *_, **__):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer._encoder(Interrupted())("a")
+    print("still there", file=sys.stderr)
+    assert capfd.readouterr().err == "still there\n"
+
+
+def test_encoding_without_standard_error(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert names(gguf_tokenizer().encode("hello"), byte_level_tokens()) == ["hello"]

@@ -35,3 +35,10 @@ def test_objects_of_the_library_are_kept(tmp_path: Path) -> None:
     runner._keep(tmp_path / "build", tmp_path / "library")
     kept = {path.name: path.read_text() for path in (tmp_path / "library").iterdir()}
     assert kept == {"verilated.o": "old", "verilated_vpi.o": "new"}
+
+
+def test_builds_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's default is then searched, as by a shell."""
+    monkeypatch.setattr(runner, "BUILD_ROOT", tmp_path)
+    monkeypatch.delenv("PATH")
+    assert (runner.build(VERILOG, "top") / "top").exists()

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that others have made: only regular ones are read, and of small ones no more than expected.
+
+Opening a named pipe may wait for ever, and a device such as /dev/zero has no end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError, naming the path, unless it is a regular file or a link to one."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes.
+
+    Raises OSError, naming the path, if it is longer, no regular file or cannot be read.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(limit + 1)  # whatever size the file system states
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
+    return content

@@ -1,0 +1,1 @@
+from model.input_file import *

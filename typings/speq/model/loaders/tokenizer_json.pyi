@@ -1,0 +1,1 @@
+from model.loaders.tokenizer_json import *
