@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from speq.cli.options import Cols, Group, Rows
+from speq.cli.options import Cols, Force, Group, Rows
 
 
 def run(
@@ -34,6 +34,7 @@ def run(
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
+    force: Force = False,
 ) -> None:
     """Write the accelerator as one Verilog-2005 file, with its register map, C header, FuseSoC core
     and an example of its use."""
@@ -57,5 +58,5 @@ def run(
             for given, port in ((weights_bits, default.weights), (data_bits, default.data))
         )
         config = AcceleratorConfig(config, weights=weights, data=data)
-    for path in write_verilog(config, output):
+    for path in write_verilog(config, output, force=force):
         print(f"{path}  {path.stat().st_size:,} bytes")
