@@ -18,6 +18,8 @@ import pytest
 import speq.cli
 from speq.cli import bench, benchmarks, evaluate
 from speq.cli.bench import NAMES
+from speq.hw import EngineConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog import generate
 from speq.model import encoding, loaders
 from tests.hw.common.test_files import KINDS, SHARED_MEMORY, make
@@ -54,6 +56,26 @@ def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "random.gguf"
     write_gguf(path, config, random_weights(config, SEED))
     return path
+
+
+@pytest.fixture(scope="module")
+def generated() -> tuple[dict[str, str], tuple[str, dict]]:
+    """The files of a small accelerator (by the endings of its names) and engine."""
+    engine = EngineConfig(rows=1, cols=4, max_k=64)
+    files = generate.accelerator_files(AcceleratorConfig(engine), "")
+    return files, generate.generate_verilog(engine)
+
+
+@pytest.fixture
+def made_before(generated, monkeypatch):
+    """Verilog is generated once for all tests, as it takes seconds."""
+    files, engine = generated
+    monkeypatch.setattr(
+        generate,
+        "accelerator_files",
+        lambda _, stem: {f"{stem}{ending}": content for ending, content in files.items()},
+    )
+    monkeypatch.setattr(generate, "generate_verilog", lambda _: engine)
 
 
 @pytest.fixture
@@ -194,7 +216,7 @@ def test_verilog_goes_to_another_file_system(speq_command):
 
 
 @pytest.mark.parametrize("ending", ACCELERATOR)
-def test_hand_written_files_beside_the_verilog(speq_command, tmp_path, ending):
+def test_hand_written_files_beside_the_verilog(speq_command, made_before, tmp_path, ending):
     """They stay, unless --force is given or an engine has no file of that name; files that were
     generated need no --force."""
     verilog = ("verilog", *SMALL, "-o", tmp_path / "foo.v")
@@ -215,7 +237,7 @@ def test_hand_written_files_beside_the_verilog(speq_command, tmp_path, ending):
     assert speq_command(*verilog).code == 0
 
 
-def test_files_of_an_accelerator_do_not_stay_beside_an_engine(speq_command, tmp_path):
+def test_files_of_an_accelerator_do_not_stay_beside_an_engine(speq_command, made_before, tmp_path):
     verilog = ("verilog", *SMALL, "-o", tmp_path / "foo.v")
     assert speq_command(*verilog).code == 0
     (tmp_path / "foo.h").write_text("// mine\n")
