@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -28,11 +30,31 @@ from speq.cli import (
 
 app = typer.Typer(
     name="speq",
-    help="SPEQ: an LLM accelerator whose 4-bit draft model lies inside the FP16 weights.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def print_version(wanted: bool) -> None:
+    """Answer `--version` and end."""
+    if wanted:
+        print(f"speq {version('speq')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """SPEQ: an LLM accelerator whose 4-bit draft model lies inside the FP16 weights."""
+
+
 app.command("verilog")(verilog.run)
 app.command("encode")(encode.run)
 app.command("verify-file")(verify_file.run)

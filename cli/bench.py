@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from speq.cli.options import Seed
+from speq.cli.options import Force, Seed
 
 if TYPE_CHECKING:
     from speq.cli.benchmarks import Figure
+
+#: The benchmarks, functions of `speq.cli.benchmarks`, in the order in which they run.
+NAMES = ("codec", "verify", "verilog", "simulation", "accelerator", "area")
+_REPORT = rb'\{\s*"seed": \d+,\s*"machine": '
 
 
 def run(
@@ -30,36 +35,59 @@ def run(
         Path | None,
         typer.Option(envvar="LIBERTY", help="Standard-cell library (.lib, .lib.gz) for areas."),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Measure speeds and sizes and compare them with their targets."""
-    from speq.cli.benchmarks import BenchSettings, Skipped, choose
+    from speq.hw.common.files import replacing
 
-    settings = BenchSettings(seed, liberty)
-    chosen = choose(only)
-    console = Console()
-    figures: list[Figure] = []
-    skipped: dict[str, str] = {}
-    with Console(stderr=True).status("") as status:
-        for benchmark in chosen:
-            status.update(f"measuring {benchmark.__name__}")
-            # One that cannot run here is named with its reason and does not count as a failure.
-            try:
-                figures += benchmark(settings)
-            except Skipped as reason:
-                skipped[benchmark.__name__] = str(reason)
-    if figures:
-        console.print(table(figures))
-    for name, reason in skipped.items():
-        console.print(f"{name} is skipped: {reason}", soft_wrap=True)
-    if json_file is not None:
-        rows = [asdict(f) | {"met": f.met} for f in figures]
-        report = {
-            "seed": seed,
-            "machine": machine(),
-            "figures": rows,
-            "skipped": skipped,
-        }
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    names = chosen_names(only)
+    if liberty is not None and "area" in names:
+        liberty.open("rb").close()
+    writing = replacing(json_file, _REPORT, force=force) if json_file else nullcontext()
+    with writing as temporary:
+        # This loads torch: options and output are right by now.
+        from speq.cli import benchmarks
+
+        settings = benchmarks.BenchSettings(seed, liberty)
+        console = Console()
+        figures: list[Figure] = []
+        skipped: dict[str, str] = {}
+        with Console(stderr=True).status("") as status:
+            for name in names:
+                status.update(f"measuring {name}")
+                # One that cannot run here is named with its reason and does not count as a failure.
+                try:
+                    figures += getattr(benchmarks, name)(settings)
+                except benchmarks.Skipped as reason:
+                    skipped[name] = str(reason)
+        if figures:
+            console.print(table(figures))
+        for name, reason in skipped.items():
+            console.print(f"{name} is skipped: {reason}", soft_wrap=True)
+        if temporary is not None:
+            rows = [asdict(f) | {"met": f.met} for f in figures]
+            report = {
+                "seed": seed,
+                "machine": machine(),
+                "figures": rows,
+                "skipped": skipped,
+            }
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def chosen_names(only: str) -> tuple[str, ...]:
+    """The benchmark of that name, or all of them for an empty one.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name.
+    """
+    if not only:
+        return NAMES
+    if only not in NAMES:
+        raise ValueError(f"there is no benchmark {only!r}; choose one of {', '.join(NAMES)}")
+    return (only,)
 
 
 def machine() -> dict[str, str | int | None]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks of `speq bench`.
 
-A benchmark is a function from settings to figures; adding one is adding it to `BENCHMARKS`.
+A benchmark is a function from settings to figures; adding one is adding its name to
+`speq.cli.bench.NAMES`.
 """
 
 from __future__ import annotations
@@ -231,22 +232,3 @@ def area(settings: BenchSettings) -> list[Figure]:
         Figure("dual-mode PE, extra area", pe, "%", 30, True, "against the FP16-only PE"),
         Figure("array, extra area", column, "%", 5, True, f"{extra}, against {config.rows} FP16"),
     ]
-
-
-Benchmark = Callable[[BenchSettings], list[Figure]]
-BENCHMARKS: tuple[Benchmark, ...] = (codec, verify, verilog, simulation, accelerator, area)
-
-
-def choose(only: str) -> tuple[Benchmark, ...]:
-    """The benchmark of that name, or all of them for an empty one.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name.
-    """
-    chosen = tuple(b for b in BENCHMARKS if only in ("", b.__name__))
-    if not chosen:
-        names = ", ".join(b.__name__ for b in BENCHMARKS)
-        raise ValueError(f"there is no benchmark {only!r}; choose one of {names}")
-    return chosen

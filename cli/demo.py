@@ -34,13 +34,15 @@ def run(
     seed: Seed = 0,
 ) -> None:
     """Run a real LLM's layers through the generated Verilog and compare every bit."""
-    from speq.cli.demo_layers import gemms_with_golden, random_layers, real_layers, report
     from speq.hw import EngineConfig
-    from speq.model.checkpoint import CheckpointError
-    from speq.sim.benches.gemm_engine import run_gemms
 
     started = time.perf_counter()
     config = EngineConfig(rows=rows, cols=cols)
+    # These load torch: the options are right by now.
+    from speq.cli.demo_layers import gemms_with_golden, random_layers, real_layers, report
+    from speq.model.checkpoint import CheckpointError
+    from speq.sim.benches.gemm_engine import run_gemms
+
     console = Console()
     console = Console(width=max(console.width, 100))  # the table's least width
     columns = (

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows, finite
 from speq.cli.progress import with_passing_bar
-from speq.cli.simulation import rtl_figures, simulated_board
+from speq.cli.simulation import check_array, rtl_figures, simulated_board
 
 if TYPE_CHECKING:
     from speq.host.meter import MeasuredPass, Meter, PassShape
@@ -53,21 +53,26 @@ def run(
     ] = 0.5,
 ) -> None:
     """Decode with a real LLM on the accelerator's RTL and compare every token and logit bit."""
+    from speq.model.settings import Settings
+
+    started = time.perf_counter()
+    settings = Settings(rows, draft_length, threshold)
+    check_array(rows, cols)
+    # These load torch: the options are right by now.
     from speq.host.meter import cycle_engine, passes_of
     from speq.host.session import Session, accelerator_for, kv_capacity
     from speq.model.encoding import encode_linears
-    from speq.model.speculation import Settings
+    from speq.model.speculation import token_limit
 
-    started = time.perf_counter()
     console = Console()
     console = Console(width=max(console.width, 120), highlight=False)
     loaded = load(model)
-    encoded = encode_linears(loaded, track=with_passing_bar)
     # What is impossible shows before anything takes long.
     ids = loaded.tokenizer.encode(prompt)
+    token_limit(loaded, ids, max_tokens)
+    encoded = encode_linears(loaded, track=with_passing_bar)
     capacity = kv_capacity(loaded, ids, max_tokens, rows)
     config = accelerator_for(loaded, encoded, rows, cols, capacity)
-    settings = Settings(rows, draft_length, threshold)
     console.print(f"{escape(loaded.name)}: the golden model decodes ...")
     runs = golden_runs(Session(loaded, encoded), ids, settings, max_tokens, console)
     board = simulated_board(loaded, encoded, config, capacity)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from speq.cli.options import MOST_TOKENS, Group, ModelName, refuse_unused
+from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, refuse_unused
 from speq.cli.progress import bars, with_bar
 from speq.model.number_format import FormatConfig
 
@@ -31,6 +32,11 @@ _MAX_JOURNAL = 1 << 28  # bytes
 if TYPE_CHECKING:
     from speq.model.checkpoint import Model
     from speq.model.encoder import Journal, OptimisedEncoding
+    from speq.model.prompts import Prompts
+
+#: How an encoded file (speq.model.encoded_file) and a journal begin.
+_ENCODED = rb'(?s).{8}\{"__metadata__":\{"speq":'
+_JOURNAL = rb'\{"key": "'
 
 
 def run(
@@ -72,13 +78,12 @@ def run(
         str | None,
         typer.Option(help="With --fixed: only tensors that this regular expression finds."),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Encode a model's linear layers so that the draft inside them is as good as can be."""
-    from speq.hw.common.files import replacing
-    from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
-    from speq.model.encoding import encode_linears
-    from speq.model.loaders import load_model
-    from speq.model.speculation import Settings
+    from speq.hw.common.files import check_output, replacing
+    from speq.model.prompts import read_prompts
+    from speq.model.settings import Settings
 
     config = FormatConfig(group=group)
     if fixed:
@@ -103,13 +108,26 @@ def run(
         raise ValueError(f"--{next(iter(given))} needs --fixed: else the optimiser chooses")
     elif rows < 2 or choices < 2:
         raise ValueError("the optimiser needs at least 2 rows and 2 choices")
-    else:
-        Settings(rows=rows, choices=choices)
+    try:
+        re.compile(tensors or "")
+    except re.error as error:
+        raise ValueError(f"--tensors {tensors!r} is no regular expression: {error}") from error
+    calibration = read_prompts(prompts) if prompts else None
 
     journal = Path(f"{output}.journal")
-    with replacing(output) as temporary:
+    if not fixed:
+        check_output(journal, _JOURNAL, force=force)
+    with replacing(output, _ENCODED, force=force) as temporary:
+        # These load torch: options and output are right by now.
+        from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
+        from speq.model.encoding import encode_linears
+        from speq.model.loaders import load_model
+
         with Console(stderr=True).status(f"loading {escape(model)}"):
             loaded = load_model(model, decoding=not fixed)
+        vocabulary = loaded.config.vocab_size
+        if not fixed and choices > vocabulary:
+            raise ValueError(f"choices is {choices}; the model has {vocabulary} tokens")
         start = time.perf_counter()
         if fixed:
             outcome = None
@@ -119,8 +137,9 @@ def run(
         else:
             outcome = _optimise(
                 loaded,
-                prompts,
+                calibration,
                 journal,
+                force,
                 group=group,
                 columns=columns,
                 rows=rows,
@@ -138,7 +157,10 @@ def run(
                 read_encoded(temporary).check_bits()
         if verify:
             print(f"verified: all {len(encoded)} tensors decode to their original bits")
-    journal.unlink(missing_ok=True)
+    if not fixed:
+        journal.unlink(missing_ok=True)
+    elif journal.exists():
+        print(f"note:     {journal} stays: it is of an unfinished run without --fixed")
 
     total = sum(tensor.shape[0] * tensor.shape[1] for tensor in encoded.values())
     stored = sum(tensor.storage_bits() for tensor in encoded.values())
@@ -166,7 +188,9 @@ def _naming(output: Path, temporary: Path) -> Iterator[None]:
         raise ValueError(str(error).replace(str(temporary), str(output))) from error
 
 
-def _optimise(model: Model, prompts: Path | None, path: Path, **numbers: int) -> OptimisedEncoding:
+def _optimise(
+    model: Model, prompts: Prompts | None, path: Path, force: bool, **numbers: int
+) -> OptimisedEncoding:
     """Run the optimiser with these numbers, a progress bar and the journal at `path`."""
     from speq.hw.common.files import replacing
     from speq.model.encoded_file import sha256
@@ -179,7 +203,7 @@ def _optimise(model: Model, prompts: Path | None, path: Path, **numbers: int) ->
     journal = _read_journal(path, key)
 
     def save(content: Journal) -> None:
-        with replacing(path) as temporary:
+        with replacing(path, _JOURNAL, force=force) as temporary:
             temporary.write_text(json.dumps({"key": key, "journal": content}), encoding="utf-8")
 
     with bars() as progress:
@@ -195,13 +219,13 @@ def _optimise(model: Model, prompts: Path | None, path: Path, **numbers: int) ->
         return optimise(model, texts, **numbers, journal=journal, save=save, progress=show)
 
 
-def _calibration_texts(path: Path | None, model: Model) -> list[list[int]]:
+def _calibration_texts(prompts: Prompts | None, model: Model) -> list[list[int]]:
     """Token ids of the calibration prompts, in chat format if the model has one."""
-    from speq.model.prompts import read_prompts, shipped_prompts
+    from speq.model.prompts import shipped_prompts
 
     tokenizer = model.tokenizer
     raw = not tokenizer.has_chat_format
-    prompts = read_prompts(path) if path else shipped_prompts("calibration", raw)
+    prompts = prompts or shipped_prompts("calibration", raw)
     texts = (text for group in prompts.values() for text in group)
     return [tokenizer.encode(text) if raw else tokenizer.encode_chat(text) for text in texts]
 

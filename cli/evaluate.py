@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from speq.cli.options import (
     MOST_TOKENS,
+    Force,
     GroupOfEncode,
     HeadWidth,
     ModelName,
@@ -69,24 +70,31 @@ def run(
         bool, typer.Option("--ablation", help="Also compare formats and competitors.")
     ] = False,
     seed: Seed = 0,
+    force: Force = False,
 ) -> None:
     """Measure a model's draft on prompts of five kinds, with modelled speedups and plots."""
-    from speq.cli.eval_report import Conditions, print_study, report
-    from speq.cli.eval_study import study
-    from speq.host.session import Session
     from speq.hw.common.files import staged
-    from speq.model.encoded_file import read_encoded
-    from speq.model.encoding import encode_linears, tensors_for
-    from speq.model.loaders import load_model
-    from speq.model.speculation import Settings
+    from speq.model.prompts import read_prompts
+    from speq.model.settings import Settings
 
     if rows < 2:
         raise ValueError(f"rows is {rows}; speculation needs at least 2")
     Settings(rows=rows, choices=choices)
     formats = chosen_formats(group, split, width, head_width, encoded)
+    if prompts:
+        read_prompts(prompts)
     errors = Console(stderr=True)
-    with staged(output) as folder:
+    with staged(output, marks(True), marks(ablation), force=force) as folder:
+        # These load torch: options and output are right by now.
+        from speq.cli.eval_report import Conditions, print_study, report
+        from speq.cli.eval_study import study
+        from speq.host.session import Session
+        from speq.model.encoded_file import read_encoded
+        from speq.model.encoding import encode_linears, tensors_for
+        from speq.model.loaders import load_model
+
         with bars(transient=True, disable=not errors.is_terminal) as progress:
+            file = read_encoded(encoded) if encoded else None
             loading = progress.add_task(f"loading {escape(model)}", total=None)
             loaded = load_model(model)
             progress.remove_task(loading)
@@ -95,8 +103,8 @@ def run(
                 raise ValueError(f"choices is {choices}; the model has {vocabulary} tokens")
             raw = raw or not loaded.tokenizer.has_chat_format
             chosen = choose_prompts(prompts, prompts_per_kind, raw)
-            if encoded:
-                tensors = tensors_for(loaded, read_encoded(encoded), encoded)
+            if file and encoded:
+                tensors = tensors_for(loaded, file, encoded)
             else:
                 tensors = encode_linears(
                     loaded,
@@ -106,12 +114,24 @@ def run(
             conditions = Conditions(rows, choices, max_tokens, seed, raw)
             session = Session(loaded, tensors)
             done = study(session, chosen, conditions, progress, ablation=ablation)
+        # What took so long is seen even if it cannot be stored.
+        console = Console()
+        print_study(done, console if console.is_terminal else Console(width=_PIPED_WIDTH))
         content = json.dumps(report(conditions, loaded, encoded, done), indent=1, allow_nan=False)
         (folder / "report.json").write_text(content + "\n", encoding="utf-8")
         draw(done, loaded, folder)
-    console = Console()
-    print_study(done, console if console.is_terminal else Console(width=_PIPED_WIDTH))
     print(f"written: report.json and plots in {output}; seed {seed}")
+
+
+def marks(ablation: bool) -> dict[str, bytes]:
+    """The files of a study, with or without ablation, and how each begins."""
+    kinds = {
+        "png": rb"(?s)\x89PNG.*Software\0speq eval",
+        "svg": rb"(?s)<\?xml.*<dc:title>speq eval<",
+    }
+    plotted = ("acceptance", "speedup", "exponents", *(("ablation",) if ablation else ()))
+    plots = {f"{plot}.{kind}": mark for plot in plotted for kind, mark in kinds.items()}
+    return {"report.json": rb'\{\s*"version": \d+,\s*"model": \{\s*"name": '} | plots
 
 
 def choose_prompts(path: Path | None, per_kind: int | None, raw: bool) -> tuple[Prompts, Prompts]:

@@ -39,7 +39,7 @@ from speq.cli.options import (
     refuse_unused,
 )
 from speq.cli.progress import with_passing_bar
-from speq.cli.simulation import rtl_figures, simulated_board
+from speq.cli.simulation import check_array, rtl_figures, simulated_board
 
 if TYPE_CHECKING:
     from speq.model.checkpoint import Model
@@ -116,18 +116,20 @@ def run(
     ] = None,
 ) -> None:
     """Generate text losslessly with the draft model inside the weights, and report the speedup."""
-    import torch
-
-    from speq.host.session import Session
-    from speq.model.encoded_file import read_encoded
-    from speq.model.encoding import encode_linears, tensors_for
-    from speq.model.evaluation import encoded_costs
-    from speq.model.loaders import load_model
-    from speq.model.speculation import Statistics
-    from speq.model.tokenizer import TextStream
-    from speq.model.transformer import NonFiniteError
+    from speq.model.settings import Settings
 
     speculative, rtl = mode is Decoding.SPEQ, backend is Backend.RTL
+    sampling = chosen_sampling(temperature, top_k, top_p)
+    if rtl and sampling is not None:
+        raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
+    if not rtl and cols is not None:
+        raise ValueError("--cols is of the simulated array: give --backend rtl")
+    given = {
+        "rows": rows,
+        "draft_length": draft_length,
+        "threshold": threshold,
+        "choices": choices,
+    }
     if not speculative:
         refuse_unused(
             "with --mode fp16",
@@ -142,16 +144,27 @@ def run(
         )
         if not rtl:
             refuse_unused("with --mode fp16 in the golden model", rows=rows)
-    sampling = chosen_sampling(temperature, top_k, top_p)
-    if rtl and sampling is not None:
-        raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
-    if not rtl and cols is not None:
-        raise ValueError("--cols is of the simulated array: give --backend rtl")
     formats = chosen_formats(group, split, width, head_width, encoded)
+    if encoded is None:
+        chosen_settings(None, **given)
+    if rtl:
+        check_array(
+            Settings().rows if rows is None else rows, DEFAULT_COLS if cols is None else cols
+        )
+    # These load torch: the options are right by now, as far as they can be known to be.
+    import torch
+
+    from speq.host.session import Session
+    from speq.model.encoded_file import read_encoded
+    from speq.model.encoding import encode_linears, tensors_for
+    from speq.model.evaluation import encoded_costs
+    from speq.model.loaders import load_model
+    from speq.model.speculation import Statistics
+    from speq.model.tokenizer import TextStream
+    from speq.model.transformer import NonFiniteError
+
     file = read_encoded(encoded) if encoded else None
-    settings = chosen_settings(
-        file, rows=rows, draft_length=draft_length, threshold=threshold, choices=choices
-    )
+    settings = chosen_settings(file, **given)
     loaded = load_model(model)
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat(prompt)
@@ -214,7 +227,7 @@ def chosen_sampling(temperature: float, top_k: int, top_p: float) -> Sampling | 
     ValueError
         If a value is impossible, or if top-k or top-p is given for greedy decoding.
     """
-    from speq.model.speculation import Sampling
+    from speq.model.settings import Sampling
 
     if temperature != 0:
         return Sampling(temperature, top_k, top_p)
@@ -231,7 +244,7 @@ def chosen_settings(file: EncodedModel | None, **options: float | None) -> Setti
     ValueError
         If a value is out of range.
     """
-    from speq.model.speculation import Settings
+    from speq.model.settings import Settings
 
     given = {name: value for name, value in options.items() if value is not None}
     base = Settings(threshold=DEFAULT_THRESHOLD)

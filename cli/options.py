@@ -38,6 +38,9 @@ Seed = Annotated[
         envvar="SPEQ_SEED", min=0, max=2**64 - 1, help="Seed of everything random, 64 bits."
     ),
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace files that this command did not write.")
+]
 
 # The array.
 Rows = Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")]

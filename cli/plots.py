@@ -25,6 +25,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, SKY = "#D55E00", "#56B4E9"
 GREY = "#999999"
 _DPI = 150
+_CREATOR = "speq eval"  # by which `speq.cli.evaluate.marks` knows them
 
 
 def _figure(width: float, height: float, axes: int = 1) -> tuple[Figure, list[Axes]]:
@@ -131,7 +132,7 @@ def ablation_plot(rows: Sequence[RowResult], model: str) -> Figure:
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Writes NAME.png and NAME.svg to a folder."""
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    figure.savefig(png, dpi=_DPI)
+    figure.savefig(png, dpi=_DPI, metadata={"Software": _CREATOR})
     with matplotlib.rc_context({"svg.hashsalt": "speq", "svg.fonttype": "none"}):
-        figure.savefig(svg, metadata={"Date": None})
+        figure.savefig(svg, metadata={"Date": None, "Creator": _CREATOR})
     return [png, svg]

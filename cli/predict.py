@@ -13,6 +13,8 @@ import typer
 from speq.cli.options import MOST_TOKENS, Cols, Rows
 
 MAX_CLOCK = 100_000  # MHz
+#: Latency of memory in cycles up to which tests compare predictions with the accelerator.
+MAX_LATENCY = 48
 
 
 def run(
@@ -33,8 +35,6 @@ def run(
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.engine_config import EngineConfig
     from speq.hw.memory.axi import AxiConfig
-    from speq.model.cycles import Engine
-    from speq.model.prediction import MAX_LATENCY, MODELS, predict
 
     if not 0 < clock <= MAX_CLOCK:
         raise ValueError(f"clock is {clock}; expected more than 0 and up to {MAX_CLOCK} MHz")
@@ -51,6 +51,13 @@ def run(
         weights=AxiConfig(data_bits=16 * cols),
         data=AxiConfig(data_bits=16 * cols),
     )
+    for share in acceptance or ():
+        if not 0 <= share <= 1:
+            raise ValueError(f"acceptance is {share}; expected a probability, 0 to 1")
+    # These load torch: the options are right by now.
+    from speq.model.cycles import Engine
+    from speq.model.prediction import MODELS, predict
+
     engine = Engine(rows=rows, cols=cols, latency=latency)
     bandwidth = 2 * cols * clock / 1000
     table = Table(

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from speq.sim.simulated_board import SimulatedBoard
 
 
+def check_array(rows: int, cols: int) -> None:
+    """Refuse an accelerator of an impossible size, whatever the model. Raises ValueError."""
+    from speq.hw.accelerator_config import AcceleratorConfig
+    from speq.hw.engine_config import EngineConfig
+
+    AcceleratorConfig(EngineConfig(rows=rows, cols=cols))
+
+
 def simulated_board(
     model: Model,
     encoded: Mapping[str, EncodedTensor],

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from speq.cli.options import Cols, Group, Rows, refuse_unused
+from speq.cli.options import Cols, Force, Group, Rows, refuse_unused
 
 
 def run(
@@ -36,6 +36,7 @@ def run(
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
+    force: Force = False,
 ) -> None:
     """Write the accelerator as one Verilog-2005 file, with its register map, C header, FuseSoC core
     and an example of its use."""
@@ -70,5 +71,5 @@ def run(
             except ValueError as error:
                 raise ValueError(f"the {name} port: {error}") from error
         config = AcceleratorConfig(config, **ports)
-    for path in write_verilog(config, output):
+    for path in write_verilog(config, output, force=force):
         print(f"{path}  {path.stat().st_size:,} bytes")

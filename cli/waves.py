@@ -24,12 +24,14 @@ from speq.cli.options import (
     Cols,
     Continued,
     DraftLength,
+    Force,
     MaxTokens,
     ModelName,
     Rows,
     refuse_unused,
 )
 from speq.cli.progress import with_passing_bar
+from speq.cli.simulation import check_array
 
 if TYPE_CHECKING:
     from speq.sim.simulated_board import Waves
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 BEFORE = 100
 
 _STEM = "speq"
+#: How a recording begins: with its writer at byte 74 (speq.sim.fst).
+_RECORDING = rb"(?s)\0.{73}SPEQ\0"
 _NEVER = 1 << 62
 
 
@@ -78,76 +82,84 @@ def run(
     array: Annotated[
         bool, typer.Option("--array", help="Also record the array's inside: much larger.")
     ] = False,
+    force: Force = False,
 ) -> None:
     """Record waves of the accelerator decoding, as FST, with a GTKWave layout of the signals that
     tell what it is doing."""
-    from speq.host.session import Session, accelerator_for, kv_capacity
-    from speq.model.encoding import encode_linears
-    from speq.model.loaders import load_model
-    from speq.model.speculation import Settings
-    from speq.sim.gtkwave import write_layout
-    from speq.sim.session import board_for
-    from speq.sim.simulated_board import Waves
-    from speq.sim.watched_board import RunEnded, WatchedBoard
+    from speq.hw.common.files import staged
+    from speq.model.settings import Settings
 
     if start is not None and at is not None:
         raise ValueError("--start and --at exclude each other: both say where the window begins")
     if start is not None:
         refuse_unused("with --start", nth=nth)
     nth = 1 if nth is None else nth
-    output.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(model)
-    tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt)
     settings = Settings(rows, draft_length, DEFAULT_THRESHOLD)
-    encoded = encode_linears(loaded, track=with_passing_bar)
-    capacity = kv_capacity(loaded, ids, max_tokens, rows)
-    config = accelerator_for(loaded, encoded, rows, cols, capacity)
-    options = {"max_tokens": max_tokens, "settings": settings, "stop_ids": tokenizer.stop_ids}
+    check_array(rows, cols)
+    from speq.sim.gtkwave import layout_marks, write_layout
 
-    def simulate(waves: Waves, enough: Callable[[WatchedBoard], bool]) -> WatchedBoard:
-        """Decode until there is `enough`, or to the end."""
-        board = board_for(loaded, encoded, config, capacity=capacity, waves=waves)
-        watched = WatchedBoard(board, config, enough)
-        try:
-            with Session(loaded, encoded, watched, capacity=capacity) as session:
-                for _ in session.generate(ids, **options):
-                    pass
-        except RunEnded:
-            pass
-        return watched
+    recording, save = output / f"{_STEM}.fst", output / f"{_STEM}.gtkw"
+    marks = {recording.name: _RECORDING, **layout_marks(_STEM)}
+    with staged(output, marks, force=force) as folder:
+        # These load torch: options and output are right by now.
+        from speq.host.session import Session, accelerator_for, kv_capacity
+        from speq.model.encoding import encode_linears
+        from speq.model.loaders import load_model
+        from speq.model.speculation import token_limit
+        from speq.sim.session import board_for
+        from speq.sim.simulated_board import Waves
+        from speq.sim.watched_board import RunEnded, WatchedBoard
 
-    def find(event: str) -> int:
-        """The cycle of the event that the window begins at."""
-        # The same build as for the recording.
-        never = Waves(recording, _NEVER, _NEVER + 1, array)
-        found = simulate(never, lambda watched: len(watched.events[event]) >= nth).events[event]
-        if len(found) < nth:
+        loaded = load_model(model)
+        tokenizer = loaded.tokenizer
+        ids = tokenizer.encode(prompt)
+        token_limit(loaded, ids, max_tokens)
+        encoded = encode_linears(loaded, track=with_passing_bar)
+        capacity = kv_capacity(loaded, ids, max_tokens, rows)
+        config = accelerator_for(loaded, encoded, rows, cols, capacity)
+        options = {"max_tokens": max_tokens, "settings": settings, "stop_ids": tokenizer.stop_ids}
+
+        def simulate(waves: Waves, enough: Callable[[WatchedBoard], bool]) -> WatchedBoard:
+            """Decode until there is `enough`, or to the end."""
+            board = board_for(loaded, encoded, config, capacity=capacity, waves=waves)
+            watched = WatchedBoard(board, config, enough)
+            try:
+                with Session(loaded, encoded, watched, capacity=capacity) as session:
+                    for _ in session.generate(ids, **options):
+                        pass
+            except RunEnded:
+                pass
+            return watched
+
+        def find(event: str) -> int:
+            """The cycle of the event that the window begins at."""
+            # The same build as for the recording.
+            never = Waves(recorded, _NEVER, _NEVER + 1, array)
+            found = simulate(never, lambda watched: len(watched.events[event]) >= nth).events[event]
+            if len(found) < nth:
+                raise ValueError(
+                    f"--nth is {nth}, but the run has {len(found)} of {event}: generate more with "
+                    "--max-tokens"
+                )
+            return found[nth - 1]
+
+        recorded = folder / recording.name
+        with _status() as show:
+            show("building the simulation")
+            marker = None
+            if start is None:
+                reported = find(at or Event.DRAFT)
+                start = max(0, reported - BEFORE)
+                marker = reported - start
+            show("recording")
+            waves = Waves(recorded, start, start + cycles, array)
+            end = simulate(waves, lambda watched: watched.cycles() >= waves.stop).cycles()
+        if end <= start:
             raise ValueError(
-                f"--nth is {nth}, but the run has {len(found)} of {event}: generate more with "
-                "--max-tokens"
+                f"the run ends at cycle {end}, before the window at {start}: generate more with "
+                "--max-tokens, or begin earlier"
             )
-        return found[nth - 1]
-
-    recording = output / f"{_STEM}.fst"
-    recording.unlink(missing_ok=True)
-    with _status() as show:
-        show("building the simulation")
-        marker = None
-        if start is None:
-            reported = find(at or Event.DRAFT)
-            start = max(0, reported - BEFORE)
-            marker = reported - start
-        show("recording")
-        waves = Waves(recording, start, start + cycles, array)
-        end = simulate(waves, lambda watched: watched.cycles() >= waves.stop).cycles()
-    if end <= start:
-        raise ValueError(
-            f"the run ends at cycle {end}, before the window at {start}: generate more with "
-            "--max-tokens, or begin earlier"
-        )
-    save = recording.with_suffix(".gtkw")
-    write_layout(save, recording, config, marker)
+        write_layout(save, recording, config, marker, folder=folder)
     size = recording.stat().st_size / 1e6
     print(f"{recording}: cycles {start:,} to {min(waves.stop, end) - 1:,}, {size:.1f} MB")
     print(f"{save}: show it with gtkwave {save}")

@@ -16,8 +16,6 @@ from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass
 from speq.model.number_format import FormatConfig
 
-#: Latency of memory in cycles up to which tests compare predictions with the accelerator.
-MAX_LATENCY = 48
 #: Dimensions of the models in the table.
 MODELS = {
     "SmolLM2-135M": ModelConfig(

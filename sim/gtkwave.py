@@ -247,8 +247,23 @@ def _decoded(state: Signal) -> Iterator[tuple[int, str]]:
         yield value, name
 
 
+def layout_marks(stem: str) -> dict[str, bytes]:
+    """Names of what `write_layout` writes for STEM.gtkw, and patterns of how each begins.
+
+    What GTKWave has stored under the name begins otherwise.
+    """
+    forms = {trace.form for group in LAYOUT for trace in group.traces} - {"hex", "dec"}
+    tables = {_table_name(stem, form): rb"\d+ [\w -]+\n" for form in forms}
+    return {f"{stem}.gtkw": rb"\[\*\] Written by SPEQ\n", **tables}
+
+
 def write_layout(
-    save: Path, recording: Path, config: AcceleratorConfig, marker: int | None = None
+    save: Path,
+    recording: Path,
+    config: AcceleratorConfig,
+    marker: int | None = None,
+    *,
+    folder: Path,
 ) -> None:
     """Write the save file, and beside it the tables that give values their names.
 
@@ -261,17 +276,22 @@ def write_layout(
     config : AcceleratorConfig
     marker : int, optional
         Cycles from the window's start to the marker.
+    folder : Path
+        Where the recording lies and the files are written, from where they will move to `save`'s.
 
     Raises
     ------
     OSError
         If a file cannot be written.
     """
-    first, last, signals = fst.contents(recording)
+    first, last, signals = fst.contents(folder / recording.name)
     recorded = {_RANGE.sub("", name): name for name in signals}
-    tables = {name: _Table(save, name, names) for name, names in value_names(config).items()}
-    with save.open("w") as file:
+    tables = {
+        name: _Table(save, folder, name, names) for name, names in value_names(config).items()
+    }
+    with (folder / save.name).open("w") as file:
         layout = GTKWSave(file)
+        layout.comment("Written by SPEQ")
         layout.dumpfile(str(recording))
         layout.savefile(str(save))
         layout.timestart(first)
@@ -300,14 +320,20 @@ def _write_trace(
         layout.trace(name, label, datafmt="bin" if bits == 1 else trace.form)
 
 
-class _Table:
-    """Names of values, in a file for GTKWave."""
+def _table_name(stem: str, name: str) -> str:
+    return f"{stem}-{name.lower().replace(' ', '-')}.txt"
 
-    def __init__(self, save: Path, name: str, names: Mapping[int, str]) -> None:
-        self._path = save.absolute().with_name(f"{save.stem}-{name.lower().replace(' ', '-')}.txt")
+
+class _Table:
+    """Names of values, in a file for GTKWave that is written to `folder` and belongs to `save`."""
+
+    def __init__(self, save: Path, folder: Path, name: str, names: Mapping[int, str]) -> None:
+        self._path = save.absolute().with_name(_table_name(save.stem, name))
+        self._folder = folder
         self._names = names
 
     def write(self) -> Path:
-        """Write the file, whose path is returned."""
-        self._path.write_text(make_translation_filter([*self._names.items()], "dec") + "\n")
+        """Write the file, whose later path is returned."""
+        text = make_translation_filter([*self._names.items()], "dec") + "\n"
+        (self._folder / self._path.name).write_text(text)
         return self._path

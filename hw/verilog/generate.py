@@ -29,6 +29,17 @@ TOP = "speq_gemm_engine"
 #: The accelerator's module.
 ACCELERATOR_TOP = "speq_top"
 
+#: How each file begins, by what its name has behind the stem: so it is known as generated.
+_MARKS = {
+    ".v": rb"// SPDX-License-Identifier: Apache-2\.0\n// (Accelerator|Engine)Config\(",
+    ".json": rb'\{\s*"top": "speq_',
+    ".md": rb"# Registers of SPEQ\n",
+    ".h": rb"/\* SPDX-License-Identifier: Apache-2\.0 \*/\s+/\* Registers and descriptors of the ",
+    ".core": rb'CAPI=2:\nname: "\S*:speq:',
+    "_example.v": rb"// SPDX-License-Identifier: Apache-2\.0\n// Example: the accelerator as ",
+}
+_ENGINE_FILES = (".v", ".json")
+
 #: Verilator lint messages of `-Wall` that do not apply to generated Verilog, and why.
 LINT_WAIVERS = {
     "CASEINCOMPLETE": "numbers that an enumeration does not use leave the default value",
@@ -156,33 +167,41 @@ def _ports(component: wiring.Component) -> list[dict]:
     return ports
 
 
-def write_verilog(config: EngineConfig | AcceleratorConfig, path: Path) -> tuple[Path, ...]:
+def write_verilog(
+    config: EngineConfig | AcceleratorConfig, path: Path, *, force: bool = False
+) -> tuple[Path, ...]:
     """Write the Verilog to `path` and what goes with it beside it.
 
     That is, of an engine (EngineConfig) its description, and of an accelerator (AcceleratorConfig)
     all of `accelerator_files`. Returns the paths, the Verilog's first. Nothing appears unless all
-    could be written.
+    could be written, and nothing is generated before that is known to be possible.
+
+    Generated files of these names are replaced, or removed where an engine has none. Any other file
+    that is in the way is an error, unless `force` is given.
 
     Raises
     ------
     ValueError
         If the path does not end in .v.
     OSError
-        If the folder does not exist or cannot be written.
+        If the folder does not exist or cannot be written, or a file is in the way.
     """
     if path.suffix != ".v":
         raise ValueError(f"{path}: name the Verilog file .v; the files beside it get its name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
-    if isinstance(config, AcceleratorConfig):
-        contents = accelerator_files(config, path.stem)
-    else:
-        text, description = generate_verilog(config)
-        contents = {
-            path.name: text,
-            path.with_suffix(".json").name: json.dumps(description, indent=2) + "\n",
-        }
-    with staged(path.parent) as folder:
+    accelerator = isinstance(config, AcceleratorConfig)
+    marks = {f"{path.stem}{ending}": mark for ending, mark in _MARKS.items()}
+    names = marks if accelerator else [f"{path.stem}{ending}" for ending in _ENGINE_FILES]
+    with staged(path.parent, marks, names, force=force) as folder:
+        if accelerator:
+            contents = accelerator_files(config, path.stem)
+        else:
+            text, description = generate_verilog(config)
+            contents = {
+                path.name: text,
+                path.with_suffix(".json").name: json.dumps(description, indent=2) + "\n",
+            }
         for name, content in contents.items():
             (folder / name).write_text(content)
     return tuple(path.with_name(name) for name in contents)

@@ -274,7 +274,7 @@ def test_failed_encode_leaves_nothing_behind(
         raise failure
 
     monkeypatch.setattr(encoded_file, "write_encoded", write_a_part)
-    assert speq_command("encode", "m", "-o", path, "--fixed").code != 0
+    assert speq_command("encode", "m", "-o", path, "--fixed", "--force").code != 0
     left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert left == ({} if earlier is None else {path.name: earlier})
 

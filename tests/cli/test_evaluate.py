@@ -20,7 +20,6 @@ import speq.cli
 from speq.cli import eval_report, plots
 from speq.cli.eval_report import as_json, number, percent, print_study
 from speq.host.session import Session
-from speq.hw.common.files import staged
 from speq.model import ablation
 from speq.model.checkpoint import linear_names
 from speq.model.cycles import uniform_formats
@@ -258,23 +257,6 @@ def test_output_must_be_a_folder(speq_eval, tmp_path):
     made = speq_eval(*QUICK, "-o", tmp_path / "out")
     assert made.code == 1 and "out is not a folder" in made.err
     assert (tmp_path / "out").read_text() == "kept"
-
-
-def test_staged_files_appear_together_or_not_at_all(tmp_path):
-    folder = tmp_path / "some" / "out"
-    with pytest.raises(RuntimeError), staged(folder) as inside:
-        (inside / "a").write_text("1")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with staged(folder) as inside:
-        (inside / "a").write_text("2")
-        assert not folder.exists()
-    (folder / "other").write_text("3")
-    with staged(folder) as inside:
-        (inside / "a").write_text("4")
-    assert {file.name: file.read_text() for file in folder.iterdir()} == {"a": "4", "other": "3"}
-    assert [file.name for file in tmp_path.iterdir()] == ["some"]
-    assert [file.name for file in folder.parent.iterdir()] == ["out"]
 
 
 def test_any_name_makes_a_title(tmp_path):

@@ -158,7 +158,7 @@ def test_impossible_options(speq_waves, tmp_path):
         (("--start", 5, "--at", "draft"), "--start and --at exclude each other"),
         (("--cols", 6), "cols is 6"),
         (("--draft-length", 2), "draft length is 2"),
-        (("-o", tmp_path / "file"), "file: File exists"),
+        (("-o", tmp_path / "file"), "file is not a folder"),
     ):
         made = speq_waves(*options)
         assert made.code == 1 and message in made.err, made.err

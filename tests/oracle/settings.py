@@ -88,8 +88,9 @@ def other_values(name: str, value: Any) -> list[Any]:
 def theirs(folder: Path, tokens: list[int]) -> torch.Tensor | None:
     """transformers' logits; None if some tensor is missing or left over. Raises what its own checks
     of settings raise."""
+    automatic: Any = AutoModelForCausalLM  # its annotations know one kind of result
     with Float64():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = automatic.from_pretrained(
             folder, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
         )
     return None if any(found.values()) else logits(model.eval(), tokens)

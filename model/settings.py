@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters of speculation and of sampling. They are checked here, without torch, so that wrong
+options of a command have their answer at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: No array has so many rows; it bounds what a pass may allocate.
+MAX_ROWS = 1 << 10
+#: Between these, logits divided by the temperature neither overflow nor vanish.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+#: No vocabulary is larger.
+MAX_TOP_K = 1 << 24
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of speculation.
+
+    Attributes
+    ----------
+    rows : int
+        Tokens of a verify pass, the array's rows: the root, the chain and the alternates.
+    draft_length : int, optional
+        Longest chain, L, at most rows - 1, which is the default. 0 is plain decoding.
+    threshold : float
+        Drafting stops after a token whose logit margin is below this.
+    choices : int
+        The draft's best tokens at a chain position, the chain's own included; 1: no alternates.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    rows: int = 8
+    draft_length: int | None = None
+    threshold: float = 0.0
+    choices: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows <= MAX_ROWS:
+            raise ValueError(f"rows is {self.rows}; expected 1 to {MAX_ROWS}")
+        if not 0 <= self.length < self.rows:
+            raise ValueError(
+                f"draft length is {self.draft_length}; expected 0 to rows - 1 = {self.rows - 1}"
+            )
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold is {self.threshold}; expected a number >= 0")
+        if not 1 <= self.choices <= MAX_ROWS:
+            raise ValueError(f"choices is {self.choices}; expected 1 to {MAX_ROWS}")
+
+    @property
+    def length(self) -> int:
+        """Longest chain."""
+        return self.rows - 1 if self.draft_length is None else self.draft_length
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Parameters of sampled decoding, for target and draft alike.
+
+    Attributes
+    ----------
+    temperature : float
+        Divides the logits; `MIN_TEMPERATURE` to `MAX_TEMPERATURE`.
+    top_k : int
+        Keep the k likeliest tokens; 0 keeps all.
+    top_p : float
+        Of these, keep the fewest likeliest whose probabilities sum to at least p; 0 < p <= 1.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:  # NaN is not, either
+            raise ValueError(
+                f"temperature is {self.temperature}; expected {MIN_TEMPERATURE:g} to "
+                f"{MAX_TEMPERATURE:g} (greedy decoding has no sampling)"
+            )
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise ValueError(f"top-k is {self.top_k}; expected 0 (all tokens) to {MAX_TOP_K}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p is {self.top_p}; expected a number above 0 and up to 1")

@@ -1,0 +1,1 @@
+from cli.__main__ import *
