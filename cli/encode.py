@@ -27,8 +27,6 @@ from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, refuse_unused
 from speq.cli.progress import bars, with_bar
 from speq.model.number_format import FormatConfig
 
-_MAX_JOURNAL = 1 << 28  # bytes
-
 if TYPE_CHECKING:
     from speq.model.checkpoint import Model
     from speq.model.encoder import Journal, OptimisedEncoding
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 #: How an encoded file (speq.model.encoded_file) and a journal begin.
 _ENCODED = rb'(?s).{8}\{"__metadata__":\{"speq":'
 _JOURNAL = rb'\{"key": "'
+_MAX_JOURNAL = 1 << 28  # bytes
 
 
 def run(

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,25 +34,6 @@ PROMPTS = {"greeting": ["hello"], "letters": ["a b"]}
 QUICK = ("--max-tokens", 6, "--rows", 4, "--choices", 2)
 
 Speq = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture
-def speq_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Speq:
-    """Call `speq` with arguments: exit code, standard output, lines of standard error."""
-    # main() replaces this; the fixture puts it back.
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.delenv("SPEQ_DEBUG", raising=False)
-
-    def call(*arguments: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["speq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            speq.cli.main()
-        captured = capsys.readouterr()
-        return SimpleNamespace(
-            code=stop.value.code or 0, out=captured.out, err=captured.err.splitlines()
-        )
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,24 +34,6 @@ SEED = int(os.environ.get("SPEQ_SEED", "0"))
 SETTINGS = {"chain": Settings(6, 3, 0.5, 1), "alternates": Settings(6, 4, 0.25, 3)}
 
 Speq = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture
-def speq_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Speq:
-    """Call `speq` with arguments: exit code, output, lines of standard error of the process."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
-    monkeypatch.delenv("SPEQ_DEBUG", raising=False)
-
-    def call(*arguments: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["speq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            speq.cli.main()
-        captured = capfd.readouterr()
-        return SimpleNamespace(
-            code=stop.value.code or 0, out=captured.out, err=captured.err.splitlines()
-        )
-
-    return call
 
 
 @pytest.fixture

@@ -8,14 +8,11 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-import speq.cli
 from speq.cli import bench, benchmarks, evaluate
 from speq.cli.bench import NAMES
 from speq.hw import EngineConfig
@@ -29,24 +26,6 @@ SEED = int(os.environ.get("SPEQ_SEED", "0"))
 SMALL = ("--rows", 1, "--cols", 4, "--max-k", 64)
 ACCELERATOR = [".core", ".h", ".json", ".md", ".v", "_example.v"]
 QUICK = ("--prompts-per-kind", 1, "--max-tokens", 4, "--rows", 4)
-
-
-@pytest.fixture
-def speq_command(monkeypatch, capsys):
-    """Call `speq` with arguments: exit code, output, lines of errors."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
-    monkeypatch.delenv("SPEQ_DEBUG", raising=False)
-
-    def call(*arguments: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["speq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            speq.cli.main()
-        captured = capsys.readouterr()
-        return SimpleNamespace(
-            code=stop.value.code or 0, out=captured.out, err=captured.err.splitlines()
-        )
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,9 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 
 import gguf
-import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -124,56 +122,6 @@ def check_byte_level(pre: str, in_gguf: bool, folder: Path, seed: int) -> Iterat
     yield from compared(ours, reference, varied_strings(STRINGS, seed, SPECIAL))
 
 
-def check_sentencepiece(prefix: bool, folder: Path, seed: int) -> Iterator[Row]:
-    """Llama's vocabularies have a space before the text, Gemma's do not."""
-    # Gemma's have such; with a space before the text, implementations differ behind them.
-    symbols = [] if prefix else ["\n\n", "▁▁", "<tag>"]
-    trained = BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            line for page in sorted(DOCUMENTS.glob("*.md")) for line in page.read_text().split("\n")
-        ),
-        model_writer=trained,
-        model_type="bpe",
-        vocab_size=1000,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=prefix,
-        user_defined_symbols=symbols,
-        minloglevel=2,
-    )
-    other = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
-    count = other.vocab_size()
-
-    def kind(i: int) -> gguf.TokenType:
-        if other.is_unknown(i):
-            return gguf.TokenType.UNKNOWN
-        if other.is_control(i):
-            return gguf.TokenType.CONTROL
-        if other.is_byte(i):
-            return gguf.TokenType.BYTE
-        whole = other.id_to_piece(i) in symbols
-        return gguf.TokenType.USER_DEFINED if whole else gguf.TokenType.NORMAL
-
-    def add(writer: gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list([other.id_to_piece(i) for i in range(count)])
-        writer.add_token_scores([other.get_score(i) for i in range(count)])
-        writer.add_token_types([kind(i) for i in range(count)])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_add_bos_token(True)
-        writer.add_add_space_prefix(prefix)
-
-    reference = Reference(
-        lambda text: [1, *other.encode(text)],
-        lambda ids: other.decode([i for i in ids if not other.is_control(i)]),
-    )
-    strings = varied_strings(STRINGS, seed, ["<tag>"])
-    yield from compared(load(folder, count, add), reference, strings)
-
-
 def check_smollm2(folder: Path, seed: int) -> Iterator[Row]:
     path = smollm2_path()
     other = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -215,11 +163,4 @@ def checks() -> list[Check]:
         for pre in ("gpt-2", "qwen2", "llama-bpe")
         for one in (True, False)
     ]
-    pieces = [
-        Check(
-            f"tokenizer sentencepiece, {name}",
-            lambda folder, seed, prefix=prefix: check_sentencepiece(prefix, folder, seed),
-        )
-        for name, prefix in (("Llama", True), ("Gemma", False))
-    ]
-    return [*families, *pieces, *others]
+    return [*families, *others]
