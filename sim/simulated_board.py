@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
+import struct
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,9 +18,9 @@ from amaranth.hdl import Shape
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.sim import board_server, fst, runner
+from speq.sim import board_server, builder, fst, runner
 from speq.sim.board_server import ANSWER, REQUEST, TIMEOUT, RequestKind
-from speq.sim.runner import SimulationError
+from speq.sim.builder import SimulationError
 
 #: Top module of the simulation.
 TOP = "board"
@@ -30,7 +32,12 @@ SOURCES = tuple(Path(__file__).parent / name for name in ("board.sv", "memory_mo
 _ARRAY = "*.datapath.engine.array*"
 # The simulator looks after the connection at least this often.
 _WAIT_CYCLES = 50_000
-_CLOSE_SECONDS = 60
+# Longest wait for an answer, unless SPEQ_TIMEOUT says otherwise. The slowest simulations do some
+# hundred cycles a second.
+_ANSWER_SECONDS = 600
+# Longest wait for the end of a simulator; one that writes waves may have much to write.
+_CLOSE_SECONDS = 5
+_CLOSE_SECONDS_WAVES = 60
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,8 @@ class SimulatedBoard:
     SimulationError
         By the constructor, if the simulation cannot be built; by every other call, if the simulator
         has ended, as it does where the accelerator breaks the rules of AXI4, or if the register
-        port does not answer. A note has the end of its log.
+        port does not answer, or the simulator itself for `time_limit`. A note has the end of its
+        log.
     ValueError
         If an address, a size or a register's offset or value is out of its range.
     """
@@ -232,7 +240,8 @@ class SimulatedBoard:
         self._waves = waves
         self._cycles = 0
         self._process: subprocess.Popen[bytes] | None = None
-        folder = runner.build(
+        self._patience = time_limit()
+        folder = builder.build(
             verilog,
             TOP,
             sources=SOURCES,
@@ -241,12 +250,15 @@ class SimulatedBoard:
             waves=waves is not None,
             unrecorded=waves.unrecorded if waves else None,
         )
-        self._run = tempfile.TemporaryDirectory(prefix="run-", dir=folder)
+        self._run = tempfile.TemporaryDirectory(
+            prefix=f"{runner.run_folder(folder).name}-", dir=folder
+        )
         # Without a name from the start, so that nothing of it is left however this process ends.
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._file.truncate(memory.size)
         self._contents = np.memmap(self._file, np.uint8, "r+", shape=(memory.size,))
         self._connection, other_end = socket.socketpair()
+        _limit(self._connection, self._patience)
         plusargs = memory.plusargs(f"/dev/fd/{self._file.fileno()}")
         if waves is not None:
             plusargs += [f"+waves_start={waves.start}", f"+waves_stop={waves.stop}"]
@@ -321,7 +333,7 @@ class SimulatedBoard:
             return
         self._connection.close()
         try:
-            process.wait(_CLOSE_SECONDS)
+            process.wait(_CLOSE_SECONDS if self._waves is None else _CLOSE_SECONDS_WAVES)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -348,6 +360,12 @@ class SimulatedBoard:
             message = self._connection.recv(ANSWER.size, socket.MSG_WAITALL)
         except ConnectionError:
             message = b""
+        except BlockingIOError as error:
+            self._process.kill()
+            raise SimulationError(
+                f"the simulator has not answered for {self._patience} s, and was ended: the "
+                "environment variable SPEQ_TIMEOUT sets another limit"
+            ) from error
         if len(message) < ANSWER.size:
             raise self._failure(self._process)
         answer, response, self._cycles = ANSWER.unpack(message)
@@ -366,6 +384,21 @@ class SimulatedBoard:
         error = SimulationError(f"the simulator ended: {reason}")
         error.add_note("\n".join(lines[-40:]))
         return error
+
+
+def time_limit() -> int:
+    """Seconds in which a simulator has to answer: the environment variable SPEQ_TIMEOUT, 600 by
+    default. Raises ValueError if it is no whole number from 1 to 999999."""
+    text = os.environ.get("SPEQ_TIMEOUT", str(_ANSWER_SECONDS))
+    if not text.isascii() or not text.isdecimal() or len(text) > 6 or int(text) == 0:
+        raise ValueError(f"SPEQ_TIMEOUT is {text!r:.40}; expected seconds, 1 to 999999")
+    return int(text)
+
+
+def _limit(connection: socket.socket, seconds: int) -> None:
+    """Let the connection wait for so long at most; without this it waits as well, but for ever."""
+    limit = struct.pack("ll", seconds, 0)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
 def _checked_offset(offset: int) -> int:

@@ -29,7 +29,8 @@ from speq.hw.engine_config import (
 from speq.hw.verilog import TOP, generate_verilog
 from speq.model.arith import BlockActivations
 from speq.model.format import EncodedTensor
-from speq.sim.runner import SimulationError, simulate
+from speq.sim.builder import SimulationError
+from speq.sim.runner import simulate
 
 #: Cycles without a result after which a simulation is given up, beyond what the jobs need.
 _PATIENCE = 10_000

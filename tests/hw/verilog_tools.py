@@ -13,7 +13,7 @@ from amaranth.lib import wiring
 
 from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
-from speq.sim.runner import VERILATOR_BIN
+from speq.sim.builder import VERILATOR_BIN
 
 
 def run(

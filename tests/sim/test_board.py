@@ -22,8 +22,8 @@ from speq.hw.memory.axi import AxiConfig, Fault
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.memory_writer import MemoryWriter
 from speq.hw.verilog import convert_unit
-from speq.sim import fst, runner
-from speq.sim.runner import SimulationError
+from speq.sim import fst, runner, simulated_board
+from speq.sim.builder import SimulationError
 from speq.sim.simulated_board import (
     CHANNELS,
     MemoryFault,
@@ -468,3 +468,25 @@ def test_a_design_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(SimulationError, match="building") as caught:
         SimulatedBoard("module other; endmodule", SYSTEM, _options())
     assert "speq_top" in caught.value.__notes__[0]
+
+
+def test_a_simulator_that_never_answers(verilog: str) -> None:
+    with SimulatedBoard(verilog, SYSTEM, _options()) as board:
+        assert board.read_register(STATUS) == board.read_register(STATUS)
+        # Only now, as the start may take longer on a busy machine.
+        simulated_board._limit(board._connection, 1)
+        os.kill(board._process.pid, signal.SIGSTOP)
+        with pytest.raises(SimulationError, match=r"has not answered.*SPEQ_TIMEOUT sets another"):
+            board.read_register(STATUS)
+        with pytest.raises(SimulationError, match="the simulator ended"):
+            board.read_register(STATUS)
+
+
+def test_limit_of_time(verilog: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert simulated_board.time_limit() == 600
+    monkeypatch.setenv("SPEQ_TIMEOUT", "7")
+    assert simulated_board.time_limit() == 7
+    for wrong in ("", "0", "-1", "1.5", "x", "1" * 5000):
+        monkeypatch.setenv("SPEQ_TIMEOUT", wrong)
+        with pytest.raises(ValueError, match=r"SPEQ_TIMEOUT is .*; expected seconds"):
+            SimulatedBoard(verilog, SYSTEM, _options())
