@@ -19,6 +19,8 @@ from speq.model.input_file import check_regular
 
 _CELLS = "cells.lib"
 _REPORT = "report.txt"
+#: Bytes of a library, unpacked. Those of whole processes take tens of megabytes.
+MAX_LIBRARY = 1 << 30
 
 
 def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
@@ -50,7 +52,13 @@ def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
         # A copy, since Yosys as WebAssembly sees the files of its working directory only.
         try:
             with open_library(liberty, "rb") as source, (folder / _CELLS).open("wb") as target:
-                shutil.copyfileobj(source, target)
+                while block := source.read(1 << 20):
+                    target.write(block)
+                    if target.tell() > MAX_LIBRARY:
+                        raise ValueError(
+                            f"{liberty} has more than {MAX_LIBRARY:,} bytes, unpacked: no library "
+                            "of standard cells is as large"
+                        )
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{liberty} is no intact .gz file: {error}") from error
         # It reads the library even where there are no flip-flops: a broken one shows at once.
@@ -79,7 +87,7 @@ def _run(yosys: Path, folder: Path, script: str, failure: str) -> None:
         lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
         # Yosys knows only the copy.
         reasons = " ".join(lines).replace(_CELLS, "the library")
-        raise ValueError(f"{failure}: {reasons}")
+        raise ValueError(f"{failure}: {reasons or f'exit code {done.returncode}'}")
 
 
 def _yosys() -> Path:
