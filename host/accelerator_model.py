@@ -40,7 +40,8 @@ from speq.model.arith import (
 )
 from speq.model.format import EncodedTensor
 from speq.model.number_format import draft_words, residual_words
-from speq.model.speculation import Proposal, accept, allot_alternates, ranked
+from speq.model.speculation import Proposal, accept, allot_alternates
+from speq.model.vector_ops import ranked
 
 _PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
 

@@ -305,6 +305,11 @@ class Driver:
             raise ValueError(f"rows is {settings.rows}; this accelerator's array has {rows}")
         if settings.choices > CHOICES:
             raise ValueError(f"choices is {settings.choices}; the accelerator ranks {CHOICES}")
+        if settings.reranked:
+            raise ValueError(
+                f"reranked is {settings.reranked}; the accelerator drafts by the draft head's own "
+                "logits, 0"
+            )
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         """Fill the KV cache from its start."""

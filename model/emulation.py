@@ -106,6 +106,22 @@ def draft_linear(encoded: Mapping[str, EncodedTensor], otherwise: Linear | None 
     return linear
 
 
+def reranked_linear(linear: Linear, head: torch.Tensor, count: int) -> Linear:
+    """The same layers, but of the head only the `count` largest outputs of each row, computed from
+    its weights float32 [V, K]; all others are -infinity."""
+
+    def exact(name: str, x: torch.Tensor) -> torch.Tensor:
+        y = linear(name, x)
+        if name != "head":
+            return y
+        best = torch.topk(y, min(count, y.shape[1])).indices
+        known = torch.einsum("tk,tnk->tn", x.to(torch.float32), head[best])
+        known = known.where(y.gather(1, best) > -torch.inf, -torch.inf)
+        return torch.full_like(y, -torch.inf).scatter_(1, best, known)
+
+    return exact
+
+
 def attend_masked(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -366,17 +382,18 @@ def _attend_chain(
 def replay(text: Text, chains: Chains, settings: Settings) -> list[Step]:
     """The steps of greedy speculation with these settings along a text.
 
-    As `speculation.generate` takes them when it generates the text's tokens; the steps have no
-    logits. Raises ValueError if the chains are shorter or have fewer choices than the settings.
+    As `speculation.generate` takes them when it generates the text's tokens, if the chains were
+    drafted with as many tokens re-ranked as the settings say; the steps have no logits. Raises
+    ValueError if the chains are shorter or have fewer choices than the settings.
     """
     _, length, kept = chains.choices.shape
-    if settings.length > length or settings.choices > kept:
+    if settings.length > length or settings.offered > kept:
         raise ValueError(
             f"chains of {length} tokens with {kept} choices cannot replay settings that need "
-            f"{settings.length} and {settings.choices}"
+            f"{settings.length} and {settings.offered}"
         )
-    choices = chains.choices[..., : max(1, settings.choices)].tolist()
-    gaps = (chains.scores[..., :1] - chains.scores)[..., : max(2, settings.choices)].tolist()
+    choices = chains.choices[..., : settings.offered].tolist()
+    gaps = (chains.scores[..., :1] - chains.scores)[..., : max(2, settings.offered)].tolist()
     steps, position = [], 0
     while position < len(text.tokens):
         target = text.tokens[position:]
@@ -386,7 +403,7 @@ def replay(text: Text, chains: Chains, settings: Settings) -> list[Step]:
             (j + 1 for j, margin in enumerate(margins) if margin < settings.threshold), limit
         )
         counts = allot_alternates(
-            gaps[position][:drafted], [settings.choices] * drafted, settings.rows
+            gaps[position][:drafted], [settings.offered] * drafted, settings.rows
         )
         accepted = 0
         while accepted < drafted and chain[accepted][0] == target[accepted]:

@@ -80,17 +80,27 @@ def counted_costs(
     )
 
 
-def encoded_costs(config: ModelConfig, encoded: Mapping[str, EncodedTensor]) -> Costs:
+def encoded_costs(
+    config: ModelConfig, encoded: Mapping[str, EncodedTensor], reranked: int = 0
+) -> Costs:
     """Costs of an encoded model with everything counted, the channels' order and shifts, too.
 
-    Layers that are not encoded are read in FP16 by every pass.
+    Layers that are not encoded are read in FP16 by every pass. For each of `reranked` tokens a
+    draft pass reads the whole tile of the head that has it, as if no two were in the same.
     """
     plain = {name: 2 * o * k for name, (o, k) in linear_shapes(config).items()}
     other = sum(size for name, size in plain.items() if name not in encoded)
+    tile = 0
+    if reranked and "head" in encoded:
+        head = encoded["head"]
+        outputs = -(-head.shape[0] // head.columns) * head.columns
+        tile = head.storage_bits() // 8 * head.columns // outputs
     return Costs(
         config,
         plain=sum(plain.values()),
-        draft=other + sum(tensor.draft_bits() for tensor in encoded.values()) // 8,
+        draft=other
+        + sum(tensor.draft_bits() for tensor in encoded.values()) // 8
+        + reranked * tile,
         verify=other + sum(tensor.storage_bits() for tensor in encoded.values()) // 8,
     )
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 MAX_ROWS = 1 << 10
 #: Between these, logits divided by the temperature neither overflow nor vanish.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+#: Most tokens of a draft pass whose logits are computed exactly, as many as the hardware may rank.
+MAX_RERANKED = 8
 #: No vocabulary is larger.
 MAX_TOP_K = 1 << 24
 
@@ -28,6 +30,9 @@ class Settings:
         Drafting stops after a token whose logit margin is below this.
     choices : int
         The draft's best tokens at a chain position, the chain's own included; 1: no alternates.
+    reranked : int
+        The draft head's best tokens whose logits are then computed exactly, from the FP16 head;
+        chain, margin and alternates follow these alone. 0: the draft head's own logits count.
 
     Raises
     ------
@@ -39,6 +44,7 @@ class Settings:
     draft_length: int | None = None
     threshold: float = 0.0
     choices: int = 4
+    reranked: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= MAX_ROWS:
@@ -51,11 +57,18 @@ class Settings:
             raise ValueError(f"threshold is {self.threshold}; expected a number >= 0")
         if not 1 <= self.choices <= MAX_ROWS:
             raise ValueError(f"choices is {self.choices}; expected 1 to {MAX_ROWS}")
+        if not 0 <= self.reranked <= MAX_RERANKED:
+            raise ValueError(f"reranked is {self.reranked}; expected 0 (none) to {MAX_RERANKED}")
 
     @property
     def length(self) -> int:
         """Longest chain."""
         return self.rows - 1 if self.draft_length is None else self.draft_length
+
+    @property
+    def offered(self) -> int:
+        """Choices of a chain position: of tokens that are not re-ranked nothing is known."""
+        return min(self.choices, self.reranked or self.choices)
 
 
 @dataclass(frozen=True)

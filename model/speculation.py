@@ -4,10 +4,11 @@
 A step drafts a chain of tokens with cheap passes, verifies all of them in one pass and commits
 what the full model agrees with, plus one token of its own:
 
-    draft    From the last committed token, up to L draft passes. Stop early when the logit margin
-             (best minus second best) falls below a threshold. Verify rows that the chain does not
-             fill carry leaf alternates: further choices at chain positions, each of which attends
-             to the chain before it and to itself.
+    draft    From the last committed token, up to L draft passes. The logits of a pass's best
+             tokens may be computed once more, exactly (`Settings.reranked`). Stop early when the
+             logit margin (best minus second best) falls below a threshold. Verify rows that the
+             chain does not fill carry leaf alternates: further choices at chain positions, each of
+             which attends to the chain before it and to itself.
     verify   One verify pass over the last committed token, the chain and the alternates.
     accept   Walk down the chain as long as the target's token is among the choices of a
              position. An alternate ends the walk, and yields the token after it as well.
@@ -40,6 +41,7 @@ import torch
 from speq.model.checkpoint import Model
 from speq.model.settings import Sampling, Settings
 from speq.model.transformer import DraftLinear, KVCache, NonFiniteError, forward, prefill
+from speq.model.vector_ops import ranked
 
 
 @dataclass(frozen=True)
@@ -149,19 +151,6 @@ class Statistics:
         pass in units of a plain pass; NaN before the first step."""
         cost = self.draft_passes * draft_cost + self.verify_passes * verify_cost
         return self.committed / cost if cost else math.nan
-
-
-def ranked(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices, int64, of the `count` largest of logits [V], the largest first.
-
-    Of equal ones the lowest index comes first. A NaN counts as minus infinity.
-    """
-    logits = torch.where(logits.isnan(), -math.inf, logits)
-    least = torch.topk(logits, min(count, len(logits))).values[-1]
-    # topk promises nothing about ties; nonzero gives rising indices, which a stable sort keeps.
-    indices = (logits >= least).nonzero()[:, 0]
-    order = torch.sort(logits[indices], descending=True, stable=True).indices
-    return indices[order[:count]]
 
 
 def argmax(logits: torch.Tensor) -> int:
@@ -295,11 +284,12 @@ def draft(
     choices, distributions, gaps = [], [], []
     while len(choices) < settings.length:
         try:
-            logits = forward(model, [token], cache, draft=layers)[0]
+            passed = forward(model, [token], cache, draft=layers, reranked=settings.reranked)
+            logits = passed[0]
         except NonFiniteError:
             break
-        tokens, q = propose(logits, settings.choices, sampling, generator)
-        best = logits[ranked(logits, max(2, settings.choices))]
+        tokens, q = propose(logits, settings.offered, sampling, generator)
+        best = logits[ranked(logits, max(2, settings.offered))]
         gap = best[0] - best
         # Infinities and NaN have no distance to others.
         gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())

@@ -39,6 +39,7 @@ from speq.model.schedule import Attention, Linears, Operation, Step, Vector, pas
 from speq.model.vector_ops import (
     gated,
     normalize,
+    ranked,
     rms_norm,
     rotary_table,
     rotate,
@@ -173,6 +174,28 @@ def prepare_draft_linear(tensor: EncodedTensor) -> DraftLinear:
     )
 
 
+def rerank(x: torch.Tensor, logits: torch.Tensor, head: torch.Tensor, count: int) -> torch.Tensor:
+    """Logits float32 [T, V] of which the `count` largest of each row are replaced by the exact ones
+    and all others by -infinity.
+
+    Parameters
+    ----------
+    x : torch.float16 [T, K]
+        The head's input.
+    logits : torch.float32 [T, V]
+        Of the draft head; -infinity where it has no output.
+    head : torch.float16 [V, K]
+    count : int
+        If fewer are larger than -infinity, only those.
+    """
+    exact = torch.full_like(logits, -math.inf)
+    for row, drafted in enumerate(logits):
+        best = ranked(drafted, count)
+        best = best[drafted[best] > -math.inf]
+        exact[row, best] = verify_gemm(x[row : row + 1], head[best])[0]
+    return exact
+
+
 def forward(
     model: Model,
     tokens: Sequence[int],
@@ -181,6 +204,7 @@ def forward(
     positions: Sequence[int] | None = None,
     mask: torch.Tensor | None = None,
     draft: Mapping[str, DraftLinear] | None = None,
+    reranked: int = 0,
     logit_rows: slice = slice(None),
     capture: Capture | None = None,
 ) -> torch.Tensor:
@@ -197,6 +221,8 @@ def forward(
         default a row attends to all earlier slots and itself.
     draft : from `prepare_draft_linears`
         Makes it a draft pass: these linear layers use draft numerics, all others verify numerics.
+    reranked : of a draft pass, how many of a row's best logits are computed exactly, from the FP16
+        head; all others are then -infinity. 0: the draft head's own logits.
     logit_rows : slice of the rows whose logits are wanted; the head is the largest layer.
     capture : called with (name of linear layer, its float16 input [T, K]) in the order of the pass.
 
@@ -212,7 +238,9 @@ def forward(
     arguments = _checked_arguments(model.config, tokens, cache, positions, mask)
     kind = "verify" if draft is None else "draft"
     schedule = pass_schedule(model.config)
-    return _run_pass(model, kind, schedule, arguments, cache, draft or {}, logit_rows, capture)
+    return _run_pass(
+        model, kind, schedule, arguments, cache, draft or {}, reranked, logit_rows, capture
+    )
 
 
 def prefill(model: Model, tokens: Sequence[int], cache: KVCache) -> None:
@@ -240,6 +268,7 @@ def _run_pass(
     arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     cache: KVCache,
     draft: Mapping[str, DraftLinear] | None = None,
+    reranked: int = 0,
     logit_rows: slice = slice(None),
     capture: Capture | None = None,
 ) -> torch.Tensor:
@@ -272,7 +301,13 @@ def _run_pass(
         else:
             y = draft_gemm(layer.quantize(x), layer.operand)
         check(name, y)
-        return y if layer is None else layer.pad(y)
+        if layer is None:
+            return y
+        y = layer.pad(y)
+        if name == "head" and reranked:
+            y = rerank(x, y, model.linear_weight(name), reranked)
+            check(name, torch.where(y == -math.inf, 0.0, y))
+        return y
 
     def store(block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         cache.store(block, keys, values)

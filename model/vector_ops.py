@@ -234,3 +234,16 @@ def softmax_weights(
 def normalize(values: torch.Tensor, denominators: torch.Tensor) -> torch.Tensor:
     """Attention output: float32 [..., D] times the reciprocal of denominators [...] -> float16."""
     return to_float16(values * reciprocal(denominators)[..., None])
+
+
+def ranked(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices, int64, of the `count` largest of logits [V], the largest first.
+
+    Of equal ones the lowest index comes first. A NaN counts as minus infinity.
+    """
+    logits = torch.where(logits.isnan(), -math.inf, logits)
+    least = torch.topk(logits, min(count, len(logits))).values[-1]
+    # topk promises nothing about ties; nonzero gives rising indices, which a stable sort keeps.
+    indices = (logits >= least).nonzero()[:, 0]
+    order = torch.sort(logits[indices], descending=True, stable=True).indices
+    return indices[order[:count]]

@@ -26,11 +26,13 @@ from speq.model.emulation import (
     logits,
     recache,
     replay,
+    reranked_linear,
 )
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings, Statistics, Step, generate, ranked
+from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import KVCache, NonFiniteError, forward, prepare_draft_linears
+from speq.model.vector_ops import ranked
 from tests.model.drafted import drafted_model, rearranged
 from tests.model.small_models import overflowing, random_tokens
 from tests.model.test_speculation import plain_decoding
@@ -192,6 +194,31 @@ def test_chains_of_draft_layers_are_nearly_the_exact_ones(subject):
     assert same[:, 0].mean() >= 0.85 and same.mean() > 0.7
     close = (ours.scores - expected.scores)[:, 0].abs().amax(dim=1)
     assert close.median() < 0.15
+
+
+def test_a_head_is_reranked_as_in_the_exact_pass(subject):
+    """The same tokens, with the logits of an exact head; the draft's other layers stay."""
+    text = subject.texts[2]
+    weights = float_weights(subject.model)["head"]
+    linear = reranked_linear(draft_linear(subject.encoded), weights, 3)
+    (ours,) = draft_chains(subject.model, [text], linear, LENGTH, CHOICES)
+    cache = KVCache(subject.model.config, len(text.prompt) + len(text.tokens) + LENGTH)
+    tokens = [*text.prompt, *text.tokens]
+    forward(subject.model, tokens[:-1], cache)
+    same = close = 0
+    for p in reversed(range(TOKENS)):
+        cache.truncate(len(text.prompt) - 1 + p)
+        row = forward(
+            subject.model, [tokens[cache.length]], cache, draft=subject.layers, reranked=3
+        )[0]
+        expected = ranked(row, 3)
+        same += int(expected[0]) == int(ours.choices[p, 0, 0])
+        close += bool((row[expected] - ours.scores[p, 0, :3]).abs().max() < 0.15)
+        assert (ours.scores[p, 0, 3:] == -torch.inf).all()
+    assert same >= 0.85 * TOKENS and close >= 0.5 * TOKENS
+    settings = Settings(LENGTH + 1, threshold=0.2, reranked=3)
+    assert settings.offered == 3
+    assert sum(len(step.tokens) for step in replay(text, ours, settings)) == TOKENS
 
 
 @pytest.mark.parametrize("subject", ["llama", "gemma3"], indirect=True)

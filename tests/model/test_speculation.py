@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from speq.model import speculation, transformer
-from speq.model.arith import WeightOperand
+from speq.model.arith import WeightOperand, verify_gemm
 from speq.model.checkpoint import Model, linear_names
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
@@ -34,11 +34,11 @@ from speq.model.speculation import (
     distribution,
     draft,
     generate,
-    ranked,
     recursive_rejection,
     sample,
 )
 from speq.model.transformer import KVCache, NonFiniteError, forward, prepare_draft_linears
+from speq.model.vector_ops import ranked
 from tests.model.small_models import overflowing, random_tokens, random_weights, small_config
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -175,6 +175,36 @@ def test_greedy_decoding_loses_no_bit(subject):
     for step in steps:
         assert len(step.tokens) <= step.accepted + 1 + step.alternate_hit
         assert len(step.margins) == step.drafted
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_drafts_are_ranked_by_exact_logits(subject, count, monkeypatch):
+    """Of the draft head's best tokens, computed here by themselves; and decoding loses no bit."""
+    head = subject.model.linear_weight("head")
+    seen, better = [], 0
+
+    def recorded(model, tokens, cache, *, reranked=0, draft=None, **options):
+        if draft is None:
+            return forward(model, tokens, cache, **options)
+        start, inputs = cache.length, {}
+        own = forward(model, tokens, cache, draft=draft, capture=inputs.__setitem__)
+        cache.truncate(start)
+        logits = forward(model, tokens, cache, draft=draft, reranked=reranked)
+        assert reranked == count
+        seen.append((own[0], inputs["head"], logits[0]))
+        return logits
+
+    monkeypatch.setattr(speculation, "forward", recorded)
+    steps = check_lossless(subject, Settings(6, None, 0.2, reranked=count))
+    assert max(s.alternates for s in steps) <= (count - 1) * 5
+    assert any(s.alternate_hit for s in steps) == (count > 1)
+    for own, x, logits in seen:
+        values = own.tolist()
+        best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+        exact = {i: float(verify_gemm(x, head[i : i + 1])) for i in best}
+        assert {i: v for i, v in enumerate(logits.tolist()) if v > -math.inf} == exact
+        better += max(exact, key=lambda i: (exact[i], -i)) != best[0]
+    assert bool(better) == (count > 1)
 
 
 def test_plain_decoding_needs_no_draft_model(subject):

@@ -26,7 +26,8 @@ from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.model import speculation
-from speq.model.speculation import Settings, Statistics, ranked
+from speq.model.speculation import Settings, Statistics
+from speq.model.vector_ops import ranked
 from speq.sim.runner import seed
 from tests.host.decoding import COUNTED
 from tests.hw.verilog_tools import lint, write_unit
