@@ -172,7 +172,7 @@ def _compile(
     """Verilate and compile what is in the folder, with what the library has of Verilator's own."""
     # The makefile asks for a Python by its name.
     programs = (Path(sys.executable).parent, os.environ.get("PATH", os.defpath))
-    with log.open("wb") as output, _workplace(folder) as (work, root, cocotb):
+    with log.open("wb") as output, _workplace(folder, log) as (work, root, cocotb):
         environment = os.environ | {
             "PATH": os.pathsep.join(map(str, programs)),
             "VERILATOR_ROOT": str(root),
@@ -267,10 +267,10 @@ def _is_running(process: int) -> bool:
 
 
 @contextmanager
-def _workplace(folder: Path) -> Iterator[tuple[Path, Path, Path]]:
+def _workplace(folder: Path, log: Path) -> Iterator[tuple[Path, Path, Path]]:
     """Folders of the build, of Verilator and of cocotb that make and a compiler's command line can
     name, as long as the context lasts. The build's has what `folder` has, and the other way round
-    at the end."""
+    at the end, but for the log, which is written in `folder`."""
     folders = (folder, _VERILATOR_ROOT, _COCOTB)
     if all(_SAFE.fullmatch(str(path)) for path in folders):
         yield folders
@@ -282,7 +282,7 @@ def _workplace(folder: Path) -> Iterator[tuple[Path, Path, Path]]:
         root.symlink_to(_VERILATOR_ROOT)
         cocotb.symlink_to(_COCOTB)
         # Of make's folder the name without links counts.
-        shutil.copytree(folder, work, ignore=shutil.ignore_patterns("run-*"))
+        shutil.copytree(folder, work, ignore=shutil.ignore_patterns("run-*", log.name))
         yield work, root, cocotb
         shutil.copytree(work, folder, dirs_exist_ok=True)
 

@@ -113,6 +113,7 @@ def test_names_that_make_cannot_hold(root: Path, monkeypatch: pytest.MonkeyPatch
     run = runner.simulate(VERILOG, "top", "toggle_test")
     assert odd in run.parents
     assert (run / "results.xml").exists()
+    assert "verilator.cpp" in (run.parent / "build.log").read_text()
 
 
 def test_a_missing_compiler_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
