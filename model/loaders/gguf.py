@@ -155,6 +155,13 @@ _WITHOUT_INFLUENCE = {
 _ABOUT_THE_FILE = ("general", "split", "quantize", "imatrix")
 
 
+def read_gguf_config(path: Path) -> ModelConfig:
+    """Configuration of a GGUF file, or of the parts of which it is the first, from their headers
+    alone. Raises CheckpointError."""
+    fields, tensors = _read_parts(path)
+    return _config(Metadata(fields), tensors)
+
+
 def load_gguf(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a GGUF file, or of the parts of which it is the
     first. Raises CheckpointError."""

@@ -265,6 +265,11 @@ _WITHOUT_INFLUENCE = {
 }
 
 
+def read_hf_config(folder: Path) -> ModelConfig:
+    """Configuration of a folder, from config.json alone. Raises CheckpointError."""
+    return _config(_Settings(read_json(folder / "config.json")))
+
+
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a folder. Raises CheckpointError."""
     settings = _Settings(read_json(folder / "config.json"))

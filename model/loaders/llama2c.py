@@ -40,6 +40,12 @@ _BOS, _EOS = 1, 2  # llama2.c ends a text at either
 _FIRST_BYTE = 3  # id of the token for byte 0; older tokenizer files spell these tokens differently
 
 
+def read_llama2c_config(path: Path) -> ModelConfig:
+    """Configuration of a .bin file, from its header alone. Raises CheckpointError."""
+    check_regular(path)
+    return _header(path)[1]
+
+
 def load_llama2c(
     path: Path, tokenizer: Path | None
 ) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
