@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from speq.hw.memory.axi import AxiConfig
     from speq.model.checkpoint import CheckpointError, Model, ModelConfig
     from speq.model.encoded_file import EncodedModel
+    from speq.model.loaders import from_transformers
     from speq.model.loaders import load_model as load
     from speq.model.number_format import FormatConfig
     from speq.model.settings import Sampling, Settings
@@ -48,6 +49,7 @@ _PLACES = {
     "Step": ("speq.model.speculation", "Step"),
     "build_verilog": ("speq._hardware", "build_verilog"),
     "encode": ("speq._models", "encode"),
+    "from_transformers": ("speq.model.loaders", "from_transformers"),
     "gemm": ("speq._hardware", "gemm"),
     "generate": ("speq._generation", "generate"),
     "load": ("speq.model.loaders", "load_model"),
@@ -78,6 +80,7 @@ __all__ = [
     "__version__",
     "build_verilog",
     "encode",
+    "from_transformers",
     "gemm",
     "generate",
     "load",

@@ -80,7 +80,8 @@ def test_everything_installed_is_pinned_and_nothing_else_is() -> None:
     closure = installed_closure()
     unpinned = sorted(set(closure) - set(PINS))
     assert not unpinned, f"add to constraints.txt: {unpinned}"
-    assert {*map(canonicalize_name, PROJECT["optional-dependencies"]["oracle"])} <= ORACLE
+    for extra in ("hf", "oracle"):
+        assert {*map(canonicalize_name, PROJECT["optional-dependencies"][extra])} <= ORACLE
     unused = sorted(set(PINS) - set(closure) - ORACLE)
     assert not unused, f"remove from constraints.txt: {unused}"
     different = {n: str(v) for n, v in closure.items() if not PINS[n].contains(v)}

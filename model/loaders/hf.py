@@ -267,18 +267,33 @@ _WITHOUT_INFLUENCE = {
 
 def read_hf_config(folder: Path) -> ModelConfig:
     """Configuration of a folder, from config.json alone. Raises CheckpointError."""
-    return _config(_Settings(read_json(folder / "config.json")))
+    return config_of(read_json(folder / "config.json"))
 
 
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a folder. Raises CheckpointError."""
-    settings = _Settings(read_json(folder / "config.json"))
-    config = _config(settings)
+    settings = read_json(folder / "config.json")
+    config = config_of(settings)
     with contextlib.ExitStack() as stack:
-        files = _open(folder, stack)
-        config = _with_stored_head(config, files)
-        weights = collect_weights(config, _weight_reader(files, config))
-    return config, weights, read_tokenizer(folder, settings.values)
+        config, weights = read_weights(config, _open(folder, stack))
+    return config, weights, read_tokenizer(folder, settings)
+
+
+def config_of(values: dict[str, Any]) -> ModelConfig:
+    """Configuration from the content of config.json. Raises CheckpointError."""
+    return _config(_Settings(values))
+
+
+def read_weights(
+    config: ModelConfig, stores: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """FP16 weights, and the configuration with a head of its own if one is stored.
+
+    `stores` are by name of tensor what has it: an open safetensors file, or what has its methods
+    `get_slice` and `get_tensor`. Raises CheckpointError.
+    """
+    config = _with_stored_head(config, stores)
+    return config, collect_weights(config, _weight_reader(stores, config))
 
 
 @dataclass(frozen=True)
@@ -646,7 +661,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> _Files:
     return files
 
 
-def _with_stored_head(config: ModelConfig, files: _Files) -> ModelConfig:
+def _with_stored_head(config: ModelConfig, files: Mapping[str, Any]) -> ModelConfig:
     """The configuration with its own head if the file has one that differs from the embedding,
     whatever it says about them: as in `transformers`, what is stored is the model's."""
     head, embedding = (stored_name(name, config.architecture) for name in ("head", "embedding"))
@@ -659,7 +674,7 @@ def _with_stored_head(config: ModelConfig, files: _Files) -> ModelConfig:
     return config if alike else replace(config, tied_head=False)
 
 
-def _weight_reader(files: _Files, config: ModelConfig) -> WeightReader:
+def _weight_reader(files: Mapping[str, Any], config: ModelConfig) -> WeightReader:
     """The function that reads a weight from the open files."""
     family = _FAMILIES[config.architecture]
     where = places(config, lambda name: stored_name(name, config.architecture))
