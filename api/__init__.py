@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from speq._generation import Chunk, Generation, generate, stream
     from speq._hardware import build_verilog, gemm, simulate, simulated_session
     from speq._models import encode, read_encoded, write_encoded
+    from speq.host.inspection import Report, report
     from speq.host.session import Session
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.engine_config import EngineConfig
@@ -42,6 +43,7 @@ _PLACES = {
     "Model": ("speq.model.checkpoint", "Model"),
     "ModelConfig": ("speq.model.checkpoint", "ModelConfig"),
     "NonFiniteError": ("speq.model.transformer", "NonFiniteError"),
+    "Report": ("speq.host.inspection", "Report"),
     "Sampling": ("speq.model.settings", "Sampling"),
     "Session": ("speq.host.session", "Session"),
     "Settings": ("speq.model.settings", "Settings"),
@@ -54,6 +56,7 @@ _PLACES = {
     "generate": ("speq._generation", "generate"),
     "load": ("speq.model.loaders", "load_model"),
     "read_encoded": ("speq._models", "read_encoded"),
+    "report": ("speq.host.inspection", "report"),
     "simulate": ("speq._hardware", "simulate"),
     "simulated_session": ("speq._hardware", "simulated_session"),
     "stream": ("speq._generation", "stream"),
@@ -72,6 +75,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "NonFiniteError",
+    "Report",
     "Sampling",
     "Session",
     "Settings",
@@ -85,6 +89,7 @@ __all__ = [
     "generate",
     "load",
     "read_encoded",
+    "report",
     "simulate",
     "simulated_session",
     "stream",

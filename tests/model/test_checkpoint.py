@@ -31,7 +31,7 @@ from speq.model.checkpoint import (
     linear_names,
     tensor_shapes,
 )
-from speq.model.loaders import load_model, read_config
+from speq.model.loaders import load_model, read_config, read_header
 from speq.model.loaders.gguf_file import read_gguf
 from speq.model.transformer import KVCache, forward
 from tests.model.small_models import (
@@ -525,8 +525,9 @@ def fuzz(path: Path, mutated: Iterator[None]) -> None:
     """Loads `path` after each step of `mutated`, which changes the files it consists of."""
     loaded = refused = 0
     with bounded():
-        for _ in mutated:
+        for i, _ in enumerate(mutated):
             signal.alarm(HANG_SECONDS)
+            problems = header_problems(path) if i % 10 == 0 else []
             try:
                 model = load_model(path)
             except CheckpointError as error:
@@ -536,9 +537,19 @@ def fuzz(path: Path, mutated: Iterator[None]) -> None:
             else:
                 forward(model, [0, model.config.vocab_size - 1], KVCache(model.config, 2))
                 loaded += 1
+                assert not problems
     print(f"SPEQ_SEED={SEED}: {loaded} loaded, {refused} refused")
     assert loaded + refused == FUZZ_FILES
     assert refused > FUZZ_FILES // 4
+
+
+def header_problems(path: Path) -> list[str]:
+    """What its headers say is wrong with a model."""
+    try:
+        return read_header(path).problems
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        return [str(error)]
 
 
 def mutations(
