@@ -24,6 +24,7 @@ from speq.cli import (
     generate,
     inspect,
     predict,
+    report,
     verify_file,
     verilog,
     waves,
@@ -64,6 +65,7 @@ app.command("demo-decode")(demo_decode.run)
 app.command("generate")(generate.run)
 app.command("inspect")(inspect.run)
 app.command("eval")(evaluate.run)
+app.command("report")(report.run)
 app.command("cycles")(predict.run)
 app.command("bench")(bench.run)
 app.command("waves")(waves.run)
