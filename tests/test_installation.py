@@ -81,7 +81,18 @@ def test_installation(source, tmp_path, kind) -> None:
     for command in ((python.parent / "speq",), (python, "-m", "speq")):
         assert succeeded(*command, "--version", folder=tmp_path).startswith("speq ")
     if kind == "wheel":
+        check_data(Path(found).parent)
         check_types(tmp_path)
+
+
+def check_data(package: Path) -> None:
+    """Files that are no modules are installed as well, but for documents."""
+    files = (path for name in SHIPPED for path in (ROOT / name).rglob("*") if path.is_file())
+    data = [path.relative_to(ROOT) for path in files if path.suffix not in (".py", ".md", ".pyc")]
+    assert len(data) > 5
+    for path in data:
+        inside = path.relative_to("api") if path.parts[0] == "api" else path
+        assert (package / inside).exists(), f"name {path} in pyproject.toml"
 
 
 def check_types(folder: Path) -> None:
