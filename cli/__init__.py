@@ -23,7 +23,9 @@ from speq.cli import (
     encode,
     evaluate,
     generate,
+    inspect,
     predict,
+    report,
     verify_file,
     verilog,
     waves,
@@ -62,7 +64,9 @@ app.command("verify-file")(verify_file.run)
 app.command("demo")(demo.run)
 app.command("demo-decode")(demo_decode.run)
 app.command("generate")(generate.run)
+app.command("inspect")(inspect.run)
 app.command("eval")(evaluate.run)
+app.command("report")(report.run)
 app.command("cycles")(predict.run)
 app.command("bench")(bench.run)
 app.command("waves")(waves.run)

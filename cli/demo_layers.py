@@ -99,7 +99,7 @@ def report(
     mismatches = 0
     for (gemm, golden), result in zip(pairs, results, strict=True):
         tokens, k, o = gemm.size
-        cycles = result.end - result.start + 1
+        cycles = result.cycles
         rate = tokens * k * o / cycles
         per_token = config.cols * (DRAFT_LANES if gemm.mode is Mode.DRAFT else 1)
         wrong = mismatched_bits(golden, result.output)

@@ -25,6 +25,7 @@ from rich.markup import escape
 
 from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, refuse_unused
 from speq.cli.progress import bars, with_bar
+from speq.model.input_file import ENCODED_MODEL
 from speq.model.number_format import FormatConfig
 
 if TYPE_CHECKING:
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
     from speq.model.encoder import Journal, OptimisedEncoding
     from speq.model.prompts import Prompts
 
-#: How an encoded file (speq.model.encoded_file) and a journal begin.
-_ENCODED = rb'(?s).{8}\{"__metadata__":\{"speq":'
+#: How a journal begins.
 _JOURNAL = rb'\{"key": "'
 _MAX_JOURNAL = 1 << 28  # bytes
 
@@ -116,7 +116,7 @@ def run(
     journal = Path(f"{output}.journal")
     if not fixed:
         check_output(journal, _JOURNAL, force=force)
-    with replacing(output, _ENCODED, force=force) as temporary:
+    with replacing(output, ENCODED_MODEL, force=force) as temporary:
         # These load torch: options and output are right by now.
         from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
         from speq.model.encoding import encode_linears

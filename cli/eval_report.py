@@ -3,7 +3,7 @@
 
 `report.json` is an object of
 
-    version       2
+    version       3
     model         name, as given, and its configuration
     settings      of the run: rows, choices, max_tokens, seed, raw, draft (the encoded file if there
                   is one, formats and how many layers have each, the head's and its drafted outputs)
@@ -20,6 +20,10 @@
                   prompts (speq.model.evaluation.Curve)
     exponents     `counts`, 32 pairs: weights of all drafted layers by t and by top mantissa bit,
                   and group and split of most layers
+    samples       the texts of the first evaluation prompt of each kind, with "alternates": `kind`,
+                  `prompt`, and `steps`, each with its `tokens`, their `texts` and `origins`
+                  ("draft", "alternate" or "target"), and the texts of drafted tokens that were
+                  `refused`
     ablation      null, or `rows` and `lossy` (speq.model.ablation.RowResult, LossyResult)
 
 What could not be measured (a ratio whose denominator is 0) is null.
@@ -51,7 +55,7 @@ from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,26 @@ class Conditions:
     raw: bool
 
 
+@dataclass(frozen=True)
+class ShownStep:
+    """A step of speculation for people: token ids, their texts and origins, and the texts of the
+    drafted tokens that were refused."""
+
+    tokens: list[int]
+    texts: list[str]
+    origins: list[str]
+    refused: list[str]
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """A text, step by step, of a prompt of some kind."""
+
+    kind: str
+    prompt: str
+    steps: list[ShownStep]
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """What the report and the plots show.
@@ -93,6 +117,7 @@ class Study:
     acceptance : Acceptance
     curves : of "chain" and "alternates"
     exponents : numpy.int64 [32, 2]
+    samples : ShownText of the first prompt of each kind
     ablation : Ablation, if it was asked for
     """
 
@@ -104,6 +129,7 @@ class Study:
     acceptance: Acceptance
     curves: dict[str, list[Curve]]
     exponents: np.ndarray
+    samples: list[ShownText]
     ablation: Ablation | None
 
 
@@ -177,6 +203,7 @@ def report(
             "acceptance": done.acceptance,
             "curves": done.curves,
             "exponents": {"group": usual.group, "split": usual.split, "counts": done.exponents},
+            "samples": done.samples,
             "ablation": done.ablation,
         }
     )

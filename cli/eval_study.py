@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.progress import Progress
 
-from speq.cli.eval_report import Conditions, Study
+from speq.cli.eval_report import Conditions, ShownStep, ShownText, Study
 from speq.host.session import Session
 from speq.model.ablation import Materials, draft_names, run_ablation
 from speq.model.checkpoint import Model
@@ -21,6 +21,7 @@ from speq.model.emulation import (
     draft_linear,
     float_linear,
     float_weights,
+    replay,
 )
 from speq.model.evaluation import (
     Sample,
@@ -34,6 +35,8 @@ from speq.model.evaluation import (
 )
 from speq.model.format import arranged
 from speq.model.prompts import Prompts
+from speq.model.settings import Settings
+from speq.model.tokenizer import TextStream, Tokenizer
 
 
 def decode_all(
@@ -73,6 +76,39 @@ def samples_of(
         progress=lambda count: progress.advance(task, count),
     )
     return [Sample(kind, text, c) for (kind, text), c in zip(texts, chains, strict=True)]
+
+
+def shown_texts(
+    model: Model, samples: Sequence[Sample], prompts: Prompts, settings: Settings
+) -> list[ShownText]:
+    """The first sample of each kind of prompts, step by step."""
+    first: dict[str, Sample] = {}
+    for sample in samples:
+        first.setdefault(sample.kind, sample)
+    return [
+        ShownText(kind, texts[0], shown_steps(model.tokenizer, first[kind], settings))
+        for kind, texts in prompts.items()
+    ]
+
+
+def shown_steps(tokenizer: Tokenizer, sample: Sample, settings: Settings) -> list[ShownStep]:
+    """Speculation along a sample, with what each token is as text. A character whose bytes are in
+    several tokens comes with the last of them."""
+    stream, steps, position = TextStream(tokenizer, sample.text.prompt), [], 0
+    for step in replay(sample.text, sample.chains, settings):
+        refused = sample.chains.choices[position, step.accepted : step.drafted, 0].tolist()
+        steps.append(
+            ShownStep(
+                step.tokens,
+                [stream.push(token) for token in step.tokens],
+                step.origins,
+                [tokenizer.decode([token]) for token in refused],
+            )
+        )
+        position += len(step.tokens)
+    if steps:
+        steps[-1].texts[-1] += stream.flush()
+    return steps
 
 
 def study(
@@ -150,5 +186,6 @@ def study(
             for name, chosen in settings.items()
         },
         exponents=exponents,
+        samples=shown_texts(model, samples, prompts[1], settings["alternates"]),
         ablation=compared,
     )

@@ -11,9 +11,7 @@ from typing import Annotated
 import typer
 
 from speq.model.number_format import FormatConfig
-
-#: Early exit of models that are not calibrated.
-DEFAULT_THRESHOLD = 2.0
+from speq.model.settings import DEFAULT_THRESHOLD as DEFAULT_THRESHOLD
 
 
 def finite(value: float | None) -> float | None:

@@ -35,6 +35,7 @@ RANKING_BYTES = 8 * CHOICES
 #: log2 of the tokens in the ring: more than any array commits in a step.
 RING_LOG2 = 8
 
+_MAX_SHARING = 255  # what the descriptor's field holds
 _WORD = 2  # bytes of a weight word, of an FP16 number
 _RESULT = 4  # bytes of an FP32 result
 _ARGUMENT_KIND = 24  # first bit of the pass kind in a HOST descriptor's argument
@@ -226,7 +227,8 @@ class MemoryLayout:
         engine = config.engine
         #: Entries of the KV cache, whole tiles.
         self.capacity = round_up(capacity, engine.cols)
-        _check_sizes(config, model, capacity)
+        if excesses := exceeded_limits(config, model, capacity):
+            raise ValueError(str(excesses[0]))
         if base % config.alignment:
             raise ValueError(f"base is {base:#x}; expected a multiple of {config.alignment}")
         self._end = base
@@ -479,25 +481,43 @@ class MemoryLayout:
         )
 
 
-def _check_sizes(config: AcceleratorConfig, model: ModelConfig, capacity: int) -> None:
-    """Raise ValueError if a dimension of the model exceeds the accelerator's."""
+class Excess(NamedTuple):
+    """A size of a model that exceeds an accelerator's, and the parameter of `EngineConfig` that is
+    too small, "" if none could be larger."""
+
+    what: str
+    size: int
+    limit: int
+    parameter: str
+
+    def __str__(self) -> str:
+        if not self.parameter:
+            return f"{self.size} heads share a KV head; at most {self.limit} can"
+        name = self.parameter[-1].upper()
+        return f"the {self.what} is {self.size}; the accelerator's largest {name} is {self.limit}"
+
+
+def exceeded_limits(config: AcceleratorConfig, model: ModelConfig, capacity: int) -> list[Excess]:
+    """All sizes of the model, with so many entries of the KV cache, that exceed the
+    accelerator's."""
     engine = config.engine
-    q_rows = model.heads * model.head_dim
     k_sizes = {
         "hidden size": model.hidden,
         "FFN size": model.ffn_hidden,
-        "width of all heads": q_rows,
+        "width of all heads": model.heads * model.head_dim,
         "KV cache": capacity,
     }
     o_sizes = k_sizes | {"vocabulary": model.vocab_size}
-    for sizes, limit, name in ((k_sizes, engine.max_k, "K"), (o_sizes, engine.max_o, "O")):
-        for what, size in sizes.items():
-            if size > limit:
-                raise ValueError(
-                    f"the {what} is {size}; the accelerator's largest {name} is {limit}"
-                )
-    if model.heads // model.kv_heads > 255:
-        raise ValueError(f"{model.heads // model.kv_heads} heads share a KV head; at most 255 can")
+    found = [
+        Excess(what, size, getattr(engine, name), name)
+        for sizes, name in ((k_sizes, "max_k"), (o_sizes, "max_o"))
+        for what, size in sizes.items()
+        if size > getattr(engine, name)
+    ]
+    sharing = model.heads // model.kv_heads
+    if sharing > _MAX_SHARING:
+        found.append(Excess("number of heads that share a KV head", sharing, _MAX_SHARING, ""))
+    return found
 
 
 def weight_planes(

@@ -11,6 +11,9 @@ import os
 import stat
 from pathlib import Path
 
+#: Regular expression of how an encoded model begins (`speq.model.encoded_file`).
+ENCODED_MODEL = rb'(?s).{8}\{"__metadata__":\{"speq":'
+
 
 def check_regular(path: Path) -> None:
     """Raises OSError, naming the path, unless it is a regular file or a link to one."""

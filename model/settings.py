@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: Logit margin below which drafting stops where nothing has chosen a better one.
+DEFAULT_THRESHOLD = 2.0
 #: No array has so many rows; it bounds what a pass may allocate.
 MAX_ROWS = 1 << 10
 #: Between these, logits divided by the temperature neither overflow nor vanish.

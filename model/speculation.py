@@ -110,6 +110,13 @@ class Step:
     margins: list[float]
     repeated: bool = False
 
+    @property
+    def origins(self) -> list[str]:
+        """Where each token is from: "draft", "alternate" or, chosen by the target alone,
+        "target"."""
+        origins = ["draft"] * self.accepted + ["alternate"] * self.alternate_hit
+        return origins + ["target"] * (len(self.tokens) - len(origins))
+
 
 @dataclass
 class Statistics:

@@ -17,7 +17,7 @@ import speq.cli
 from speq.hw.verilog import convert_unit
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("hw", "model", "host", "sim", "cli", "tests", "docs")
+FOLDERS = ("api", "hw", "model", "host", "sim", "cli", "tests", "docs")
 PAGES = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
 #: Written by hand, as opposed to hw/verilog/registers.md.
 OWN_PAGES = [page for page in PAGES if page.parent.name != "verilog"]

@@ -44,6 +44,8 @@ TARGETS = (
     "check-models",
     "clean",
 )
+#: Folders whose modules are installed.
+SHIPPED = ("api", "hw", "model", "sim", "cli", "host")
 # Parts of torch's accelerator builds, which a CPU build does not have.
 ACCELERATOR_PREFIXES = ("nvidia-", "cuda-", "triton")
 
@@ -78,7 +80,8 @@ def test_everything_installed_is_pinned_and_nothing_else_is() -> None:
     closure = installed_closure()
     unpinned = sorted(set(closure) - set(PINS))
     assert not unpinned, f"add to constraints.txt: {unpinned}"
-    assert {*map(canonicalize_name, PROJECT["optional-dependencies"]["oracle"])} <= ORACLE
+    for extra in ("hf", "oracle"):
+        assert {*map(canonicalize_name, PROJECT["optional-dependencies"][extra])} <= ORACLE
     unused = sorted(set(PINS) - set(closure) - ORACLE)
     assert not unused, f"remove from constraints.txt: {unused}"
     different = {n: str(v) for n, v in closure.items() if not PINS[n].contains(v)}
@@ -88,7 +91,7 @@ def test_everything_installed_is_pinned_and_nothing_else_is() -> None:
 def test_licence_headers() -> None:
     sources = [
         path
-        for folder in ("hw", "model", "sim", "cli", "host", "tests", "typings")
+        for folder in (*SHIPPED, "tests", "typings", "docs")
         for path in (ROOT / folder).rglob("*.py")
     ]
     assert len(sources) > 5
@@ -96,6 +99,16 @@ def test_licence_headers() -> None:
         first, second = path.read_text().split("\n")[:2]
         assert first == "# SPDX-License-Identifier: Apache-2.0", path
         assert re.match(r'r?"""\S', second), f"{path} has no module docstring after its licence"
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """Also for an editable installation, which finds no namespaces inside a package."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for folder in {path.parent for name in SHIPPED for path in (ROOT / name).rglob("*.py")}:
+        assert (folder / "__init__.py").exists(), folder
+        place = ".".join(folder.relative_to(ROOT).parts)
+        name = "speq" if place == "api" else f"speq.{place}"
+        assert name in setuptools["packages"], f"add {name} to pyproject.toml"
 
 
 def run_make(

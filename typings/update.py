@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stubs that tell type checkers and editors where `speq.*` lies.
 
-`speq` is a package without a folder: setuptools maps `speq.hw` to hw/ and so on when it installs. A
-checker that looks for `speq.hw.array.pe` in a clone finds the stub typings/speq/hw/array/pe.pyi
-instead (pyright, basedpyright and Pylance look in typings/ by themselves), which says that all its
-names are those of hw/array/pe.py. So a file has one identity, and definitions and references are
-found in it; links to the folders in place of stubs would give each file two.
+No folder is called `speq`: setuptools maps `speq` to api/, `speq.hw` to hw/ and so on when it
+installs. A checker that looks for `speq.hw.array.pe` in a clone finds the stub
+typings/speq/hw/array/pe.pyi instead (pyright, basedpyright and Pylance look in typings/ by
+themselves), which says that all its names are those of hw/array/pe.py. So a file has one identity,
+and definitions and references are found in it; links to the folders in place of stubs would give
+each file two.
 
 `make typings` runs this after a module was added, moved or removed.
 """
@@ -17,17 +18,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STUBS = ROOT / "typings/speq"
-FOLDERS = ("hw", "model", "host", "sim", "cli")
+#: Each folder, and where its modules are below `speq`.
+FOLDERS = {"api": ""} | {name: name for name in ("hw", "model", "host", "sim", "cli")}
 
 
 def stubs() -> dict[Path, str]:
     """Path below `STUBS` -> text, of the stub of every module of the project."""
     result = {}
-    for folder in FOLDERS:
+    for folder, place in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             module = path.relative_to(ROOT).with_suffix("")
             parts = module.parent.parts if module.name == "__init__" else module.parts
-            result[module.with_suffix(".pyi")] = f"from {'.'.join(parts)} import *\n"
+            stub = place / module.relative_to(folder).with_suffix(".pyi")
+            result[stub] = f"from {'.'.join(parts)} import *\n"
     return result
 
 

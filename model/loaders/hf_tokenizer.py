@@ -123,7 +123,7 @@ def read_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     ends += [vocabulary.whole[t] for t, piece in pieces.items() if piece and piece.special]
     return Tokenizer(
         vocabulary,
-        stop_ids=frozenset([*_stop_ids(folder, settings, backend, named), *ends]),
+        stop_ids=frozenset([*stop_ids(folder, settings, _id(backend, named, "eos_token")), *ends]),
         leading=leading,
         chat_template=_chat_template(folder, config),
         named=named,
@@ -239,7 +239,7 @@ def _chosen(
         value = config.get(f"add_{end}_token")
         if value not in (None, False, True):
             raise CheckpointError(f"tokenizer_config.json: add_{end}_token is {value!r:.60}")
-        token = backend.token_to_id(named[f"{end}_token"]) if f"{end}_token" in named else None
+        token = _id(backend, named, f"{end}_token")
         chosen.append((token,) if value and token is not None else ())
     if chosen[0] != stored:
         names = [[backend.id_to_token(i) for i in ids] for ids in (chosen[0], stored)]
@@ -251,14 +251,14 @@ def _chosen(
     return chosen[0], chosen[1]
 
 
-def _stop_ids(
-    folder: Path,
-    settings: Mapping[str, Any],
-    backend: tokenizers.Tokenizer,
-    named: Mapping[str, str],
-) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json, else the tokenizer's
-    eos_token."""
+def _id(backend: tokenizers.Tokenizer, named: Mapping[str, str], key: str) -> int | None:
+    """The id of a named special token, if there is one."""
+    return backend.token_to_id(named[key]) if key in named else None
+
+
+def stop_ids(folder: Path, settings: Mapping[str, Any], otherwise: int | None = None) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json, whose content is `settings`,
+    else the tokenizer's. Raises CheckpointError."""
     generation = _optional(folder / "generation_config.json")
     changed = [k for k, v in generation.items() if k in _PLAIN and v not in _PLAIN[k]]
     if changed:
@@ -275,8 +275,8 @@ def _stop_ids(
             stacklevel=3,
         )
     stop = generation.get("eos_token_id", settings.get("eos_token_id"))
-    if stop is None and "eos_token" in named:
-        stop = backend.token_to_id(named["eos_token"])
+    if stop is None:
+        stop = otherwise
     stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
     if any(type(token) is not int for token in stop):
         raise CheckpointError("eos_token_id is not a token id")

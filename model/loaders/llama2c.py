@@ -22,6 +22,7 @@ from speq.model.checkpoint import (
     unpermute_rope,
 )
 from speq.model.input_file import check_regular, read_limited
+from speq.model.loaders.header import Header, StoredTensor, attempt
 from speq.model.sentencepiece import SPACE
 from speq.model.tokenizer import Tokenizer, TokenType, sentencepiece_bpe
 
@@ -40,6 +41,31 @@ _BOS, _EOS = 1, 2  # llama2.c ends a text at either
 _FIRST_BYTE = 3  # id of the token for byte 0; older tokenizer files spell these tokens differently
 
 
+def read_llama2c_config(path: Path) -> ModelConfig:
+    """Configuration of a .bin file, from its header alone. Raises CheckpointError."""
+    check_regular(path)
+    return _header(path)[1]
+
+
+def read_llama2c_header(path: Path) -> Header:
+    """What the header of a .bin file says. Raises CheckpointError or OSError if it cannot be read;
+    all else is among the problems."""
+    check_regular(path)
+    version, config = _header(path)
+    problems: list[str] = []
+    attempt(problems, _check_length, path, _layout(version, config)[1])
+    return Header(
+        "llama2.c file",
+        config.architecture,
+        config,
+        problems,
+        {},
+        {name: StoredTensor(shape, "F32") for name, shape in tensor_shapes(config)},
+        path.stat().st_size,
+        attempt(problems, _read_tokenizer, path, None, config.vocab_size),
+    )
+
+
 def load_llama2c(
     path: Path, tokenizer: Path | None
 ) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
@@ -47,8 +73,7 @@ def load_llama2c(
     check_regular(path)
     version, config = _header(path)
     offsets, length = _layout(version, config)
-    if path.stat().st_size != length:
-        raise CheckpointError(f"{path.stat().st_size} bytes long, but its header implies {length}")
+    _check_length(path, length)
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         count = math.prod(shape)
@@ -63,9 +88,20 @@ def load_llama2c(
         rotated = name.endswith(("q_proj", "k_proj"))
         return unpermute_rope(weight, config.head_dim) if rotated else weight
 
-    beside = [path.parent / "tokenizer.bin", path.parent / f"tok{config.vocab_size}.bin"]
+    weights = collect_weights(config, read)
+    return config, weights, _read_tokenizer(path, tokenizer, config.vocab_size)
+
+
+def _check_length(path: Path, length: int) -> None:
+    if path.stat().st_size != length:
+        raise CheckpointError(f"{path.stat().st_size} bytes long, but its header implies {length}")
+
+
+def _read_tokenizer(path: Path, tokenizer: Path | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer at a path, or the one beside the model's."""
+    beside = [path.parent / "tokenizer.bin", path.parent / f"tok{vocab_size}.bin"]
     tokenizer = tokenizer or next((file for file in beside if file.exists()), beside[0])
-    return config, collect_weights(config, read), _tokenizer(tokenizer, config.vocab_size)
+    return _tokenizer(tokenizer, vocab_size)
 
 
 def _header(path: Path) -> tuple[int, ModelConfig]:

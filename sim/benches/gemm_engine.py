@@ -95,6 +95,16 @@ class GemmResult:
     start: int
     end: int
 
+    @property
+    def values(self) -> np.ndarray:
+        """The output as numpy.float32 [T, O]; not of FP16 results."""
+        return self.output.view(np.float32)
+
+    @property
+    def cycles(self) -> int:
+        """From the first weight word to the last result."""
+        return self.end - self.start + 1
+
 
 @dataclass(frozen=True)
 class RunResult:

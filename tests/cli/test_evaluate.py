@@ -72,7 +72,7 @@ def test_report_and_plots(speq_eval, tmp_path):
         ElementTree.parse(tmp_path / "out" / f"{plot}.svg")
 
     report = read(tmp_path / "out")
-    assert report["version"] == 2
+    assert report["version"] == 3
     assert report["settings"]["seed"] == 3 and report["settings"]["draft"]["head"]["width"] == 6
     one_each = dict.fromkeys(shipped_prompts("evaluation"), 1)
     assert report["prompts"] == {"calibration": one_each, "evaluation": one_each}
@@ -133,6 +133,26 @@ def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path):
         assert figures["acceptance_length"] == total.accepted / total.verify_passes
         relative = report["costs"]["relative"]
         assert figures["speedup"]["value"] == pytest.approx(total.speedup(*relative))
+    check_samples(report, session, prompts)
+
+
+def check_samples(report: dict, session: Session, prompts: dict[str, list[str]]) -> None:
+    """The first text of each kind, step by step as the golden model takes them."""
+    tokenizer = session.model.tokenizer
+    assert [sample["kind"] for sample in report["samples"]] == [*prompts]
+    settings = Settings(**report["results"]["alternates"]["settings"])
+    for sample in report["samples"]:
+        assert sample["prompt"] == prompts[sample["kind"]][0]
+        ids = tokenizer.encode_chat(sample["prompt"])
+        steps = [
+            *session.golden(ids, max_tokens=12, settings=settings, stop_ids=tokenizer.stop_ids)
+        ]
+        assert [step["tokens"] for step in sample["steps"]] == [step.tokens for step in steps]
+        for shown, step in zip(sample["steps"], steps, strict=True):
+            assert shown["origins"] == step.origins
+            assert len(shown["refused"]) == step.drafted - step.accepted
+        texts = [text for step in sample["steps"] for text in step["texts"]]
+        assert "".join(texts) == tokenizer.decode([t for step in steps for t in step.tokens])
 
 
 def test_raw_prompts_are_story_openings(speq_eval, tmp_path):

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -30,7 +31,7 @@ from speq.model.checkpoint import (
     linear_names,
     tensor_shapes,
 )
-from speq.model.loaders import load_model
+from speq.model.loaders import load_model, read_config, read_header
 from speq.model.loaders.gguf_file import read_gguf
 from speq.model.transformer import KVCache, forward
 from tests.model.small_models import (
@@ -85,6 +86,7 @@ def test_gguf_and_hf_give_the_same_model(tmp_path, architecture):
             value = pytest.approx(expected) if type(expected) is float else expected
             assert getattr(model.config, field) == value, field
         assert_weights(model, weights)
+        assert read_config(path) == model.config
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -95,7 +97,7 @@ def test_llama2c(tmp_path, version, tied):
     weights = random_weights(config, SEED)
     write_llama2c(tmp_path / "model.bin", config, weights, version)
     model = load_model(tmp_path / "model.bin")
-    assert model.config == config
+    assert model.config == read_config(tmp_path / "model.bin") == config
     assert_weights(model, weights)
     tokenizer = tmp_path / "tokenizer.bin"
     tokenizer.rename(tmp_path / f"tok{config.vocab_size}.bin")
@@ -154,6 +156,34 @@ def test_safetensors_types_and_shards(tmp_path, dtype):
     assert_weights(
         load_model(tmp_path / "folder"), {name: w.to(dtype) for name, w in weights.items()}
     )
+
+
+def test_a_configuration_needs_no_weights(tmp_path):
+    """Nor a tokenizer; what is wrong with a header is said as by `load_model`."""
+    config = small_config()
+    write_hf(tmp_path / "folder", config, random_weights(config, SEED), torch.float32)
+    for file in (tmp_path / "folder").iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    assert read_config(tmp_path / "folder") == config
+    write_llama2c(tmp_path / "model.bin", PIECES, random_weights(PIECES, SEED), 1)
+    with (tmp_path / "model.bin").open("r+b") as file:
+        file.truncate(256)  # the header
+    (tmp_path / "tokenizer.bin").unlink()
+    assert read_config(str(tmp_path / "model.bin")) == PIECES
+    assert read_config("tiny").architecture == "llama"
+    settings = hf_settings(config) | {"rope_scaling": {"rope_type": "yarn"}}
+    (tmp_path / "folder/config.json").write_text(json.dumps(settings))
+    (tmp_path / "short.gguf").write_bytes(b"GGUF")
+    for name, message in (
+        ("folder", "RoPE scaling 'yarn' is not supported"),
+        ("short.gguf", "truncated GGUF header"),
+        ("missing.bin", "missing.bin: No such file"),
+        ("missing", "not a model: neither an alias"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / name))) as caught:
+            read_config(tmp_path / name)
+        assert message in str(caught.value)
 
 
 def test_weights_too_large_for_fp16_warn(tmp_path):
@@ -495,8 +525,9 @@ def fuzz(path: Path, mutated: Iterator[None]) -> None:
     """Loads `path` after each step of `mutated`, which changes the files it consists of."""
     loaded = refused = 0
     with bounded():
-        for _ in mutated:
+        for i, _ in enumerate(mutated):
             signal.alarm(HANG_SECONDS)
+            problems = header_problems(path) if i % 10 == 0 else []
             try:
                 model = load_model(path)
             except CheckpointError as error:
@@ -506,9 +537,19 @@ def fuzz(path: Path, mutated: Iterator[None]) -> None:
             else:
                 forward(model, [0, model.config.vocab_size - 1], KVCache(model.config, 2))
                 loaded += 1
+                assert not problems
     print(f"SPEQ_SEED={SEED}: {loaded} loaded, {refused} refused")
     assert loaded + refused == FUZZ_FILES
     assert refused > FUZZ_FILES // 4
+
+
+def header_problems(path: Path) -> list[str]:
+    """What its headers say is wrong with a model."""
+    try:
+        return read_header(path).problems
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        return [str(error)]
 
 
 def mutations(

@@ -21,7 +21,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests.oracle import gguf_models, hf_models, llama2c_models, settings, vocabularies
+from tests.oracle import (
+    gguf_models,
+    hf_models,
+    llama2c_models,
+    object_models,
+    settings,
+    vocabularies,
+)
 from tests.oracle.table import Check, Row
 
 
@@ -63,7 +70,7 @@ def main(
         return
     start = time.monotonic()
     found: dict[tuple[str, str], list[Row]] = {}
-    groups = (hf_models, gguf_models, llama2c_models, settings, vocabularies)
+    groups = (hf_models, object_models, gguf_models, llama2c_models, settings, vocabularies)
     chosen = [check for group in groups for check in group.checks() if only in check.name]
     console = Console()
     with console.status("") as status:

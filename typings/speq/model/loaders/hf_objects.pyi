@@ -1,0 +1,1 @@
+from model.loaders.hf_objects import *
