@@ -23,6 +23,7 @@ from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.engine_config import EngineConfig
 from speq.hw.verilog.package import axi_example, fusesoc_core
 from speq.hw.verilog.register_docs import c_header, markdown
+from speq.hw.verilog.register_rdl import system_rdl
 
 #: The engine's module.
 TOP = "speq_gemm_engine"
@@ -36,6 +37,7 @@ _MARKS = {
     ".md": rb"# Registers of SPEQ\n",
     ".h": rb"/\* SPDX-License-Identifier: Apache-2\.0 \*/\s+/\* Registers and descriptors of the ",
     ".core": rb'CAPI=2:\nname: "\S*:speq:',
+    ".rdl": rb"// SPDX-License-Identifier: Apache-2\.0\n// Registers of the SPEQ accelerator",
     "_example.v": rb"// SPDX-License-Identifier: Apache-2\.0\n// Example: the accelerator as ",
 }
 _ENGINE_FILES = (".v", ".json")
@@ -104,8 +106,8 @@ def _file(
 
 
 def accelerator_files(config: AcceleratorConfig, stem: str) -> dict[str, str]:
-    """All files of an accelerator by name: Verilog, description (JSON), register map (Markdown), C
-    header, FuseSoC core, and an example of its use. Their names begin with `stem`."""
+    """All files of an accelerator by name: Verilog, description (JSON), register map (Markdown, C
+    header, SystemRDL), FuseSoC core, and an example of its use. Their names begin with `stem`."""
     accelerator = Accelerator(config)
     engine = accelerator.datapath.engine
     description = {
@@ -120,6 +122,7 @@ def accelerator_files(config: AcceleratorConfig, stem: str) -> dict[str, str]:
         f"{stem}.json": json.dumps(description, indent=2) + "\n",
         f"{stem}.md": markdown(config),
         f"{stem}.h": c_header(config),
+        f"{stem}.rdl": system_rdl(config, ACCELERATOR_TOP),
         f"{stem}.core": fusesoc_core(ACCELERATOR_TOP, stem, LINT_WAIVERS),
         f"{stem}_example.v": axi_example(accelerator, ACCELERATOR_TOP),
     }

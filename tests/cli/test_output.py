@@ -24,7 +24,7 @@ from tests.model.small_models import random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 SMALL = ("--rows", 1, "--cols", 4, "--max-k", 64)
-ACCELERATOR = [".core", ".h", ".json", ".md", ".v", "_example.v"]
+ACCELERATOR = [".core", ".h", ".json", ".md", ".rdl", ".v", "_example.v"]
 QUICK = ("--prompts-per-kind", 1, "--max-tokens", 4, "--rows", 4)
 
 
