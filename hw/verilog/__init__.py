@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written for other tools: Verilog, register map, C header, core file and example."""
+"""What is written for other tools: Verilog, register maps, core file, testbench and example."""
 
 from speq.hw.verilog.generate import (
     ACCELERATOR_TOP,
