@@ -42,7 +42,7 @@ demo: simulator-tools $(STAMP) smollm2  ## run a real LLM's layers through the V
 demo-smollm2: simulator-tools $(STAMP) smollm2  ## decode with SmolLM2-135M on the RTL and compare every logit (10 to 20 minutes)
 	@$(SPEQ) demo-decode
 
-verilog: $(STAMP)  ## write the accelerator's Verilog, register map, C header and core file to build/ (ROWS=8 COLS=16)
+verilog: $(STAMP)  ## write the accelerator's Verilog, register maps, core and testbench to build/ (ROWS=8 COLS=16)
 	@mkdir -p $(BUILD)
 	@$(SPEQ) verilog --rows $(ROWS) --cols $(COLS) -o $(BUILD)/speq_top.v
 

@@ -38,8 +38,8 @@ def run(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Write the accelerator as one Verilog-2005 file, with its register map, C header, FuseSoC core
-    and an example of its use."""
+    """Write the accelerator as one Verilog-2005 file, with its register map, C header, SystemRDL,
+    FuseSoC core, testbench and an example of its use."""
     from speq.hw import EngineConfig
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.memory.axi import AxiConfig

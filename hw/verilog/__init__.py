@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written for other tools: Verilog, register map, C header, core file and example."""
+"""What is written for other tools: Verilog, register maps, core file, testbench and example."""
 
 from speq.hw.verilog.generate import (
     ACCELERATOR_TOP,
-    LINT_WAIVERS,
     TOP,
     accelerator_files,
     convert_unit,
@@ -11,6 +10,7 @@ from speq.hw.verilog.generate import (
     generate_verilog,
     write_verilog,
 )
+from speq.hw.verilog.package import LINT_WAIVERS
 
 __all__ = [
     "ACCELERATOR_TOP",

@@ -21,8 +21,15 @@ from speq.hw.array.gemm_engine import GemmEngine
 from speq.hw.common.files import staged
 from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.engine_config import EngineConfig
-from speq.hw.verilog.package import axi_example, fusesoc_core
+from speq.hw.verilog.package import (
+    LINT_WAIVERS,
+    axi_example,
+    fusesoc_core,
+    verilator_waivers,
+)
 from speq.hw.verilog.register_docs import c_header, markdown
+from speq.hw.verilog.register_rdl import system_rdl
+from speq.hw.verilog.testbench import testbench
 
 #: The engine's module.
 TOP = "speq_gemm_engine"
@@ -35,21 +42,13 @@ _MARKS = {
     ".json": rb'\{\s*"top": "speq_',
     ".md": rb"# Registers of SPEQ\n",
     ".h": rb"/\* SPDX-License-Identifier: Apache-2\.0 \*/\s+/\* Registers and descriptors of the ",
-    ".core": rb'CAPI=2:\nname: "\S*:speq:',
+    ".core": rb'CAPI=2:\nname: "(::speq|speq:ip):',
+    ".rdl": rb"// SPDX-License-Identifier: Apache-2\.0\n// Registers of the SPEQ accelerator",
+    ".vlt": rb"// SPDX-License-Identifier: Apache-2\.0\n// Warnings of Verilator that do not apply",
     "_example.v": rb"// SPDX-License-Identifier: Apache-2\.0\n// Example: the accelerator as ",
+    "_tb.v": rb"// SPDX-License-Identifier: Apache-2\.0\n// Testbench of the accelerator",
 }
-_ENGINE_FILES = (".v", ".json")
-
-#: Verilator lint messages of `-Wall` that do not apply to generated Verilog, and why.
-LINT_WAIVERS = {
-    "CASEINCOMPLETE": "numbers that an enumeration does not use leave the default value",
-    "DECLFILENAME": "all modules are in one file",
-    "PROCASSINIT": "registers have their reset value as initial value too, for FPGAs",
-    "UNUSEDSIGNAL": "results that are cut to their width keep names for the bits cut off",
-    "WIDTHEXPAND": "operands are widened by Verilog's rules, which the generator relies on",
-    "WIDTHTRUNC": "`! signal` of a wide signal compares it with zero",
-}
-
+_ENGINE_FILES = (".v", ".json", ".core", ".vlt")
 
 #: A block without inputs, which simulators never run; and a vector of no bits, which has two.
 _MISTRANSLATED = re.compile(
@@ -104,8 +103,9 @@ def _file(
 
 
 def accelerator_files(config: AcceleratorConfig, stem: str) -> dict[str, str]:
-    """All files of an accelerator by name: Verilog, description (JSON), register map (Markdown), C
-    header, FuseSoC core, and an example of its use. Their names begin with `stem`."""
+    """All files of an accelerator by name: Verilog, description (JSON), register map (Markdown, C
+    header, SystemRDL), FuseSoC core, waivers of Verilator's warnings, an example of its use, and a
+    testbench. Their names begin with `stem`."""
     accelerator = Accelerator(config)
     engine = accelerator.datapath.engine
     description = {
@@ -120,8 +120,11 @@ def accelerator_files(config: AcceleratorConfig, stem: str) -> dict[str, str]:
         f"{stem}.json": json.dumps(description, indent=2) + "\n",
         f"{stem}.md": markdown(config),
         f"{stem}.h": c_header(config),
-        f"{stem}.core": fusesoc_core(ACCELERATOR_TOP, stem, LINT_WAIVERS),
+        f"{stem}.rdl": system_rdl(config, ACCELERATOR_TOP),
+        f"{stem}.core": fusesoc_core(ACCELERATOR_TOP, stem, accelerator=True),
+        f"{stem}.vlt": verilator_waivers(stem),
         f"{stem}_example.v": axi_example(accelerator, ACCELERATOR_TOP),
+        f"{stem}_tb.v": testbench(accelerator, ACCELERATOR_TOP),
     }
 
 
@@ -143,6 +146,18 @@ def generate_verilog(config: EngineConfig) -> tuple[str, dict]:
         "verilator_lint_waivers": LINT_WAIVERS,
     }
     return _file(config, convert_unit(engine, TOP), engine.array.modules), description
+
+
+def engine_files(config: EngineConfig, stem: str) -> dict[str, str]:
+    """All files of an engine by name: Verilog, description (JSON), FuseSoC core, and waivers of
+    Verilator's warnings. Their names begin with `stem`."""
+    text, description = generate_verilog(config)
+    return {
+        f"{stem}.v": text,
+        f"{stem}.json": json.dumps(description, indent=2) + "\n",
+        f"{stem}.core": fusesoc_core(TOP, stem, accelerator=False),
+        f"{stem}.vlt": verilator_waivers(stem),
+    }
 
 
 def _latencies(engine: GemmEngine) -> dict[str, int]:
@@ -172,9 +187,9 @@ def write_verilog(
 ) -> tuple[Path, ...]:
     """Write the Verilog to `path` and what goes with it beside it.
 
-    That is, of an engine (EngineConfig) its description, and of an accelerator (AcceleratorConfig)
-    all of `accelerator_files`. Returns the paths, the Verilog's first. Nothing appears unless all
-    could be written, and nothing is generated before that is known to be possible.
+    That is, all of `accelerator_files` (AcceleratorConfig) or of `engine_files` (EngineConfig).
+    Returns the paths, the Verilog's first. Nothing appears unless all could be written, and nothing
+    is generated before that is known to be possible.
 
     Generated files of these names are replaced, or removed where an engine has none. Any other file
     that is in the way is an error, unless `force` is given.
@@ -190,18 +205,15 @@ def write_verilog(
         raise ValueError(f"{path}: name the Verilog file .v; the files beside it get its name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
-    accelerator = isinstance(config, AcceleratorConfig)
+    endings = _MARKS if isinstance(config, AcceleratorConfig) else _ENGINE_FILES
     marks = {f"{path.stem}{ending}": mark for ending, mark in _MARKS.items()}
-    names = marks if accelerator else [f"{path.stem}{ending}" for ending in _ENGINE_FILES]
+    names = [f"{path.stem}{ending}" for ending in endings]
     with staged(path.parent, marks, names, force=force) as folder:
-        if accelerator:
-            contents = accelerator_files(config, path.stem)
-        else:
-            text, description = generate_verilog(config)
-            contents = {
-                path.name: text,
-                path.with_suffix(".json").name: json.dumps(description, indent=2) + "\n",
-            }
+        contents = (
+            accelerator_files(config, path.stem)
+            if isinstance(config, AcceleratorConfig)
+            else engine_files(config, path.stem)
+        )
         for name, content in contents.items():
             (folder / name).write_text(content)
     return tuple(path.with_name(name) for name in contents)

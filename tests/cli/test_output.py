@@ -24,7 +24,8 @@ from tests.model.small_models import random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 SMALL = ("--rows", 1, "--cols", 4, "--max-k", 64)
-ACCELERATOR = [".core", ".h", ".json", ".md", ".v", "_example.v"]
+ENGINE = [".core", ".json", ".v", ".vlt"]
+ACCELERATOR = sorted([*ENGINE, ".h", ".md", ".rdl", "_example.v", "_tb.v"])
 QUICK = ("--prompts-per-kind", 1, "--max-tokens", 4, "--rows", 4)
 
 
@@ -205,7 +206,7 @@ def test_hand_written_files_beside_the_verilog(speq_command, made_before, tmp_pa
     assert contents(tmp_path) == {hand.name: b"// mine\n"}
 
     engine = speq_command(*verilog, "--engine")
-    assert engine.code == (1 if ending in (".v", ".json") else 0), engine.err
+    assert engine.code == (1 if ending in ENGINE else 0), engine.err
     assert hand.read_text() == "// mine\n"
 
     result = speq_command(*verilog, "--force")
@@ -223,10 +224,18 @@ def test_files_of_an_accelerator_do_not_stay_beside_an_engine(speq_command, made
     (tmp_path / "bar.md").write_bytes((tmp_path / "foo.md").read_bytes())
     result = speq_command(*verilog, "--engine")
     assert result.code == 0, result.err
-    assert sorted(contents(tmp_path)) == ["bar.md", "foo.h", "foo.json", "foo.txt", "foo.v"]
+    engine = [f"foo{ending}" for ending in ENGINE]
+    assert sorted(contents(tmp_path)) == sorted(["bar.md", "foo.h", "foo.txt", *engine])
     assert (tmp_path / "foo.h").read_text() == "// mine\n"
     (tmp_path / "foo.h").unlink()
     assert speq_command(*verilog).code == 0  # and back
+
+
+def test_a_core_with_the_earlier_name_is_replaced(speq_command, made_before, tmp_path):
+    (tmp_path / "foo.core").write_text('CAPI=2:\nname: "::speq:0.1.0"\n')
+    result = speq_command("verilog", *SMALL, "-o", tmp_path / "foo.v")
+    assert result.code == 0, result.err
+    assert "speq:ip:" in (tmp_path / "foo.core").read_text()
 
 
 def test_encode_does_not_replace_a_checkpoint(speq_command, tmp_path):

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools that read the generated Verilog: Verilator's lint, and Yosys."""
+"""Tools that read the generated Verilog: Verilator's lint, Yosys, and those of the system."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+import pytest
 from amaranth.lib import wiring
 
+from speq.hw import EngineConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.verilog import LINT_WAIVERS, convert_unit
 from speq.sim.builder import VERILATOR_BIN
+
+#: The fixture `generated`.
+Generated = Callable[[EngineConfig | AcceleratorConfig], Path]
 
 
 def run(
@@ -30,9 +37,17 @@ def run(
     )
 
 
+def system_tool(name: str, package: str) -> Path:
+    """A program of the system; the test is skipped if it is not installed."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed (Debian's package {package})")
+    return Path(path)
+
+
 def lint(top: str, *sources: Path, waivers: Collection[str] = LINT_WAIVERS) -> tuple[int, str]:
     """Exit code and output of Verilator's lint with all warnings but the waived ones."""
-    options = ("--lint-only", "--quiet", "-Wall", "--top-module", top)
+    options = ("--lint-only", "--timing", "--quiet", "-Wall", "--top-module", top)
     ignored = (f"-Wno-{waiver}" for waiver in waivers)
     done = run(VERILATOR_BIN / "verilator", *options, *ignored, *sources)
     return done.returncode, done.stdout

@@ -1,0 +1,1 @@
+from hw.verilog.smoke_program import *
