@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -49,7 +50,10 @@ def lint(top: str, *sources: Path, waivers: Collection[str] = LINT_WAIVERS) -> t
     """Exit code and output of Verilator's lint with all warnings but the waived ones."""
     options = ("--lint-only", "--timing", "--quiet", "-Wall", "--top-module", top)
     ignored = (f"-Wno-{waiver}" for waiver in waivers)
-    done = run(VERILATOR_BIN / "verilator", *options, *ignored, *sources)
+    # Its script cannot start it from a folder with a space in its name.
+    environment = os.environ | {"VERILATOR_ROOT": str(VERILATOR_BIN.parent)}
+    verilator = VERILATOR_BIN / "verilator_bin"
+    done = run(verilator, *options, *ignored, *sources, env=environment)
     return done.returncode, done.stdout
 
 

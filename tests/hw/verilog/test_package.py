@@ -22,7 +22,7 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.verilog import ACCELERATOR_TOP, LINT_WAIVERS, TOP
 from speq.hw.verilog.package import CORE_VERSION, fusesoc_core
-from speq.sim.runner import VERILATOR_BIN
+from speq.sim.builder import VERILATOR_BIN
 from tests.hw.verilog_tools import Generated, lint, run, system_tool
 from tests.test_project import PROJECT
 
