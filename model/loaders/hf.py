@@ -276,6 +276,12 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokeniz
     return config, weights, read_tokenizer(folder, settings.values)
 
 
+def hf_config(path: Path) -> ModelConfig:
+    """Configuration in a config.json, as far as this file says it: a head of its own that a tied
+    model stores is not seen. Raises CheckpointError."""
+    return _config(_Settings(read_json(path)))
+
+
 @dataclass(frozen=True)
 class _Settings:
     """Typed access to a JSON object; null is the same as absent."""

