@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows, finite
+from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows, complete_model, finite
 from speq.cli.progress import with_passing_bar
 from speq.cli.simulation import check_array, rtl_figures, simulated_board
 
@@ -39,7 +39,10 @@ _LOGIT_BITS = 32
 
 
 def run(
-    model: Annotated[str, typer.Option(help="A checkpoint's path, or an alias.")] = "smollm2",
+    model: Annotated[
+        str,
+        typer.Option(help="A checkpoint's path, or an alias.", autocompletion=complete_model),
+    ] = "smollm2",
     prompt: Continued = "The quick brown fox jumps",
     max_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens to generate.")

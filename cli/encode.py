@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,11 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, refuse_unused
-from speq.cli.progress import bars, with_bar
+from speq.cli.progress import bars, status, with_bar
 from speq.model.number_format import FormatConfig
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def run(
         from speq.model.encoding import encode_linears
         from speq.model.loaders import load_model
 
-        with Console(stderr=True).status(f"loading {escape(model)}"):
+        with status(f"loading {escape(model)}"):
             loaded = load_model(model, decoding=not fixed)
         vocabulary = loaded.config.vocab_size
         if not fixed and choices > vocabulary:
@@ -248,8 +248,7 @@ def _read_journal(path: Path, key: str) -> Journal:
     except FileNotFoundError:
         pass
     except (ValueError, LookupError, TypeError, RecursionError):
-        note = f"note: {path} is damaged: starting anew"
-        Console(stderr=True).print(note, markup=False)
+        warnings.warn(f"{path} is damaged: starting anew", stacklevel=2)
     return {}
 
 

@@ -83,7 +83,6 @@ def run(
     formats = chosen_formats(group, split, width, head_width, encoded)
     if prompts:
         read_prompts(prompts)
-    errors = Console(stderr=True)
     with staged(output, marks(True), marks(ablation), force=force) as folder:
         # These load torch: options and output are right by now.
         from speq.cli.eval_report import Conditions, print_study, report
@@ -93,7 +92,7 @@ def run(
         from speq.model.encoding import encode_linears, tensors_for
         from speq.model.loaders import load_model
 
-        with bars(transient=True, disable=not errors.is_terminal) as progress:
+        with bars(transient=True, terminal_only=True) as progress:
             file = read_encoded(encoded) if encoded else None
             loading = progress.add_task(f"loading {escape(model)}", total=None)
             loaded = load_model(model)

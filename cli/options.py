@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from speq.model.aliases import ALIASES
 from speq.model.number_format import FormatConfig
 
 #: Early exit of models that are not calibrated.
@@ -31,7 +32,17 @@ def refuse_unused(why: str, **options: object) -> None:
             raise ValueError(f"--{option} is not used {why}: leave it out (it is {value})")
 
 
-ModelName = Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")]
+def complete_model(incomplete: str) -> list[str]:
+    """Aliases that begin so, for shells, which know paths themselves."""
+    return [alias for alias in ALIASES if alias.startswith(incomplete)]
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint's path, or an alias such as smollm2.", autocompletion=complete_model
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(
@@ -43,8 +54,10 @@ Force = Annotated[
 ]
 
 # The array.
-Rows = Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")]
-Cols = Annotated[int, typer.Option(help="Columns of the array: outputs in a tile.")]
+ROWS_HELP = "Rows of the array: tokens in a verify pass."
+COLS_HELP = "Columns of the array: outputs in a tile."
+Rows = Annotated[int, typer.Option(help=ROWS_HELP)]
+Cols = Annotated[int, typer.Option(help=COLS_HELP)]
 
 # Decoding.
 Continued = Annotated[str, typer.Option(help="What to continue.")]
@@ -56,7 +69,8 @@ DraftLength = Annotated[
 ]
 
 # The format of a model that is encoded here.
-Group = Annotated[int, typer.Option(help="Weights that share a base exponent: 32, 64 or 128.")]
+GROUP_HELP = "Weights that share a base exponent: 32, 64 or 128."
+Group = Annotated[int, typer.Option(help=GROUP_HELP)]
 GroupOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="64")]
 SplitOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="2")]
 WidthOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="4")]

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from speq.cli.notes import note
+from speq.cli.progress import status
 
 if TYPE_CHECKING:
     from speq.hw.accelerator_config import AcceleratorConfig
@@ -34,15 +36,34 @@ def simulated_board(
     """`speq.sim.session.board_for`, with a note that it may take long."""
     from speq.sim.session import board_for
 
-    console = Console(stderr=True)
-    note = (
-        f"building the simulation of {config.engine.rows} x {config.engine.cols} PEs "
-        "(a minute or two, unless it is there from an earlier run)"
-    )
-    if not console.is_terminal:
-        print(f"speq: {note}", file=sys.stderr)
-    with console.status(note) if console.is_terminal else nullcontext():
+    doing = f"building the simulation of {config.engine.rows} x {config.engine.cols} PEs"
+    note(f"{doing} (a minute or two, unless it is there from an earlier run)")
+    with status(doing):
         return board_for(model, encoded, config, capacity=capacity)
+
+
+@contextmanager
+def interruptible(board: SimulatedBoard) -> Iterator[None]:
+    """While it lasts, Ctrl-C becomes a KeyboardInterrupt where the board waits for the accelerator,
+    so that it can still be asked for what it has counted. A second one comes at once."""
+    interrupted = False
+
+    def note_it(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+
+    def end_the_wait() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    before, board.before_wait = signal.signal(signal.SIGINT, note_it), end_the_wait
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        board.before_wait = None
 
 
 def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:

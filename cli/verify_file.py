@@ -8,11 +8,18 @@ from typing import Annotated
 
 import typer
 
+from speq.cli.options import complete_model
+
 
 def run(
     file: Annotated[Path, typer.Argument(help="A file that speq encode has written.")],
     model: Annotated[
-        str | None, typer.Option(help="The checkpoint.", show_default="the one the file names")
+        str | None,
+        typer.Option(
+            help="The checkpoint.",
+            show_default="the one the file names",
+            autocompletion=complete_model,
+        ),
     ] = None,
 ) -> None:
     """Check that an encoded file decodes to its checkpoint's weights bit for bit."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,6 +25,7 @@ from cocotb_tools.check_results import get_results
 #: Where simulations are built, unless SPEQ_BUILD says otherwise.
 BUILD_ROOT = Path(os.environ.get("SPEQ_BUILD", "build")) / "sim"
 
+_log = logging.getLogger(__name__)
 _LOG_LINES = 40
 _LIBRARY = "verilated*.o"
 
@@ -86,6 +89,8 @@ class _Background(cocotb_tools.runner.Verilator):
             stdout=stdout,
             stderr=subprocess.STDOUT,
             pass_fds=self.descriptors,
+            # Ctrl-C on a terminal is for the process that has started it, which ends it.
+            process_group=0,
         )
 
 
@@ -154,7 +159,10 @@ def build(
     path = os.pathsep.join(map(str, programs))
     with _exclusive(folder / "lock"), _environment(PATH=path, MAKEFLAGS=_MAKEFLAGS):
         if (folder / "built").exists():
+            _log.debug("the simulation of %s is there from an earlier run: %s", top, folder)
             return folder
+        _log.debug("Verilator %s builds the simulation of %s", version("verilator"), top)
+        started = time.perf_counter()
         files = [folder / f"{top}.v", *(path for path in sources if path.suffix != ".cpp")]
         files[0].write_text(verilog)
         settings = ["`verilator_config"]
@@ -184,6 +192,7 @@ def build(
             raise SimulationError(message, folder / "build.log") from error
         _keep(folder, library)
         (folder / "built").touch()
+        _log.debug("built in %.0f s: %s", time.perf_counter() - started, folder)
     return folder
 
 

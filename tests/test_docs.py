@@ -54,11 +54,11 @@ def anchors(page: Path) -> set[str]:
 
 @cache
 def options() -> dict[str, set[str]]:
-    """Long options of the commands of `speq`, by command."""
+    """Long options of the commands of `speq`, by command, and of `speq` itself."""
     group = get_command(speq.cli.app)
     assert isinstance(group, TyperGroup)
     found = {}
-    for name, command in group.commands.items():
+    for name, command in {"speq": group, **group.commands}.items():
         names = (opt for parameter in command.params for opt in parameter.opts)
         found[name] = {"--help", *(opt for opt in names if opt.startswith("--"))}
     return found
