@@ -15,7 +15,7 @@ import pytest
 
 import speq.cli
 import speq.hw.verilog
-from speq.cli.generate import visible
+from speq.cli.decoding_output import visible
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
