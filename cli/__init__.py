@@ -122,7 +122,7 @@ def main() -> None:
     """
     warnings.showwarning = show_warning
     try:
-        app()
+        app(prog_name="speq")  # also where it runs as a module
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic in a library of Rust is no Exception

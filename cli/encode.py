@@ -264,8 +264,8 @@ def _summary(outcome: OptimisedEncoding) -> str:
         ("chain", "alternates"), outcome.speedups, (outcome.chain, outcome.alternates), strict=True
     ):
         lines.append(
-            f"{name + ':':<9} modelled speedup {value:.3f} on the calibration texts, "
-            f"draft length {settings.length}, threshold {settings.threshold:g}"
+            f"{name + ':':<9} modelled speedup {value:.3f} on the calibration texts,\n"
+            f"{'':9} draft length {settings.length}, threshold {settings.threshold:g}"
         )
     return "\n".join(lines)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from speq.cli.options import (
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from speq.cli.eval_report import Study
     from speq.model.checkpoint import Model
     from speq.model.prompts import Prompts
-
-_PIPED_WIDTH = 120  # characters of a line where there is no terminal
 
 
 def run(
@@ -114,8 +111,7 @@ def run(
             session = Session(loaded, tensors)
             done = study(session, chosen, conditions, progress, ablation=ablation)
         # What took so long is seen even if it cannot be stored.
-        console = Console()
-        print_study(done, console if console.is_terminal else Console(width=_PIPED_WIDTH))
+        print_study(done)
         content = json.dumps(report(conditions, loaded, encoded, done), indent=1, allow_nan=False)
         (folder / "report.json").write_text(content + "\n", encoding="utf-8")
         draw(done, loaded, folder)

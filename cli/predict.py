@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from speq.cli.notes import detail
 from speq.cli.options import MOST_TOKENS, Cols, Rows, complete_model
@@ -102,7 +101,7 @@ def run(
             )
         table.add_section()
     show(
-        *(() if model is None else (escape(model),)),
+        *(() if model is None else (model,)),
         f"{rows} x {cols} array at {clock:g} MHz: {bandwidth:.4g} GB/s of weights",
         f"memory latency {latency} cycles, context {positions}",
         table,

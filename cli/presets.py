@@ -26,7 +26,7 @@ PRESETS = {
         "8 x 32, 512-bit ports: the array of make demo-smollm2", {"rows": 8, "cols": 32}
     ),
     "wide": Preset(
-        "8 x 64, 1024-bit ports: K and context up to 16,384, for models of some billion weights",
+        "8 x 64, 1024-bit ports: K and context up to 16,384, for larger models",
         {"rows": 8, "cols": 64, "max_k": 16_384},
     ),
 }

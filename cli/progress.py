@@ -21,7 +21,7 @@ from rich.table import Column
 from speq.cli.notes import is_quiet
 
 #: Characters of a line that bars need, and that counts and times beside the description take.
-_BAR_WIDTH, _FIGURES_WIDTH = 60, 22
+_BAR_WIDTH, _FIGURES_WIDTH = 60, 28
 
 
 def bar_columns(console: Console, *figures: ProgressColumn) -> list[ProgressColumn]:
