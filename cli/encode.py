@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 import warnings
@@ -25,6 +26,7 @@ from rich.markup import escape
 
 from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, refuse_unused
 from speq.cli.progress import bars, status, with_bar
+from speq.model.aliases import ALIASES
 from speq.model.number_format import FormatConfig
 
 if TYPE_CHECKING:
@@ -151,7 +153,8 @@ def run(
         settings = {"chain": outcome.chain, "alternates": outcome.alternates} if outcome else {}
         report = _report(outcome) if outcome else {}
         with _naming(output, temporary):
-            write_encoded(temporary, EncodedModel(loaded.name, encoded, digests, settings, report))
+            source = stored_source(model, output)
+            write_encoded(temporary, EncodedModel(source, encoded, digests, settings, report))
             if verify:
                 read_encoded(temporary).check_bits()
         if verify:
@@ -176,6 +179,16 @@ def run(
         print(_summary(outcome))
     print(f"encoding: {seconds:.1f} s")
     print(f"written:  {output}, {output.stat().st_size / 1e6:.1f} MB")
+
+
+def stored_source(model: str, output: Path) -> str:
+    """What an encoded file calls its model: the alias, or the way from the file to the checkpoint,
+    so that both can be moved together."""
+    if model in ALIASES:
+        return model
+    path = Path(model)
+    # Of the checkpoint itself, a link's name counts: it may be what says the format.
+    return os.path.relpath(path.parent.resolve() / path.name, output.parent.resolve())
 
 
 @contextmanager

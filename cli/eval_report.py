@@ -4,9 +4,10 @@
 `report.json` is an object of
 
     version       2
-    model         name, as given, and its configuration
-    settings      of the run: rows, choices, max_tokens, seed, raw, draft (the encoded file if there
-                  is one, formats and how many layers have each, the head's and its drafted outputs)
+    model         name, of a path the last part, and its configuration
+    settings      of the run: rows, choices, max_tokens, seed, raw, draft (the encoded file's name
+                  if there is one, formats and how many layers have each, the head's and its drafted
+                  outputs)
     prompts       for "calibration" and "evaluation": the number of prompts of each kind
     versions      of speq, Python, torch and numpy
     costs         bytes of weights and group bytes of a `plain`, `draft` and `verify` pass, the
@@ -28,6 +29,7 @@ What could not be measured (a ratio whose denominator is 0) is null.
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -142,11 +144,11 @@ def report(
     return as_json(
         {
             "version": VERSION,
-            "model": {"name": model.name, "config": model.config},
+            "model": {"name": _last_part(model.name), "config": model.config},
             "settings": {
                 **asdict(conditions),
                 "draft": {
-                    "encoded": None if encoded_file is None else str(encoded_file),
+                    "encoded": None if encoded_file is None else _last_part(encoded_file),
                     "formats": [
                         {"format": form, "tensors": count}
                         for form, count in Counter(formats.values()).items()
@@ -179,6 +181,11 @@ def report(
             "ablation": done.ablation,
         }
     )
+
+
+def _last_part(path: str | Path) -> str:
+    """The name of a file or folder, or an alias: without what is different elsewhere."""
+    return os.path.basename(os.path.abspath(path))
 
 
 def shown(estimate: Estimate) -> str:

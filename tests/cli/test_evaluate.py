@@ -59,7 +59,7 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
-def test_report_and_plots(speq_eval, tmp_path):
+def test_report_and_plots(speq_eval, checkpoint, tmp_path):
     made = speq_eval(*QUICK, "--head-width", 6, "--seed", 3, "-o", tmp_path / "out")
     assert made.code == 0, made.err
     names = {f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg")} | {"report.json"}
@@ -72,7 +72,10 @@ def test_report_and_plots(speq_eval, tmp_path):
         ElementTree.parse(tmp_path / "out" / f"{plot}.svg")
 
     report = read(tmp_path / "out")
-    assert report["version"] == 2
+    assert report["version"] == 2 and report["model"]["name"] == Path(checkpoint).name
+    for file in (tmp_path / "out").iterdir():  # which may be moved
+        for folder in (tmp_path, Path(checkpoint).parent, Path.cwd()):
+            assert str(folder).encode() not in file.read_bytes()
     assert report["settings"]["seed"] == 3 and report["settings"]["draft"]["head"]["width"] == 6
     one_each = dict.fromkeys(shipped_prompts("evaluation"), 1)
     assert report["prompts"] == {"calibration": one_each, "evaluation": one_each}
@@ -170,6 +173,7 @@ def test_encoded_file(speq_eval, checkpoint, tmp_path):
     report = read(tmp_path / "out")
     draft = report["settings"]["draft"]
     assert draft["head"]["width"] == 4 and draft["drafted_outputs"] == 128
+    assert draft["encoded"] == file.name
     assert [entry["tensors"] for entry in draft["formats"]] == [14, 1]
     assert report["costs"]["relative"] == list(pass_costs(encoded))
 
