@@ -111,6 +111,16 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 
 @each_own_page
+def test_commands_run_as_printed(page: Path) -> None:
+    """Without an activated environment; in prose, `speq cycles` is a name."""
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    cells = {span for row in rows for span in _SPAN.findall(row.rpartition(" | ")[2])}
+    for line in code(page):
+        assert not re.match(r"(pytest|python3?|\$) ", line), line
+        assert not (line in cells and re.match(r"speq [a-z-]+ -", line)), line
+
+
+@each_own_page
 def test_imports_in_examples_exist(page: Path) -> None:
     """Without importing them: torch takes seconds."""
     for line in code(page):
