@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, refuse_unused
+from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, check_model, refuse_unused
 from speq.cli.progress import bars, status, with_bar
 from speq.model.aliases import ALIASES
 from speq.model.number_format import FormatConfig
@@ -119,6 +119,7 @@ def run(
     if not fixed:
         check_output(journal, _JOURNAL, force=force)
     with replacing(output, _ENCODED, force=force) as temporary:
+        check_model(model)
         # These load torch: options and output are right by now.
         from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
         from speq.model.encoding import encode_linears

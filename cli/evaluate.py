@@ -27,6 +27,7 @@ from speq.cli.options import (
     Seed,
     SplitOfEncode,
     WidthOfEncode,
+    check_model,
     chosen_formats,
 )
 from speq.cli.progress import bars
@@ -81,6 +82,7 @@ def run(
     if prompts:
         read_prompts(prompts)
     with staged(output, marks(True), marks(ablation), force=force) as folder:
+        check_model(model)
         # These load torch: options and output are right by now.
         from speq.cli.eval_report import Conditions, print_study, report
         from speq.cli.eval_study import study

@@ -39,6 +39,7 @@ from speq.cli.options import (
     Seed,
     SplitOfEncode,
     WidthOfEncode,
+    check_model,
     chosen_formats,
     finite,
     refuse_unused,
@@ -163,6 +164,7 @@ def run(
     if rtl:
         check_array(Settings().rows if rows is None else rows, request.cols)
     first = given_prompt(prompt, prompt_file, chat)
+    check_model(model)
     # These load torch: the options are right by now, as far as they can be known to be.
     from speq.model.encoded_file import read_encoded
     from speq.model.loaders import load_model

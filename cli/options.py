@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from speq.model.aliases import ALIASES
+from speq.model.aliases import ALIASES, NOT_A_MODEL
+from speq.model.errors import CheckpointError
 from speq.model.number_format import FormatConfig
 
 #: Early exit of models that are not calibrated.
@@ -35,6 +36,21 @@ def refuse_unused(why: str, **options: object) -> None:
 def complete_model(incomplete: str) -> list[str]:
     """Aliases that begin so, for shells, which know paths themselves."""
     return [alias for alias in ALIASES if alias.startswith(incomplete)]
+
+
+def check_model(model: str) -> None:
+    """Refuse a model that is not there, without loading torch.
+
+    Raises
+    ------
+    OSError, CheckpointError
+        That name the path, or what an alias needs.
+    """
+    alias = ALIASES.get(model)
+    path = alias() if alias else Path(model)
+    if not path.suffix and not path.exists():
+        raise CheckpointError(f"{model}: {NOT_A_MODEL}")
+    path.stat()
 
 
 ModelName = Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from speq.cli.notes import detail
-from speq.cli.options import MOST_TOKENS, Cols, Rows, complete_model
+from speq.cli.options import MOST_TOKENS, Cols, Rows, check_model, complete_model
 
 if TYPE_CHECKING:
     from speq.model.checkpoint import ModelConfig
@@ -72,6 +72,8 @@ def run(
     for share in acceptance or ():
         if not 0 <= share <= 1:
             raise ValueError(f"acceptance is {share}; expected a probability, 0 to 1")
+    if model is not None:
+        check_model(model)
     # These load torch: the options are right by now.
     from speq.cli.tables import figure_table, show
     from speq.model.cycles import Engine

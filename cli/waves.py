@@ -26,6 +26,7 @@ from speq.cli.options import (
     MaxTokens,
     ModelName,
     Rows,
+    check_model,
     refuse_unused,
 )
 from speq.cli.progress import status, with_passing_bar
@@ -99,6 +100,7 @@ def run(
     recording, save = output / f"{_STEM}.fst", output / f"{_STEM}.gtkw"
     marks = {recording.name: _RECORDING, **layout_marks(_STEM)}
     with staged(output, marks, force=force) as folder:
+        check_model(model)
         # These load torch: options and output are right by now.
         from speq.host.session import Session, accelerator_for, kv_capacity
         from speq.model.encoding import encode_linears

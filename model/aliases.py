@@ -30,3 +30,5 @@ def tiny_path() -> Path:
 
 
 ALIASES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_path, "tiny": tiny_path}
+#: What is said of a name that cannot be a model's.
+NOT_A_MODEL = f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"

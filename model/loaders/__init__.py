@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from speq.model.aliases import ALIASES, smollm2_path, tiny_path
+from speq.model.aliases import ALIASES, NOT_A_MODEL, smollm2_path, tiny_path
 from speq.model.checkpoint import CheckpointError, Model, ModelConfig, check_finite
 from speq.model.loaders.gguf import gguf_config, load_gguf
 from speq.model.loaders.hf import hf_config, load_hf
@@ -52,9 +52,7 @@ def load_model(
         elif path.suffix == ".bin":
             parts = load_llama2c(path, Path(tokenizer) if tokenizer else None)
         else:
-            raise CheckpointError(
-                f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
-            )
+            raise CheckpointError(NOT_A_MODEL)
     config, weights, read = parts
     _log.debug(
         "%s is a model of the architecture %s: %d blocks, hidden size %d, %d tokens, context %d",
@@ -101,10 +99,7 @@ def read_config(name_or_path: str | Path) -> ModelConfig:
         ):
             if path.suffix == ending:
                 return read(path)
-        raise CheckpointError(
-            f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf, .bin or "
-            "config.json"
-        )
+        raise CheckpointError(f"{NOT_A_MODEL}, nor a config.json")
 
 
 def _path(name_or_path: str | Path) -> Path:

@@ -51,6 +51,7 @@ def model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The checkpoint's model, which `speq encode` finds under any name."""
     model = load_model(checkpoint)
     monkeypatch.setattr(loaders, "load_model", lambda name, **_: replace(model, name=name))
+    monkeypatch.setattr("speq.cli.encode.check_model", lambda _: None)
     return model
 
 

@@ -117,7 +117,7 @@ def test_damaged_encoded_files_say_nothing(
     def simulate(*_: object) -> None:
         raise AssertionError("simulated")
 
-    monkeypatch.setattr("speq.cli.generate.simulated_board", simulate)
+    monkeypatch.setattr("speq.cli.decoding.simulated_board", simulate)
     DAMAGE[damage](encoded)
     generate = ("generate", checkpoint, "--prompt=a", "--encoded", encoded)
     arguments = {
