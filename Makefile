@@ -70,7 +70,7 @@ bench: simulator-tools $(STAMP) smollm2  ## measure speeds and sizes and compare
 	@$(SPEQ) bench
 
 tiny: $(STAMP)  ## train the model that comes with the project once more, into build/tiny
-	@$(PY) -m speq.model.train_tiny -o $(BUILD)/tiny
+	@$(PY) -m speq.cli.train_tiny -o $(BUILD)/tiny
 
 clean:  ## remove build/ and caches, but not .venv
 	@rm -rf $(BUILD) dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ import nothing heavy before a command runs, so that help and wrong options do no
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import sys
 import warnings
@@ -30,11 +31,12 @@ from speq.cli import (
     verilog,
     waves,
 )
+from speq.cli.notes import detail, set_verbosity
+from speq.cli.presets import presets_help
 
 app = typer.Typer(
     name="speq",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -54,11 +56,21 @@ def common(
             "--version", callback=print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Say more: files, formats, sizes, builds, seeds."),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Only results, errors and warnings; no progress."),
+    ] = False,
 ) -> None:
     """SPEQ: an LLM accelerator whose 4-bit draft model lies inside the FP16 weights."""
+    set_verbosity(verbose, quiet)
+    detail(f"version {version('speq')}, Python {platform.python_version()}")
 
 
-app.command("verilog")(verilog.run)
+app.command("verilog", epilog=presets_help())(verilog.run)
 app.command("encode")(encode.run)
 app.command("verify-file")(verify_file.run)
 app.command("demo")(demo.run)
@@ -122,7 +134,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
     try:
-        app()
+        app(prog_name="speq")  # also where it runs as a module
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic in a library of Rust is no Exception

@@ -8,14 +8,16 @@ import os
 import platform
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from speq.cli.options import Force, Seed
+from speq.cli.progress import status
+from speq.cli.tables import figure_table, show
 
 if TYPE_CHECKING:
     from speq.cli.benchmarks import Figure
@@ -25,11 +27,19 @@ NAMES = ("codec", "verify", "verilog", "simulation", "accelerator", "area")
 _REPORT = rb'\{\s*"seed": \d+,\s*"machine": '
 
 
+def complete_name(incomplete: str) -> list[str]:
+    """Benchmarks whose names begin so, for shells."""
+    return [name for name in NAMES if name.startswith(incomplete)]
+
+
 def run(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures to this file.")
     ] = None,
-    only: Annotated[str, typer.Option(help="Run only the benchmark of this name.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(help="Run only the benchmark of this name.", autocompletion=complete_name),
+    ] = "",
     seed: Seed = 0,
     liberty: Annotated[
         Path | None,
@@ -49,21 +59,20 @@ def run(
         from speq.cli import benchmarks
 
         settings = benchmarks.BenchSettings(seed, liberty)
-        console = Console()
         figures: list[Figure] = []
         skipped: dict[str, str] = {}
-        with Console(stderr=True).status("") as status:
+        with status() as say:
             for name in names:
-                status.update(f"measuring {name}")
+                say(f"measuring {name}")
                 # One that cannot run here is named with its reason and does not count as a failure.
                 try:
                     figures += getattr(benchmarks, name)(settings)
                 except benchmarks.Skipped as reason:
                     skipped[name] = str(reason)
         if figures:
-            console.print(table(figures))
+            show(*tables(figures))
         for name, reason in skipped.items():
-            console.print(f"{name} is skipped: {reason}", soft_wrap=True)
+            show(f"{name} is skipped: {reason}")
         if temporary is not None:
             rows = [asdict(f) | {"met": f.met} for f in figures]
             report = {
@@ -102,14 +111,17 @@ def machine() -> dict[str, str | int | None]:
     }
 
 
-def table(figures: list[Figure]) -> Table:
-    """The figures as a table for a terminal."""
-    out = Table(title="speq bench: medians after a warm-up")
-    for heading in ("figure", "measured", "unit", "target", "met", "measured on"):
-        out.add_column(heading, justify="right" if heading in ("measured", "target") else "left")
-    for f in figures:
-        target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {f.target:g}"
-        met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[f.met]
-        value = f"{f.value:,.0f}" if f.value >= 1000 else f"{f.value:.4g}"
-        out.add_row(f.name, value, f.unit, target, met, f.note)
-    return out
+def tables(figures: list[Figure]) -> list[RenderableType]:
+    """The figures as tables, one for each thing that they were measured on."""
+    shown: list[RenderableType] = ["speq bench: medians after a warm-up"]
+    longest = max(len(f.name) for f in figures)
+    for note, group in groupby(figures, lambda f: f.note):
+        out = figure_table("", "figure", "measured", "unit", "target", "met")
+        out.columns[0].min_width = longest  # so that they stand below one another
+        for f in group:
+            target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {f.target:g}"
+            met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[f.met]
+            value = f"{f.value:,.0f}" if f.value >= 1000 else f"{f.value:.4g}"
+            out.add_row(f.name, value, f.unit, target, met)
+        shown += ["", f"{note}:", out]
+    return shown

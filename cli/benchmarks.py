@@ -168,8 +168,8 @@ def verilog(settings: BenchSettings) -> list[Figure]:
         seconds = median_seconds(lambda: write_verilog(config, path), 3)
         megabytes = path.stat().st_size / 1e6
     return [
-        Figure("Verilog generation", seconds, "s", 20, True, "8 x 64"),
-        Figure("Verilog size", megabytes, "MB", 2, True, "8 x 64"),
+        Figure("Verilog generation", seconds, "s", 20, True, "8 x 64 engine, without accelerator"),
+        Figure("Verilog size", megabytes, "MB", 2, True, "8 x 64 engine, without accelerator"),
     ]
 
 
@@ -181,7 +181,7 @@ def simulation(settings: BenchSettings) -> list[Figure]:
     x = torch.randn(config.rows, 576, generator=generator).half()
     gemms = [Gemm(x, weights), Gemm(quantize_activations(x[:1]), weights)] * 4
     speeds = [run_gemms(config, gemms, seed=settings.seed).cycles_per_second for _ in range(3)]
-    note = f"8 x 16, {len(gemms)} GEMMs of K = O = 576, verify and draft"
+    note = f"8 x 16 engine, {len(gemms)} GEMMs of K = O = 576, verify and draft"
     return [Figure("simulation", statistics.median(speeds), "cycles/s", 15_000, False, note)]
 
 
@@ -192,7 +192,7 @@ def accelerator(settings: BenchSettings) -> list[Figure]:
     model = load_model("tiny")
     encoded = encode_linears(model, config.engine.format)
     prompt = model.tokenizer.encode("Once upon a time")
-    note = f"tiny, 8 x 16, {tokens} tokens, memory latency 16 cycles"
+    note = f"tiny, 8 x 16 accelerator, {tokens} tokens, memory latency 16 cycles"
     cycles, seconds, simulated = {}, {}, 0
     board = board_for(model, encoded, config)
     with Session(model, encoded, board) as session:
@@ -226,9 +226,12 @@ def area(settings: BenchSettings) -> list[Figure]:
     note = f"synthesised with {settings.liberty.name}"
     figures = [Figure(f"area of {name}", value, "um2", note=note) for name, value in areas.items()]
     pe, column = 100 * pe_overhead(areas), 100 * column_overhead(areas, config)
-    extra = f"remap and {config.draft_rows} dual-mode PE in a column of {config.rows} PEs"
+    extra = (
+        f"remap and {config.draft_rows} dual-mode PE in a column of {config.rows} PEs, against "
+        "FP16-only ones"
+    )
     return [
         *figures,
         Figure("dual-mode PE, extra area", pe, "%", 30, True, "against the FP16-only PE"),
-        Figure("array, extra area", column, "%", 5, True, f"{extra}, against {config.rows} FP16"),
+        Figure("array, extra area", column, "%", 5, True, extra),
     ]

@@ -8,21 +8,18 @@ real prompt, each in draft mode with one token and in verify mode with as many a
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, SpinnerColumn, TaskID
+from rich.text import Text
 
+from speq.cli.notes import is_quiet, note
 from speq.cli.options import Seed
+from speq.cli.progress import bar_columns, elapsed
+from speq.cli.tables import show
 
 
 def run(
@@ -43,24 +40,18 @@ def run(
     from speq.model.checkpoint import CheckpointError
     from speq.sim.benches.gemm_engine import run_gemms
 
-    console = Console()
-    console = Console(width=max(console.width, 100))  # the table's least width
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    console = Console(stderr=True)
+    on_terminal = console.is_terminal and not is_quiet()
+    columns = (SpinnerColumn(), *bar_columns(console, elapsed()))
+    with Progress(*columns, console=console, disable=not on_terminal) as progress:
 
         def stage(description: str) -> TaskID:
-            if not console.is_terminal:  # where no bar is drawn
-                console.print(f"{description} ...")
-            return progress.add_task(description, total=None, detail="")
+            if not on_terminal:  # where no bar is drawn
+                note(f"{description} ...")
+            return progress.add_task(description, total=None)
 
-        def done(task: TaskID, detail: str) -> None:
-            progress.update(task, total=1, completed=1, detail=detail)
+        def done(task: TaskID) -> None:
+            progress.update(task, total=1, completed=1)
 
         task = stage("SmolLM2-135M, golden forward pass")
         try:
@@ -69,14 +60,13 @@ def run(
         except CheckpointError as error:
             layers = random_layers(rows, seed)
             source = f"RANDOM weights with SmolLM2's distribution, seed {seed}"
-            progress.console.print(f"[yellow]no SmolLM2-135M ({escape(str(error))})[/]")
-            progress.console.print(f"[yellow]going on with {source}[/]")
-        done(task, source)
+            warnings.warn(f"no SmolLM2-135M: going on with {source} ({error})", stacklevel=1)
+        done(task)
 
         task = stage("encode, golden products")
         pairs = gemms_with_golden(layers, config)
         weights = sum(layer.weights.numel() for layer in layers)
-        done(task, f"{weights / 1e6:.2f} M weights, {len(pairs)} GEMMs")
+        done(task)
 
         task = stage("generate Verilog, build, simulate")
         outcome = run_gemms(
@@ -84,15 +74,19 @@ def run(
             [gemm for gemm, _ in pairs],
             progress=lambda share: progress.update(task, total=1, completed=share),
         )
-        speed = f"{outcome.cycles:,} cycles at {outcome.cycles_per_second:,.0f} cycles/s"
-        done(task, speed)
+        done(task)
 
     table, mismatches, ratio = report(pairs, outcome.results, config)
-    console.print(table)
-    console.print(f"Layers: {source}.")
-    console.print(f"Simulation: {speed}; everything took {time.perf_counter() - started:.0f} s.")
-    console.print(f"Draft/verify cycle ratio: {ratio:.4f} (a quarter is ideal).")
+    seconds = time.perf_counter() - started
+    show(
+        table,
+        f"Layers: {source}.",
+        f"{weights / 1e6:.2f} M weights, {len(pairs)} GEMMs.",
+        f"Simulation: {outcome.cycles:,} cycles at {outcome.cycles_per_second:,.0f} cycles/s; "
+        f"everything took {seconds:.0f} s.",
+        f"Draft/verify cycle ratio: {ratio:.4f} (a quarter is ideal).",
+    )
     if mismatches:
-        console.print(f"[red]{mismatches} bits differ from the golden model.[/]")
+        show(Text(f"{mismatches} bits differ from the golden model.", "red"))
         raise typer.Exit(1)
-    console.print("[green]Every output bit equals the golden model's.[/]")
+    show(Text("Every output bit equals the golden model's.", "green"))

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
-from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows, finite
-from speq.cli.progress import with_passing_bar
+from speq.cli.notes import is_quiet, note
+from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows, complete_model, finite
+from speq.cli.progress import bar_columns, elapsed, remaining, with_passing_bar
 from speq.cli.simulation import check_array, rtl_figures, simulated_board
+from speq.cli.tables import figure_table, show
 
 if TYPE_CHECKING:
     from speq.host.meter import MeasuredPass, Meter, PassShape
@@ -39,7 +41,10 @@ _LOGIT_BITS = 32
 
 
 def run(
-    model: Annotated[str, typer.Option(help="A checkpoint's path, or an alias.")] = "smollm2",
+    model: Annotated[
+        str,
+        typer.Option(help="A checkpoint's path, or an alias.", autocompletion=complete_model),
+    ] = "smollm2",
     prompt: Continued = "The quick brown fox jumps",
     max_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens to generate.")
@@ -64,8 +69,6 @@ def run(
     from speq.model.encoding import encode_linears
     from speq.model.speculation import token_limit
 
-    console = Console()
-    console = Console(width=max(console.width, 120), highlight=False)
     loaded = load(model)
     # What is impossible shows before anything takes long.
     ids = loaded.tokenizer.encode(prompt)
@@ -73,8 +76,8 @@ def run(
     encoded = encode_linears(loaded, track=with_passing_bar)
     capacity = kv_capacity(loaded, ids, max_tokens, rows)
     config = accelerator_for(loaded, encoded, rows, cols, capacity)
-    console.print(f"{escape(loaded.name)}: the golden model decodes ...")
-    runs = golden_runs(Session(loaded, encoded), ids, settings, max_tokens, console)
+    note(f"{loaded.name}: the golden model decodes ...")
+    runs = golden_runs(Session(loaded, encoded), ids, settings, max_tokens)
     board = simulated_board(loaded, encoded, config, capacity)
     with Session(loaded, encoded, board, capacity=capacity) as session:
         formats = {name: tensor.config for name, tensor in encoded.items()}
@@ -85,24 +88,26 @@ def run(
 
         planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, rows)]
         total = sum(map(predicted, planned))
-        console.print(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
-        done = decode(session, board, runs, total, console)
+        note(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
+        done = decode(session, board, runs, total)
 
     comparison = done.comparison
-    title = f"{escape(loaded.name)} on {rows} x {cols} PEs, generated Verilog on Verilator"
-    console.print(pass_table(done.meters.values(), predicted, title))
+    show(
+        f"{loaded.name} on {rows} x {cols} PEs, generated Verilog on Verilator",
+        pass_table(done.meters.values(), predicted),
+    )
     compared = f"{comparison.bits:,} logit bits compared, {comparison.wrong_bits} differ"
     if comparison.problems:
-        for line in (*comparison.problems, f"{compared}."):
-            console.print(line, style="red", markup=False)
+        show(*(Text(line, "red") for line in (*comparison.problems, f"{compared}.")))
         raise typer.Exit(1)
     steps = runs["speculative"].golden
-    for line in figures(done, steps):
-        console.print(line, markup=False)
     text = runs["speculative"].prompt + [token for step in steps for token in step.tokens]
-    console.print(f"text: {loaded.tokenizer.decode(text)!r}", markup=False)
-    console.print(f"everything: {time.perf_counter() - started:.0f} s")
-    console.print(f"[green]All tokens equal the golden model's; {compared}.[/]")
+    show(
+        *figures(done, steps),
+        f"text: {loaded.tokenizer.decode(text)!r}",
+        f"everything: {time.perf_counter() - started:.0f} s",
+        Text(f"All tokens equal the golden model's; {compared}.", "green"),
+    )
 
 
 def load(name: str) -> Model:
@@ -130,7 +135,7 @@ class GoldenRun:
 
 
 def golden_runs(
-    session: Session, prompt: list[int], settings: Settings, max_tokens: int, console: Console
+    session: Session, prompt: list[int], settings: Settings, max_tokens: int
 ) -> dict[str, GoldenRun]:
     """The runs by name, as the golden model decodes them. Raises NonFiniteError where it cannot go
     on, behind the text so far."""
@@ -147,7 +152,7 @@ def golden_runs(
                 steps.append(step)
         except NonFiniteError:
             text = ids + [token for step in steps for token in step.tokens]
-            console.print(f"text: {session.model.tokenizer.decode(text)!r}", markup=False)
+            show(f"text: {session.model.tokenizer.decode(text)!r}")
             raise
         runs[name] = GoldenRun(ids, chosen, count, steps)
     return runs
@@ -204,16 +209,14 @@ class Comparison:
 class CycleProgress(Progress):
     """A bar that follows the simulated cycles by itself."""
 
-    def __init__(self, cycles: Callable[[], int], total: int, console: Console) -> None:
+    def __init__(self, cycles: Callable[[], int], total: int) -> None:
+        console = Console(stderr=True)
+        share = TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True))
         super().__init__(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f} of about {task.total:,.0f} cycles"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *bar_columns(console, share, elapsed(), TextColumn("left"), remaining()),
             console=console,
             speed_estimate_period=120,
+            disable=is_quiet() or not console.is_terminal,
         )
         self._cycles = cycles
         self.add_task("simulating", total=total)
@@ -225,17 +228,15 @@ class CycleProgress(Progress):
         return super().get_renderables()
 
 
-def pass_table(meters: Iterable[Meter], predicted: Callable[[PassShape], int], title: str) -> Table:
+def pass_table(meters: Iterable[Meter], predicted: Callable[[PassShape], int]) -> Table:
     """Cycles of each kind of pass, predicted and counted, and what the array did in them."""
     groups: dict[str, list[MeasuredPass]] = {}
     for meter in meters:
         for measured in meter.passes:
             groups.setdefault(measured.shape.name, []).append(measured)
-    table = Table(title=title, title_justify="left")
-    stalls = (f"{cause.lower()} stalls" for cause in STALLS)
-    headings = ("pass", "passes", "cycles each", "predicted", "differs", "array busy", *stalls)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "pass" else "right")
+    stalls = (f"{cause.lower()}\nstalls" for cause in STALLS)
+    headings = ("cycles\neach", "predicted", "differs", "array\nbusy", *stalls)
+    table = figure_table("", "passes", *headings)
     for name, passes in groups.items():
         cycles = sum(measured.cycles for measured in passes)
         expected = sum(predicted(measured.shape) for measured in passes)
@@ -243,7 +244,7 @@ def pass_table(meters: Iterable[Meter], predicted: Callable[[PassShape], int], t
         computing, *stalled = (sum(p.counters[part] for p in passes) for part in parts)
         n = len(passes)
         table.add_row(
-            *(name, str(n), f"{cycles / n:,.0f}", f"{expected / n:,.0f}"),
+            *(f"{n} {name}", f"{cycles / n:,.0f}", f"{expected / n:,.0f}"),
             *(f"{cycles / expected - 1:+.2%}", f"{computing / cycles:.1%}"),
             *(f"{stall / n:,.0f}" for stall in stalled),
         )
@@ -277,7 +278,6 @@ def decode(
     board: SimulatedBoard,
     runs: Mapping[str, GoldenRun],
     total: int,
-    console: Console,
 ) -> SimulatedRuns:
     """Decode all runs on the session's board, about `total` cycles, and compare, up to the first
     step that differs."""
@@ -288,12 +288,12 @@ def decode(
 
     def finished(measured: MeasuredPass) -> None:
         passed, shape = timedelta(seconds=round(time.perf_counter() - started)), measured.shape
-        console.print(
+        note(
             f"{passed}  {shape.name} pass, rows {shape.rows}, position {shape.position}: "
             f"{measured.cycles:,} cycles"
         )
 
-    with CycleProgress(lambda: board.cycles() - first, total, console):
+    with CycleProgress(lambda: board.cycles() - first, total):
         for name, run in runs.items():
             meter = done.meters[name] = Meter(session.driver, finished)
             steps = session.generate(run.prompt, max_tokens=run.max_tokens, settings=run.settings)

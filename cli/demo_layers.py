@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from speq.cli.tables import figure_table
 from speq.hw import EngineConfig, Mode
 from speq.hw.engine_config import DRAFT_LANES
 from speq.model.arith import draft_gemm, quantize_activations, verify_gemm
@@ -91,10 +92,11 @@ def report(
     pairs: list[tuple[Gemm, np.ndarray]], results: list[GemmResult], config: EngineConfig
 ) -> tuple[Table, int, float]:
     """The table, the number of mismatched bits, and draft cycles over verify cycles."""
-    table = Table(title=f"{config.rows} x {config.cols} engine, generated Verilog on Verilator")
-    for heading in ("layer", "K", "O", "mode", "T", "cycles", "MACs/cycle", "utilisation"):
-        table.add_column(heading, justify="left" if heading in ("layer", "mode") else "right")
-    table.add_column("mismatched bits", justify="right")
+    table = figure_table(
+        f"{config.rows} x {config.cols} engine, generated Verilog on Verilator",
+        *("layer", "K", "O", "mode", "T", "cycles", "MACs\n/cycle", "utilisation"),
+        "mismatched\nbits",
+    )
     cycles_by_mode = {Mode.DRAFT: 0, Mode.VERIFY: 0}
     mismatches = 0
     for (gemm, golden), result in zip(pairs, results, strict=True):

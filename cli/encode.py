@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, refuse_unused
-from speq.cli.progress import bars, with_bar
+from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, check_model, refuse_unused
+from speq.cli.progress import bars, status, with_bar
+from speq.model.aliases import ALIASES
 from speq.model.input_file import ENCODED_MODEL
 from speq.model.number_format import FormatConfig
 
@@ -117,12 +119,13 @@ def run(
     if not fixed:
         check_output(journal, _JOURNAL, force=force)
     with replacing(output, ENCODED_MODEL, force=force) as temporary:
+        check_model(model)
         # These load torch: options and output are right by now.
         from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
         from speq.model.encoding import encode_linears
         from speq.model.loaders import load_model
 
-        with Console(stderr=True).status(f"loading {escape(model)}"):
+        with status(f"loading {escape(model)}"):
             loaded = load_model(model, decoding=not fixed)
         vocabulary = loaded.config.vocab_size
         if not fixed and choices > vocabulary:
@@ -151,7 +154,8 @@ def run(
         settings = {"chain": outcome.chain, "alternates": outcome.alternates} if outcome else {}
         report = _report(outcome) if outcome else {}
         with _naming(output, temporary):
-            write_encoded(temporary, EncodedModel(loaded.name, encoded, digests, settings, report))
+            source = stored_source(model, output)
+            write_encoded(temporary, EncodedModel(source, encoded, digests, settings, report))
             if verify:
                 read_encoded(temporary).check_bits()
         if verify:
@@ -176,6 +180,16 @@ def run(
         print(_summary(outcome))
     print(f"encoding: {seconds:.1f} s")
     print(f"written:  {output}, {output.stat().st_size / 1e6:.1f} MB")
+
+
+def stored_source(model: str, output: Path) -> str:
+    """What an encoded file calls its model: the alias, or the way from the file to the checkpoint,
+    so that both can be moved together."""
+    if model in ALIASES:
+        return model
+    path = Path(model)
+    # Of the checkpoint itself, a link's name counts: it may be what says the format.
+    return os.path.relpath(path.parent.resolve() / path.name, output.parent.resolve())
 
 
 @contextmanager
@@ -248,8 +262,7 @@ def _read_journal(path: Path, key: str) -> Journal:
     except FileNotFoundError:
         pass
     except (ValueError, LookupError, TypeError, RecursionError):
-        note = f"note: {path} is damaged: starting anew"
-        Console(stderr=True).print(note, markup=False)
+        warnings.warn(f"{path} is damaged: starting anew", stacklevel=2)
     return {}
 
 
@@ -265,8 +278,8 @@ def _summary(outcome: OptimisedEncoding) -> str:
         ("chain", "alternates"), outcome.speedups, (outcome.chain, outcome.alternates), strict=True
     ):
         lines.append(
-            f"{name + ':':<9} modelled speedup {value:.3f} on the calibration texts, "
-            f"draft length {settings.length}, threshold {settings.threshold:g}"
+            f"{name + ':':<9} modelled speedup {value:.3f} on the calibration texts,\n"
+            f"{'':9} draft length {settings.length}, threshold {settings.threshold:g}"
         )
     return "\n".join(lines)
 

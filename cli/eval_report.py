@@ -4,9 +4,10 @@
 `report.json` is an object of
 
     version       3
-    model         name, as given, and its configuration
-    settings      of the run: rows, choices, max_tokens, seed, raw, draft (the encoded file if there
-                  is one, formats and how many layers have each, the head's and its drafted outputs)
+    model         name, of a path the last part, and its configuration
+    settings      of the run: rows, choices, max_tokens, seed, raw, draft (the encoded file's name
+                  if there is one, formats and how many layers have each, the head's and its drafted
+                  outputs)
     prompts       for "calibration" and "evaluation": the number of prompts of each kind
     versions      of speq, Python, torch and numpy
     costs         bytes of weights and group bytes of a `plain`, `draft` and `verify` pass, the
@@ -32,6 +33,7 @@ What could not be measured (a ratio whose denominator is 0) is null.
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,11 +44,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from speq.cli.tables import figure_table, show
 from speq.model.ablation import Ablation, LossyResult, RowResult
 from speq.model.checkpoint import Model
 from speq.model.cycles import Engine, draft_pass, plain_pass, verify_pass
@@ -169,11 +170,11 @@ def report(
     return as_json(
         {
             "version": VERSION,
-            "model": {"name": model.name, "config": model.config},
+            "model": {"name": _last_part(model.name), "config": model.config},
             "settings": {
                 **asdict(conditions),
                 "draft": {
-                    "encoded": None if encoded_file is None else str(encoded_file),
+                    "encoded": None if encoded_file is None else _last_part(encoded_file),
                     "formats": [
                         {"format": form, "tensors": count}
                         for form, count in Counter(formats.values()).items()
@@ -209,6 +210,11 @@ def report(
     )
 
 
+def _last_part(path: str | Path) -> str:
+    """The name of a file or folder, or an alias: without what is different elsewhere."""
+    return os.path.basename(os.path.abspath(path))
+
+
 def shown(estimate: Estimate) -> str:
     """A speedup with its confidence interval."""
     return f"{estimate.value:.2f} ({estimate.low:.2f}-{estimate.high:.2f})"
@@ -224,19 +230,9 @@ def number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
-def _table(title: str, *headings: str) -> Table:
-    """A table whose columns, but the first, are figures; narrow enough for 80 characters."""
-    spacing = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
-    table = Table(title=title, title_justify="left", **spacing)
-    table.add_column(headings[0], overflow="fold")
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
 def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) -> Table:
     """Figures by kind."""
-    table = _table(
+    table = figure_table(
         f"{name}: L = {settings.length}, threshold {settings.threshold:g}, "
         f"{settings.choices} choices, {settings.rows} rows",
         *("kind", "\nmatch", "draft\n/pass", "accept\n/pass", "tokens\n/pass"),
@@ -256,7 +252,7 @@ def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) 
 
 def ablation_table(rows: Sequence[RowResult]) -> Table:
     """The ablation's rows, the design study's figures beside ours."""
-    table = _table(
+    table = figure_table(
         *("ablation", "draft", "match\n", "study\n", "speedup\n", "study\n"),
         *("everything\ncounted", "storage\nadded"),
     )
@@ -272,7 +268,7 @@ def ablation_table(rows: Sequence[RowResult]) -> Table:
 
 def lossy_table(decoders: Sequence[LossyResult]) -> Table:
     """Competitors as decoders of their own."""
-    table = _table(
+    table = figure_table(
         "as lossy decoders: tokens that differ from FP16's",
         *("scheme", "own\ntext", "behind\nFP16's text", "\nperplexity", "\nFP16's", "\nspeedup"),
     )
@@ -284,18 +280,18 @@ def lossy_table(decoders: Sequence[LossyResult]) -> Table:
     return table
 
 
-def print_study(done: Study, console: Console) -> None:
+def print_study(done: Study) -> None:
     """All tables."""
     for name, settings in done.settings.items():
-        console.print(result_table(name, settings, done.figures[name]), "")
+        show(result_table(name, settings, done.figures[name]), "")
     tokens = done.figures["chain"]["all"].tokens
     evaluated, tried = (sum(done.prompts[p].values()) for p in ("evaluation", "calibration"))
     draft, verify = done.costs.relative
-    console.print(
-        f"{tokens} tokens of {evaluated} prompts; intervals: 95 %, bootstrap over prompts.\n"
-        f"L and threshold are the best on {tried} calibration prompts that are not among them.\n"
-        f"A draft pass costs {draft:.4f} and a verify pass {verify:.4f} of a plain FP16 pass, LM "
-        "head and group bytes counted."
+    show(
+        f"{tokens} tokens of {evaluated} prompts; intervals: 95 %, bootstrap over prompts.",
+        f"L and threshold are the best on {tried} calibration prompts that are not among them.",
+        f"A draft pass costs {draft:.4f} and a verify pass {verify:.4f} of a plain FP16 pass,",
+        "LM head and group bytes counted.",
     )
     if done.ablation:
-        console.print("", ablation_table(done.ablation.rows), "", lossy_table(done.ablation.lossy))
+        show("", ablation_table(done.ablation.rows), "", lossy_table(done.ablation.lossy))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from speq.cli.options import (
@@ -28,6 +27,7 @@ from speq.cli.options import (
     Seed,
     SplitOfEncode,
     WidthOfEncode,
+    check_model,
     chosen_formats,
 )
 from speq.cli.progress import bars
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from speq.cli.eval_report import Study
     from speq.model.checkpoint import Model
     from speq.model.prompts import Prompts
-
-_PIPED_WIDTH = 120  # characters of a line where there is no terminal
 
 
 def run(
@@ -83,8 +81,8 @@ def run(
     formats = chosen_formats(group, split, width, head_width, encoded)
     if prompts:
         read_prompts(prompts)
-    errors = Console(stderr=True)
     with staged(output, marks(True), marks(ablation), force=force) as folder:
+        check_model(model)
         # These load torch: options and output are right by now.
         from speq.cli.eval_report import Conditions, print_study, report
         from speq.cli.eval_study import study
@@ -93,7 +91,7 @@ def run(
         from speq.model.encoding import encode_linears, tensors_for
         from speq.model.loaders import load_model
 
-        with bars(transient=True, disable=not errors.is_terminal) as progress:
+        with bars(transient=True, terminal_only=True) as progress:
             file = read_encoded(encoded) if encoded else None
             loading = progress.add_task(f"loading {escape(model)}", total=None)
             loaded = load_model(model)
@@ -115,8 +113,7 @@ def run(
             session = Session(loaded, tensors)
             done = study(session, chosen, conditions, progress, ablation=ablation)
         # What took so long is seen even if it cannot be stored.
-        console = Console()
-        print_study(done, console if console.is_terminal else Console(width=_PIPED_WIDTH))
+        print_study(done)
         content = json.dumps(report(conditions, loaded, encoded, done), indent=1, allow_nan=False)
         (folder / "report.json").write_text(content + "\n", encoding="utf-8")
         draw(done, loaded, folder)

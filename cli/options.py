@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from speq.model.aliases import ALIASES, NOT_A_MODEL
+from speq.model.errors import CheckpointError
 from speq.model.number_format import FormatConfig
 from speq.model.settings import DEFAULT_THRESHOLD as DEFAULT_THRESHOLD
 
@@ -29,7 +31,32 @@ def refuse_unused(why: str, **options: object) -> None:
             raise ValueError(f"--{option} is not used {why}: leave it out (it is {value})")
 
 
-ModelName = Annotated[str, typer.Argument(help="A checkpoint's path, or an alias such as smollm2.")]
+def complete_model(incomplete: str) -> list[str]:
+    """Aliases that begin so, for shells, which know paths themselves."""
+    return [alias for alias in ALIASES if alias.startswith(incomplete)]
+
+
+def check_model(model: str) -> None:
+    """Refuse a model that is not there, without loading torch.
+
+    Raises
+    ------
+    OSError, CheckpointError
+        That name the path, or what an alias needs.
+    """
+    alias = ALIASES.get(model)
+    path = alias() if alias else Path(model)
+    if not path.suffix and not path.exists():
+        raise CheckpointError(f"{model}: {NOT_A_MODEL}")
+    path.stat()
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint's path, or an alias such as smollm2.", autocompletion=complete_model
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(
@@ -41,8 +68,10 @@ Force = Annotated[
 ]
 
 # The array.
-Rows = Annotated[int, typer.Option(help="Rows of the array: tokens in a verify pass.")]
-Cols = Annotated[int, typer.Option(help="Columns of the array: outputs in a tile.")]
+ROWS_HELP = "Rows of the array: tokens in a verify pass."
+COLS_HELP = "Columns of the array: outputs in a tile."
+Rows = Annotated[int, typer.Option(help=ROWS_HELP)]
+Cols = Annotated[int, typer.Option(help=COLS_HELP)]
 
 # Decoding.
 Continued = Annotated[str, typer.Option(help="What to continue.")]
@@ -54,7 +83,8 @@ DraftLength = Annotated[
 ]
 
 # The format of a model that is encoded here.
-Group = Annotated[int, typer.Option(help="Weights that share a base exponent: 32, 64 or 128.")]
+GROUP_HELP = "Weights that share a base exponent: 32, 64 or 128."
+Group = Annotated[int, typer.Option(help=GROUP_HELP)]
 GroupOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="64")]
 SplitOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="2")]
 WidthOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="4")]

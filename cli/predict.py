@@ -6,79 +6,128 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from speq.cli.options import MOST_TOKENS, Cols, Rows
+from speq.cli.notes import detail
+from speq.cli.options import MOST_TOKENS, Cols, Rows, check_model, complete_model
+
+if TYPE_CHECKING:
+    from speq.model.checkpoint import ModelConfig
 
 MAX_CLOCK = 100_000  # MHz
 #: Latency of memory in cycles up to which tests compare predictions with the accelerator.
 MAX_LATENCY = 48
+#: Positions in the KV cache, if the model has as many.
+DEFAULT_CONTEXT = 1024
 
 
 def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A checkpoint's path, an alias, or a config.json of Hugging Face; no weights are "
+            "read.",
+            show_default="a table of known models",
+            autocompletion=complete_model,
+        ),
+    ] = None,
     rows: Rows = 8,
     cols: Cols = 64,
     clock: Annotated[float, typer.Option(help="Clock in MHz.")] = 500.0,
     latency: Annotated[int, typer.Option(help="Latency of memory in cycles.")] = 48,
-    context: Annotated[int, typer.Option(help="Positions in the KV cache.")] = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions in the KV cache, at most the model's.",
+            show_default=f"{DEFAULT_CONTEXT}, or the model's",
+        ),
+    ] = None,
     acceptance: Annotated[
         list[float] | None,
         typer.Option(help="Share of drafted tokens accepted.", show_default="0.7, 0.8, 0.9"),
     ] = None,
 ) -> None:
     """Predict cycles, tokens per second and speedup for models of known dimensions."""
-    from rich.console import Console
-    from rich.table import Table
-
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.engine_config import EngineConfig
     from speq.hw.memory.axi import AxiConfig
 
     if not 0 < clock <= MAX_CLOCK:
         raise ValueError(f"clock is {clock}; expected more than 0 and up to {MAX_CLOCK} MHz")
-    if not 0 <= context <= MOST_TOKENS:
+    if context is not None and not 0 <= context <= MOST_TOKENS:
         raise ValueError(f"context is {context}; expected 0 to {MOST_TOKENS} positions")
     if not 1 <= latency <= MAX_LATENCY:
         raise ValueError(
             f"latency is {latency}; the prediction holds for 1 to {MAX_LATENCY} cycles, which the "
             "ports' bursts hide"
         )
-    # Refuses arrays that cannot be made, or that are wider than a port.
-    AcceleratorConfig(
-        EngineConfig(rows=rows, cols=cols),
-        weights=AxiConfig(data_bits=16 * cols),
-        data=AxiConfig(data_bits=16 * cols),
-    )
+    AcceleratorConfig(EngineConfig(rows=rows, cols=cols))  # refuses what cannot be made
+    try:
+        AxiConfig(data_bits=16 * cols)
+    except ValueError as error:
+        raise ValueError(f"cols is {cols}: no port is as wide: {error}") from error
     for share in acceptance or ():
         if not 0 <= share <= 1:
             raise ValueError(f"acceptance is {share}; expected a probability, 0 to 1")
+    if model is not None:
+        check_model(model)
     # These load torch: the options are right by now.
+    from speq.cli.tables import figure_table, show
     from speq.model.cycles import Engine
+    from speq.model.loaders import read_config
     from speq.model.prediction import MODELS, predict
 
+    models = MODELS if model is None else {model: read_config(model)}
+    positions = chosen_context(models, context, rows)
     engine = Engine(rows=rows, cols=cols, latency=latency)
     bandwidth = 2 * cols * clock / 1000
-    table = Table(
-        title=f"{rows} x {cols} array at {clock:g} MHz: {bandwidth:.4g} GB/s of weights; "
-        f"memory latency {latency} cycles, context {context}",
-        title_justify="left",
-    )
-    columns = ("model", "accepted", "L", "plain", "draft", "verify", "tokens/s plain", "tokens/s")
-    for name in (*columns, "speedup"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for name, config in MODELS.items():
+    cycles = (f"{kind}\nM cycles" for kind in ("plain", "draft", "verify"))
+    names = ("model",) if model is None else ()
+    headings = ("accepted", "L", *cycles, "tokens/s\nplain", "tokens/s", "speedup")
+    table = figure_table("", *names, *headings, left=len(names))
+    for name, config in models.items():
+        detail(f"{name}: {config}")
         for share in acceptance or (0.7, 0.8, 0.9):
-            p = predict(config, engine, share, context)
+            p = predict(config, engine, share, positions)
             rates = [clock * 1e6 / cycles for cycles in (p.plain, p.cycles_per_token)]
             table.add_row(
-                name,
+                *(name for _ in names),
                 f"{share:.0%}",
                 str(p.length),
-                *(f"{cycles / 1e6:.3f} M" for cycles in (p.plain, p.draft, p.verify)),
-                *(f"{rate:.4g}" for rate in rates),
+                *(f"{cycles / 1e6:.3f}" for cycles in (p.plain, p.draft, p.verify)),
+                *(f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}" for rate in rates),
                 f"{p.speedup:.2f}",
             )
         table.add_section()
-    Console(width=None if Console().is_terminal else 120).print(table)
+    show(
+        *(() if model is None else (model,)),
+        f"{rows} x {cols} array at {clock:g} MHz: {bandwidth:.4g} GB/s of weights",
+        f"memory latency {latency} cycles, context {positions}",
+        table,
+    )
+
+
+def chosen_context(models: Mapping[str, ModelConfig], context: int | None, rows: int) -> int:
+    """Positions in the KV cache for all of these models on an array of so many rows.
+
+    Raises
+    ------
+    ValueError
+        If a model does not have as many, or no accelerator has what it needs.
+    """
+    from speq.hw.engine_config import EngineConfig
+
+    if context is None:
+        context = min(DEFAULT_CONTEXT, *(config.context for config in models.values()))
+    for name, config in models.items():
+        if context > config.context:
+            raise ValueError(f"context is {context}; that of {name} is {config.context}")
+        longest = max(config.hidden, config.ffn_hidden, config.heads * config.head_dim)
+        try:
+            EngineConfig(rows=rows, max_k=max(longest, context + rows))
+        except ValueError as error:
+            raise ValueError(f"no accelerator is made for {name}: {error}") from error
+    return context

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import logging
-import sys
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from speq.cli.progress import status
 
 if TYPE_CHECKING:
     from speq.hw.accelerator_config import AcceleratorConfig
@@ -38,35 +38,32 @@ def simulated_board(
     """`speq.sim.session.board_for`, with a note if it takes long."""
     from speq.sim.session import board_for
 
-    with building_shown(f"{config.engine.rows} x {config.engine.cols} PEs"):
+    with status("starting the simulation"):
         return board_for(model, encoded, config, capacity=capacity)
 
 
 @contextmanager
-def building_shown(size: str) -> Iterator[None]:
-    """Says on standard error that a simulation is being built, if one is, as long as the context
-    lasts."""
-    console = Console(stderr=True)
-    note = f"building the simulation of {size} (a minute or two, once)"
-    status = console.status(note)
+def interruptible(board: SimulatedBoard) -> Iterator[None]:
+    """While it lasts, Ctrl-C becomes a KeyboardInterrupt where the board waits for the accelerator,
+    so that it can still be asked for what it has counted. A second one comes at once."""
+    interrupted = False
 
-    class Show(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if console.is_terminal:
-                status.start()
-            else:
-                print(f"speq: {note}", file=sys.stderr)
+    def note_it(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
 
-    logger, show = logging.getLogger("speq.sim.builder"), Show()
-    level = logger.level
-    logger.addHandler(show)
-    logger.setLevel(logging.INFO)
+    def end_the_wait() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    before, board.before_wait = signal.signal(signal.SIGINT, note_it), end_the_wait
     try:
         yield
     finally:
-        status.stop()
-        logger.removeHandler(show)
-        logger.setLevel(level)
+        signal.signal(signal.SIGINT, before)
+        board.before_wait = None
 
 
 def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:

@@ -8,11 +8,19 @@ from typing import Annotated
 
 import typer
 
+from speq.cli.options import complete_model
+from speq.model.aliases import ALIASES
+
 
 def run(
     file: Annotated[Path, typer.Argument(help="A file that speq encode has written.")],
     model: Annotated[
-        str | None, typer.Option(help="The checkpoint.", show_default="the one the file names")
+        str | None,
+        typer.Option(
+            help="The checkpoint.",
+            show_default="the one the file names",
+            autocompletion=complete_model,
+        ),
     ] = None,
 ) -> None:
     """Check that an encoded file decodes to its checkpoint's weights bit for bit."""
@@ -21,6 +29,9 @@ def run(
     from speq.model.loaders import load_model
 
     encoded = read_encoded(file)
-    loaded = load_model(encoded.source if model is None else model, decoding=False)
+    if model is None:
+        source = encoded.source
+        model = source if source in ALIASES else str(file.parent / source)
+    loaded = load_model(model, decoding=False)
     count = len(tensors_for(loaded, encoded, file))
     print(f"verified: all {count} tensors of {file} decode to the bits of {loaded.name}")

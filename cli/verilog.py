@@ -3,25 +3,59 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from speq.cli.options import Cols, Force, Group, Rows, refuse_unused
+from speq.cli.notes import detail
+from speq.cli.options import COLS_HELP, GROUP_HELP, ROWS_HELP, Force, refuse_unused
+from speq.cli.presets import PRESETS, complete_preset
+
+if TYPE_CHECKING:
+    from speq.hw import EngineConfig
+    from speq.hw.accelerator_config import AcceleratorConfig
+
+_MAX_DESCRIPTION = 1 << 20  # bytes
 
 
 def run(
     output: Annotated[Path, typer.Option("-o", "--output", help="The Verilog file to write.")],
-    rows: Rows = 8,
-    cols: Cols = 16,
-    draft_rows: Annotated[int, typer.Option(help="Rows that can also draft.")] = 1,
-    max_k: Annotated[int, typer.Option(help="Longest dot product that the engine stores.")] = 2048,
-    group: Group = 64,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A description that this command has written (.json): the same once more, but for "
+            "what other options say."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A named configuration (see below), but for what other options say.",
+            autocompletion=complete_preset,
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help=ROWS_HELP, show_default="8")] = None,
+    cols: Annotated[int | None, typer.Option(help=COLS_HELP, show_default="16")] = None,
+    draft_rows: Annotated[
+        int | None, typer.Option(help="Rows that can also draft.", show_default="1")
+    ] = None,
+    max_k: Annotated[
+        int | None,
+        typer.Option(help="Longest dot product that the engine stores.", show_default="2048"),
+    ] = None,
+    group: Annotated[int | None, typer.Option(help=GROUP_HELP, show_default="64")] = None,
     split: Annotated[
-        int, typer.Option(help="Exponents told apart by their top mantissa bit: 0 to 3.")
-    ] = 2,
-    width: Annotated[int, typer.Option(help="Bits of a draft weight: 4, 5 or 6.")] = 4,
+        int | None,
+        typer.Option(
+            help="Exponents told apart by their top mantissa bit: 0 to 3.", show_default="2"
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Bits of a draft weight: 4, 5 or 6.", show_default="4"),
+    ] = None,
     weights_bits: Annotated[
         int | None,
         typer.Option(help="Data width of the weights port.", show_default="16 per column"),
@@ -40,36 +74,92 @@ def run(
 ) -> None:
     """Write the accelerator as one Verilog-2005 file, with its register map, C header, SystemRDL,
     FuseSoC core, testbench and an example of its use."""
+    given = {
+        "rows": rows,
+        "cols": cols,
+        "draft_rows": draft_rows,
+        "max_k": max_k,
+        "group": group,
+        "split": split,
+        "width": width,
+        "weights_bits": weights_bits,
+        "data_bits": data_bits,
+        "address_bits": address_bits,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    base = None
+    if config is not None:
+        if preset is not None:
+            raise ValueError("--config and --preset exclude each other")
+        base = read_configuration(config)
+    elif preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        given = PRESETS[preset].options | given
+    from speq.hw.verilog import write_verilog
+
+    chosen = configuration(base, engine, given)
+    detail(f"configuration: {chosen}")
+    for path in write_verilog(chosen, output, force=force):
+        print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def read_configuration(path: Path) -> AcceleratorConfig | EngineConfig:
+    """The configuration in a description.
+
+    Raises
+    ------
+    ValueError
+        If it is none, with one line that names the file and the field.
+    OSError
+        If it cannot be read.
+    """
+    from speq.hw.verilog import read_description
+    from speq.model.input_file import read_limited
+
+    content = read_limited(path, _MAX_DESCRIPTION)
+    try:
+        return read_description(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is not JSON: not UTF-8") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def configuration(
+    base: AcceleratorConfig | EngineConfig | None, engine_only: bool, given: dict[str, int]
+) -> AcceleratorConfig | EngineConfig:
+    """A configuration, by default the usual one, but for the options that are given by name.
+
+    Raises
+    ------
+    ValueError
+        If there can be none such.
+    """
     from speq.hw import EngineConfig
     from speq.hw.accelerator_config import AcceleratorConfig
-    from speq.hw.memory.axi import AxiConfig
-    from speq.hw.verilog import write_verilog
-    from speq.model.number_format import FormatConfig
 
-    config = EngineConfig(
-        rows=rows,
-        cols=cols,
-        format=FormatConfig(group=group, split=split, width=width),
-        draft_rows=draft_rows,
-        max_k=max_k,
+    def chosen(*names: str) -> dict[str, int]:
+        return {name: given[name] for name in names if name in given}
+
+    engine = base.engine if isinstance(base, AcceleratorConfig) else base or EngineConfig()
+    engine = replace(
+        engine,
+        format=replace(engine.format, **chosen("group", "split", "width")),
+        **chosen("rows", "cols", "draft_rows", "max_k"),
     )
-    if engine:
+    if engine_only or isinstance(base, EngineConfig):
         refuse_unused(
-            "with --engine, which has no ports to memory",
-            weights_bits=weights_bits,
-            data_bits=data_bits,
-            address_bits=address_bits,
+            "with an engine alone, which has no ports to memory",
+            **chosen("weights_bits", "data_bits", "address_bits"),
         )
-    else:
-        default = AcceleratorConfig(config)
-        chosen = {} if address_bits is None else {"address_bits": address_bits}
-        ports = {}
-        for name, given in (("weights", weights_bits), ("data", data_bits)):
-            bits = getattr(default, name).data_bits if given is None else given
-            try:
-                ports[name] = AxiConfig(data_bits=bits, **chosen)
-            except ValueError as error:
-                raise ValueError(f"the {name} port: {error}") from error
-        config = AcceleratorConfig(config, **ports)
-    for path in write_verilog(config, output, force=force):
-        print(f"{path}  {path.stat().st_size:,} bytes")
+        return engine
+    ports = base or AcceleratorConfig(engine)
+    changed = {}
+    for name in ("weights", "data"):
+        bits = {"data_bits": given[f"{name}_bits"]} if f"{name}_bits" in given else {}
+        try:
+            changed[name] = replace(getattr(ports, name), **bits, **chosen("address_bits"))
+        except ValueError as error:
+            raise ValueError(f"the {name} port: {error}") from error
+    return AcceleratorConfig(engine, **changed)

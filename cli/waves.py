@@ -10,14 +10,12 @@ the host works, so that a second run meets the same events in the same cycles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from speq.cli.options import (
     DEFAULT_THRESHOLD,
@@ -28,9 +26,10 @@ from speq.cli.options import (
     MaxTokens,
     ModelName,
     Rows,
+    check_model,
     refuse_unused,
 )
-from speq.cli.progress import with_passing_bar
+from speq.cli.progress import status, with_passing_bar
 from speq.cli.simulation import check_array
 
 if TYPE_CHECKING:
@@ -101,6 +100,7 @@ def run(
     recording, save = output / f"{_STEM}.fst", output / f"{_STEM}.gtkw"
     marks = {recording.name: _RECORDING, **layout_marks(_STEM)}
     with staged(output, marks, force=force) as folder:
+        check_model(model)
         # These load torch: options and output are right by now.
         from speq.host.session import Session, accelerator_for, kv_capacity
         from speq.model.encoding import encode_linears
@@ -144,7 +144,7 @@ def run(
             return found[nth - 1]
 
         recorded = folder / recording.name
-        with _status() as show:
+        with status() as show:
             show("building the simulation")
             marker = None
             if start is None:
@@ -163,14 +163,3 @@ def run(
     size = recording.stat().st_size / 1e6
     print(f"{recording}: cycles {start:,} to {min(waves.stop, end) - 1:,}, {size:.1f} MB")
     print(f"{save}: show it with gtkwave {save}")
-
-
-@contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """Shows what is being done, on a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    with console.status("") as status:
-        yield status.update

@@ -46,7 +46,14 @@ from speq.hw.engine_config import Mode
 from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.format import EncodedTensor
-from speq.model.speculation import Settings, Step, committed_step, pass_mask, token_limit
+from speq.model.speculation import (
+    Settings,
+    Step,
+    committed_step,
+    pass_mask,
+    shared_prefix,
+    token_limit,
+)
 from speq.model.transformer import (
     AttentionRequest,
     LinearRequest,
@@ -191,6 +198,7 @@ class Driver:
         self._capacity = capacity
         self._tables = rotary_tables(model, torch.arange(capacity))
         self._kv = KVEntries(board, layout)
+        self._text: list[int] = []  # whose entries are the first ones in it
         self._write_weights(encoded)
         for kind in PassKind:
             self._write_program(kind)
@@ -252,6 +260,7 @@ class Driver:
         max_tokens: int,
         settings: Settings | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        resume: bool = False,
     ) -> Generator[Step, None, None]:
         """Decode greedily behind `prompt` and yield every committed step.
 
@@ -268,6 +277,8 @@ class Driver:
         settings : Settings, optional
             Its rows must be the accelerator's; a draft length of 0 decodes plainly.
         stop_ids : token ids after which decoding ends
+        resume : bool
+            Take what the KV cache holds of the prompt's beginning from earlier runs.
 
         Raises
         ------
@@ -291,13 +302,21 @@ class Driver:
             )
         if limit < 1:
             return
+        known = self.known(prompt) if resume else 0
+        del self._text[known:]
         try:
-            self._prefill(prompt[:-1])
+            self._prefill(prompt[known:-1], known)
+            self._text += prompt[known:-1]
             self.registers.command("clear_counters")
             yield from self._decode(prompt, limit, settings, stop_ids)
         except BaseException:
             self._abort()
             raise
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many of the prompt's tokens, of which the last is never one, a run that resumes finds
+        in the KV cache."""
+        return shared_prefix(self._text, prompt[:-1])
 
     def _check_settings(self, settings: Settings) -> None:
         rows = self.config.engine.rows
@@ -311,12 +330,12 @@ class Driver:
                 "logits, 0"
             )
 
-    def _prefill(self, tokens: Sequence[int]) -> None:
-        """Fill the KV cache from its start."""
+    def _prefill(self, tokens: Sequence[int], start: int) -> None:
+        """Fill the KV cache from entry `start` on."""
         self.registers["RUN"] = 0
         rows = self.config.engine.rows
-        for start in range(0, len(tokens), rows):
-            self._fill(list(tokens[start : start + rows]), start)
+        for i in range(0, len(tokens), rows):
+            self._fill(list(tokens[i : i + rows]), start + i)
 
     def _fill(self, tokens: list[int], start: int) -> None:
         """A pass that fills the KV cache from entry `start` on."""
@@ -340,7 +359,7 @@ class Driver:
         r = self.registers
         r["RUN"] = 1
         r["POSITION"] = len(prompt) - 1
-        r["ROOT"] = prompt[-1]
+        r["ROOT"] = root = prompt[-1]
         r["THRESHOLD"] = threshold_bits(settings.threshold)
         r["CHOICES"] = settings.choices
         longest = length = settings.length if self._drafts else 0
@@ -369,10 +388,12 @@ class Driver:
             if state == "IDLE":
                 return
             step = self._committed_step(written, stop_ids, repeated)
+            self._text += [root, *step.tokens[:-1]]
+            root = step.tokens[-1]
             written, left = written + len(step.tokens), left - len(step.tokens)
             number, repeated = number + 1, False
-            chain = chain[1:] if chain[:1] == step.tokens[-1:] else []
-            ended = step.tokens[-1] in stop_ids
+            chain = chain[1:] if chain[:1] == [root] else []
+            ended = root in stop_ids
             resumes = left > 0 and not ended and length < longest and not chain
             self._answer("FINISH" if ended or resumes else "CONTINUE")
             yield step

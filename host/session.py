@@ -17,7 +17,7 @@ from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Sampling, Settings, Step, generate
+from speq.model.speculation import Sampling, Settings, Step, TextCache, generate
 from speq.model.transformer import DraftLinear, prepare_draft_linears
 
 # Up to here a longer dot product costs a simulation nothing worth another build.
@@ -112,6 +112,7 @@ class Session:
         memory: Region | None = None,
     ) -> None:
         self.model, self.encoded, self.board = model, encoded or {}, board
+        self._text = TextCache(model.config)
         self._driver: Driver | None = None
         if board is not None:
             try:
@@ -150,11 +151,23 @@ class Session:
         max_tokens: int,
         settings: Settings | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        resume: bool = False,
     ) -> Generator[Step, None, None]:
         """Decode greedily behind `prompt`, on the board if there is one: `Driver.generate`, or
-        `golden`, which yields the same steps."""
+        `golden`, which yields the same steps.
+
+        With `resume`, only those of the prompt's tokens are computed that the KV cache does not
+        hold from the run before (see `known`), as in a conversation; the steps are the same.
+        """
         decode = self.golden if self._driver is None else self._driver.generate
-        return decode(prompt, max_tokens=max_tokens, settings=settings, stop_ids=stop_ids)
+        return decode(
+            prompt, max_tokens=max_tokens, settings=settings, stop_ids=stop_ids, resume=resume
+        )
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens a run of `generate` with `resume` would find in the
+        KV cache."""
+        return (self._text if self._driver is None else self._driver).known(prompt)
 
     def golden(
         self,
@@ -165,8 +178,10 @@ class Session:
         stop_ids: frozenset[int] = frozenset(),
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
+        resume: bool = False,
     ) -> Generator[Step, None, None]:
-        """Decode with the golden model, as `speq.model.speculation.generate` does."""
+        """Decode with the golden model, as `speq.model.speculation.generate` does; `resume` as of
+        `generate`, but with a KV cache of the golden model's own."""
         return generate(
             self.model,
             prompt,
@@ -176,4 +191,5 @@ class Session:
             sampling=sampling,
             generator=generator,
             stop_ids=stop_ids,
+            text=self._text if resume else None,
         )

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat formats: the prompt for a message, and the tokens that end a reply.
+"""Chat formats: the prompt for a conversation, and the tokens that end a reply.
 
 A checkpoint's chat template decides (`speq.model.chat_template`). Without one, or where it cannot
 be followed, the format is known by its special tokens.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from speq.model.chat_template import TemplateRefusal, UnsupportedTemplate, names, render
 
@@ -17,14 +18,33 @@ END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_tur
 END_OF_TEXT = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>")
 
 
+class Message(NamedTuple):
+    """What one of "system", "user" and "assistant" says."""
+
+    role: str
+    text: str
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How `turn` writes a role and its text. A format without system turns puts that text before
-    the user's. `opening` begins the reply."""
+    the first of the user's. `opening` begins a reply and `closing` ends it, by default as `turn`
+    ends."""
 
     turn: str
     opening: str
     system_turn: bool = True
+    closing: str | None = None
+
+    def write(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation."""
+        closing = self.turn.partition("{text}")[2] if self.closing is None else self.closing
+        return "".join(
+            f"{self.opening}{text}{closing}"
+            if role == "assistant"
+            else self.turn.format(role=role, text=text)
+            for role, text in (messages if self.system_turn else _without_system(messages))
+        )
 
 
 _FORMATS = {
@@ -41,7 +61,7 @@ _FORMATS = {
         "<|start_of_role|>assistant<|end_of_role|>",
     ),
     "<|user|>": ChatFormat("<|{role}|>\n{text}<|end|>\n", "<|assistant|>\n"),
-    "[INST]": ChatFormat("[INST]{text}[/INST]", "", system_turn=False),
+    "[INST]": ChatFormat("[INST]{text}[/INST]", "", system_turn=False, closing="</s>"),
 }
 _MARKERS = {"<|user|>": ("<|user|>", "<|end|>")}  # where one token says too little
 
@@ -52,24 +72,28 @@ def known_format(whole: Mapping[str, int]) -> ChatFormat | None:
     return next((_FORMATS[marker] for marker in known), None)
 
 
+def messages(user: str, system: str | None = None) -> list[Message]:
+    """A conversation that begins: the user's message, behind the system's if there is one."""
+    return [*([Message("system", system)] if system else []), Message("user", user)]
+
+
 def prompt(
     template: str,
     named: Mapping[str, str],
     whole: Mapping[str, int],
-    user: str,
-    system: str | None = None,
+    conversation: Sequence[Message],
 ) -> tuple[str, bool]:
-    """The prompt for one user message, up to the start of the reply, and whether nothing belongs
-    before it, because the template itself writes beginning-of-text tokens or has none.
+    """The prompt for a reply to a conversation, up to the start of the reply, and whether nothing
+    belongs before it, because the template itself writes beginning-of-text tokens or has none.
 
-    Without a known format the prompt is the message itself. `template` reads the variables `named`,
-    `whole` are the vocabulary's special tokens. Warns, naming what, if the template cannot be
-    followed.
+    Without a known format the prompt is the messages' texts. `template` reads the variables
+    `named`, `whole` are the vocabulary's special tokens. A system message that has no turn of its
+    own is put before the user's first one. Warns, naming what, if the template cannot be followed.
     """
     complete = False
     if template:
         try:
-            return _from_template(template, named, user, system), True
+            return _from_template(template, named, conversation), True
         except (UnsupportedTemplate, TemplateRefusal) as error:
             chosen = "by the special tokens" if known_format(whole) else "without a chat format"
             warnings.warn(
@@ -80,23 +104,45 @@ def prompt(
         complete = "bos_token" not in names(template) and not (opening and opening in template)
     chat_format = known_format(whole)
     if chat_format is None:
-        return f"{system}\n\n{user}" if system else user, complete
-    if not chat_format.system_turn:
-        user, system = (f"{system}\n\n{user}" if system else user), None
-    first = chat_format.turn.format(role="system", text=system) if system else ""
-    return first + chat_format.turn.format(role="user", text=user) + chat_format.opening, complete
+        return "\n\n".join(text for _, text in conversation), complete
+    return chat_format.write(conversation) + chat_format.opening, complete
 
 
-def _from_template(template: str, named: Mapping[str, str], user: str, system: str | None) -> str:
-    def text(*messages: tuple[str, str]) -> str:
-        turns = [{"role": role, "content": content} for role, content in messages]
-        nothing = {"tools": None, "documents": None}
-        values = {**named, **nothing, "messages": turns, "add_generation_prompt": True}
-        return render(template, values)
+def system_refusal(template: str, named: Mapping[str, str], whole: Mapping[str, int]) -> str | None:
+    """Why a system message would not reach the model as one; None if it would."""
+    probe = "the-system-message"
+    if template:
+        try:
+            written = _render(template, named, messages("hello", probe))
+            return None if probe in written else "the chat template leaves it out"
+        except TemplateRefusal as error:
+            return f"the chat template refuses it: {error}"
+        except UnsupportedTemplate:
+            pass  # `prompt` says what is done instead
+    chat_format = known_format(whole)
+    if chat_format is None:
+        return "the model has no chat format"
+    return None if chat_format.system_turn else "the model's chat format has no system messages"
 
-    if not system:
-        return text(("user", user))
+
+def _from_template(template: str, named: Mapping[str, str], conversation: Sequence[Message]) -> str:
     try:
-        return text(("system", system), ("user", user))
-    except TemplateRefusal:  # a format without system turns
-        return text(("user", f"{system}\n\n{user}"))
+        return _render(template, named, conversation)
+    except TemplateRefusal:
+        if conversation[0].role != "system":
+            raise
+        return _render(template, named, _without_system(conversation))
+
+
+def _render(template: str, named: Mapping[str, str], conversation: Sequence[Message]) -> str:
+    turns = [{"role": role, "content": text} for role, text in conversation]
+    nothing = {"tools": None, "documents": None}
+    return render(template, {**named, **nothing, "messages": turns, "add_generation_prompt": True})
+
+
+def _without_system(conversation: Sequence[Message]) -> Sequence[Message]:
+    """The conversation with the system's message before the user's first one, in one turn."""
+    if conversation[0].role != "system":
+        return conversation
+    system, user, *rest = conversation
+    return [Message("user", f"{system.text}\n\n{user.text}" if system.text else user.text), *rest]

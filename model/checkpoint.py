@@ -31,6 +31,7 @@ from functools import cached_property
 import torch
 
 from speq.model.arith import WeightOperand, prepare_verify
+from speq.model.errors import CheckpointError
 from speq.model.tokenizer import Tokenizer
 from speq.model.vector_ops import rotary_frequencies
 
@@ -50,10 +51,6 @@ MAX_SIZE, MAX_BLOCKS, MAX_HEAD_DIM = 1 << 24, 1 << 10, 1 << 12
 
 # (name of the weight, shape) -> tensor, in the precision of the file
 WeightReader = Callable[[str, tuple[int, ...]], torch.Tensor]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: missing, damaged, inconsistent or unsupported."""
 
 
 def check_architecture(name: str) -> None:

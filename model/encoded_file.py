@@ -14,7 +14,7 @@ scaled:
 and the entry `speq` of the file's metadata is a JSON object:
 
     version   4
-    source    the model's name, as given
+    source    the model: an alias, or the checkpoint's path from the file's folder
     columns   columns of a tile
     tensors   for each NAME its `shape` [O, K], `format` (group, split and width),
               `drafted_outputs` if not all are drafted, `channels` (which of order and shift there
@@ -64,7 +64,7 @@ class EncodedModel:
 
     Attributes
     ----------
-    source : the model's name
+    source : the model, an alias or a path from the file's folder
     tensors : encoded linear layers by name, at least one
     digests : SHA-256 of the original weights by name
     settings : "chain" and "alternates" -> Settings, or nothing

@@ -85,14 +85,18 @@ def encode_linears(
     }
 
 
-def tensors_for(model: Model, file: EncodedModel, path: Path) -> Mapping[str, EncodedTensor]:
+def tensors_for(
+    model: Model, file: EncodedModel, path: Path, *, decode: bool = True
+) -> Mapping[str, EncodedTensor]:
     """The tensors of an encoded file at `path`, which must be this model's and decode to its bits.
 
+    Without `decode` the latter is left to whoever uses them, as a `Session` with a board does.
     Raises ValueError, naming the file and the tensor, if they are not or do not.
     """
     try:
         file.check_source(model)
-        file.check_bits()
+        if decode:
+            file.check_bits()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return file.tensors

@@ -7,21 +7,24 @@ Opening a named pipe may wait for ever, and a device such as /dev/zero has no en
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from pathlib import Path
 
 #: Regular expression of how an encoded model begins (`speq.model.encoded_file`).
 ENCODED_MODEL = rb'(?s).{8}\{"__metadata__":\{"speq":'
+_log = logging.getLogger(__name__)
 
 
 def check_regular(path: Path) -> None:
     """Raises OSError, naming the path, unless it is a regular file or a link to one."""
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+    _log.debug("reading %s, %d bytes", path, found.st_size)
 
 
 def read_limited(path: Path, limit: int) -> bytes:

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from speq.model.checkpoint import Model
+from speq.model.checkpoint import Model, ModelConfig
 from speq.model.settings import Sampling, Settings
 from speq.model.transformer import DraftLinear, KVCache, NonFiniteError, forward, prefill
 from speq.model.vector_ops import ranked
@@ -382,6 +382,41 @@ def accept(
         rows.append(proposal.rows_of(position)[match])
 
 
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens at the beginning of two texts are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+class TextCache:
+    """A KV cache that outlives a run: the next one finds what it holds of its prompt's beginning.
+
+    Which pass has written an entry makes no difference to its bits: a prompt's or a verify pass.
+
+    Attributes
+    ----------
+    entries : KVCache
+    tokens : list of int
+        Whose entries its first slots hold. Whatever lies behind them counts for nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.entries = KVCache(config, 0)
+        self.tokens: list[int] = []
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many of the prompt's tokens, of which the last is never one, need no entry."""
+        return shared_prefix(self.tokens, prompt[:-1])
+
+    def begin(self, prompt: Sequence[int], capacity: int) -> KVCache:
+        """The cache with the entries that it has of the prompt, and room for so many slots."""
+        known = self.known(prompt)
+        del self.tokens[known:]
+        self.entries.truncate(known)
+        self.entries.reserve(capacity)
+        return self.entries
+
+
 def generate(
     model: Model,
     prompt: Sequence[int],
@@ -392,6 +427,7 @@ def generate(
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
     stop_ids: frozenset[int] = frozenset(),
+    text: TextCache | None = None,
 ) -> Generator[Step, None, None]:
     """Decode behind `prompt` and yield every committed step.
 
@@ -409,6 +445,9 @@ def generate(
     generator : torch.Generator
         Source of all randomness; needed for sampling.
     stop_ids : token ids after which decoding ends
+    text : TextCache, optional
+        Where the keys and values are kept, also those of an earlier run; the steps do not depend on
+        it. For one run at a time.
 
     Raises
     ------
@@ -422,9 +461,11 @@ def generate(
     if sampling is not None and generator is None:
         raise ValueError("sampled decoding needs a generator")
     remaining = token_limit(model, prompt, max_tokens)
-    cache = KVCache(model.config, len(prompt) + max(0, remaining) + settings.rows)
-    if len(prompt) > 1 and remaining > 0:
-        prefill(model, prompt[:-1], cache)
+    text = text or TextCache(model.config)
+    cache = text.begin(prompt, len(prompt) + max(0, remaining) + settings.rows)
+    if remaining > 0 and (new := prompt[cache.length : -1]):
+        prefill(model, new, cache)
+        text.tokens += new
     root, number = prompt[-1], 1
     failed, repeated = Proposal(), False  # what is left of one whose verify pass was not finite
     while remaining > 0:
@@ -460,6 +501,7 @@ def generate(
             stop_ids=stop_ids,
             repeated=repeated,
         )
+        text.tokens += [root, *step.tokens[:-1]]
         yield step
         root, number, repeated = step.tokens[-1], number + 1, False
         remaining = 0 if root in stop_ids else remaining - len(step.tokens)

@@ -23,6 +23,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from speq.model import chat
+from speq.model.chat import Message
 from speq.model.sentencepiece import SPACE, SentencePieceBpe
 
 # The regular expressions by which text is cut into words before BPE, as published with the models.
@@ -109,11 +110,15 @@ class Tokenizer:
         return self._checked([*self.leading, *self.vocabulary.encode(text)])
 
     def encode_chat(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of the prompt for one user message. A chat template decides about
+        """Token ids of the prompt for one user message, as of `encode_messages`."""
+        return self.encode_messages(chat.messages(user, system))
+
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the prompt for a reply to a conversation. A chat template decides about
         beginning-of-text tokens; without one they are there. Raises ValueError as `encode`."""
-        for text in (user, system or ""):
-            _check_text(text)
-        prompt, complete = self._prompt(user, system)
+        for message in messages:
+            _check_text(message.text)
+        prompt, complete = self._prompt(messages)
         return self._checked([*(() if complete else self.leading), *self.vocabulary.encode(prompt)])
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -126,15 +131,20 @@ class Tokenizer:
         """The prompt text for one user message: turns in the model's chat format up to the start of
         its reply, as the chat template writes it. A model without a known chat format gets `user`
         unchanged. Warns if there is a template that cannot be followed."""
-        return self._prompt(user, system)[0]
+        return self._prompt(chat.messages(user, system))[0]
 
     @property
     def has_chat_format(self) -> bool:
         """Whether `chat` knows the model's chat format."""
         return bool(self.chat_template) or chat.known_format(self.vocabulary.whole) is not None
 
-    def _prompt(self, user: str, system: str | None) -> tuple[str, bool]:
-        return chat.prompt(self.chat_template, self.named, self.vocabulary.whole, user, system)
+    @property
+    def system_refusal(self) -> str | None:
+        """Why a system message would not reach the model as one; None if it would."""
+        return chat.system_refusal(self.chat_template, self.named, self.vocabulary.whole)
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[str, bool]:
+        return chat.prompt(self.chat_template, self.named, self.vocabulary.whole, messages)
 
     def _checked(self, ids: list[int]) -> list[int]:
         beyond = next((i for i in ids if self.limit is not None and i >= self.limit), None)

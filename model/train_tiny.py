@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the model `tiny`, from nothing but a seed: `python -m speq.model.train_tiny -o FOLDER`.
+"""Training of the model `tiny` from nothing but a seed; `make tiny` runs it.
 
-A Llama of about 260,000 parameters learns the stories of `speq.model.stories`. The folder gets
+A Llama of about 260,000 parameters learns the stories of `speq.model.stories`. A folder gets
 config.json, model.safetensors (FP16) and tokenizer.json in Hugging Face's layout. One thread, no
 other source of randomness than the seed: the same machine and torch give the same bytes again.
 
@@ -9,11 +9,9 @@ Every row of a batch starts with the beginning of a story and holds as many stor
 other, as fit; no story is seen twice. Training rows are as long as the model's context.
 """
 
-import argparse
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
-from speq.model.stories import held_out_stories, training_stories
+from speq.model.stories import training_stories
 
 HIDDEN, FFN, BLOCKS, HEADS, KV_HEADS = 64, 172, 5, 4, 2
 HEAD_DIM = HIDDEN // HEADS
@@ -228,32 +226,3 @@ def save(model: TinyLlama, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line; exits with one line on standard error if the folder cannot be used."""
-    parser = argparse.ArgumentParser(description="Train the model 'tiny' on generated stories.")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights (0)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps ({STEPS})")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"steps is {options.steps}; expected at least 1")
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"error: cannot write to {options.output}: {error.strerror}")
-    tokenizer = train_tokenizer()
-    print(f"seed {options.seed}, {options.steps} steps of {ROWS} x {CONTEXT} tokens", flush=True)
-    model, _ = train(tokenizer, options.seed, options.steps)
-    held_out = token_rows(tokenizer, held_out_stories(), CONTEXT)
-    with torch.no_grad():
-        loss = loss_of(model, torch.tensor(list(itertools.islice(held_out, 32))))
-    print(f"held-out stories: {loss.item():.4f} nats per token")
-    for prompt in ("Once upon a time", "One day, a little girl", "The dog"):
-        print(continuation(model, tokenizer, prompt))
-    save(model, tokenizer, options.output)
-
-
-if __name__ == "__main__":
-    main()

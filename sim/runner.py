@@ -47,6 +47,8 @@ class _Background(cocotb_tools.runner.Verilator):
             stdout=stdout,
             stderr=subprocess.STDOUT,
             pass_fds=self.descriptors,
+            # Ctrl-C on a terminal is for the process that has started it, which ends it.
+            process_group=0,
         )
 
 

@@ -9,7 +9,7 @@ import socket
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,8 @@ CHANNELS = ("ar", "r", "aw", "w", "b")
 SOURCES = tuple(Path(__file__).parent / name for name in ("board.sv", "memory_model.cpp"))
 
 _ARRAY = "*.datapath.engine.array*"
-# The simulator looks after the connection at least this often.
-_WAIT_CYCLES = 50_000
+#: The simulator looks after the connection at least this often.
+WAIT_CYCLES = 50_000
 # Longest wait for an answer, unless SPEQ_TIMEOUT says otherwise. The slowest simulations do some
 # hundred cycles a second.
 _ANSWER_SECONDS = 600
@@ -218,6 +218,12 @@ class SimulatedBoard:
     memory : MemoryOptions
     waves : Waves, optional
 
+    Attributes
+    ----------
+    before_wait : callable, optional
+        Called before `wait_interrupt` lets time pass, and again at least every `WAIT_CYCLES` of it;
+        may end the wait by an exception.
+
     Raises
     ------
     SimulationError
@@ -237,6 +243,7 @@ class SimulatedBoard:
         waves: Waves | None = None,
     ) -> None:
         self.memory = memory
+        self.before_wait: Callable[[], None] | None = None
         self._waves = waves
         self._cycles = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -309,7 +316,9 @@ class SimulatedBoard:
         it is."""
         left = timeout_cycles
         while True:
-            cycles = _WAIT_CYCLES if left is None else max(1, min(_WAIT_CYCLES, left))
+            if self.before_wait is not None:
+                self.before_wait()
+            cycles = WAIT_CYCLES if left is None else max(1, min(WAIT_CYCLES, left))
             if self._request(RequestKind.WAIT, 0, cycles):
                 return True
             if left is not None:

@@ -54,11 +54,11 @@ def anchors(page: Path) -> set[str]:
 
 @cache
 def options() -> dict[str, set[str]]:
-    """Long options of the commands of `speq`, by command."""
+    """Long options of the commands of `speq`, by command, and of `speq` itself."""
     group = get_command(speq.cli.app)
     assert isinstance(group, TyperGroup)
     found = {}
-    for name, command in group.commands.items():
+    for name, command in {"speq": group, **group.commands}.items():
         names = (opt for parameter in command.params for opt in parameter.opts)
         found[name] = {"--help", *(opt for opt in names if opt.startswith("--"))}
     return found
@@ -108,6 +108,16 @@ def test_commands_and_options_exist(page: Path) -> None:
         if line.startswith("--"):  # an option on its own
             option = line.split()[0]
             assert any(option in some for some in options().values()), f"no command has {option}"
+
+
+@each_own_page
+def test_commands_run_as_printed(page: Path) -> None:
+    """Without an activated environment; in prose, `speq cycles` is a name."""
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    cells = {span for row in rows for span in _SPAN.findall(row.rpartition(" | ")[2])}
+    for line in code(page):
+        assert not re.match(r"(pytest|python3?|\$) ", line), line
+        assert not (line in cells and re.match(r"speq [a-z-]+ -", line)), line
 
 
 @each_own_page

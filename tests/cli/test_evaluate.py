@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from speq.cli import eval_report, plots
-from speq.cli.eval_report import as_json, number, percent, print_study
+from speq.cli import plots
+from speq.cli.eval_report import as_json, number, percent
+from speq.cli.tables import figure_table, show
 from speq.host.session import Session
 from speq.model import ablation
 from speq.model.checkpoint import linear_names
@@ -59,7 +59,7 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
-def test_report_and_plots(speq_eval, tmp_path):
+def test_report_and_plots(speq_eval, checkpoint, tmp_path):
     made = speq_eval(*QUICK, "--head-width", 6, "--seed", 3, "-o", tmp_path / "out")
     assert made.code == 0, made.err
     names = {f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg")} | {"report.json"}
@@ -72,7 +72,10 @@ def test_report_and_plots(speq_eval, tmp_path):
         ElementTree.parse(tmp_path / "out" / f"{plot}.svg")
 
     report = read(tmp_path / "out")
-    assert report["version"] == 3
+    assert report["version"] == 3 and report["model"]["name"] == Path(checkpoint).name
+    for file in (tmp_path / "out").iterdir():  # which may be moved
+        for folder in (tmp_path, Path(checkpoint).parent, Path.cwd()):
+            assert str(folder).encode() not in file.read_bytes()
     assert report["settings"]["seed"] == 3 and report["settings"]["draft"]["head"]["width"] == 6
     one_each = dict.fromkeys(shipped_prompts("evaluation"), 1)
     assert report["prompts"] == {"calibration": one_each, "evaluation": one_each}
@@ -190,6 +193,7 @@ def test_encoded_file(speq_eval, checkpoint, tmp_path):
     report = read(tmp_path / "out")
     draft = report["settings"]["draft"]
     assert draft["head"]["width"] == 4 and draft["drafted_outputs"] == 128
+    assert draft["encoded"] == file.name
     assert [entry["tensors"] for entry in draft["formats"]] == [14, 1]
     assert report["costs"]["relative"] == list(pass_costs(encoded))
 
@@ -204,9 +208,11 @@ def test_encoded_file(speq_eval, checkpoint, tmp_path):
 
 
 def test_ablation(speq_eval, tmp_path, monkeypatch):
-    """A few of its rows, one of each sort; the others are as many more drafts."""
+    """A few of its rows, one of each sort; the others are as many more drafts. All tables fit lines
+    of 80 characters: long names get several, and no word is cut."""
     rows = [row for row in ablation.ROWS if row.draft in ("split 2", "5 bits", "INT4", "tender4")]
     monkeypatch.setattr(ablation.run_ablation, "__defaults__", (rows, ("tender4",), lambda _: None))
+    monkeypatch.setenv("COLUMNS", "80")
     made = speq_eval(*QUICK, "--ablation", "-o", tmp_path / "out")
     assert made.code == 0, made.err
     assert {f"ablation.{kind}" for kind in ("png", "svg")} <= {
@@ -217,6 +223,9 @@ def test_ablation(speq_eval, tmp_path, monkeypatch):
     assert report["rows"][0]["row"]["prototype"] == [0.718, 1.55]
     assert [entry["name"] for entry in report["lossy"]] == ["tender4"]
     assert "71.8%" in made.out and "1.55" in made.out and "tender4" in made.out
+    assert "…" not in made.out
+    assert max(map(len, made.out.splitlines()[:-1])) <= 80  # the last names the folder
+    assert {word for row in rows for word in row.name.split()} <= set(made.out.split())
 
 
 @pytest.mark.parametrize(
@@ -280,13 +289,12 @@ def test_values_for_json():
     assert (number(None), number(float("nan")), number(1.234)) == ("-", "-", "1.23")
 
 
-def test_tables_fit_a_terminal(speq_eval, tmp_path, monkeypatch):
-    """No figure is cut off in 80 columns."""
-    kept = []
-    monkeypatch.setattr(eval_report, "print_study", lambda done, console: kept.append(done))
-    assert speq_eval(*QUICK, "-o", tmp_path / "out").code == 0
-    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    print_study(kept[0], console)
-    text = console.export_text()
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 80
+def test_long_words_make_tables_wider(capsys, monkeypatch):
+    """As long as they are names: none is cut."""
+    monkeypatch.setenv("COLUMNS", "40")
+    table = figure_table("", "kind", "one figure", "another figure")
+    table.add_row("some_kind_that_is_longer_than_any_other x", "1.25", "7")
+    show(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert "some_kind_that_is_longer_than_any_other" in lines[2].split()
+    assert lines[0].split() == ["kind", "one", "figure", "another", "figure"]

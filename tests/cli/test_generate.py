@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
 import warnings
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +21,8 @@ from rich.console import Console
 from rich.text import Text
 
 import speq.cli
-from speq.cli.generate import chosen_settings, origins, show, summary
+from speq.cli.decoding import chosen_settings
+from speq.cli.decoding_output import origins, show, summary
 from speq.cli.simulation import rtl_figures
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.session import memory_size
@@ -123,6 +127,96 @@ def test_text_before_the_end_of_fp16s_range_is_shown(overflowing_checkpoint, spe
     assert len(set(shown)) == 1 and len(shown[0]) > 1
     short = speq_generate("--mode", "fp16", "--max-tokens", 5, model=overflowing_checkpoint)
     assert short.code == 0 and short.out == shown[0]
+
+
+def test_json_has_text_tokens_and_figures(speq_generate, checkpoint):
+    text = speq_generate("--max-tokens", COUNT)
+    made = speq_generate("--max-tokens", COUNT, "--json", "--seed", 7)
+    assert (made.code, made.err) == (0, "")  # the figures are in the object
+    (line,) = made.out.splitlines()
+    found = json.loads(line)
+    assert found["text"] + "\n" == text.out
+    assert (found["version"], found["model"]) == (version("speq"), checkpoint)
+    assert (found["backend"], found["mode"], found["seed"]) == ("golden", "speq", 7)
+    tokenizer = load_model(checkpoint).tokenizer
+    assert found["prompt_ids"] == tokenizer.encode_chat("hello") and found["known"] == 0
+    assert len(found["token_ids"]) == COUNT and found["stop"] == "max tokens"
+    settings = found["settings"]
+    assert (settings["rows"], settings["threshold"], settings["max_tokens"]) == (8, 2.0, COUNT)
+    assert settings["sampling"] is settings["encoded"] is settings["system"] is None
+    steps, totals = found["steps"], found["totals"]
+    assert [t for step in steps for t in step["tokens"]] == found["token_ids"]
+    for step in steps:
+        assert step["committed"] == len(step["tokens"])
+        assert step["committed"] <= 1 + step["accepted"] + step["alternate_hit"]
+        assert step["accepted"] <= step["drafted"]
+    for name, part in (
+        ("draft_passes", "drafted"),
+        *((name, name) for name in ("accepted", "committed", "alternates")),
+        ("alternate_hits", "alternate_hit"),
+    ):
+        assert totals[name] == sum(step[part] for step in steps)
+    assert totals["verify_passes"] == len(steps)
+    cost = totals["draft_passes"] * totals["draft_cost"] + len(steps) * totals["verify_cost"]
+    assert totals["speedup"] == pytest.approx(COUNT / cost)
+    assert found["counters"] is found["error"] is None
+
+
+def test_json_of_plain_and_of_sampled_decoding(speq_generate):
+    plain = json.loads(speq_generate("--mode", "fp16", "--json", "--max-tokens", 3).out)
+    assert plain["totals"]["match_rate"] is plain["totals"]["speedup"] is None
+    assert "threshold" not in plain["settings"]
+    options = ("--temperature", 1, "--top-k", 5, "--seed", 3)
+    sampled = json.loads(speq_generate(*options, "--json", "--max-tokens", 3).out)
+    assert sampled["settings"]["sampling"] == {"temperature": 1.0, "top_k": 5, "top_p": 1.0}
+
+
+def test_json_says_why_decoding_ended(speq_generate, overflowing_checkpoint, monkeypatch):
+    made = speq_generate("--json", "--max-tokens", COUNT, model=overflowing_checkpoint)
+    found = json.loads(made.out)
+    assert (made.code, found["stop"], len(found["token_ids"])) == (1, "error", 5)
+    assert found["error"] and made.err == f"speq: error: {found['error']}\n"
+    first = json.loads(speq_generate("--json", "--max-tokens", COUNT).out)["token_ids"]
+    assert first[2] not in first[:2]
+
+    def stopping(*arguments: object, **options: object) -> Model:
+        model = load_model(*arguments, **options)
+        return replace(model, tokenizer=replace(model.tokenizer, stop_ids=frozenset([first[2]])))
+
+    monkeypatch.setattr("speq.model.loaders.load_model", stopping)
+    found = json.loads(speq_generate("--json", "--max-tokens", COUNT).out)
+    assert (found["stop"], found["token_ids"]) == ("stop token", first[:3])
+
+
+def test_quiet_leaves_the_text_alone(checkpoint, speq_command):
+    arguments = ("generate", checkpoint, "--prompt", "hello", "--max-tokens", 5)
+    usual = speq_command(*arguments)
+    assert len(usual.err) >= 2
+    quiet = speq_command("--quiet", *arguments)
+    assert (quiet.code, quiet.out, quiet.err) == (0, usual.out, [])
+    verbose = speq_command("-v", *arguments)
+    assert verbose.out == usual.out and len(verbose.err) > len(usual.err)
+    said = "\n".join(verbose.err)
+    for part in (f"reading {checkpoint}, ", version("speq"), torch.__version__, "seed 0", "Format"):
+        assert part in said
+    failed = speq_command("-q", "generate", "absent.gguf", "--prompt", "hello")
+    assert failed.code == 1 and failed.err[0].startswith("speq: error: absent.gguf")
+    both = speq_command("-q", "-v", *arguments)
+    assert both.code == 1 and "--verbose and --quiet exclude each other" in both.err[0]
+
+
+def test_long_prompts_are_refused_before_anything_is_encoded(
+    speq_generate, encoded_file, monkeypatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("this is work")
+
+    monkeypatch.setattr("speq.model.encoding.encode", refuse)
+    monkeypatch.setattr(EncodedModel, "check_bits", refuse)
+    monkeypatch.setattr("speq.cli.decoding.simulated_board", refuse)
+    for options in ((), ("--backend", "rtl"), ("--encoded", encoded_file)):
+        made = speq_generate("--prompt", "x" * 70, "--raw", *options)
+        assert made.code == 1 and "prompt has 70 tokens; expected 1 to 63" in made.err
 
 
 def test_sampled_text_depends_on_the_seed(speq_generate):
@@ -325,7 +419,7 @@ def accelerator(monkeypatch) -> list:
         configs.append(config)
         return Simulated(config, memory_size(config, model, encoded, capacity))
 
-    monkeypatch.setattr("speq.cli.generate.simulated_board", board)
+    monkeypatch.setattr("speq.cli.decoding.simulated_board", board)
     return configs
 
 

@@ -353,6 +353,21 @@ WRONG = [
     ("generate", "m", "--prompt", "a", "--width", "7"),
     ("generate", "m", "--prompt", "a", "--cols", "8"),
     ("generate", "m", "--prompt", "a", "--backend", "rtl", "--cols", "6"),
+    ("generate", "m"),
+    ("generate", "m", "--prompt", "a", "--prompt-file", "b"),
+    ("generate", "m", "--prompt-file", "absent"),
+    ("generate", "m", "--chat", "--prompt", "-"),
+    ("generate", "m", "--prompt", "a", "--raw", "--system", "b"),
+    ("generate", "absent.gguf", "--prompt", "a"),
+    ("encode", "absent.gguf", "-o", "x"),
+    ("eval", "absent.gguf", "-o", "x"),
+    ("waves", "absent.gguf", "-o", "x"),
+    ("verilog", "-o", "x.v", "--preset", "huge"),
+    ("verilog", "-o", "x.v", "--preset", "wide", "--config", "y"),
+    ("verilog", "-o", "x.v", "--config", "absent"),
+    ("cycles", "absent.gguf"),
+    ("cycles", "tiny", "--context", "-1"),
+    ("--verbose", "--quiet", "cycles"),
     ("demo", "--rows", "0"),
     ("demo-decode", "--cols", "6"),
     ("demo-decode", "--threshold", "-1"),
@@ -388,6 +403,6 @@ def test_wrong_options_do_not_wait_for_torch(tmp_path):
     answers = done.stdout.splitlines()
     assert len(answers) == len(WRONG), done.stderr
     for answer, arguments in zip(answers, WRONG, strict=True):
-        expected = 2 if arguments == ("nonsense",) else 1
+        expected = 2 if arguments in (("nonsense",), ("generate", "m")) else 1
         assert answer == f"{expected} False {' '.join(arguments)}"
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -62,12 +63,21 @@ def _file(folder: Path) -> FstFile:
     return FstFile(folder / "speq.fst")
 
 
+def _found(folder: Path, name: str) -> Path:
+    """What the save file in a folder means by a name, as GTKWave finds it: by the way from the
+    folder of [savefile] to it, which both must have one for."""
+    (written,) = re.findall(r'(?m)^\[savefile\] "(.*)"$', (folder / "speq.gtkw").read_text())
+    before, _, last = written.rpartition("/")
+    assert last == "speq.gtkw" and len(before) > 1 and name.startswith(f"{before}/")
+    return folder / os.path.relpath(name, before)
+
+
 def _shown(folder: Path) -> list[str]:
     """Signals of the save file; tables of values must exist."""
     names = []
     for line in (folder / "speq.gtkw").read_text().splitlines():
         if table := re.fullmatch(r"\^\d+ (.*)", line):
-            rows = Path(table[1]).read_text().splitlines()
+            rows = _found(folder, table[1]).read_text().splitlines()
             assert rows and all(re.fullmatch(r"\d+ .+", row) for row in rows)
         elif trace := re.fullmatch(r"\+\{.+\} (.*)", line):
             names.append(trace[1])
@@ -113,9 +123,22 @@ def test_window_at_a_pass(speq_waves, event, nth, kind):
     assert cycle == int(start.replace(",", "")) + BEFORE + 1
 
 
+def check_moved(folder: Path) -> None:
+    """What was recorded is complete wherever it lies."""
+    moved = folder.with_name("elsewhere")
+    shutil.move(folder, moved)
+    text = (moved / "speq.gtkw").read_text()
+    (recording,) = re.findall(r'(?m)^\[dumpfile\] "(.*)"$', text)
+    assert _found(moved, recording).resolve() == moved / "speq.fst"
+    assert len(_shown(moved)) == sum(len(group.traces) for group in LAYOUT)
+    assert not re.search(r'(?m)^(\^\d+ |\[.*\] ")/', text) and str(folder.parent) not in text
+    shutil.move(moved, folder)
+
+
 def test_window_at_a_step_and_by_cycles(speq_waves):
     made = speq_waves("--at", "step", "--cycles", 150)
     assert made.code == 0, made.err
+    check_moved(made.folder)
     marker = _marker(made.folder)
     committed = "board.accelerator.speculation.step.committed [7:0]"
     at_step = _file(made.folder)

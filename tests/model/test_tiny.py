@@ -21,7 +21,6 @@ from speq.model.train_tiny import (
     UNKNOWN,
     VOCABULARY,
     TinyLlama,
-    main,
     save,
     token_rows,
     train,
@@ -167,19 +166,3 @@ def test_training_learns_and_repeats_itself(tokenizer) -> None:
 def test_tokenizer_that_comes_along_is_the_one_that_training_makes(tokenizer) -> None:
     shipped = json.loads((tiny_path() / "tokenizer.json").read_text())
     assert shipped == json.loads(tokenizer.to_str())
-
-
-@pytest.mark.parametrize(("arguments", "message"), [(["--steps", "0"], "steps is 0")])
-def test_impossible_options(tmp_path, capsys, arguments, message) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["-o", str(tmp_path / "new"), *arguments])
-    assert stop.value.code not in (0, None)
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
-def test_output_that_is_a_file(tmp_path) -> None:
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(SystemExit, match="cannot write to"):
-        main(["-o", str(tmp_path / "file")])
-    assert (tmp_path / "file").read_text() == "kept"

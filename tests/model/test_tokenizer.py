@@ -20,7 +20,8 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from speq.model import tokenizer
+from speq.model import chat, tokenizer
+from speq.model.chat import Message
 from speq.model.chat_template import TemplateRefusal, UnsupportedTemplate, render
 from speq.model.checkpoint import CheckpointError
 from speq.model.loaders import load_model, tokenizer_json
@@ -110,8 +111,7 @@ def test_byte_level_tokenizer(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.decode([1, *ids]) == "hello th 12"
         assert tokenizer.decode(ids, skip_special=False) == "hello th 12<|im_end|>"
-        chat = tokenizer.chat("hi", system="be kind")
-        assert chat == (
+        assert tokenizer.chat("hi", system="be kind") == (
             "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
@@ -765,6 +765,66 @@ def test_formats_without_a_template(tokens, expected):
     assert tokenizer.chat("hi", "be").startswith(expected)
     assert tokenizer.has_chat_format == (tokens != ["<|user|>"])
     assert tokenizer.encode_chat("hi")[0] == 1
+
+
+CONVERSATION = [
+    Message("system", "be"),
+    Message("user", "hi"),
+    Message("assistant", "yes"),
+    Message("user", "and"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (
+            ["<|im_start|>", "<|im_end|>"],
+            "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+            "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nand<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+        (
+            ["<start_of_turn>"],
+            "<start_of_turn>user\nbe\n\nhi<end_of_turn>\n<start_of_turn>model\nyes<end_of_turn>\n"
+            "<start_of_turn>user\nand<end_of_turn>\n<start_of_turn>model\n",
+        ),
+        (["[INST]"], "[INST]be\n\nhi[/INST]yes</s>[INST]and[/INST]"),
+        ([], "be\n\nhi\n\nyes\n\nand"),
+    ],
+)
+def test_conversations_without_a_template(tokens, expected):
+    whole = {token: i for i, token in enumerate(tokens)}
+    assert chat.prompt("", {}, whole, CONVERSATION) == (expected, False)
+
+
+def test_conversations_go_through_the_template():
+    tokenizer = gguf_tokenizer(tokenizer__chat_template=CHATML)
+    ids = tokenizer.encode_messages(CONVERSATION)
+    assert tokenizer.decode(ids, skip_special=False) == (
+        "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nand<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert tokenizer.encode_messages(CONVERSATION[:2]) == tokenizer.encode_chat("hi", "be")
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "reason"),
+    [
+        (CHATML, [], None),
+        ("", ["<|im_start|>", "<|im_end|>"], None),
+        ("", ["[INST]"], "chat format has no system messages"),
+        ("", [], "has no chat format"),
+        ("{{ messages[1].content }}", [], "template leaves it out"),
+        ("{{ messages[0].content }}", [], None),
+        ("{{ raise_exception('no system role') }}", ["<|im_start|>"], "refuses it: no system role"),
+        ("{{ messages | groupby('role') }}", ["<|im_start|>", "<|im_end|>"], None),
+    ],
+)
+def test_why_a_system_message_cannot_be_given(template, tokens, reason):
+    found = chat.system_refusal(template, {}, {token: i for i, token in enumerate(tokens)})
+    assert found is None if reason is None else reason in found
 
 
 TEMPLATES = {

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`speq verilog`: configurations from descriptions, presets and options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speq.cli.presets import PRESETS
+from speq.cli.verilog import configuration
+from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
+from speq.hw.memory.axi import AxiConfig
+from speq.hw.verilog import generate
+
+SMALL = ("--rows", 1, "--cols", 4, "--max-k", 64, "--group", 32, "--split", 1, "--address-bits", 33)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("options", [SMALL, ("--engine", *SMALL[:-2])], ids=["whole", "engine"])
+def test_a_description_makes_the_same_bytes(speq_command, tmp_path, options):
+    for name in ("first", "again"):
+        (tmp_path / name).mkdir()
+    written = speq_command("verilog", *options, "-o", tmp_path / "first/x.v")
+    assert written.code == 0, written.err
+    description = tmp_path / "first/x.json"
+    again = speq_command("verilog", "--config", description, "-o", tmp_path / "again/x.v")
+    assert again.code == 0, again.err
+    assert contents(tmp_path / "again") == contents(tmp_path / "first")
+
+
+@pytest.fixture
+def asked_for(monkeypatch) -> list:
+    """The configurations for which Verilog was to be written."""
+    configs = []
+
+    def write(config: object, path: Path, *, force: bool) -> tuple[Path, ...]:
+        configs.append(config)
+        return ()
+
+    monkeypatch.setattr("speq.hw.verilog.write_verilog", write)
+    return configs
+
+
+@pytest.fixture(scope="module")
+def description(tmp_path_factory) -> tuple[AcceleratorConfig, Path]:
+    """A description, but for what is not read of it, of ports and buffers that are not usual."""
+    port = AxiConfig(data_bits=64, address_bits=33, burst=8, outstanding=4, depth=32)
+    config = AcceleratorConfig(EngineConfig(rows=2, cols=8, max_o=99), port, port)
+    path = tmp_path_factory.mktemp("description") / "x.json"
+    content = {"top": generate.ACCELERATOR_TOP, "parameters": generate.asdict(config)}
+    path.write_text(json.dumps(content))
+    return config, path
+
+
+def test_options_override_a_description(speq_command, asked_for, description):
+    config, path = description
+    for options in (
+        (),
+        ("--rows", 4, "--width", 4, "--split", 0, "--data-bits", 128, "--address-bits", 40),
+        ("--engine",),
+    ):
+        made = speq_command("verilog", "--config", path, *options, "-o", "x.v")
+        assert made.code == 0, made.err
+    same, other, engine = asked_for
+    assert same == config and engine == config.engine
+    assert (other.engine.rows, other.engine.cols, other.engine.max_o) == (4, 8, 99)
+    assert other.engine.format.split == 0
+    assert (other.weights.data_bits, other.data.data_bits) == (64, 128)
+    assert other.address_bits == 40 and other.weights.burst == other.data.burst == 8
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(speq_command, asked_for, name):
+    made = speq_command("verilog", "--preset", name, "-o", "x.v")
+    assert made.code == 0, made.err
+    (config,) = asked_for
+    for option, value in PRESETS[name].options.items():
+        assert getattr(config.engine, option) == value
+    # What it is for begins with its size and the ports that follow from it.
+    size = f"{config.engine.rows} x {config.engine.cols}, {config.weights.data_bits}-bit ports: "
+    assert PRESETS[name].purpose.startswith(size)
+
+
+def test_the_default_preset_is_what_no_option_gives(speq_command, asked_for):
+    for options in ((), ("--preset", "default"), ("--preset", "wide", "--cols", 16, "--rows", 3)):
+        assert speq_command("verilog", *options, "-o", "x.v").code == 0
+    usual, default, changed = asked_for
+    assert usual == default == AcceleratorConfig()
+    assert (changed.engine.rows, changed.data.data_bits, changed.engine.max_k) == (3, 256, 16_384)
+
+
+def test_help_lists_the_presets(speq_command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = speq_command("verilog", "--help").out
+    for name, preset in PRESETS.items():
+        assert f"{name}: {preset.purpose}." in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--preset", "huge"), "no preset 'huge'; choose one of small, default"),
+        (("--preset", "wide", "--config", "x.json"), "--config and --preset exclude each other"),
+        (("--config", "absent.json"), "absent.json: No such file"),
+        (("--config", "/dev/zero"), "/dev/zero: not a regular file"),
+        (("--config", "binary"), "binary: it is not JSON: not UTF-8"),
+        (("--config", "foreign.json"), "foreign.json: it has no field top"),
+        (("--config", "x.json", "--data-bits", 256), "the data port's data width is 256"),
+        (("--config", "x.json", "--rows", 0), "rows is 0"),
+        (("--config", "x.json", "--engine", "--data-bits", 64), "--data-bits is not used with an"),
+    ],
+)
+def test_what_is_refused(speq_command, description, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_bytes(description[1].read_bytes())
+    (tmp_path / "binary").write_bytes(b"\xff\xfe{}")
+    (tmp_path / "foreign.json").write_text('{"name": "speq"}')
+    before = contents(tmp_path)
+    result = speq_command("verilog", *options, "-o", "x.v")
+    assert result.code == 1 and len(result.err) == 1
+    assert message in result.err[0]
+    assert contents(tmp_path) == before
+
+
+def test_an_engine_stays_one():
+    engine = EngineConfig(rows=2, cols=3)
+    assert configuration(engine, False, {"rows": 4}) == EngineConfig(rows=4, cols=3)
+    with pytest.raises(ValueError, match="--address-bits is not used"):
+        configuration(engine, False, {"address_bits": 40})

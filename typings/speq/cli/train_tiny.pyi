@@ -1,0 +1,1 @@
+from cli.train_tiny import *
