@@ -49,6 +49,8 @@ def test_every_logit_is_the_golden_models():
     assert walked == [(p.name, str(p.rows), str(p.position)) for p in expected]
     row = r"^\d+ (\w+) .* ([+-]\d\.\d\d)% +(\d+\.\d)% "
     table = re.findall(row, result.output, re.MULTILINE)
+    rows = [line for line in result.output.splitlines() if re.match(row, line)]
+    assert len(rows) == len(table) and max(map(len, rows)) <= 80
     assert {name for name, *_ in table} == {"plain", "prefill", "draft", "verify"}
     for name, difference, busy in table:
         assert abs(float(difference)) < 2, name

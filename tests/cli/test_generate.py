@@ -188,7 +188,7 @@ def test_json_says_why_decoding_ended(speq_generate, overflowing_checkpoint, mon
     assert (found["stop"], found["token_ids"]) == ("stop token", first[:3])
 
 
-def test_quiet_leaves_the_text_alone(checkpoint, speq_command):
+def test_quiet_leaves_the_results_alone(checkpoint, speq_command, tmp_path):
     arguments = ("generate", checkpoint, "--prompt", "hello", "--max-tokens", 5)
     usual = speq_command(*arguments)
     assert len(usual.err) >= 2
@@ -199,6 +199,10 @@ def test_quiet_leaves_the_text_alone(checkpoint, speq_command):
     said = "\n".join(verbose.err)
     for part in (f"reading {checkpoint}, ", version("speq"), torch.__version__, "seed 0", "Format"):
         assert part in said
+    encode = ("encode", checkpoint, "--fixed", "--force", "-o", tmp_path / "x")
+    assert any("encoding" in line for line in speq_command(*encode).err)
+    quiet = speq_command("-q", *encode)
+    assert quiet.err == [] and "bits per weight" in quiet.out
     failed = speq_command("-q", "generate", "absent.gguf", "--prompt", "hello")
     assert failed.code == 1 and failed.err[0].startswith("speq: error: absent.gguf")
     both = speq_command("-q", "-v", *arguments)
