@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speq.cli.decoding_output import Reply, origins
+from speq.cli.decoding_output import Reply
 from speq.cli.notes import detail
 from speq.cli.options import DEFAULT_THRESHOLD
 from speq.cli.progress import with_passing_bar
@@ -192,9 +192,10 @@ class Decoder:
         try:
             with interruptible(board) if board else nullcontext():
                 for step in steps:
-                    reply.add(step)
-                    for token, origin in origins(step):
-                        show(stream.push(token), origin if self._request.speculative else None)
+                    texts = [stream.push(token) for token in step.tokens]
+                    reply.add(step, texts)
+                    for text, origin in zip(texts, step.origins, strict=True):
+                        show(text, origin if self._request.speculative else None)
             reply.stop = self._reason(reply)
         except NonFiniteError as error:
             reply.stop, reply.error = "error", error

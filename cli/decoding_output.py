@@ -17,8 +17,9 @@ With `--json` standard output gets an object for each prompt, in one line each, 
     text          what they mean
     stop          why decoding ended: "stop token", "max tokens", "context", "error", "interrupted"
     error         what went wrong, or null
-    steps         for each step the tokens, how many were drafted, accepted and committed, how many
-                  alternates were verified, and whether one of them was accepted
+    steps         for each step the tokens and their texts (a character of several tokens comes with
+                  the last), how many were drafted, accepted and committed, how many alternates were
+                  verified, and whether one of them was accepted
     totals        their sums, the rates that follow from them, costs of passes and modelled speedup
                   (null after plain decoding), seconds and tokens per second
     counters      of the accelerator since the prompt was in (null in the golden model), simulated
@@ -32,7 +33,6 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -92,12 +92,13 @@ class Reply:
         """All that were committed."""
         return [token for step in self.steps for token in step["tokens"]]
 
-    def add(self, step: Step) -> None:
-        """Count a step."""
+    def add(self, step: Step, texts: list[str]) -> None:
+        """Count a step, whose tokens have these texts."""
         self.statistics.add(step)
         self.steps.append(
             {
                 "tokens": step.tokens,
+                "texts": texts,
                 "drafted": step.drafted,
                 "accepted": step.accepted,
                 "committed": len(step.tokens),
@@ -193,15 +194,6 @@ def _record(reply: Reply) -> dict[str, Any]:
         "totals": {name: None if name in unknown else n for name, n in totals.items()},
         "counters": counters,
     }
-
-
-def origins(step: Step) -> Iterator[tuple[int, str]]:
-    """Each committed token with where it is from: "draft", "alternate" or "target"."""
-    for i, token in enumerate(step.tokens):
-        if i < step.accepted:
-            yield token, "draft"
-        else:
-            yield token, "alternate" if step.alternate_hit and i == step.accepted else "target"
 
 
 def summary(

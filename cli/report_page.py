@@ -63,7 +63,6 @@ class Sample:
     title: str
     prompt: str
     steps: list[ShownStep]
-    text: str = ""
 
     @property
     def tokens(self) -> int:
@@ -422,20 +421,17 @@ def _figure(f: Mapping[str, Any]) -> list[str]:
 
 
 def _generated(record: Mapping[str, Any], name: str) -> Sample:
-    """An object of `speq generate --json`: texts of single tokens it may not have, then ids stand
-    for them behind the whole text."""
+    """An object of `speq generate --json`."""
     steps = []
     for step in record["steps"]:
         ids = [int(token) for token in step["tokens"]]
         accepted, hit = int(step["accepted"]), bool(step["alternate_hit"])
         origins = ["draft"] * accepted + ["alternate"] * hit
         origins += ["target"] * (len(ids) - len(origins))
-        texts = step.get("texts") or [f"{token} " for token in ids]
-        tokens = [Token(_text(t), o) for t, o in zip(texts, origins, strict=True)]
+        tokens = [Token(_text(t), o) for t, o in zip(step["texts"], origins, strict=True)]
         refused = [Token("", "refused")] * max(0, int(step["drafted"]) - accepted)
         steps.append(ShownStep(tokens, refused))
-    has_texts = all("texts" in step for step in record["steps"])
-    return Sample(name, "", steps, "" if has_texts else _text(record["text"]))
+    return Sample(name, "", steps)
 
 
 def _text(value: object) -> str:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 import speq.cli
 from speq.cli.decoding import chosen_settings
-from speq.cli.decoding_output import origins, show, summary
+from speq.cli.decoding_output import show, summary
 from speq.cli.simulation import rtl_figures
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.session import memory_size
@@ -376,13 +376,12 @@ def test_text_is_streamed_in_whole_characters(checkpoint):
 def test_origins_of_tokens():
     logits = torch.zeros(4, 1)
 
-    def kinds(tokens: list[int], accepted: int, hit: bool) -> list[tuple[int, str]]:
-        step = Step(tokens, logits[: len(tokens)], 3, accepted, 4, hit, [0.0] * 3)
-        return list(origins(step))
+    def kinds(tokens: list[int], accepted: int, hit: bool) -> list[str]:
+        return Step(tokens, logits[: len(tokens)], 3, accepted, 4, hit, [0.0] * 3).origins
 
-    assert kinds([5, 6, 7], 2, False) == [(5, "draft"), (6, "draft"), (7, "target")]
-    assert kinds([5, 6, 7], 1, True) == [(5, "draft"), (6, "alternate"), (7, "target")]
-    assert kinds([5], 0, False) == [(5, "target")]
+    assert kinds([5, 6, 7], 2, False) == ["draft", "draft", "target"]
+    assert kinds([5, 6, 7], 1, True) == ["draft", "alternate", "target"]
+    assert kinds([5], 0, False) == ["target"]
     assert kinds([5, 6], 2, False) == [(5, "draft"), (6, "draft")]  # cut by a stop token
 
 
