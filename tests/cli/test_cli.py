@@ -429,15 +429,19 @@ def test_verify_file_refuses_what_is_no_encoded_model(
         assert str(path) in result.err[0]
 
 
+ENGINE_FILES = [".core", ".json", ".v", ".vlt"]
+ACCELERATOR_FILES = sorted([*ENGINE_FILES, ".h", ".md", ".rdl", "_example.v", "_tb.v"])
+
+
 @pytest.mark.parametrize(
     ("options", "top", "suffixes"),
     [
-        (("--engine", "--cols", 3), "speq_gemm_engine", [".json", ".v"]),
-        (("--cols", 4), "speq_top", [".core", ".h", ".json", ".md", ".v", "_example.v"]),
+        (("--engine", "--cols", 3), "speq_gemm_engine", ENGINE_FILES),
+        (("--cols", 4), "speq_top", ACCELERATOR_FILES),
         (
             ("--cols", 8, "--weights-bits", 64, "--data-bits", 128, "--address-bits", 48),
             "speq_top",
-            [".core", ".h", ".json", ".md", ".v", "_example.v"],
+            ACCELERATOR_FILES,
         ),
     ],
 )

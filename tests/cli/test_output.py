@@ -19,13 +19,12 @@ from speq.hw import EngineConfig
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog import generate
 from speq.model import encoding, loaders
+from tests.cli.test_cli import ACCELERATOR_FILES, ENGINE_FILES
 from tests.hw.common.test_files import KINDS, SHARED_MEMORY, make
 from tests.model.small_models import random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 SMALL = ("--rows", 1, "--cols", 4, "--max-k", 64)
-ENGINE = [".core", ".json", ".v", ".vlt"]
-ACCELERATOR = sorted([*ENGINE, ".h", ".md", ".rdl", "_example.v", "_tb.v"])
 QUICK = ("--prompts-per-kind", 1, "--max-tokens", 4, "--rows", 4)
 
 
@@ -188,13 +187,13 @@ def test_verilog_goes_to_another_file_system(speq_command):
         result = speq_command("verilog", *SMALL, "-o", SHARED_MEMORY / f"{stem}.v")
         assert result.code == 0, result.err
         written = sorted(path.name for path in SHARED_MEMORY.glob(f"{stem}*"))
-        assert written == [f"{stem}{ending}" for ending in ACCELERATOR]
+        assert written == [f"{stem}{ending}" for ending in ACCELERATOR_FILES]
     finally:
         for path in SHARED_MEMORY.glob(f"{stem}*"):
             path.unlink()
 
 
-@pytest.mark.parametrize("ending", ACCELERATOR)
+@pytest.mark.parametrize("ending", ACCELERATOR_FILES)
 def test_hand_written_files_beside_the_verilog(speq_command, made_before, tmp_path, ending):
     """They stay, unless --force is given or an engine has no file of that name; files that were
     generated need no --force."""
@@ -206,12 +205,12 @@ def test_hand_written_files_beside_the_verilog(speq_command, made_before, tmp_pa
     assert contents(tmp_path) == {hand.name: b"// mine\n"}
 
     engine = speq_command(*verilog, "--engine")
-    assert engine.code == (1 if ending in ENGINE else 0), engine.err
+    assert engine.code == (1 if ending in ENGINE_FILES else 0), engine.err
     assert hand.read_text() == "// mine\n"
 
     result = speq_command(*verilog, "--force")
     assert result.code == 0, result.err
-    assert sorted(contents(tmp_path)) == [f"foo{ending}" for ending in ACCELERATOR]
+    assert sorted(contents(tmp_path)) == [f"foo{ending}" for ending in ACCELERATOR_FILES]
     assert hand.read_text() != "// mine\n"
     assert speq_command(*verilog).code == 0
 
@@ -224,7 +223,7 @@ def test_files_of_an_accelerator_do_not_stay_beside_an_engine(speq_command, made
     (tmp_path / "bar.md").write_bytes((tmp_path / "foo.md").read_bytes())
     result = speq_command(*verilog, "--engine")
     assert result.code == 0, result.err
-    engine = [f"foo{ending}" for ending in ENGINE]
+    engine = [f"foo{ending}" for ending in ENGINE_FILES]
     assert sorted(contents(tmp_path)) == sorted(["bar.md", "foo.h", "foo.txt", *engine])
     assert (tmp_path / "foo.h").read_text() == "// mine\n"
     (tmp_path / "foo.h").unlink()

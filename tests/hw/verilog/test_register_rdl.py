@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from systemrdl import warnings
 from systemrdl.compiler import RDLCompiler
 from systemrdl.messages import MessagePrinter, Severity
@@ -24,19 +23,10 @@ from speq.hw.control.register_map import (
     constants,
     registers,
 )
-from speq.hw.engine_config import EngineConfig
-from speq.hw.memory.axi import AxiConfig
 from speq.hw.verilog.register_docs import c_header
 from speq.hw.verilog.register_rdl import system_rdl
+from tests.hw.verilog.test_register_docs import each_config
 
-WIDE = AxiConfig(data_bits=1024, address_bits=64)
-CONFIGS = {
-    "default": AcceleratorConfig(),
-    "smallest": AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
-    "largest": AcceleratorConfig(
-        EngineConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), WIDE, WIDE
-    ),
-}
 ACCESSES = {
     "ro": (AccessType.r, None),
     "rw": (AccessType.rw, None),
@@ -105,7 +95,7 @@ def check_register(node: RegNode, register: Register, fixed: int | None) -> None
         assert (encoding and {each.name: each.value for each in encoding}) == numbers
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@each_config
 def test_it_agrees_with_the_map(config: AcceleratorConfig, tmp_path: Path) -> None:
     top = compiled(config, tmp_path)
     assert top.inst_name == "speq_top"
