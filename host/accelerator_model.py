@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, FORMS, DescriptorKind, unpack
 from speq.hw.control.register_map import (
     ANSWERS,
@@ -262,7 +262,7 @@ class AcceleratorModel:
         if decodes:
             limits |= {
                 "DRAFT_LENGTH": (0, engine.rows - 1),
-                "CHOICES": (1, CHOICES),
+                "CHOICES": (1, self.config.choices),
                 "TOKEN_LIMIT": (1, 2**32 - 1),
                 "RING_LOG2": (1, MAX_RING_LOG2),
             }
@@ -326,7 +326,7 @@ class AcceleratorModel:
             rows = [(token, 0, False)]
             yield from self._walk(PassKind.DRAFT, index, position + index, rows)
             self._count(DRAFT_PASSES=1)
-            best = ranked(self._logits[0], CHOICES)
+            best = ranked(self._logits[0], self.config.choices)
             gap = self._logits[0, best[0]] - self._logits[0, best]
             gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
             choices.append(best[: written["CHOICES"]].tolist())
@@ -529,9 +529,9 @@ class AcceleratorModel:
 
     def _write_ranking(self, address: int) -> None:
         """The ranking of the last ARGMAX."""
-        pairs = np.full((len(self._logits), CHOICES, 2), _NO_ENTRY, np.uint32)
+        pairs = np.full((len(self._logits), self.config.choices, 2), _NO_ENTRY, np.uint32)
         for row, logits in enumerate(self._logits):
-            best = ranked(logits, CHOICES)
+            best = ranked(logits, self.config.choices)
             pairs[row, : len(best), 0] = best.numpy()
             pairs[row, : len(best), 1] = logits[best].numpy().view(np.uint32)
         self._store(address, pairs, pairs.nbytes)

@@ -21,13 +21,13 @@ import torch
 from speq.host.board import Board
 from speq.host.kv_entries import KVEntries
 from speq.host.layout import (
-    RANKING_BYTES,
     RING_LOG2,
     MemoryLayout,
     Region,
     activation_words,
     draft_activation_words,
     host_argument,
+    ranking_bytes,
     results_bytes,
     tiled,
     unpack_batches,
@@ -35,7 +35,7 @@ from speq.host.layout import (
     weight_planes,
 )
 from speq.host.registers import Registers, read_configuration
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
@@ -303,8 +303,9 @@ class Driver:
         rows = self.config.engine.rows
         if settings.rows != rows:
             raise ValueError(f"rows is {settings.rows}; this accelerator's array has {rows}")
-        if settings.choices > CHOICES:
-            raise ValueError(f"choices is {settings.choices}; the accelerator ranks {CHOICES}")
+        most = self.config.choices
+        if settings.choices > most:
+            raise ValueError(f"choices is {settings.choices}; this accelerator ranks 1 to {most}")
         if settings.reranked:
             raise ValueError(
                 f"reranked is {settings.reranked}; the accelerator drafts by the draft head's own "
@@ -504,7 +505,7 @@ class Driver:
 
     def _read_margin(self) -> float:
         """The logit margin of the draft pass that has just ended."""
-        ranking = self._board.read(self.layout.ranking, RANKING_BYTES).view("<f4")
+        ranking = self._board.read(self.layout.ranking, ranking_bytes(self.config)).view("<f4")
         margin = ranking[1] - ranking[3]
         return math.inf if np.isnan(margin) else float(margin)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, PassKind
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
@@ -30,8 +30,6 @@ from speq.model.schedule import (
     stages,
 )
 
-#: Bytes of a row of a ranking in memory: pairs of index and logit.
-RANKING_BYTES = 8 * CHOICES
 #: log2 of the tokens in the ring: more than any array commits in a step.
 RING_LOG2 = 8
 
@@ -112,6 +110,11 @@ def draft_activation_words(x: BlockActivations, config: AcceleratorConfig) -> np
     words = np.zeros((activation_count(len(packed), config), config.activation_bytes), np.uint8)
     words[: len(packed), : packed.shape[1]] = packed
     return words
+
+
+def ranking_bytes(config: AcceleratorConfig) -> int:
+    """Bytes of a row of a ranking in memory: pairs of index and logit."""
+    return 8 * config.choices
 
 
 def results_bytes(tokens: int, o: int, cols: int) -> int:
@@ -257,7 +260,7 @@ class MemoryLayout:
             self.programs[kind] = self._take(0)
             self._take(DESCRIPTOR_BYTES * self._program_length(kind))
         self.read = Region(base, self._end)
-        self.ranking = self._take(engine.rows * RANKING_BYTES)
+        self.ranking = self._take(engine.rows * ranking_bytes(config))
         self.ring = self._take(4 << RING_LOG2)
         self.results = self._take(max(map(self._results_size, self.stages(PassKind.VERIFY))))
         self.write = Region(self.read.stop, self._end)

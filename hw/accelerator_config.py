@@ -14,10 +14,9 @@ from speq.hw.memory.axi import AxiConfig
 
 #: Bits of a token id.
 TOKEN_BITS = 24
-#: Ranked entries of a row: the choices that a draft pass offers.
-CHOICES = 4
 
 _MIN_COLS = 4
+_CHOICES = (4, 8)
 
 
 class ErrorCode(enum.Enum, shape=unsigned(5)):
@@ -60,6 +59,8 @@ class AcceleratorConfig:
         (16 bits per column, but at most AXI4's 1024); a narrower one limits the speed.
     data : AxiConfig
         Of the port for everything else. By default as wide.
+    choices : int
+        Entries of a ranking, 4 or 8: most choices of a chain position.
 
     Raises
     ------
@@ -70,13 +71,18 @@ class AcceleratorConfig:
     engine: EngineConfig
     weights: AxiConfig
     data: AxiConfig
+    choices: int
 
     def __init__(
         self,
         engine: EngineConfig | None = None,
         weights: AxiConfig | None = None,
         data: AxiConfig | None = None,
+        choices: int = 8,
     ) -> None:
+        if choices not in _CHOICES:
+            raise ValueError(f"choices is {choices}; expected 4 or 8")
+        object.__setattr__(self, "choices", choices)
         engine = engine or EngineConfig()
         cols = engine.cols
         if cols < _MIN_COLS or cols & (cols - 1):
@@ -149,6 +155,11 @@ class AcceleratorConfig:
     def ranked_layout(self) -> data.StructLayout:
         """One of the best outputs of a row: token id and FP32 logit; `valid` if there is one."""
         return data.StructLayout({"token": TOKEN_BITS, "logit": 32, "valid": 1})
+
+    @property
+    def ranking_layout(self) -> data.ArrayLayout:
+        """The best outputs of a row, the best first; those that are not valid come last."""
+        return data.ArrayLayout(self.ranked_layout, self.choices)
 
 
 class PassKind(enum.Enum, shape=unsigned(2)):

@@ -119,13 +119,13 @@ FORMS = {
         {"half": _HALF} | _GEMM,
     ),
     DescriptorKind.ARGMAX: Form(
-        "A GEMM in FP32 whose results are ranked as they leave the array: the four largest of each "
-        "row, ties to the lowest index, NaN as minus infinity.",
+        "A GEMM in FP32 whose results are ranked as they leave the array: the best of each "
+        "row, as many as a ranking has entries, ties to the lowest index, NaN as minus infinity.",
         {
             "discard": Use("1: the results themselves are not written"),
             "extra": Use(
-                "address of the ranking, 0: it is not written; per row four pairs of index "
-                "(uint32) and FP32 result, 32 bytes; pairs that do not exist are all ones and "
+                "address of the ranking, 0: it is not written; per row MAX_CHOICES pairs of "
+                "index (uint32) and FP32 result; pairs that do not exist are all ones and "
                 "0xff800000",
                 "data",
                 name="ranking",

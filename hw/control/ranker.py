@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig
+from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.logic import any_of
 from speq.hw.common.ram import Ram
@@ -34,7 +34,7 @@ def order_key(logit: Value) -> Value:
 
 
 class Ranker(wiring.Component):
-    """Rank the FP32 results of a GEMM: keep the `CHOICES` largest of each row.
+    """Rank the FP32 results of a GEMM: keep the `config.choices` largest of each row.
 
     The largest comes first; of equal ones the lowest index. NaN ranks as minus infinity and ties
     with it, but keeps its bits; -0 and +0 tie. Index i * cols + c is column c of tile i; tiles come
@@ -62,7 +62,7 @@ class Ranker(wiring.Component):
     busy : Out(1)
         From the cycle after a start until the GEMM's last beat has been ranked.
     row : In(range(rows))
-    entries : Out(ArrayLayout(config.ranked_layout, CHOICES))
+    entries : Out(config.ranking_layout)
         Those of `row` in the cycle before, unless it was busy then.
     """
 
@@ -73,7 +73,7 @@ class Ranker(wiring.Component):
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
-        self._layout = data.ArrayLayout(config.ranked_layout, CHOICES)
+        self._layout = config.ranking_layout
         super().__init__(
             {
                 "start": In(stream.Signature(rank_start_layout(config))),
@@ -133,7 +133,7 @@ class Ranker(wiring.Component):
                 with m.If(running & self.results.valid):
                     m.next = "COMPARE"
             with m.State("COMPARE"):
-                least = self._rank(self.entries[CHOICES - 1])
+                least = self._rank(self.entries[config.choices - 1])
                 m.d.sync += best.eq(self.entries)
                 for column, logit in enumerate(beat.data):
                     exceeds = Cat(order_key(logit), Const(1, 1)) > least
@@ -167,7 +167,7 @@ class Ranker(wiring.Component):
         """Put the candidate before the first entry that is worse, and drop the last."""
         rank = self._rank(candidate)
         better = Cat(rank > self._rank(entry) for entry in best)
-        for i in range(CHOICES):
+        for i in range(self.config.choices):
             with m.If(better[i]):
                 if i:
                     # Entries are sorted, so that this one moves if the one before does.

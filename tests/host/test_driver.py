@@ -398,7 +398,7 @@ def test_requests_that_are_impossible_are_refused(llama):
         ("prompt has 0 tokens", {"prompt": []}),
         ("prompt has 48 tokens; expected 1 to 47", {"prompt": [1] * 48}),
         ("rows is 4; this accelerator's array has 8", {"prompt": [1], "rows": 4}),
-        ("choices is 5; the accelerator ranks 4", {"prompt": [1], "choices": 5}),
+        ("choices is 9; this accelerator ranks 1 to 8", {"prompt": [1], "choices": 9}),
     ):
         with pytest.raises(ValueError, match=match):
             attempt(**arguments)
@@ -602,7 +602,7 @@ def test_impossible_registers(bench):
         (1, "DRAFT_PROGRAM", 0x20, 0x068),
         (1, "DRAFT_LENGTH", 4, 0x090),
         (1, "CHOICES", 0, 0x098),
-        (1, "CHOICES", 5, 0x098),
+        (1, "CHOICES", 9, 0x098),
         (1, "TOKEN_LIMIT", 0, 0x09C),
         (1, "RING", 0x9004, 0x0A0),
         (1, "RING_LOG2", 0, 0x0A8),

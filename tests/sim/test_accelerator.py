@@ -16,7 +16,7 @@ import pytest
 
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.board import Board
-from speq.host.layout import RANKING_BYTES, ceil_div, round_up
+from speq.host.layout import ceil_div, ranking_bytes, round_up
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind
@@ -283,7 +283,7 @@ def decoding(pair: Pair) -> Workload:
         "ROOT": int(random.integers(o)),
         "DRAFT_LENGTH": int(random.integers(engine.rows)),
         "THRESHOLD": int(random.choice(thresholds).view(np.uint32)),
-        "CHOICES": int(random.integers(1, 5)),
+        "CHOICES": int(random.integers(1, workload.config.choices + 1)),
         "TOKEN_LIMIT": int(random.integers(1, 8)),
         "RING": workload._result("ring", 4 << log2),
         "RING_LOG2": log2,
@@ -513,7 +513,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
         size = round_up(words * config.activation_bytes, data)
         yield from ((address + i * size, size) for i in range(batches))
     elif field == "ranking":
-        yield address, RANKING_BYTES * tokens
+        yield address, ranking_bytes(config) * tokens
     else:
         left = tokens * d.sharing if is_attention else tokens
         while left > 0:
@@ -841,7 +841,7 @@ def test_impossible_registers(faulty):
         for value in (wide, BASE + 32, BASE + 1)
     ]
     cases += [("PASS_ROWS", 0), ("PASS_ROWS", engine.rows + 1), ("POSITION", engine.max_k)]
-    cases += [("DRAFT_LENGTH", engine.rows), ("CHOICES", 0), ("CHOICES", 5), ("TOKEN_LIMIT", 0)]
+    cases += [("DRAFT_LENGTH", engine.rows), ("CHOICES", 0), ("CHOICES", 9), ("TOKEN_LIMIT", 0)]
     cases += [("RING", BASE + WRITE.start + 1), ("RING", wide), ("RING_LOG2", 0), ("RING_LOG2", 25)]
     offsets = {register.name: register.offset for register in registers(faulty.config)}
     refused = 0

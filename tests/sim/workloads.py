@@ -18,10 +18,10 @@ import torch
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.board import Board
 from speq.host.layout import (
-    RANKING_BYTES,
     Region,
     ceil_div,
     draft_activation_words,
+    ranking_bytes,
     round_up,
     tiled,
     weight_planes,
@@ -282,7 +282,7 @@ class Workload:
         else:
             size = ceil_div(o, engine.cols) * engine.cols * actual * (2 if half else 4)
             results = self._product_results(size, half)
-        place = self._result("ranking", RANKING_BYTES * actual) if ranking else 0
+        place = self._result("ranking", ranking_bytes(self.config) * actual) if ranking else 0
         return self.add(
             kind,
             mode=mode,
