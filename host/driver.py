@@ -192,6 +192,7 @@ class Driver:
         self._tables = rotary_tables(model, torch.arange(capacity))
         self._kv = KVEntries(board, layout)
         self._write_weights(encoded)
+        self._reranked = 0  # in the program of draft passes
         for kind in PassKind:
             self._write_program(kind)
         self._margins: list[float] = []
@@ -220,7 +221,8 @@ class Driver:
                 )
 
     def _write_program(self, kind: PassKind) -> None:
-        content = b"".join(descriptor.pack() for descriptor in self.layout.program(kind))
+        program = self.layout.program(kind, self._reranked)
+        content = b"".join(descriptor.pack() for descriptor in program)
         self._board.write(self.layout.programs[kind], content)
 
     def _set_up(self) -> None:
@@ -232,7 +234,7 @@ class Driver:
         names = {PassKind.SINGLE: "PASS", PassKind.DRAFT: "DRAFT", PassKind.VERIFY: "VERIFY"}
         for kind, name in names.items():
             r[f"{name}_PROGRAM"] = layout.programs[kind]
-        r["PROGRAM_LENGTH"] = max(len(layout.program(kind)) for kind in PassKind)
+        r["PROGRAM_LENGTH"] = max(len(layout.program(kind, reranked=1)) for kind in PassKind)
         r["HOST_TIMEOUT"] = 0
         r["RING"] = layout.ring
         r["RING_LOG2"] = RING_LOG2
@@ -242,6 +244,14 @@ class Driver:
     def counters(self) -> dict[str, int]:
         """All performance counters; between runs, or while the accelerator waits for the host."""
         return {name: self.registers[name] for name in COUNTERS}
+
+    def reranked_tiles(self) -> int:
+        """Tiles of the head that the last draft pass has computed exactly."""
+        if not (self._reranked and self.layout.weights["head"].encoded):
+            return 0
+        ranking = self._board.read(self.layout.ranking, ranking_bytes(self.config)).view("<u4")
+        candidates = min(self._reranked, self._model.config.vocab_size)
+        return len(set(ranking[0 : 2 * candidates : 2] // self.config.engine.cols))
 
     # Decoding.
 
@@ -306,10 +316,9 @@ class Driver:
         most = self.config.choices
         if settings.choices > most:
             raise ValueError(f"choices is {settings.choices}; this accelerator ranks 1 to {most}")
-        if settings.reranked:
+        if settings.reranked > most:
             raise ValueError(
-                f"reranked is {settings.reranked}; the accelerator drafts by the draft head's own "
-                "logits, 0"
+                f"reranked is {settings.reranked}; this accelerator ranks 0 (none) to {most}"
             )
 
     def _prefill(self, tokens: Sequence[int]) -> None:
@@ -343,7 +352,10 @@ class Driver:
         r["POSITION"] = len(prompt) - 1
         r["ROOT"] = prompt[-1]
         r["THRESHOLD"] = threshold_bits(settings.threshold)
-        r["CHOICES"] = settings.choices
+        r["CHOICES"] = settings.offered
+        if settings.reranked != self._reranked:
+            self._reranked = settings.reranked
+            self._write_program(PassKind.DRAFT)
         longest = length = settings.length if self._drafts else 0
         chain: list[int] = []  # what is left of that of a verify pass that was not finite
         left, number, repeated = limit, 1, False
@@ -566,7 +578,8 @@ class Driver:
             block = quantize_activations(x, self.config.engine.format.group)
             words = draft_activation_words(block, self.config)
             self._board.write(self.layout.draft_activations, words)
-        if modes != {Mode.DRAFT}:
+        exact_too = kind is PassKind.DRAFT and "head" in names and self._reranked
+        if modes != {Mode.DRAFT} or exact_too:
             words = activation_words(x.numpy().view(np.uint16), self.config)
             self._board.write(self.layout.activations, words)
 

@@ -123,6 +123,11 @@ class AcceleratorConfig:
         return max(self.weights.beat_bytes, self.data.beat_bytes, 64)
 
     @property
+    def tile_number_bits(self) -> int:
+        """Bits of the number of a tile of outputs: a token id without its column."""
+        return TOKEN_BITS - (self.engine.cols - 1).bit_length()
+
+    @property
     def job_layout(self) -> data.StructLayout:
         """One GEMM on memory, checked: what the controller asks of the datapath.
 
@@ -130,7 +135,9 @@ class AcceleratorConfig:
         `groups` the rest of an encoded tensor, each [tile][word][column]. `stride` is the distance
         of the plane's tiles in bytes, 0 if they follow each other. `activations` are `k` words
         (draft: ceil(k / 4)) of `activation_bytes`. Results go to `results` as [tile][token][column]
-        in FP32 (FP16 if `half`); with `discard` they are not written. With `rank` they are ranked.
+        in FP32 (FP16 if `half`); with `discard` they are not written. With `rank` they are ranked:
+        those in `columns`, as outputs of the tiles from number `tile` on, with `keep` beside what
+        has been ranked before.
         """
         engine, address = self.engine, self.address_bits
         return data.StructLayout(
@@ -142,6 +149,9 @@ class AcceleratorConfig:
                 "half": 1,
                 "discard": 1,
                 "rank": 1,
+                "keep": 1,
+                "tile": self.tile_number_bits,
+                "columns": engine.cols,
                 "plane": address,
                 "residual": address,
                 "groups": address,

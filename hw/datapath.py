@@ -71,8 +71,8 @@ class Datapath(wiring.Component):
     program_axi : In(config.data.read_signature)
         A further reader of the data port.
     jobs : In(stream of config.job_layout)
-        GEMMs that the engine can run, with aligned addresses; of those with `rank` only one at a
-        time.
+        GEMMs that the engine can run, with aligned addresses; of those with `rank` but without
+        `keep` only one at a time.
     kind : In(8)
     descriptor : In(address_bits)
         Kind and address of the descriptor that the job is from.

@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.logic import any_of
 from speq.hw.common.ram import Ram
@@ -17,8 +17,16 @@ _LEAST = 0x007F_FFFF
 
 
 def rank_start_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A GEMM whose results are to be ranked: how many rows it has."""
-    return data.StructLayout({"tokens": config.engine.token_bits})
+    """A GEMM whose results are to be ranked: how many rows it has, the number of its first tile,
+    and the columns that count. With `keep` the entries of the GEMM before stay."""
+    return data.StructLayout(
+        {
+            "tokens": config.engine.token_bits,
+            "tile": config.tile_number_bits,
+            "columns": config.engine.cols,
+            "keep": 1,
+        }
+    )
 
 
 def order_key(logit: Value) -> Value:
@@ -38,7 +46,8 @@ class Ranker(wiring.Component):
 
     The largest comes first; of equal ones the lowest index. NaN ranks as minus infinity and ties
     with it, but keeps its bits; -0 and +0 tie. Index i * cols + c is column c of tile i; tiles come
-    in rising order, each with one beat for each row, 0 to tokens - 1. Only strobed columns count.
+    in rising order, each with one beat for each row, 0 to tokens - 1. Only strobed columns count
+    that are among the start's. With `keep`, the tiles must come behind those of the GEMM before.
     Where a row has fewer outputs, or none because it is not below `tokens`, the rest of its
     entries is not valid.
 
@@ -47,8 +56,8 @@ class Ranker(wiring.Component):
 
     Flow control: the results may stall in any cycle and must keep the beat on offer until it is
     taken. A beat takes `CYCLES` cycles if no column exceeds the last entry, otherwise `CYCLES` + 1
-    and one for each that does. A start is taken only between GEMMs, and drops the entries of the
-    one before: they must have been read by then. Results wait for their start.
+    and one for each that does. A start is taken only between GEMMs, and without `keep` drops the
+    entries of the one before: they must have been read by then. Results wait for their start.
 
     Parameters
     ----------
@@ -94,16 +103,19 @@ class Ranker(wiring.Component):
         running = self.busy
         tokens = Signal(engine.token_bits, reset_less=True)
         column_bits = (engine.cols - 1).bit_length()
-        tile = Signal(TOKEN_BITS - column_bits, reset_less=True)
+        tile = Signal(config.tile_number_bits, reset_less=True)
+        columns = Signal(engine.cols, reset_less=True)
         touched = Signal(engine.rows)  # rows that have entries
         m.d.comb += self.start.ready.eq(~running)
         with m.If(self.start.valid & self.start.ready):
             m.d.sync += [
                 running.eq(1),
                 tokens.eq(self.start.payload.tokens),
-                tile.eq(0),
-                touched.eq(0),
+                tile.eq(self.start.payload.tile),
+                columns.eq(self.start.payload.columns),
             ]
+            with m.If(~self.start.payload.keep):
+                m.d.sync += touched.eq(0)
 
         # The row's entries are read from the RAM, changed, and written back.
         read_row = Signal(engine.row_bits)
@@ -137,7 +149,7 @@ class Ranker(wiring.Component):
                 m.d.sync += best.eq(self.entries)
                 for column, logit in enumerate(beat.data):
                     exceeds = Cat(order_key(logit), Const(1, 1)) > least
-                    m.d.sync += pending[column].eq(beat.strobe[column] & exceeds)
+                    m.d.sync += pending[column].eq(beat.strobe[column] & columns[column] & exceeds)
                 m.next = "INSERT"
             with m.State("INSERT"):
                 m.d.comb += lowest.eq(pending & -pending)

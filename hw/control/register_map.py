@@ -159,7 +159,7 @@ COUNTERS = {
     "DRAFT_CYCLES": "the same, GEMM in draft mode",
     "BYPASS_CYCLES": "the same, GEMM in bypass mode",
     "ATTENTION_CYCLES": "the same, ATTENTION",
-    "ARGMAX_CYCLES": "the same, ARGMAX",
+    "ARGMAX_CYCLES": "the same, ARGMAX or RERANK",
     "DESCRIPTORS": "descriptors started",
     "DRAFT_PASSES": "draft passes finished, each of which drafted a token",
     "VERIFY_PASSES": "verify passes finished",

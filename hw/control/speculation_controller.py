@@ -98,7 +98,8 @@ class SpeculationController(wiring.Component):
     pass_done : In(1)
         Pulse: everything of the pass is finished, and the ranking is there.
     row : Out(row_bits), entries : In(config.ranking_layout)
-        Read port of the ranking: entries of `row` in the next cycle (or in the same).
+        Read port of the ranking: entries of `row` in the next cycle (or in the same). `row` is 0
+        while a pass is under way.
     write_command, write_data : Out(streams)
         One beat per committed token, of `config.data`.
     write_done : In(1)

@@ -25,7 +25,7 @@ _CORNERS = (
 )
 _PATIENCE = 200_000
 #: Rows, columns, entries of a ranking.
-_SHAPES = ((2, 4, 4), (5, 8, 8), (1, 16, 4), (8, 4, 4))
+_SHAPES = ((2, 4, 8), (5, 8, 4), (1, 16, 4), (8, 4, 4))
 
 #: FP32 bits of the outputs of each row.
 Logits = list[list[int]]
@@ -94,13 +94,23 @@ class Bench:
         simulator.add_testbench(testbench)
         simulator.run()
 
-    async def feed(self, ctx: SimulatorContext, logits: Logits, cycles: int = _PATIENCE) -> bool:
+    async def feed(
+        self,
+        ctx: SimulatorContext,
+        logits: Logits,
+        cycles: int = _PATIENCE,
+        *,
+        tile: int = 0,
+        columns: int = -1,
+        keep: bool = False,
+    ) -> bool:
         """Give a GEMM's start and beats for at most so many cycles; whether it has ended."""
         dut, rng = self.dut, self.rng
         items = beats(logits, self.cols, rng)
         self.taken = []
         is_started = False
-        ctx.set(dut.start.payload.tokens, len(logits))
+        start = {"tokens": len(logits), "tile": tile, "keep": keep}
+        ctx.set(dut.start.payload, start | {"columns": columns & (1 << self.cols) - 1})
         for cycle in range(cycles):
             if not is_started and rng.random() >= self.pause:
                 ctx.set(dut.start.valid, 1)
@@ -122,10 +132,12 @@ class Bench:
                 return True
         return False
 
-    async def check(self, ctx: SimulatorContext, logits: Logits) -> None:
-        """Read all rows and compare them."""
+    async def check(
+        self, ctx: SimulatorContext, logits: Logits, expected: list | None = None
+    ) -> None:
+        """Read all rows and compare them, with all outputs' ranking unless another is given."""
         dut, rng = self.dut, self.rng
-        expected = golden(logits, self.rows, self.choices)
+        expected = expected or golden(logits, self.rows, self.choices)
         order = list(range(self.rows))
         rng.shuffle(order)
         for row in order:
@@ -197,6 +209,47 @@ def test_many_tiles() -> None:
     bench = Bench(system(1, 4, 4))
     outputs = 4 * 300
     bench.rank([[[0x3F800000 + i for i in range(outputs)]], [[_NAN] * outputs]])
+
+
+def tiles_of(outputs: list[int], cols: int) -> list[tuple[int, int]]:
+    """Numbers of the tiles that hold these outputs, rising, and their columns."""
+    numbers = sorted({output // cols for output in outputs})
+    return [(n, sum(1 << o % cols for o in outputs if o // cols == n)) for n in numbers]
+
+
+@each_shape
+@pytest.mark.parametrize("shift", [0, 1])
+def test_candidates_are_ranked_anew(shape: tuple[int, int, int], shift: int) -> None:
+    """Any number of outputs of row 0, tile by tile, with ties across tiles: nothing else counts,
+    and columns that are wrong by one are found."""
+    bench = Bench(system(*shape), 0.2)
+    rows, cols, choices = shape
+    rng = bench.rng
+    wrong = 0
+
+    async def testbench(ctx: SimulatorContext) -> None:
+        nonlocal wrong
+        for count in [*range(1, choices + 1), choices]:
+            outputs = rng.choice((cols, 2 * cols, 9 * cols))
+            first = random_logits(rng, rows, outputs)
+            assert await bench.feed(ctx, first)
+            exact = random_logits(rng, 1, outputs)[0]
+            candidates = rng.sample(range(outputs), min(count, outputs))
+            for i, (tile, columns) in enumerate(tiles_of(candidates, cols)):
+                columns = (columns << shift | columns >> cols - shift) & (1 << cols) - 1
+                part = [exact[tile * cols : (tile + 1) * cols]]
+                assert await bench.feed(ctx, part, tile=tile, columns=columns, keep=i > 0)
+            order = sorted(candidates, key=lambda j, exact=exact: (-value(exact[j]), j))
+            none: list[Entry | None] = [None] * choices
+            expected = [none] * rows
+            expected[0] = ([(j, exact[j]) for j in order] + none)[:choices]
+            try:
+                await bench.check(ctx, [exact], expected)
+            except AssertionError:
+                wrong += 1
+
+    bench.run(testbench)
+    assert bool(wrong) == bool(shift)
 
 
 @each_shape
