@@ -225,6 +225,11 @@ class Driver:
         content = b"".join(descriptor.pack() for descriptor in program)
         self._board.write(self.layout.programs[kind], content)
 
+    def _set_program_length(self) -> None:
+        """Of the longest program, so that what is fetched ahead in it ends with it."""
+        lengths = [len(self.layout.program(kind, self._reranked)) for kind in PassKind]
+        self.registers["PROGRAM_LENGTH"] = max(lengths)
+
     def _set_up(self) -> None:
         """Write the registers that are the same for all runs."""
         layout, r = self.layout, self.registers
@@ -234,7 +239,7 @@ class Driver:
         names = {PassKind.SINGLE: "PASS", PassKind.DRAFT: "DRAFT", PassKind.VERIFY: "VERIFY"}
         for kind, name in names.items():
             r[f"{name}_PROGRAM"] = layout.programs[kind]
-        r["PROGRAM_LENGTH"] = max(len(layout.program(kind, reranked=1)) for kind in PassKind)
+        self._set_program_length()
         r["HOST_TIMEOUT"] = 0
         r["RING"] = layout.ring
         r["RING_LOG2"] = RING_LOG2
@@ -356,6 +361,7 @@ class Driver:
         if settings.reranked != self._reranked:
             self._reranked = settings.reranked
             self._write_program(PassKind.DRAFT)
+            self._set_program_length()
         longest = length = settings.length if self._drafts else 0
         chain: list[int] = []  # what is left of that of a verify pass that was not finite
         left, number, repeated = limit, 1, False
