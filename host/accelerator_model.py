@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, FORMS, DescriptorKind, unpack
 from speq.hw.control.register_map import (
     ANSWERS,
@@ -43,7 +43,12 @@ from speq.model.number_format import draft_words, residual_words
 from speq.model.speculation import Proposal, accept, allot_alternates
 from speq.model.vector_ops import ranked
 
-_PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
+_PRODUCTS = (
+    DescriptorKind.GEMM,
+    DescriptorKind.ARGMAX,
+    DescriptorKind.ATTENTION,
+    DescriptorKind.RERANK,
+)
 
 _HOST_INTERRUPT, _DONE_INTERRUPT, _ERROR_INTERRUPT = 1, 2, 4
 _NO_ENTRY = (0xFFFFFFFF, 0xFF800000)  # of a ranking: all ones, minus infinity
@@ -262,7 +267,7 @@ class AcceleratorModel:
         if decodes:
             limits |= {
                 "DRAFT_LENGTH": (0, engine.rows - 1),
-                "CHOICES": (1, CHOICES),
+                "CHOICES": (1, self.config.choices),
                 "TOKEN_LIMIT": (1, 2**32 - 1),
                 "RING_LOG2": (1, MAX_RING_LOG2),
             }
@@ -326,7 +331,7 @@ class AcceleratorModel:
             rows = [(token, 0, False)]
             yield from self._walk(PassKind.DRAFT, index, position + index, rows)
             self._count(DRAFT_PASSES=1)
-            best = ranked(self._logits[0], CHOICES)
+            best = self._best(0)
             gap = self._logits[0, best[0]] - self._logits[0, best]
             gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
             choices.append(best[: written["CHOICES"]].tolist())
@@ -375,7 +380,11 @@ class AcceleratorModel:
                 case DescriptorKind.ARGMAX:
                     self._logits = self._multiply(self._product(fields, len(rows)), address)
                     if fields["extra"]:
-                        self._write_ranking(fields["extra"])
+                        self._write_ranking(fields["extra"], len(self._logits))
+                case DescriptorKind.RERANK:
+                    self._rerank(fields, address)
+                    if fields["extra"]:
+                        self._write_ranking(fields["extra"], rows=1)
                 case DescriptorKind.GEMM:
                     self._multiply(self._product(fields, len(rows)), address)
             address += DESCRIPTOR_BYTES
@@ -396,6 +405,46 @@ class AcceleratorModel:
             results=fields["results"],
             stride=0,
         )
+
+    def _rerank(self, fields: dict[str, int], address: int) -> None:
+        """A RERANK descriptor at `address`: tile by tile, each with all its outputs."""
+        engine, port, k = self.config.engine, self.config.data, fields["k"]
+        candidates = self._best(0)[: fields["tokens"]].tolist()
+        groups = -(-k // engine.format.group) * engine.cols
+        sizes = {
+            "plane": draft_words(k, engine.format) * engine.cols * 2,
+            "residual": residual_words(k, engine.format) * engine.cols * 2,
+            "groups": -(-groups // port.beat_bytes) * port.beat_bytes,
+        }
+        exact = torch.full_like(self._logits, -math.inf)
+        for tile in sorted({index // engine.cols for index in candidates}):
+            places = {name: fields[name] + tile * size for name, size in sizes.items()}
+            outputs = min(engine.cols, engine.max_o)
+            y = self._multiply(
+                _Product(
+                    mode=Mode.VERIFY,
+                    k=k,
+                    o=outputs,
+                    tokens=1,
+                    half=False,
+                    discard=True,
+                    activations=fields["activations"],
+                    results=0,
+                    stride=0,
+                    **places,
+                ),
+                address,
+            )
+            for index in candidates:
+                if index // engine.cols == tile:
+                    exact[0, index] = y[0, index % engine.cols]
+        self._logits = exact
+
+    def _best(self, row: int) -> torch.Tensor:
+        """Indices of a row's ranking, the best first."""
+        best = ranked(self._logits[row], self.config.choices)
+        # What is not finite ends a run, so that these are outputs that do not count.
+        return best[self._logits[row, best] > -math.inf]
 
     def _attend(self, fields: dict[str, int], address: int, rows: int, entries: int) -> None:
         """An ATTENTION descriptor at `address`, batch by batch."""
@@ -527,11 +576,11 @@ class AcceleratorModel:
         content = np.ascontiguousarray(values.reshape(-1, tiles, cols).swapaxes(0, 1))
         self._store(product.results, content, content.nbytes // tiles)
 
-    def _write_ranking(self, address: int) -> None:
-        """The ranking of the last ARGMAX."""
-        pairs = np.full((len(self._logits), CHOICES, 2), _NO_ENTRY, np.uint32)
-        for row, logits in enumerate(self._logits):
-            best = ranked(logits, CHOICES)
+    def _write_ranking(self, address: int, rows: int) -> None:
+        """The first rows of the last ranking."""
+        pairs = np.full((rows, self.config.choices, 2), _NO_ENTRY, np.uint32)
+        for row, logits in enumerate(self._logits[:rows]):
+            best = self._best(row)
             pairs[row, : len(best), 0] = best.numpy()
             pairs[row, : len(best), 1] = logits[best].numpy().view(np.uint32)
         self._store(address, pairs, pairs.nbytes)
@@ -603,6 +652,8 @@ def _has_bad_size(
             return True
         k, o = (position + rows, o) if fields["values"] else (k, position + rows)
         tokens = min(1, fields["sharing"])
+    elif kind is DescriptorKind.RERANK:
+        o, tokens, most = 1, fields["tokens"], config.choices
     elif Mode(fields["mode"]) is Mode.DRAFT:
         most = engine.draft_rows
     limits = ((k, engine.max_k), (o, engine.max_o), (tokens, most))

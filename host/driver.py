@@ -21,13 +21,13 @@ import torch
 from speq.host.board import Board
 from speq.host.kv_entries import KVEntries
 from speq.host.layout import (
-    RANKING_BYTES,
     RING_LOG2,
     MemoryLayout,
     Region,
     activation_words,
     draft_activation_words,
     host_argument,
+    ranking_bytes,
     results_bytes,
     tiled,
     unpack_batches,
@@ -35,7 +35,7 @@ from speq.host.layout import (
     weight_planes,
 )
 from speq.host.registers import Registers, read_configuration
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode, PassKind
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
@@ -200,6 +200,7 @@ class Driver:
         self._kv = KVEntries(board, layout)
         self._text: list[int] = []  # whose entries are the first ones in it
         self._write_weights(encoded)
+        self._reranked = 0  # in the program of draft passes
         for kind in PassKind:
             self._write_program(kind)
         self._margins: list[float] = []
@@ -228,8 +229,14 @@ class Driver:
                 )
 
     def _write_program(self, kind: PassKind) -> None:
-        content = b"".join(descriptor.pack() for descriptor in self.layout.program(kind))
+        program = self.layout.program(kind, self._reranked)
+        content = b"".join(descriptor.pack() for descriptor in program)
         self._board.write(self.layout.programs[kind], content)
+
+    def _set_program_length(self) -> None:
+        """Of the longest program, so that what is fetched ahead in it ends with it."""
+        lengths = [len(self.layout.program(kind, self._reranked)) for kind in PassKind]
+        self.registers["PROGRAM_LENGTH"] = max(lengths)
 
     def _set_up(self) -> None:
         """Write the registers that are the same for all runs."""
@@ -240,7 +247,7 @@ class Driver:
         names = {PassKind.SINGLE: "PASS", PassKind.DRAFT: "DRAFT", PassKind.VERIFY: "VERIFY"}
         for kind, name in names.items():
             r[f"{name}_PROGRAM"] = layout.programs[kind]
-        r["PROGRAM_LENGTH"] = max(len(layout.program(kind)) for kind in PassKind)
+        self._set_program_length()
         r["HOST_TIMEOUT"] = 0
         r["RING"] = layout.ring
         r["RING_LOG2"] = RING_LOG2
@@ -250,6 +257,14 @@ class Driver:
     def counters(self) -> dict[str, int]:
         """All performance counters; between runs, or while the accelerator waits for the host."""
         return {name: self.registers[name] for name in COUNTERS}
+
+    def reranked_tiles(self) -> int:
+        """Tiles of the head that the last draft pass has computed exactly."""
+        if not (self._reranked and self.layout.weights["head"].encoded):
+            return 0
+        ranking = self._board.read(self.layout.ranking, ranking_bytes(self.config)).view("<u4")
+        candidates = min(self._reranked, self._model.config.vocab_size)
+        return len(set(ranking[0 : 2 * candidates : 2] // self.config.engine.cols))
 
     # Decoding.
 
@@ -322,12 +337,12 @@ class Driver:
         rows = self.config.engine.rows
         if settings.rows != rows:
             raise ValueError(f"rows is {settings.rows}; this accelerator's array has {rows}")
-        if settings.choices > CHOICES:
-            raise ValueError(f"choices is {settings.choices}; the accelerator ranks {CHOICES}")
-        if settings.reranked:
+        most = self.config.choices
+        if settings.choices > most:
+            raise ValueError(f"choices is {settings.choices}; this accelerator ranks 1 to {most}")
+        if settings.reranked > most:
             raise ValueError(
-                f"reranked is {settings.reranked}; the accelerator drafts by the draft head's own "
-                "logits, 0"
+                f"reranked is {settings.reranked}; this accelerator ranks 0 (none) to {most}"
             )
 
     def _prefill(self, tokens: Sequence[int], start: int) -> None:
@@ -361,7 +376,11 @@ class Driver:
         r["POSITION"] = len(prompt) - 1
         r["ROOT"] = root = prompt[-1]
         r["THRESHOLD"] = threshold_bits(settings.threshold)
-        r["CHOICES"] = settings.choices
+        r["CHOICES"] = settings.offered
+        if settings.reranked != self._reranked:
+            self._reranked = settings.reranked
+            self._write_program(PassKind.DRAFT)
+            self._set_program_length()
         longest = length = settings.length if self._drafts else 0
         chain: list[int] = []  # what is left of that of a verify pass that was not finite
         left, number, repeated = limit, 1, False
@@ -525,7 +544,7 @@ class Driver:
 
     def _read_margin(self) -> float:
         """The logit margin of the draft pass that has just ended."""
-        ranking = self._board.read(self.layout.ranking, RANKING_BYTES).view("<f4")
+        ranking = self._board.read(self.layout.ranking, ranking_bytes(self.config)).view("<f4")
         margin = ranking[1] - ranking[3]
         return math.inf if np.isnan(margin) else float(margin)
 
@@ -586,7 +605,8 @@ class Driver:
             block = quantize_activations(x, self.config.engine.format.group)
             words = draft_activation_words(block, self.config)
             self._board.write(self.layout.draft_activations, words)
-        if modes != {Mode.DRAFT}:
+        exact_too = kind is PassKind.DRAFT and "head" in names and self._reranked
+        if modes != {Mode.DRAFT} or exact_too:
             words = activation_words(x.numpy().view(np.uint16), self.config)
             self._board.write(self.layout.activations, words)
 

@@ -7,12 +7,12 @@ The forms are those of `speq.hw.control.descriptor`; a driver on another board n
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, PassKind
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
@@ -30,8 +30,6 @@ from speq.model.schedule import (
     stages,
 )
 
-#: Bytes of a row of a ranking in memory: pairs of index and logit.
-RANKING_BYTES = 8 * CHOICES
 #: log2 of the tokens in the ring: more than any array commits in a step.
 RING_LOG2 = 8
 
@@ -113,6 +111,11 @@ def draft_activation_words(x: BlockActivations, config: AcceleratorConfig) -> np
     words = np.zeros((activation_count(len(packed), config), config.activation_bytes), np.uint8)
     words[: len(packed), : packed.shape[1]] = packed
     return words
+
+
+def ranking_bytes(config: AcceleratorConfig) -> int:
+    """Bytes of a row of a ranking in memory: pairs of index and logit."""
+    return 8 * config.choices
 
 
 def results_bytes(tokens: int, o: int, cols: int) -> int:
@@ -259,7 +262,7 @@ class MemoryLayout:
             self.programs[kind] = self._take(0)
             self._take(DESCRIPTOR_BYTES * self._program_length(kind))
         self.read = Region(base, self._end)
-        self.ranking = self._take(engine.rows * RANKING_BYTES)
+        self.ranking = self._take(engine.rows * ranking_bytes(config))
         self.ring = self._take(4 << RING_LOG2)
         self.results = self._take(max(map(self._results_size, self.stages(PassKind.VERIFY))))
         self.write = Region(self.read.stop, self._end)
@@ -356,9 +359,10 @@ class MemoryLayout:
         operands depend on the results before it, and behind the last one if something is left."""
         return len(self.stages(kind)) + ends_with_vector_work(self.schedule(kind))
 
-    def program(self, kind: PassKind) -> list[Descriptor]:
-        """The program of a pass."""
-        return [descriptor for descriptor, _ in self._named_program(kind)]
+    def program(self, kind: PassKind, reranked: int = 0) -> list[Descriptor]:
+        """The program of a pass; of a draft pass one that computes so many of the best logits of an
+        encoded head exactly."""
+        return [descriptor for descriptor, _ in self._named_program(kind, reranked)]
 
     def product_at(self, kind: PassKind, address: int) -> str:
         """The name of the product whose descriptor is at an address of a pass's program: a linear
@@ -366,13 +370,13 @@ class MemoryLayout:
 
         Raises ValueError if there is none.
         """
-        program = self._named_program(kind)
+        program = self._named_program(kind, reranked=1)  # others end before its last product
         index, rest = divmod(address - self.programs[kind], DESCRIPTOR_BYTES)
         if rest or not 0 <= index < len(program) or not program[index][1]:
             raise ValueError(f"there is no product at {address:#x}")
         return program[index][1]
 
-    def _named_program(self, kind: PassKind) -> list[tuple[Descriptor, str]]:
+    def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
         """The program of a pass with the names of its products; "" for other descriptors."""
         stages = self.stages(kind)
         program: list[tuple[Descriptor, str]] = []
@@ -382,15 +386,19 @@ class MemoryLayout:
             if index < len(stages):
                 products = self._products(kind, stages[index])
                 program += zip(products, self._product_names(stages[index]), strict=True)
+        if reranked and kind is PassKind.DRAFT and self.weights["head"].encoded:
+            argmax, name = program.pop()
+            program.append((replace(argmax, ranking=0), name))
+            program.append((self._rerank(reranked), name))
         return [*program, (Descriptor(DescriptorKind.END), "")]
 
     def _program_length(self, kind: PassKind) -> int:
-        """Descriptors of a program, END included."""
+        """Most descriptors of a program, RERANK and END included."""
         products = (
             len(stage.names) if isinstance(stage, Linears) else self.model.kv_heads
             for stage in self.stages(kind)
         )
-        return self.host_turns(kind) + sum(products) + 1
+        return self.host_turns(kind) + sum(products) + 1 + (kind is PassKind.DRAFT)
 
     def _product_names(self, stage: Stage) -> list[str]:
         """The names of a stage's products."""
@@ -454,6 +462,13 @@ class MemoryLayout:
         if kind is PassKind.DRAFT:
             return Descriptor(DescriptorKind.ARGMAX, **operands, discard=True, ranking=self.ranking)
         return Descriptor(DescriptorKind.ARGMAX, **operands, results=self.results)
+
+    def _rerank(self, candidates: int) -> Descriptor:
+        operands = self._operands(PassKind.VERIFY, "head")
+        del operands["mode"], operands["o"]
+        return Descriptor(
+            DescriptorKind.RERANK, **operands, candidates=candidates, ranking=self.ranking
+        )
 
     def _scores(self, block: int, head: int) -> Descriptor:
         k = self.model.head_dim

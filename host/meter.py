@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from speq.host.driver import Driver, Pass
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
@@ -17,11 +17,13 @@ _RESULT_BITS = 32
 
 @dataclass(frozen=True)
 class PassShape:
-    """What the cycles of a pass depend on: its kind, its rows, and the KV entries before them."""
+    """What the cycles of a pass depend on: its kind, its rows, the KV entries before them, and the
+    tiles of the head that a draft pass computes exactly."""
 
     kind: PassKind
     rows: int
     position: int
+    tiles: int = 0
 
     @property
     def name(self) -> str:
@@ -34,7 +36,9 @@ class PassShape:
     def predicted_cycles(self, config: ModelConfig, engine: Engine, formats: Formats) -> int:
         """Cycles of such a pass from the analytic model, without the host's."""
         if self.kind is PassKind.DRAFT:
-            return draft_pass(config, engine, formats, self.position).cycles
+            return draft_pass(
+                config, engine, formats, self.position, reranked_tiles=self.tiles
+            ).cycles
         cost = prefill_pass if self.kind is PassKind.SINGLE else verify_pass
         return cost(config, engine, formats, self.rows, self.position).cycles
 
@@ -118,6 +122,8 @@ class Meter:
         if self._shape is None:
             return
         shape, self._shape = self._shape, None
+        if shape.kind is PassKind.DRAFT:
+            shape = replace(shape, tiles=self._driver.reranked_tiles())
         counted = {name: n - self._before[name] for name, n in self._driver.counters().items()}
         stages = [end - start for start, end in zip(self._times, self._times[1:], strict=False)]
         self.passes.append(MeasuredPass(shape, counted, stages))
@@ -125,14 +131,17 @@ class Meter:
             self._finished(self.passes[-1])
 
 
-def passes_of(prompt: Sequence[int], steps: Iterable[Step], rows: int) -> Iterator[PassShape]:
-    """The passes that fill the KV cache with a prompt and make these steps."""
+def passes_of(
+    prompt: Sequence[int], steps: Iterable[Step], rows: int, reranked: int = 0
+) -> Iterator[PassShape]:
+    """The passes that fill the KV cache with a prompt and make these steps, with the drafts' best
+    tokens computed exactly as if each was in a tile of its own."""
     position = len(prompt) - 1
     for start in range(0, position, rows):
         yield PassShape(PassKind.SINGLE, min(rows, position - start), start)
     for step in steps:
         for i in range(step.drafted):
-            yield PassShape(PassKind.DRAFT, 1, position + i)
+            yield PassShape(PassKind.DRAFT, 1, position + i, reranked)
         yield PassShape(PassKind.VERIFY, 1 + step.drafted + step.alternates, position)
         position += len(step.tokens)
 

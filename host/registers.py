@@ -81,7 +81,7 @@ def read_configuration(board: Board) -> AcceleratorConfig:
     engine = EngineConfig(
         format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
     )
-    config = AcceleratorConfig(engine, **ports)
+    config = AcceleratorConfig(engine, **ports, choices=r["MAX_CHOICES"])
     if bus["activation_bytes"] != config.activation_bytes:
         raise ValueError(
             f"an activation word has {bus['activation_bytes']} bytes; this driver expects "

@@ -115,6 +115,7 @@ class Accelerator(wiring.Component):
             datapath.descriptor.eq(walker.error_address),
             walker.idle.eq(datapath.idle),
             walker.rank_idle.eq(datapath.rank_idle),
+            walker.rank_entries.eq(datapath.rank_entries),  # of row 0 while a pass is under way
             datapath.rank_row.eq(speculation.row),
             speculation.entries.eq(datapath.rank_entries),
             speculation.write_done.eq(datapath.ring_done),
@@ -188,7 +189,9 @@ class Accelerator(wiring.Component):
             events.result_stalls.eq(datapath.stalls.results),
             events.descriptors.eq(walker.started),
             events.attention_cycles.eq(current.kind == DescriptorKind.ATTENTION),
-            events.argmax_cycles.eq(current.kind == DescriptorKind.ARGMAX),
+            events.argmax_cycles.eq(
+                (current.kind == DescriptorKind.ARGMAX) | (current.kind == DescriptorKind.RERANK)
+            ),
         ]
         for mode, name in _MODE_COUNTERS.items():
             m.d.comb += events[name].eq(

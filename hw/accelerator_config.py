@@ -14,10 +14,9 @@ from speq.hw.memory.axi import AxiConfig
 
 #: Bits of a token id.
 TOKEN_BITS = 24
-#: Ranked entries of a row: the choices that a draft pass offers.
-CHOICES = 4
 
 _MIN_COLS = 4
+_CHOICES = (4, 8)
 
 
 class ErrorCode(enum.Enum, shape=unsigned(5)):
@@ -60,6 +59,8 @@ class AcceleratorConfig:
         (16 bits per column, but at most AXI4's 1024); a narrower one limits the speed.
     data : AxiConfig
         Of the port for everything else. By default as wide.
+    choices : int
+        Entries of a ranking, 4 or 8: most choices of a chain position.
 
     Raises
     ------
@@ -70,13 +71,18 @@ class AcceleratorConfig:
     engine: EngineConfig
     weights: AxiConfig
     data: AxiConfig
+    choices: int
 
     def __init__(
         self,
         engine: EngineConfig | None = None,
         weights: AxiConfig | None = None,
         data: AxiConfig | None = None,
+        choices: int = 8,
     ) -> None:
+        if choices not in _CHOICES:
+            raise ValueError(f"choices is {choices}; expected 4 or 8")
+        object.__setattr__(self, "choices", choices)
         engine = engine or EngineConfig()
         cols = engine.cols
         if cols < _MIN_COLS or cols & (cols - 1):
@@ -117,6 +123,11 @@ class AcceleratorConfig:
         return max(self.weights.beat_bytes, self.data.beat_bytes, 64)
 
     @property
+    def tile_number_bits(self) -> int:
+        """Bits of the number of a tile of outputs: a token id without its column."""
+        return TOKEN_BITS - (self.engine.cols - 1).bit_length()
+
+    @property
     def job_layout(self) -> data.StructLayout:
         """One GEMM on memory, checked: what the controller asks of the datapath.
 
@@ -124,7 +135,9 @@ class AcceleratorConfig:
         `groups` the rest of an encoded tensor, each [tile][word][column]. `stride` is the distance
         of the plane's tiles in bytes, 0 if they follow each other. `activations` are `k` words
         (draft: ceil(k / 4)) of `activation_bytes`. Results go to `results` as [tile][token][column]
-        in FP32 (FP16 if `half`); with `discard` they are not written. With `rank` they are ranked.
+        in FP32 (FP16 if `half`); with `discard` they are not written. With `rank` they are ranked:
+        those in `columns`, as outputs of the tiles from number `tile` on, with `keep` beside what
+        has been ranked before.
         """
         engine, address = self.engine, self.address_bits
         return data.StructLayout(
@@ -136,6 +149,9 @@ class AcceleratorConfig:
                 "half": 1,
                 "discard": 1,
                 "rank": 1,
+                "keep": 1,
+                "tile": self.tile_number_bits,
+                "columns": engine.cols,
                 "plane": address,
                 "residual": address,
                 "groups": address,
@@ -149,6 +165,11 @@ class AcceleratorConfig:
     def ranked_layout(self) -> data.StructLayout:
         """One of the best outputs of a row: token id and FP32 logit; `valid` if there is one."""
         return data.StructLayout({"token": TOKEN_BITS, "logit": 32, "valid": 1})
+
+    @property
+    def ranking_layout(self) -> data.ArrayLayout:
+        """The best outputs of a row, the best first; those that are not valid come last."""
+        return data.ArrayLayout(self.ranked_layout, self.choices)
 
 
 class PassKind(enum.Enum, shape=unsigned(2)):

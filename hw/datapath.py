@@ -17,7 +17,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.array.gemm_engine import STALLS, GemmEngine
 from speq.hw.common.logic import ceil_div
 from speq.hw.control.program_walker import read_error
@@ -71,8 +71,8 @@ class Datapath(wiring.Component):
     program_axi : In(config.data.read_signature)
         A further reader of the data port.
     jobs : In(stream of config.job_layout)
-        GEMMs that the engine can run, with aligned addresses; of those with `rank` only one at a
-        time.
+        GEMMs that the engine can run, with aligned addresses; of those with `rank` but without
+        `keep` only one at a time.
     kind : In(8)
     descriptor : In(address_bits)
         Kind and address of the descriptor that the job is from.
@@ -114,7 +114,7 @@ class Datapath(wiring.Component):
                 "rank_command": In(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": Out(1),
                 "rank_row": In(config.engine.row_bits),
-                "rank_entries": Out(data.ArrayLayout(config.ranked_layout, CHOICES)),
+                "rank_entries": Out(config.ranking_layout),
                 "ring_command": In(stream.Signature(config.data.command_layout)),
                 "ring_data": In(stream.Signature(write_layout(config.data))),
                 "ring_done": Out(1),

@@ -24,7 +24,7 @@ A linear layer that has no entry in `formats` is stored as plain FP16 and read w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from speq.model.checkpoint import ModelConfig, linear_names, linear_shapes
@@ -44,6 +44,10 @@ _BURST = 16
 #: From a pass's last stage to its successor's first, without the latency: ranking, decision, fetch.
 _DRAFT_END = 40
 _VERIFY_END = 55
+#: To find a tile of candidates, less the bits of its number, and from a tile's last weight word to
+#: the end of its ranking.
+_FIND = 12
+_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,23 @@ def stage_cycles(jobs: Sequence[Job], engine: Engine) -> int:
     return ends[-1] + _STORE + engine.latency + stored
 
 
+def rerank_cycles(k: int, outputs: int, tiles: int, engine: Engine) -> int:
+    """Cycles of a RERANK of `tiles` tiles of a layer [outputs, k], to the end of its ranking.
+
+    The next tile is looked for when the one before has been taken, which is when the ranking of
+    that before it has ended.
+    """
+    find = _FIND + (-(-outputs // engine.cols) - 1).bit_length()
+    issue, ranked = _DISPATCH + find, 0
+    end = issue + _LOAD + engine.latency + min(_BURST, k) - 1
+    for _ in range(tiles):
+        start = issue + _LOAD + engine.latency
+        issue = max(issue, ranked) + find
+        end = max(start, end) + k
+        ranked = end + _RANK
+    return ranked
+
+
 def uniform_formats(
     config: ModelConfig, body: FormatConfig, head: FormatConfig | None = None
 ) -> dict[str, FormatConfig]:
@@ -258,11 +279,13 @@ def draft_pass(
     formats: Formats,
     context: int = 0,
     drafted_outputs: int | None = None,
+    reranked_tiles: int = 0,
 ) -> PassCost:
     """A pass of one token over the draft planes and their group bytes, behind `context` positions.
 
     With `drafted_outputs` only the head's first so many outputs are drafted, that is, only the
-    lowest token ids can be proposed.
+    lowest token ids can be proposed. `reranked_tiles` are the tiles of an encoded head that are
+    then multiplied exactly: for N candidates at most N.
 
     Raises
     ------
@@ -288,7 +311,19 @@ def draft_pass(
             weights += 2 * k * o
         jobs[name] = _jobs(words, o, 1, engine)
     traffic = weights, groups
-    return _pass_cost(config, engine, schedule, traffic, jobs, 1, context, _DRAFT_END)
+    cost = _pass_cost(config, engine, schedule, traffic, jobs, 1, context, _DRAFT_END)
+    if not reranked_tiles or "head" not in formats:
+        return cost
+    o, k = linear_shapes(config)["head"]
+    words = draft_words(k, formats["head"]) + residual_words(k, formats["head"])
+    outputs, busy = reranked_tiles * engine.cols, reranked_tiles * k
+    return replace(
+        cost,
+        weights=cost.weights + 2 * words * outputs,
+        groups=cost.groups + -(-k // formats["head"].group) * outputs,
+        linear_cycles=cost.linear_cycles + busy,
+        overhead_cycles=cost.overhead_cycles + rerank_cycles(k, o, reranked_tiles, engine) - busy,
+    )
 
 
 def _shapes_in(schedule: Sequence[Stage], config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -68,8 +68,11 @@ class Prediction:
         return self.plain / self.speedup
 
 
-def predict(config: ModelConfig, engine: Engine, acceptance: float, context: int = 0) -> Prediction:
-    """Predict speculative decoding behind `context` positions, all layers drafted at 4 bits.
+def predict(
+    config: ModelConfig, engine: Engine, acceptance: float, context: int = 0, reranked: int = 0
+) -> Prediction:
+    """Predict speculative decoding behind `context` positions, all layers drafted at 4 bits, with
+    the logits of each draft pass's `reranked` best tokens computed exactly, each in its own tile.
 
     Raises
     ------
@@ -80,7 +83,7 @@ def predict(config: ModelConfig, engine: Engine, acceptance: float, context: int
         raise ValueError(f"acceptance is {acceptance}; expected a probability, 0 to 1")
     formats = uniform_formats(config, FormatConfig())
     plain = plain_pass(config, engine, context).cycles
-    draft = draft_pass(config, engine, formats, context).cycles
+    draft = draft_pass(config, engine, formats, context, reranked_tiles=reranked).cycles
     choices = []
     for length in range(engine.rows):
         verify = verify_pass(config, engine, formats, length + 1, context).cycles

@@ -6,7 +6,7 @@ ports' beats); it ends with END. `FORMS` says what each kind does and which fiel
 others must be 0. Sizes in bytes refer to an array of C columns.
 
 Descriptors run one after the other but overlap: with `wait` one starts only when all before it are
-finished, without it the order must not matter. HOST, ARGMAX and END wait in any case.
+finished, without it the order must not matter. HOST, ARGMAX, RERANK and END wait in any case.
 
 Planes and group bytes are those of `speq.model.format`, cut into tiles of C outputs, with two
 additions: a tile's group bytes are padded to a multiple of the data port's beat, and every buffer
@@ -38,6 +38,7 @@ class DescriptorKind(enum.Enum, shape=unsigned(8)):
     ARGMAX = 3
     HOST = 4
     END = 5
+    RERANK = 6
 
 
 #: The bits of a descriptor.
@@ -119,19 +120,42 @@ FORMS = {
         {"half": _HALF} | _GEMM,
     ),
     DescriptorKind.ARGMAX: Form(
-        "A GEMM in FP32 whose results are ranked as they leave the array: the four largest of each "
-        "row, ties to the lowest index, NaN as minus infinity.",
+        "A GEMM in FP32 whose results are ranked as they leave the array: the best of each "
+        "row, as many as a ranking has entries, ties to the lowest index, NaN as minus infinity.",
         {
             "discard": Use("1: the results themselves are not written"),
             "extra": Use(
-                "address of the ranking, 0: it is not written; per row four pairs of index "
-                "(uint32) and FP32 result, 32 bytes; pairs that do not exist are all ones and "
+                "address of the ranking, 0: it is not written; per row MAX_CHOICES pairs of "
+                "index (uint32) and FP32 result; pairs that do not exist are all ones and "
                 "0xff800000",
                 "data",
                 name="ranking",
             ),
         }
         | _GEMM,
+    ),
+    DescriptorKind.RERANK: Form(
+        "Computes the best outputs of row 0 of the ranking before it anew, in mode VERIFY of an "
+        "encoded layer with one row of activations, in FP32; row 0's ranking is then that of these "
+        "outputs alone, and there are no other rows. Only the tiles with such outputs are read and "
+        "multiplied. There must be an ARGMAX before it in the program.",
+        {
+            "tokens": Use(
+                "outputs that are computed anew, 1 to MAX_CHOICES: the best of the ranking, or all "
+                "if it has fewer",
+                name="candidates",
+            ),
+            "k": _GEMM["k"],
+            "plane": Use("address of the layer's draft plane", "weights"),
+            "residual": Use("address of its residual plane", "weights"),
+            "groups": Use("address of its group bytes", "data"),
+            "activations": _GEMM["activations"],
+            "extra": Use(
+                "address of the ranking, 0: it is not written; as of ARGMAX, of one row",
+                "data",
+                name="ranking",
+            ),
+        },
     ),
     DescriptorKind.ATTENTION: Form(
         "A product with one head of the KV cache (plain FP16 words, the remap bypassed) for rows * "
@@ -171,7 +195,7 @@ _MEMBERS = {
 @dataclass(frozen=True)
 class Descriptor:
     """One descriptor, for writing programs; the fields are those of `DESCRIPTOR`, but `ranking` and
-    `stride` in place of `extra`, which holds one of them."""
+    `stride` in place of `extra`, which holds one of them. `tokens` holds `candidates` as well."""
 
     kind: DescriptorKind
     mode: Mode = Mode.VERIFY
@@ -191,12 +215,15 @@ class Descriptor:
     results: int = 0
     ranking: int = 0
     stride: int = 0
+    candidates: int = 0
 
     def pack(self) -> bytes:
         """The descriptor as it lies in memory. Raises ValueError if a value is too large, or if two
         do not fit into one descriptor."""
         if self.ranking and self.stride:
             raise ValueError("a descriptor has either a ranking or a stride")
+        if self.tokens and self.candidates:
+            raise ValueError("a descriptor has either tokens or candidates")
         word = 0
         for name, value in asdict(self).items():
             place = DESCRIPTOR[_MEMBERS.get(name, name)]

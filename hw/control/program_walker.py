@@ -11,6 +11,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.common.logic import ceil_div
+from speq.hw.control.candidate_tiles import CandidateTiles
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, FORMS, DescriptorKind
 from speq.hw.engine_config import Mode
 from speq.hw.memory.axi import Fault
@@ -24,7 +25,12 @@ _FP16_BYTES = 2
 
 #: The number of two bits that is no mode.
 (_NO_MODE,) = set(range(1 << 2)) - {mode.value for mode in Mode}
-_PRODUCTS = (DescriptorKind.GEMM, DescriptorKind.ARGMAX, DescriptorKind.ATTENTION)
+_PRODUCTS = (
+    DescriptorKind.GEMM,
+    DescriptorKind.ARGMAX,
+    DescriptorKind.ATTENTION,
+    DescriptorKind.RERANK,
+)
 
 
 def _unused(kind: DescriptorKind) -> list[str]:
@@ -69,9 +75,10 @@ class ProgramWalker(wiring.Component):
     Descriptors are fetched up to four ahead. Each is checked before it has any effect: its kind and
     mode, fields that must be 0, sizes, and the alignment of addresses, in this order. GEMM and
     ATTENTION become one job or more on `jobs` and overlap with their successors, as far as the
-    taker of the jobs allows; HOST, END, ARGMAX and a descriptor with `wait` start when `idle` says
-    that all jobs are finished. ARGMAX also waits for its own end, and for that of the ranking's
-    transfer to memory, if it asks for one.
+    taker of the jobs allows; HOST, END, ARGMAX, RERANK and a descriptor with `wait` start when
+    `idle` says that all jobs are finished. ARGMAX and RERANK also wait for their own end, and for
+    that of the ranking's transfer to memory, if they ask for one. RERANK becomes a job for each
+    tile that holds a candidate.
 
     Latency: the first job is offered 2 cycles after its descriptor has arrived.
 
@@ -94,9 +101,11 @@ class ProgramWalker(wiring.Component):
     idle : In(1)
         All jobs taken are finished, with all their effects on memory.
     rank_command : Out(stream of ranking_command_layout(config))
-        Asks for the transfer of the ranking of the last ARGMAX.
+        Asks for the transfer of the ranking of the last ARGMAX or RERANK.
     rank_idle : In(1)
         No such transfer is under way.
+    rank_entries : In(config.ranking_layout)
+        Those of row 0, while no job is under way.
     host_request : Out(1)
         Level, until `host_answer`: a HOST descriptor waits.
     host_argument : Out(32)
@@ -136,6 +145,7 @@ class ProgramWalker(wiring.Component):
                 "idle": In(1),
                 "rank_command": Out(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": In(1),
+                "rank_entries": In(config.ranking_layout),
                 "host_request": Out(1),
                 "host_argument": Out(32),
                 "host_answer": In(1),
@@ -190,7 +200,11 @@ class ProgramWalker(wiring.Component):
         rows_left = Signal(config.engine.token_bits + 8, reset_less=True)
         failed = Signal(ErrorCode)
         code = self._check(m, descriptor, walk)
+        m.submodules.tiles = tiles = CandidateTiles(config)
         m.d.comb += [
+            tiles.candidates.eq(descriptor.tokens),
+            tiles.entries.eq(self.rank_entries),
+            *(tiles.layer[name].eq(descriptor[name]) for name, _ in tiles.layer.shape()),
             self.jobs.payload.eq(job),
             self.kind.eq(kind),
             self.rank_command.payload.address.eq(descriptor.extra),
@@ -233,10 +247,21 @@ class ProgramWalker(wiring.Component):
                             m.d.comb += [self.done.eq(1), drop.eq(1)]
                             m.d.sync += [walking.eq(0), number.eq(0)]
                             m.next = "FETCH"
+                        with m.Case(DescriptorKind.RERANK):
+                            m.d.comb += tiles.start.eq(1)
+                            m.next = "TILES"
                         with m.Default():
                             # The first job goes at once.
                             m.d.comb += self.jobs.valid.eq(1)
                             self._send(m, job, rows_left, descriptor, next_one)
+            with m.State("TILES"):
+                m.d.comb += tiles.tiles.ready.eq(1)
+                for name, _ in tiles.tiles.payload.shape():
+                    m.d.sync += job[name].eq(tiles.tiles.payload[name])
+                with m.If(tiles.tiles.valid):
+                    m.next = "JOB"
+                with m.Elif(~tiles.busy):
+                    m.next = "RANKED"
             with m.State("JOB"):
                 m.d.comb += self.jobs.valid.eq(1)
                 self._send(m, job, rows_left, descriptor, next_one)
@@ -331,7 +356,8 @@ class ProgramWalker(wiring.Component):
         kind, mode = d.kind, d.mode
         is_gemm = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ARGMAX)
         is_attention = kind == DescriptorKind.ATTENTION
-        is_product = is_gemm | is_attention
+        is_rerank = kind == DescriptorKind.RERANK
+        is_product = is_gemm | is_attention | is_rerank
         known = Cat(kind == value for value in DescriptorKind).any() & ~(
             is_gemm & (mode == _NO_MODE)
         )
@@ -363,7 +389,8 @@ class ProgramWalker(wiring.Component):
         bad_size = is_product & (
             _is_outside(Mux(by_entries, seen, d.k), engine.max_k)
             | (is_attention & (seen > engine.max_k))
-            | _is_outside(Mux(is_attention & ~d.values, seen, d.o), engine.max_o)
+            | (~is_rerank & _is_outside(Mux(is_attention & ~d.values, seen, d.o), engine.max_o))
+            | (is_rerank & _is_outside(d.tokens, self.config.choices))
             | (is_gemm & _is_outside(tokens, most_tokens))
             | (is_attention & ((d.sharing == 0) | (walk.rows == 0)))
         )
@@ -404,20 +431,27 @@ class ProgramWalker(wiring.Component):
         self, m: Module, job: data.View, rows_left: Signal, d: data.View, walk: data.View
     ) -> None:
         """The descriptor's first job."""
-        rows = self.config.engine.rows
+        engine = self.config.engine
+        rows = engine.rows
         is_attention = d.kind == DescriptorKind.ATTENTION
+        is_rerank = d.kind == DescriptorKind.RERANK
+        tile_outputs = min(engine.cols, engine.max_o)  # a tile is a GEMM of its own
         seen = walk.position + walk.rows
         all_rows = walk.rows * d.sharing
         first_batch = Mux(all_rows > rows, rows, all_rows)
-        tokens = Mux(d.tokens == 0, walk.rows, d.tokens)
+        tokens = Mux(is_rerank, 1, Mux(d.tokens == 0, walk.rows, d.tokens))
+        outputs = Mux(is_rerank, tile_outputs, d.o)
         m.d.sync += [
             job.mode.eq(Mux(is_attention, Mode.BYPASS, d.mode)),
             job.k.eq(Mux(is_attention & d.values, seen, d.k)),
-            job.o.eq(Mux(is_attention & ~d.values, seen, d.o)),
+            job.o.eq(Mux(is_attention & ~d.values, seen, outputs)),
             job.tokens.eq(Mux(is_attention, first_batch, tokens)),
             job.half.eq(d.half),
-            job.discard.eq(d.discard),
-            job.rank.eq(d.kind == DescriptorKind.ARGMAX),
+            job.discard.eq(d.discard | is_rerank),
+            job.rank.eq((d.kind == DescriptorKind.ARGMAX) | is_rerank),
+            job.keep.eq(0),
+            job.tile.eq(0),
+            job.columns.eq(-1),
             job.plane.eq(d.plane),
             job.residual.eq(d.residual),
             job.groups.eq(d.groups),
@@ -435,6 +469,8 @@ class ProgramWalker(wiring.Component):
         with m.If(self.jobs.ready):
             with m.If(d.kind == DescriptorKind.ARGMAX):
                 m.next = "RANKED"
+            with m.Elif(d.kind == DescriptorKind.RERANK):
+                m.next = "TILES"
             with m.Elif(rows_left == 0):
                 m.d.comb += next_one.eq(1)
                 m.next = "FETCH"

@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.logic import any_of
 from speq.hw.common.ram import Ram
@@ -17,8 +17,16 @@ _LEAST = 0x007F_FFFF
 
 
 def rank_start_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A GEMM whose results are to be ranked: how many rows it has."""
-    return data.StructLayout({"tokens": config.engine.token_bits})
+    """A GEMM whose results are to be ranked: how many rows it has, the number of its first tile,
+    and the columns that count. With `keep` the entries of the GEMM before stay."""
+    return data.StructLayout(
+        {
+            "tokens": config.engine.token_bits,
+            "tile": config.tile_number_bits,
+            "columns": config.engine.cols,
+            "keep": 1,
+        }
+    )
 
 
 def order_key(logit: Value) -> Value:
@@ -34,11 +42,12 @@ def order_key(logit: Value) -> Value:
 
 
 class Ranker(wiring.Component):
-    """Rank the FP32 results of a GEMM: keep the `CHOICES` largest of each row.
+    """Rank the FP32 results of a GEMM: keep the `config.choices` largest of each row.
 
     The largest comes first; of equal ones the lowest index. NaN ranks as minus infinity and ties
     with it, but keeps its bits; -0 and +0 tie. Index i * cols + c is column c of tile i; tiles come
-    in rising order, each with one beat for each row, 0 to tokens - 1. Only strobed columns count.
+    in rising order, each with one beat for each row, 0 to tokens - 1. Only strobed columns count
+    that are among the start's. With `keep`, the tiles must come behind those of the GEMM before.
     Where a row has fewer outputs, or none because it is not below `tokens`, the rest of its
     entries is not valid.
 
@@ -47,8 +56,8 @@ class Ranker(wiring.Component):
 
     Flow control: the results may stall in any cycle and must keep the beat on offer until it is
     taken. A beat takes `CYCLES` cycles if no column exceeds the last entry, otherwise `CYCLES` + 1
-    and one for each that does. A start is taken only between GEMMs, and drops the entries of the
-    one before: they must have been read by then. Results wait for their start.
+    and one for each that does. A start is taken only between GEMMs, and without `keep` drops the
+    entries of the one before: they must have been read by then. Results wait for their start.
 
     Parameters
     ----------
@@ -62,7 +71,7 @@ class Ranker(wiring.Component):
     busy : Out(1)
         From the cycle after a start until the GEMM's last beat has been ranked.
     row : In(range(rows))
-    entries : Out(ArrayLayout(config.ranked_layout, CHOICES))
+    entries : Out(config.ranking_layout)
         Those of `row` in the cycle before, unless it was busy then.
     """
 
@@ -73,7 +82,7 @@ class Ranker(wiring.Component):
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
-        self._layout = data.ArrayLayout(config.ranked_layout, CHOICES)
+        self._layout = config.ranking_layout
         super().__init__(
             {
                 "start": In(stream.Signature(rank_start_layout(config))),
@@ -94,16 +103,19 @@ class Ranker(wiring.Component):
         running = self.busy
         tokens = Signal(engine.token_bits, reset_less=True)
         column_bits = (engine.cols - 1).bit_length()
-        tile = Signal(TOKEN_BITS - column_bits, reset_less=True)
+        tile = Signal(config.tile_number_bits, reset_less=True)
+        columns = Signal(engine.cols, reset_less=True)
         touched = Signal(engine.rows)  # rows that have entries
         m.d.comb += self.start.ready.eq(~running)
         with m.If(self.start.valid & self.start.ready):
             m.d.sync += [
                 running.eq(1),
                 tokens.eq(self.start.payload.tokens),
-                tile.eq(0),
-                touched.eq(0),
+                tile.eq(self.start.payload.tile),
+                columns.eq(self.start.payload.columns),
             ]
+            with m.If(~self.start.payload.keep):
+                m.d.sync += touched.eq(0)
 
         # The row's entries are read from the RAM, changed, and written back.
         read_row = Signal(engine.row_bits)
@@ -133,11 +145,11 @@ class Ranker(wiring.Component):
                 with m.If(running & self.results.valid):
                     m.next = "COMPARE"
             with m.State("COMPARE"):
-                least = self._rank(self.entries[CHOICES - 1])
+                least = self._rank(self.entries[config.choices - 1])
                 m.d.sync += best.eq(self.entries)
                 for column, logit in enumerate(beat.data):
                     exceeds = Cat(order_key(logit), Const(1, 1)) > least
-                    m.d.sync += pending[column].eq(beat.strobe[column] & exceeds)
+                    m.d.sync += pending[column].eq(beat.strobe[column] & columns[column] & exceeds)
                 m.next = "INSERT"
             with m.State("INSERT"):
                 m.d.comb += lowest.eq(pending & -pending)
@@ -167,7 +179,7 @@ class Ranker(wiring.Component):
         """Put the candidate before the first entry that is worse, and drop the last."""
         rank = self._rank(candidate)
         better = Cat(rank > self._rank(entry) for entry in best)
-        for i in range(CHOICES):
+        for i in range(self.config.choices):
             with m.If(better[i]):
                 if i:
                     # Entries are sorted, so that this one moves if the one before does.

@@ -19,7 +19,7 @@ from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
 #: Of this map: major version in the upper half, minor in the lower.
-VERSION = 0x0001_0001
+VERSION = 0x0001_0002
 #: Bits of a register's address.
 ADDRESS_BITS = 12
 #: Largest value of RING_LOG2.
@@ -159,7 +159,7 @@ COUNTERS = {
     "DRAFT_CYCLES": "the same, GEMM in draft mode",
     "BYPASS_CYCLES": "the same, GEMM in bypass mode",
     "ATTENTION_CYCLES": "the same, ATTENTION",
-    "ARGMAX_CYCLES": "the same, ARGMAX",
+    "ARGMAX_CYCLES": "the same, ARGMAX or RERANK",
     "DESCRIPTORS": "descriptors started",
     "DRAFT_PASSES": "draft passes finished, each of which drafted a token",
     "VERIFY_PASSES": "verify passes finished",
@@ -190,6 +190,7 @@ def constants(config: AcceleratorConfig) -> dict[str, int | dict[str, int]]:
             "activation_bytes": config.activation_bytes,
         },
         "ADDRESS_BITS": config.address_bits,
+        "MAX_CHOICES": config.choices,
     }
 
 
@@ -261,6 +262,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         ),
         Register("STATUS", 0x024, "ro", f"state: {states}", bits=3),
         Register("ERROR", 0x028, "ro", "error code of the last run; see the table", bits=5),
+        Register("MAX_CHOICES", 0x02C, "ro", "entries of a ranking", bits=8),
         _address(
             "ERROR_ADDRESS",
             0x030,
@@ -295,7 +297,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         Register("ROOT", 0x08C, "rw", "last committed token; a run moves it on", 24, updated=True),
         Register("DRAFT_LENGTH", 0x090, "rw", "longest chain L, 0 to R - 1; 0: plain", bits=8),
         Register("THRESHOLD", 0x094, "rw", "FP32: a smaller logit margin ends the chain"),
-        Register("CHOICES", 0x098, "rw", "choices of a chain position, 1 to 4", bits=3),
+        Register("CHOICES", 0x098, "rw", "choices of a chain position, 1 to MAX_CHOICES", bits=4),
         Register("TOKEN_LIMIT", 0x09C, "rw", "tokens after which a run ends, at least 1", bits=32),
         _address("RING", 0x0A0, "ring of committed tokens, uint32 each"),
         Register(

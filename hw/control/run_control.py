@@ -10,7 +10,7 @@ from amaranth.hdl import Const, Elaboratable, Module, Mux, Signal, Value, ValueL
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig, ErrorCode
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.register_file import register_shape, status_layout, values_layout
 from speq.hw.control.register_map import (
     ADDRESS_BITS,
@@ -240,7 +240,7 @@ class RunControl(wiring.Component):
             ("PASS_ROWS", ~decode & _is_outside(values.pass_rows, 1, engine.rows)),
             ("POSITION", values.position + rows > engine.max_k),
             ("DRAFT_LENGTH", decode & (values.draft_length >= engine.rows)),
-            ("CHOICES", decode & _is_outside(values.choices, 1, CHOICES)),
+            ("CHOICES", decode & _is_outside(values.choices, 1, self.config.choices)),
             ("TOKEN_LIMIT", decode & (values.token_limit == 0)),
             ("RING", decode & self._is_no_address(values.ring, beat)),
             ("RING_LOG2", decode & _is_outside(values.ring_log2, 1, MAX_RING_LOG2)),

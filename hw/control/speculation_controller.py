@@ -18,14 +18,13 @@ from amaranth.hdl import (
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig, PassKind, pass_layout
+from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig, PassKind, pass_layout
 from speq.hw.common.ram import Ram
 from speq.hw.control.fp32_gap import FP32_INFINITY, Fp32Gap
 from speq.hw.control.register_file import status_layout, values_layout
 from speq.hw.control.register_map import MAX_RING_LOG2
 from speq.hw.memory.memory_writer import write_layout
 
-_RANK_BITS = (CHOICES - 1).bit_length()
 _COUNT_BITS = 8
 _RING_TOKEN_BYTES = 4
 
@@ -56,8 +55,8 @@ class SpeculationController(wiring.Component):
 
     1. Draft: up to L = min(draft_length, tokens left - 1) passes of one row, each of which appends
        the best token to the chain. A pass whose second best logit is less than `threshold` below
-       the best is the last. (A negative or NaN threshold ends nothing; a vocabulary has at least
-       two tokens.)
+       the best is the last. (A negative or NaN threshold ends nothing, nor does a ranking of one
+       entry.)
     2. The rows that root and chain leave go to alternates, ranks 1 .. choices - 1 of the chain
        positions: those with the smallest gap to the best logit, then the lowest position, then
        rank. A gap with an infinity or NaN is +infinity.
@@ -73,10 +72,10 @@ class SpeculationController(wiring.Component):
     A draft length of 0 is plain decoding: verify passes of one row.
 
     Cycles, without those of passes, writes and the host: 4 from `begin` or the host's answer to the
-    first pass, 18 from a draft pass to the next. From the last draft pass to the verify pass, with
-    a chain of c and a alternates, about (a + 1) (c + 3) + c + 2 a + 18: at most 60 for 8 rows and
-    1,250 for 64. Behind the verify pass 4 for each token, and one for each alternate that is
-    compared.
+    first pass. From a draft pass to the next 8 with up to two choices, and 5 for each further one.
+    From the last draft pass to the verify pass, with a chain of c and a alternates, about
+    (a + 1) (c + 3) + c + 2 a + 18: at most 60 for 8 rows and 1,250 for 64. Behind the verify pass 4
+    for each token, and one for each alternate that is compared.
 
     Flow control: `passes`, `write_command` and `write_data` may stall; the payloads of `passes`
     stay until the next pass. `pass_done` may come from the cycle after the pass was taken on. No
@@ -98,8 +97,9 @@ class SpeculationController(wiring.Component):
     passes : Out(stream of pass_layout(config))
     pass_done : In(1)
         Pulse: everything of the pass is finished, and the ranking is there.
-    row : Out(row_bits), entries : In(ArrayLayout(config.ranked_layout, 4))
-        Read port of the ranking: entries of `row` in the next cycle (or in the same).
+    row : Out(row_bits), entries : In(config.ranking_layout)
+        Read port of the ranking: entries of `row` in the next cycle (or in the same). `row` is 0
+        while a pass is under way.
     write_command, write_data : Out(streams)
         One beat per committed token, of `config.data`.
     write_done : In(1)
@@ -131,7 +131,7 @@ class SpeculationController(wiring.Component):
                 "passes": Out(stream.Signature(pass_layout(config))),
                 "pass_done": In(1),
                 "row": Out(config.engine.row_bits),
-                "entries": In(data.ArrayLayout(config.ranked_layout, CHOICES)),
+                "entries": In(config.ranking_layout),
                 "write_command": Out(stream.Signature(config.data.command_layout)),
                 "write_data": Out(stream.Signature(write_layout(config.data))),
                 "write_done": In(1),
@@ -156,7 +156,9 @@ class SpeculationController(wiring.Component):
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         r = _Registers(self.config)
-        m.submodules.offers = offers = Ram(_OFFER.size, CHOICES * self.config.engine.rows)
+        m.submodules.offers = offers = Ram(
+            _OFFER.size, self.config.choices * self.config.engine.rows
+        )
         m.submodules.gap = gap = Fp32Gap()
         offer = data.View(_OFFER, offers.read_data)
         self._show(m, r)
@@ -263,13 +265,11 @@ class SpeculationController(wiring.Component):
         best = self.entries[0]
         other = Signal(self.config.ranked_layout)
         m.d.comb += [
-            other.eq(Array(self.entries[i] for i in range(CHOICES))[r.rank]),
+            other.eq(Array(self.entries[i] for i in range(self.config.choices))[r.rank]),
             gap.best.eq(best.logit),
             gap.other.eq(other.logit),
-            offers.write_address.eq(Cat((r.rank - 1)[:_RANK_BITS], r.chain)),
-            offers.write_data.eq(
-                Cat(other.token, gap.gap, other.valid & (r.rank < self.values.choices))
-            ),
+            offers.write_address.eq(Cat((r.rank - 1)[: len(r.rank)], r.chain)),
+            offers.write_data.eq(Cat(other.token, gap.gap, other.valid)),
         ]
         with m.State("PLAN"):
             with m.If((r.chain < r.longest) & ~r.stop):
@@ -289,8 +289,9 @@ class SpeculationController(wiring.Component):
                 m.d.sync += [r.rank.eq(r.rank + 1), r.elapsed.eq(0)]
                 with m.If(r.rank == 1):
                     threshold = self.values.threshold
-                    m.d.sync += r.stop.eq((threshold <= FP32_INFINITY) & (gap.gap < threshold))
-                with m.If(r.rank == CHOICES - 1):
+                    below = (threshold <= FP32_INFINITY) & (gap.gap < threshold)
+                    m.d.sync += r.stop.eq(other.valid & below)
+                with m.If(r.rank + 1 >= self.values.choices):
                     m.d.sync += [
                         r.tokens[0].eq(best.token),
                         r.tokens[r.chain + 1].eq(best.token),
@@ -320,7 +321,7 @@ class SpeculationController(wiring.Component):
             ]
             m.d.sync += [
                 r.place.eq(r.place + 1),
-                seen.eq((r.place != r.chain) & (taken != CHOICES - 1)),
+                seen.eq((r.place != r.chain) & (taken + 1 != self.values.choices)),
                 seen_place.eq(r.place),
             ]
             with m.If(seen & offer.valid & (~found | (offer.gap < least))):
@@ -440,6 +441,7 @@ class _Registers:
 
     def __init__(self, config: AcceleratorConfig) -> None:
         rows, count_bits = config.engine.rows, config.engine.token_bits
+        rank_bits = (config.choices - 1).bit_length()
         status, values = status_layout(config).members, values_layout(config).members
 
         def register(shape: ShapeLike, name: str) -> Signal:
@@ -464,13 +466,13 @@ class _Registers:
         self.stop = register(1, "stop")
         self.used = register(count_bits, "used")
         self.free = register(count_bits, "free")
-        self.counts = registers(_RANK_BITS, "count", rows)
+        self.counts = registers(rank_bits, "count", rows)
         self.accepted = register(count_bits, "accepted")
         self.hit_row = register(count_bits, "hit_row")
         self.committed = register(count_bits, "committed")
         # Indices.
         self.place = register(count_bits, "place")
-        self.rank = register(_RANK_BITS, "rank")
+        self.rank = register(rank_bits, "rank")
         self.row = register(config.engine.row_bits, "row")
         self.candidate = register(count_bits, "candidate")
         self.elapsed = register(range(Fp32Gap.LATENCY + 1), "elapsed")

@@ -7,13 +7,11 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
 from speq.hw.memory.memory_writer import write_layout
 
 _WORD_BITS = 32
-#: Bits of a row's entries in memory.
-_ROW_BITS = CHOICES * 2 * _WORD_BITS
 #: What stands for an entry that does not exist.
 _NO_TOKEN = 0xFFFF_FFFF
 _NO_LOGIT = 0xFF80_0000
@@ -33,7 +31,7 @@ class RankingWriter(wiring.Component):
 
     Flow control: all streams may stall in any cycle. A command is taken when the one before has
     been passed on, and becomes one write command (tokens must not be 0). A row takes two cycles and
-    one for each of its beats; there are several rows in a beat of more than 256 bits.
+    one for each of its beats; there are several rows in a beat of more bits than a row's pairs.
 
     Parameters
     ----------
@@ -44,7 +42,7 @@ class RankingWriter(wiring.Component):
     command : In(stream of ranking_command_layout(config))
     row : Out(range(rows))
         The ranker's, while busy.
-    entries : In(ArrayLayout(config.ranked_layout, CHOICES))
+    entries : In(config.ranking_layout)
         Those of `row` in the cycle before.
     write_command : Out(stream of config.data.command_layout)
     write_data : Out(stream of write_layout(config.data))
@@ -58,7 +56,7 @@ class RankingWriter(wiring.Component):
             {
                 "command": In(stream.Signature(ranking_command_layout(config))),
                 "row": Out(config.engine.row_bits),
-                "entries": In(data.ArrayLayout(config.ranked_layout, CHOICES)),
+                "entries": In(config.ranking_layout),
                 "write_command": Out(stream.Signature(config.data.command_layout)),
                 "write_data": Out(stream.Signature(write_layout(config.data))),
                 "busy": Out(1),
@@ -69,14 +67,15 @@ class RankingWriter(wiring.Component):
         m = Module()
         config = self.config
         size = config.data.data_bits
-        rows_per_beat = max(1, size // _ROW_BITS)
-        beats_per_row = max(1, _ROW_BITS // size)
+        row_bits = config.choices * 2 * _WORD_BITS
+        rows_per_beat = max(1, size // row_bits)
+        beats_per_row = max(1, row_bits // size)
         write = self.write_data
 
         tokens = Signal(config.engine.token_bits, reset_less=True)
         is_last_row = self.row + 1 == tokens
         # A beat of rows, or a row of beats, with the marks of the rows that are in it.
-        rows = Signal(data.ArrayLayout(_ROW_BITS, rows_per_beat), reset_less=True)
+        rows = Signal(data.ArrayLayout(row_bits, rows_per_beat), reset_less=True)
         filled = Signal(rows_per_beat)
         slot = self.row[: rows_per_beat.bit_length() - 1]
         part = Signal(range(max(2, beats_per_row)))

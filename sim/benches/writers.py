@@ -16,7 +16,7 @@ from amaranth.hdl import Elaboratable, Module, Mux, ResetInserter, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.control.ranker import Ranker, rank_start_layout
@@ -44,16 +44,17 @@ _ROUNDS = 12
 _LEAST = 0xFF80_0000
 
 
-def _system(rows: int, cols: int, axi: AxiConfig) -> AcceleratorConfig:
+def _system(rows: int, cols: int, choices: int, axi: AxiConfig) -> AcceleratorConfig:
     weights = AxiConfig(data_bits=64, address_bits=axi.address_bits)
-    return AcceleratorConfig(EngineConfig(rows=rows, cols=cols), weights=weights, data=axi)
+    engine = EngineConfig(rows=rows, cols=cols)
+    return AcceleratorConfig(engine, weights=weights, data=axi, choices=choices)
 
 
 #: Those under test: beats narrower than a row's ranking, as wide, and wider.
 _CONFIGS = (
-    _system(3, 4, AxiConfig(data_bits=64, address_bits=32)),
-    _system(4, 16, AxiConfig(data_bits=256, address_bits=40, burst=4, outstanding=2, depth=8)),
-    _system(5, 32, AxiConfig(data_bits=512, address_bits=32)),
+    _system(3, 4, 8, AxiConfig(data_bits=64, address_bits=32)),
+    _system(4, 16, 4, AxiConfig(data_bits=256, address_bits=40, burst=4, outstanding=2, depth=8)),
+    _system(5, 32, 4, AxiConfig(data_bits=512, address_bits=32)),
 )
 
 
@@ -279,18 +280,18 @@ class _World(World):
 
     def add_ranking(self, lane: int, results: np.ndarray) -> None:
         """Queue the transfer of the ranking of FP32 results [T, O]."""
-        content = _ranking(results).astype("<u4").tobytes()
+        content = _ranking(results, self.config.choices).astype("<u4").tobytes()
         place = self.place(len(content), lane)
         self.add("rank_command", address=_BASE + place, tokens=len(results))
         self.golden[place : place + len(content)] = content
 
 
-def _ranking(results: np.ndarray) -> np.ndarray:
-    """Index and bits of the largest of FP32 results [T, O] as they are written: [T, CHOICES, 2]."""
+def _ranking(results: np.ndarray, choices: int) -> np.ndarray:
+    """Index and bits of the largest of FP32 results [T, O] as they are written: [T, choices, 2]."""
     values = results.view(np.float32).astype(np.float64)
     values = np.where(np.isnan(values), -np.inf, values)
-    order = np.argsort(-values, axis=1, kind="stable")[:, :CHOICES]
-    ranking = np.empty((len(results), CHOICES, 2), np.uint32)
+    order = np.argsort(-values, axis=1, kind="stable")[:, :choices]
+    ranking = np.empty((len(results), choices, 2), np.uint32)
     ranking[:] = 0xFFFFFFFF, _LEAST
     ranking[:, : order.shape[1], 0] = order
     ranking[:, : order.shape[1], 1] = np.take_along_axis(results, order, axis=1)

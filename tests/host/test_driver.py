@@ -83,6 +83,43 @@ def test_steps_are_the_golden_models(llama, draft_length):
     assert max(step.drafted for step in steps) == draft_length
 
 
+@pytest.mark.parametrize("draft_length", range(8))
+def test_reranked_drafts_are_the_golden_models(llama, draft_length):
+    """Every number of candidates, more or fewer than choices, one program behind the other."""
+    steps = []
+    for reranked in (*range(1, 9), 0):
+        choices = 1 + (reranked + draft_length) % 4
+        settings = Settings(8, draft_length, 0.1, choices, reranked)
+        prompt = random_tokens(llama.model.config, 2, SEED + reranked)
+        steps += check(llama, prompt, settings, max_tokens=4)
+    margins = [margin for step in steps for margin in step.margins]
+    assert (math.inf in margins) == bool(draft_length)
+    assert any(0 < margin < math.inf for margin in margins) == bool(draft_length)
+
+
+def test_a_candidate_that_is_off_by_one_column_is_found(llama, monkeypatch):
+    """What the steps are compared with tells the logits of neighbours apart."""
+    rerank = AcceleratorModel._rerank
+
+    def wrong(board, fields, address):
+        logits = board._logits
+        board._logits = logits.roll(1, dims=1)
+        rerank(board, fields, address)
+
+    monkeypatch.setattr(AcceleratorModel, "_rerank", wrong)
+    with pytest.raises(AssertionError, match="SPEQ_SEED"):
+        check(llama, [1, 2], Settings(8, 3, reranked=4))
+
+
+def test_heads_that_are_not_encoded_are_exact_as_they_are():
+    model = drafted_model("llama", SEED)
+    encoded = encode_linears(model)
+    del encoded["head"]
+    session = make_session(model, encoded, system())
+    for reranked in (1, 3):
+        check(session, [1, 2], Settings(4, reranked=reranked))
+
+
 def test_alternates_and_chains_are_accepted_and_counted(llama):
     """What the tests above compare does happen; the accelerator's counters agree."""
     total = dict.fromkeys(COUNTED, 0)
@@ -430,10 +467,17 @@ def test_requests_that_are_impossible_are_refused(llama):
         ("prompt has 0 tokens", {"prompt": []}),
         ("prompt has 48 tokens; expected 1 to 47", {"prompt": [1] * 48}),
         ("rows is 4; this accelerator's array has 8", {"prompt": [1], "rows": 4}),
-        ("choices is 5; the accelerator ranks 4", {"prompt": [1], "choices": 5}),
+        ("choices is 9; this accelerator ranks 1 to 8", {"prompt": [1], "choices": 9}),
     ):
         with pytest.raises(ValueError, match=match):
             attempt(**arguments)
+    few = make_session(llama.model, None, replace(system(), choices=4))
+    for match, settings in (
+        ("choices is 5; this accelerator ranks 1 to 4", {"choices": 5}),
+        ("reranked is 5; this accelerator ranks 0 \\(none\\) to 4", {"reranked": 5}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            list(few.generate([1], max_tokens=4, settings=Settings(4, **settings)))
     driver = Driver(AcceleratorModel(system(), 1 << 20), llama.model, capacity=20)
     with pytest.raises(ValueError, match="need a KV cache of 21 entries; this one has 20"):
         list(driver.generate([1] * 10, max_tokens=9, settings=Settings(4)))
@@ -506,7 +550,7 @@ def altered(descriptor: Descriptor, name: str, value: int) -> bytes:
 def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
     """Code, kind of a sound descriptor, field, and the value that spoils it."""
     for kind in ("gemm", "host"):
-        for value in (0, 6, 255):
+        for value in (0, 7, 255):
             yield ErrorCode.UNKNOWN_KIND, kind, "kind", value
     yield ErrorCode.UNKNOWN_KIND, "gemm", "mode", 3
     unused = {
@@ -516,6 +560,7 @@ def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
             *("reserved", "mode", "discard", "tokens", "argument", "residual", "groups", "o"),
         ),
         "values": ("k",),
+        "rerank": ("reserved", "mode", "half", "wait", "discard", "sharing", "o", "results"),
         "draft": ("residual",),
         "bypass": ("residual", "groups"),
         "host": ("mode", "wait", "tokens", "k", "o", "plane", "results", "extra"),
@@ -529,6 +574,7 @@ def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
         "draft": {"tokens": (2,)},
         "scores": {"k": (0, 257), "sharing": (0,)},
         "values": {"o": (0, 1025)},
+        "rerank": {"k": (0, 257), "tokens": (0, 9, 255)},
     }
     for kind, fields in sizes.items():
         for name, values in fields.items():
@@ -539,6 +585,8 @@ def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
             yield ErrorCode.MISALIGNED, "gemm", name, value
     yield ErrorCode.MISALIGNED, "argmax", "extra", 8
     yield ErrorCode.MISALIGNED, "scores", "extra", 8
+    for name in ("plane", "residual", "groups", "activations", "extra"):
+        yield ErrorCode.MISALIGNED, "rerank", name, 8
 
 
 @pytest.mark.parametrize(
@@ -561,6 +609,7 @@ def test_malformed_descriptors(bench, code, kind, name, value):
         "argmax": replace(bench.gemm, kind=DescriptorKind.ARGMAX),
         "scores": replace(bench.gemm, **attention | {"k": 6}),
         "values": replace(bench.gemm, **attention | {"o": 6, "values": True}),
+        "rerank": replace(bench.gemm, kind=DescriptorKind.RERANK, o=0, results=0, candidates=4),
         "draft": replace(bench.gemm, mode=Mode.DRAFT, residual=0, tokens=1),
         "bypass": replace(bench.gemm, mode=Mode.BYPASS, residual=0, groups=0),
         "host": HOST,
@@ -634,7 +683,7 @@ def test_impossible_registers(bench):
         (1, "DRAFT_PROGRAM", 0x20, 0x068),
         (1, "DRAFT_LENGTH", 4, 0x090),
         (1, "CHOICES", 0, 0x098),
-        (1, "CHOICES", 5, 0x098),
+        (1, "CHOICES", 9, 0x098),
         (1, "TOKEN_LIMIT", 0, 0x09C),
         (1, "RING", 0x9004, 0x0A0),
         (1, "RING_LOG2", 0, 0x0A8),

@@ -20,6 +20,7 @@ from speq.model.cycles import (
     kv_bytes,
     linear_shapes,
     plain_pass,
+    rerank_cycles,
     stage_cycles,
     uniform_formats,
     verify_pass,
@@ -165,6 +166,29 @@ def test_only_the_first_rows_of_the_head_are_drafted():
             ValueError, match=f"drafted outputs are {impossible}; expected 1 to 264"
         ):
             draft_pass(config, ENGINE, formats, drafted_outputs=impossible)
+
+
+def test_exact_logits_of_a_draft_pass_by_hand():
+    config = small_config()
+    formats = uniform_formats(config, FormatConfig())
+    whole = draft_pass(config, ENGINE, formats)
+    some = draft_pass(config, ENGINE, formats, reranked_tiles=3)
+    assert some.weights - whole.weights == 3 * 16 * 64 * 2
+    assert some.groups - whole.groups == 3 * 16
+    assert some.linear_cycles - whole.linear_cycles == 3 * 64
+    # The first tile is found, loaded, multiplied and ranked; the second follows it at once, and the
+    # third is only looked for when the first has been ranked.
+    one = 5 + (12 + 5) + 8 + 16 + 15 + 64 + 16
+    two = one + 64
+    assert rerank_cycles(64, 264, 1, ENGINE) == one
+    assert rerank_cycles(64, 264, 2, ENGINE) == two
+    assert rerank_cycles(64, 264, 3, ENGINE) == two + 64
+    assert rerank_cycles(24, 264, 3, ENGINE) == one - 40 + (12 + 5) + 8 + 16 + 24 + 16
+    assert some.cycles - whole.cycles == two + 64
+    del formats["head"]
+    assert draft_pass(config, ENGINE, formats, reranked_tiles=3) == draft_pass(
+        config, ENGINE, formats
+    )
 
 
 def test_layers_without_a_format_are_read_whole():

@@ -42,3 +42,11 @@ def test_hopeless_and_perfect_drafts():
 def test_the_best_length_grows_with_the_acceptance():
     lengths = [predict(SMOLLM2, ENGINE, p / 10).length for p in range(11)]
     assert lengths == sorted(lengths) and lengths[0] == 0 and lengths[-1] == 7
+
+
+def test_exact_logits_lengthen_draft_passes():
+    formats = uniform_formats(SMOLLM2, FormatConfig())
+    draft = draft_pass(SMOLLM2, ENGINE, formats, 5, reranked_tiles=4).cycles
+    plain, reranked = predict(SMOLLM2, ENGINE, 1.0, 5), predict(SMOLLM2, ENGINE, 1.0, 5, 4)
+    assert reranked.draft == draft > plain.draft + 4 * SMOLLM2.hidden
+    assert reranked.speedup < plain.speedup

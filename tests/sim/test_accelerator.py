@@ -16,7 +16,7 @@ import pytest
 
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.board import Board
-from speq.host.layout import RANKING_BYTES, ceil_div, round_up
+from speq.host.layout import ceil_div, ranking_bytes, round_up
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, DescriptorKind
@@ -264,26 +264,31 @@ def test_a_wrong_byte_is_noticed():
 
 
 def decoding(pair: Pair) -> Workload:
-    """Draft and verify programs of one ARGMAX each, with few tokens, so that some are accepted."""
+    """Draft and verify programs of one ARGMAX each, with few tokens, so that some are accepted; in
+    the draft program a RERANK may follow."""
     random, engine = pair.random, pair.config.engine
     workload = pair.workload(rows=engine.rows, position=int(random.integers(0, 20)))
     o = int(random.integers(2, 7))
     for mode in (Mode.DRAFT, Mode.VERIFY):
         workload.rows = 1 if mode is Mode.DRAFT else engine.rows
+        start = len(workload.descriptors)
         workload.add_product(DescriptorKind.ARGMAX, mode, int(random.integers(1, 30)), o)
+        if mode is Mode.DRAFT and random.integers(2):
+            candidates = int(random.integers(1, workload.config.choices + 1))
+            workload.add_rerank(o, int(random.integers(1, 30)), candidates)
         workload.add(DescriptorKind.END)
     workload.write_program()
     log2 = int(random.integers(1, 5))
     thresholds = np.array([0, 1, 4, np.inf], np.float32)
     workload.registers = {
         "RUN": 1,
-        "PROGRAM_LENGTH": 2,
+        "PROGRAM_LENGTH": 3,
         "DRAFT_PROGRAM": workload.program,
-        "VERIFY_PROGRAM": workload.program + 2 * DESCRIPTOR_BYTES,
+        "VERIFY_PROGRAM": workload.program + start * DESCRIPTOR_BYTES,
         "ROOT": int(random.integers(o)),
         "DRAFT_LENGTH": int(random.integers(engine.rows)),
         "THRESHOLD": int(random.choice(thresholds).view(np.uint32)),
-        "CHOICES": int(random.integers(1, 5)),
+        "CHOICES": int(random.integers(1, workload.config.choices + 1)),
         "TOKEN_LIMIT": int(random.integers(1, 8)),
         "RING": workload._result("ring", 4 << log2),
         "RING_LOG2": log2,
@@ -297,7 +302,7 @@ def test_decoding_with_random_rankings(name):
         hits = 0
         for _ in range(25):
             workload = decoding(pair)
-            verify = workload.descriptors[2]
+            verify = workload.descriptors[-2]
             size = verify.k * pair.config.activation_bytes
             fresh = [pair.random.standard_normal(size // 2).astype(np.float16) for _ in range(8)]
             steps = {pair.rtl: 0, pair.model: 0}
@@ -363,6 +368,8 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
     others = [field for field, _ in DESCRIPTOR if field not in ("kind", "mode")]
     reserved += [("host", {field: 1}) for field in others if field != "argument"]
     reserved += [("end", {field: 1}) for field in others] + [("end", {"mode": 1})]
+    reserved += [("rerank", {field: 1}) for field in ("mode", "half", "wait", "discard", "o")]
+    reserved += [("rerank", {field: 128}) for field in ("sharing", "argument", "results")]
     sizes = [
         (name, {field: value})
         for name in products
@@ -374,6 +381,8 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
     sizes += [("scores", {"k": 0}), ("scores", {"k": engine.max_k + 1})]
     sizes += [("values", {"o": 0}), ("values", {"o": engine.max_o + 1})]
     sizes += [("scores", {"sharing": 0}), ("values", {"sharing": 0})]
+    sizes += [("rerank", {"k": 0}), ("rerank", {"k": engine.max_k + 1})]
+    sizes += [("rerank", {"tokens": value}) for value in (0, config.choices + 1, 255)]
     beats = {"plane": weights, "residual": weights, "groups": data, "activations": data}
     beats |= {"results": data}
     places = [
@@ -384,7 +393,13 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
     ]
     places += [("argmax", {"extra": BASE + data // 2}), ("scores", {"extra": weights // 2})]
     places += [("values", {"plane": BASE + 1}), ("values", {"extra": wide})]
-    unknown = [(name, {"kind": kind}) for name in ("verify", "end") for kind in (0, 6, 33, 255)]
+    places += [
+        ("rerank", {field: value})
+        for field, beat in (beats | {"extra": data}).items()
+        for value in (BASE + beat // 2, wide)
+        if field != "results"
+    ]
+    unknown = [(name, {"kind": kind}) for name in ("verify", "end") for kind in (0, 7, 33, 255)]
     unknown += [("verify", {"mode": 3}), ("argmax", {"mode": 3})]
     several = [("verify", {"kind": 0, "reserved": 1}), ("verify", {"mode": 3, "k": 0})]
     return {
@@ -396,12 +411,15 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
 
 
 def add_sound(workload: Workload, name: str) -> None:
-    """Append the descriptor that `malformed` calls so."""
+    """Append the descriptor that `malformed` calls so, as the last."""
     match name:
         case "verify" | "draft" | "bypass":
             workload.add_product(DescriptorKind.GEMM, Mode[name.upper()], 9, 11, 1)
         case "argmax":
             workload.add_product(DescriptorKind.ARGMAX, Mode.VERIFY, 9, 11, 1, ranking=True)
+        case "rerank":
+            workload.add_product(DescriptorKind.ARGMAX, Mode.VERIFY, 9, 3, 1)
+            workload.add_rerank(3, 9, 4, ranking=True)
         case "scores" | "values":
             workload.add_attention(9, 2, values=name == "values", gap=0)
         case _:
@@ -432,6 +450,7 @@ def test_malformed_descriptors(faulty, code):
         for _ in range(index):
             workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 5, 20)
         add_sound(workload, name)
+        index = len(workload.descriptors) - 1
         workload.end()
         spoiled(workload, index, changes)
         got = faulty.check_fault(workload)
@@ -513,7 +532,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
         size = round_up(words * config.activation_bytes, data)
         yield from ((address + i * size, size) for i in range(batches))
     elif field == "ranking":
-        yield address, RANKING_BYTES * tokens
+        yield address, ranking_bytes(config) * tokens
     else:
         left = tokens * d.sharing if is_attention else tokens
         while left > 0:
@@ -634,6 +653,7 @@ NONFINITE = {
     "draft": ("groups",),
     "bypass": ("activations", "plane"),
     "argmax": ("activations", "groups"),
+    "rerank": ("activations", "groups"),
     "scores": ("activations", "plane"),
     "values": ("activations", "plane"),
 }
@@ -656,14 +676,15 @@ def test_results_that_are_not_finite(pair, name, field):
             for _ in range(before):
                 workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, 5, 20)
             add_sound(workload, name)
-            spoil_operand(workload, before, field)
+            index = len(workload.descriptors) - 1
+            spoil_operand(workload, index, field)
             for kind in behind:
                 if kind is DescriptorKind.HOST:
                     workload.add(kind)
                 else:
                     workload.add_product(kind, Mode.BYPASS, 3, 4)
             got = pair.check_fault(workload.end())
-            address = workload.program + before * DESCRIPTOR_BYTES
+            address = workload.program + index * DESCRIPTOR_BYTES
             assert got == RunStatus("ERROR", ErrorCode.NONFINITE, address, 0)
 
 
@@ -705,7 +726,7 @@ def test_nothing_of_a_step_that_is_not_finite_is_committed(pair, spoiled_pass):
     for discard in (False, True):
         workload = decoding(pair)
         workload.registers |= {"DRAFT_LENGTH": 1, "TOKEN_LIMIT": 5}
-        index = 0 if spoiled_pass == "draft" else 2
+        index = 0 if spoiled_pass == "draft" else len(workload.descriptors) - 2
         workload.descriptors = [
             replace(d, discard=discard, results=BASE if discard else d.results)
             if d.kind is DescriptorKind.ARGMAX
@@ -841,7 +862,7 @@ def test_impossible_registers(faulty):
         for value in (wide, BASE + 32, BASE + 1)
     ]
     cases += [("PASS_ROWS", 0), ("PASS_ROWS", engine.rows + 1), ("POSITION", engine.max_k)]
-    cases += [("DRAFT_LENGTH", engine.rows), ("CHOICES", 0), ("CHOICES", 5), ("TOKEN_LIMIT", 0)]
+    cases += [("DRAFT_LENGTH", engine.rows), ("CHOICES", 0), ("CHOICES", 9), ("TOKEN_LIMIT", 0)]
     cases += [("RING", BASE + WRITE.start + 1), ("RING", wide), ("RING_LOG2", 0), ("RING_LOG2", 25)]
     offsets = {register.name: register.offset for register in registers(faulty.config)}
     refused = 0

@@ -148,6 +148,20 @@ def test_draft_lengths_thresholds_and_choices(tiny, draft_length, threshold, cho
     check_prediction(meter, tiny.model, tiny.encoded, cycle_engine(FULL, LATENCY))
 
 
+@pytest.mark.parametrize(
+    ("reranked", "draft_length", "choices", "threshold"),
+    [(8, 7, 4, 0.5), (3, 4, 8, 0.0), (1, 2, 3, math.inf)],
+)
+def test_exact_logits_of_the_best_drafted_tokens(tiny, reranked, draft_length, choices, threshold):
+    """Chains, margins and alternates are those of exact logits, in the cycles of their tiles."""
+    settings = Settings(8, draft_length, threshold, choices, reranked)
+    meter = Meter(tiny.driver)
+    decode(tiny, "Tom and his dog went to", settings, 12)
+    check_prediction(meter, tiny.model, tiny.encoded, cycle_engine(FULL, LATENCY))
+    tiles = [p.shape.tiles for p in meter.passes if p.shape.kind is PassKind.DRAFT]
+    assert 1 <= min(tiles) <= max(tiles) <= reranked
+
+
 def test_stalls_and_reordered_responses():
     """On all channels of the memory."""
     model = load_model("tiny")
@@ -155,7 +169,8 @@ def test_stalls_and_reordered_responses():
     text = "Once upon a time, there was a big"
     memory = {"stalls": dict.fromkeys(CHANNELS, 80), "reorder": True, "seed": SEED, "latency": 5}
     with rtl_session(FULL, model, encoded, **memory) as stalled:
-        for settings, tokens in ((Settings(8, threshold=0.5), 16), (Settings(8, 0), 3)):
+        runs = [(Settings(8, threshold=0.5), 16), (Settings(8, 0), 3)]
+        for settings, tokens in [*runs, (Settings(8, 3, 0.5, reranked=5), 6)]:
             decode(stalled, text, settings, tokens)
 
 
@@ -202,16 +217,19 @@ def test_decoding_ends_where_results_are_not_finite(layer):
     ids=lambda value: value if isinstance(value, str) else f"{value.weights.data_bits} bits",
 )
 def test_other_models(config, shape):
-    """Speculative, plain from the encoded weights, and plain from FP16 weights in memory."""
+    """Speculative, with drafts of 4 bits and then of exact logits, plain from the encoded weights,
+    and plain from FP16 weights in memory."""
     architecture, changes = SHAPES[shape]
     model = drafted_model(architecture, SEED, **changes)
     prompt = random_tokens(model.config, 7, SEED)
     rows = config.engine.rows
-    for encoded, lengths in ((encode_linears(model), (rows - 1, 0)), (None, (rows - 1,))):
+    drafted = [(rows - 1, 0), (0, 0), (rows - 1, 5)]
+    for encoded, runs in ((encode_linears(model), drafted), (None, [(rows - 1, 0)])):
         with rtl_session(config, model, encoded, capacity=24) as session:
-            for length in lengths:
+            for length, reranked in runs:
                 options = {"max_tokens": 8 if length and encoded else 3}
-                steps = check(session, prompt, Settings(rows, length), **options)
+                settings = Settings(rows, length, reranked=reranked)
+                steps = check(session, prompt, settings, **options)
                 statistics = check_counters(session, steps)
                 assert bool(statistics.draft_passes) == bool(length and encoded)
 

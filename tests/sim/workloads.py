@@ -18,10 +18,10 @@ import torch
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.board import Board
 from speq.host.layout import (
-    RANKING_BYTES,
     Region,
     ceil_div,
     draft_activation_words,
+    ranking_bytes,
     round_up,
     tiled,
     weight_planes,
@@ -282,7 +282,7 @@ class Workload:
         else:
             size = ceil_div(o, engine.cols) * engine.cols * actual * (2 if half else 4)
             results = self._product_results(size, half)
-        place = self._result("ranking", RANKING_BYTES * actual) if ranking else 0
+        place = self._result("ranking", ranking_bytes(self.config) * actual) if ranking else 0
         return self.add(
             kind,
             mode=mode,
@@ -295,6 +295,17 @@ class Workload:
             results=results,
             ranking=place,
             **operands,
+        )
+
+    def add_rerank(self, o: int, k: int, candidates: int, *, ranking: bool = False) -> Descriptor:
+        """Append a RERANK with new operands, for a ranking of `o` outputs."""
+        return self.add(
+            DescriptorKind.RERANK,
+            k=k,
+            candidates=candidates,
+            activations=self._activations(Mode.VERIFY, k, 1),
+            ranking=self._result("ranking", ranking_bytes(self.config)) if ranking else 0,
+            **self._weights(Mode.VERIFY, k, o),
         )
 
     def _earlier_results(self, k: int) -> int | None:
@@ -338,7 +349,8 @@ class Workload:
         )
 
     def add_random(self) -> Descriptor:
-        """Append any descriptor that the accelerator can carry out."""
+        """Append any descriptor that the accelerator can carry out, and behind an ARGMAX perhaps a
+        RERANK; the last of them."""
         random, engine = self.random, self.config.engine
         kind = random.choice(["gemm", "argmax", "attention", "host"], p=[0.5, 0.2, 0.2, 0.1])
         half, wait = (bool(random.integers(2)), random.random() < 0.3)
@@ -361,7 +373,7 @@ class Workload:
         if self.rows <= most and random.random() < 0.5:
             tokens = 0
         is_argmax = kind == "argmax"
-        return self.add_product(
+        product = self.add_product(
             DescriptorKind.ARGMAX if is_argmax else DescriptorKind.GEMM,
             mode,
             self._size(engine.max_k, engine.format.group),
@@ -372,6 +384,14 @@ class Workload:
             ranking=is_argmax and random.random() < 0.7,
             discard=is_argmax and random.random() < 0.4,
             chained=random.random() < 0.4,
+        )
+        if not is_argmax or random.random() < 0.5:
+            return product
+        return self.add_rerank(
+            product.o,
+            self._size(engine.max_k, engine.format.group),
+            int(random.integers(1, self.config.choices + 1)),
+            ranking=random.random() < 0.7,
         )
 
     def _size(self, limit: int, multiple: int) -> int:
@@ -435,7 +455,7 @@ class Workload:
         lines = [f"{self.rows} rows at position {self.position}, program at {self.program:#x}"]
         for i, d in enumerate(self.descriptors):
             words = [f"{i}: {d.kind.name} {d.mode.name} tokens={d.tokens} k={d.k} o={d.o}"]
-            names = ("half", "wait", "discard", "values", "sharing")
+            names = ("half", "wait", "discard", "values", "sharing", "candidates")
             words += [f"{name}={int(getattr(d, name))}" for name in names if getattr(d, name)]
             names = (*_ADDRESS_FIELDS, "ranking", "stride", "argument")
             words += [f"{name}={getattr(d, name):#x}" for name in names if getattr(d, name)]

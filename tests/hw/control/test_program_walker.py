@@ -15,6 +15,7 @@ from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorK
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
+from speq.model.number_format import draft_words, residual_words
 from speq.sim.runner import seed
 from tests.hw.streams import Source
 
@@ -24,8 +25,12 @@ ROWS, COLS, MAX_K, MAX_O = 3, 8, 64, 200
 BASE, LIMIT = 0x1000, 0x8FFF
 PROGRAM = 0x2000
 _LATENCY = 5
-_JOB_FIELDS = ("mode", "k", "o", "tokens", "half", "discard", "rank", "stride")
+_JOB_FIELDS = (
+    *("mode", "k", "o", "tokens", "half", "discard", "rank", "stride", "keep", "tile", "columns"),
+)
 _ADDRESSES = ("plane", "residual", "groups", "activations", "results")
+#: Outputs of the ranking's row 0, the best first.
+RANKED = (77, 5, 3, 79, 4, 76, 199)
 
 
 def system(data_bits: int = 128) -> AcceleratorConfig:
@@ -140,6 +145,9 @@ def walk(
         ctx.set(dut.base, BASE)
         ctx.set(dut.limit, LIMIT)
         ctx.set(dut.length, length)
+        for entry, token in zip(dut.rank_entries, RANKED, strict=False):
+            ctx.set(entry.token, token)
+            ctx.set(entry.valid, 1)
 
     request = {"program": address, "rows": rows, "position": position}
     simulator = Simulator(dut)
@@ -158,8 +166,25 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
     job = {
         "mode": d.mode.value, "k": d.k, "o": d.o, "tokens": d.tokens or rows, "half": int(d.half),
         "discard": int(d.discard), "rank": int(d.kind is DescriptorKind.ARGMAX), "stride": 0,
+        "keep": 0, "tile": 0, "columns": (1 << engine.cols) - 1,
         **{name: getattr(d, name) for name in _ADDRESSES},
     }  # fmt: skip
+    if d.kind is DescriptorKind.RERANK:
+        candidates = RANKED[: d.candidates]
+        groups = -(-d.k // engine.format.group) * engine.cols
+        sizes = {
+            "plane": draft_words(d.k, engine.format) * engine.cols * 2,
+            "residual": residual_words(d.k, engine.format) * engine.cols * 2,
+            "groups": -(-groups // config.data.beat_bytes) * config.data.beat_bytes,
+        }
+        job |= {"o": engine.cols, "tokens": 1, "discard": 1, "rank": 1}
+        return [
+            job
+            | {"keep": int(i > 0), "tile": tile}
+            | {"columns": sum(1 << c % engine.cols for c in candidates if c // engine.cols == tile)}
+            | {name: job[name] + tile * size for name, size in sizes.items()}
+            for i, tile in enumerate(sorted({c // engine.cols for c in candidates}))
+        ]
     if d.kind is not DescriptorKind.ATTENTION:
         return [job]
     job |= {"mode": Mode.BYPASS.value, "stride": d.stride}
@@ -185,6 +210,7 @@ def random_descriptor(rng: random.Random) -> Descriptor:
             DescriptorKind.GEMM,
             DescriptorKind.ATTENTION,
             DescriptorKind.ARGMAX,
+            DescriptorKind.RERANK,
             DescriptorKind.HOST,
         ]
     )
@@ -199,6 +225,11 @@ def random_descriptor(rng: random.Random) -> Descriptor:
             activations=addresses["activations"], results=addresses["results"],
             stride=rng.randrange(3) * 128,
         )  # fmt: skip
+    if kind is DescriptorKind.RERANK:
+        del addresses["results"]
+        return Descriptor(
+            kind, k=k, candidates=rng.randint(1, 8), ranking=rng.randrange(2) * 128, **addresses
+        )
     mode = rng.choice(list(Mode))
     if mode is not Mode.VERIFY:
         addresses["residual"] = 0
@@ -237,10 +268,12 @@ def test_random_programs(data_bits):
             for i, job in enumerate(jobs_of(config, d, rows, position)):
                 name, values, overlaps = next(rest)
                 assert (name, values) == ("job", job | {"descriptor": place})
-                first_alone = d.wait or d.kind is DescriptorKind.ARGMAX
+                ranks = d.kind in (DescriptorKind.ARGMAX, DescriptorKind.RERANK)
+                first_alone = d.wait or ranks
                 assert not (overlaps and first_alone and i == 0)
-            if d.kind is DescriptorKind.ARGMAX and d.ranking:
-                assert next(rest) == ("ranking", d.ranking, d.tokens or rows, False)
+            if d.ranking:
+                ranked = 1 if d.kind is DescriptorKind.RERANK else d.tokens or rows
+                assert next(rest) == ("ranking", d.ranking, ranked, False)
         assert next(rest) == ("end", False, False)
         assert got.error is ErrorCode.NONE
     assert any(event[0] == "job" and event[2] for event in events), "nothing overlapped"
@@ -248,6 +281,7 @@ def test_random_programs(data_bits):
 
 GEMM = Descriptor(DescriptorKind.GEMM, k=8, o=8, plane=128, residual=128, groups=128)
 ATTENTION = Descriptor(DescriptorKind.ATTENTION, k=8, sharing=2)
+RERANK = Descriptor(DescriptorKind.RERANK, k=8, candidates=8)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +302,19 @@ ATTENTION = Descriptor(DescriptorKind.ATTENTION, k=8, sharing=2)
         (replace(GEMM, results=1 << 32), ErrorCode.MISALIGNED),
         (replace(ATTENTION, stride=8), ErrorCode.MISALIGNED),
         (replace(GEMM, kind=DescriptorKind.ARGMAX, ranking=8), ErrorCode.MISALIGNED),
+        (replace(RERANK, k=0), ErrorCode.BAD_SIZE),
+        (replace(RERANK, k=MAX_K + 1), ErrorCode.BAD_SIZE),
+        (replace(RERANK, candidates=0), ErrorCode.BAD_SIZE),
+        (replace(RERANK, candidates=9), ErrorCode.BAD_SIZE),
+        (replace(RERANK, candidates=255), ErrorCode.BAD_SIZE),
+        (replace(RERANK, residual=8), ErrorCode.MISALIGNED),
+        (replace(RERANK, ranking=8), ErrorCode.MISALIGNED),
+        (replace(RERANK, groups=1 << 32), ErrorCode.MISALIGNED),
+        (replace(RERANK, mode=Mode.BYPASS), ErrorCode.RESERVED),
+        (replace(RERANK, o=8), ErrorCode.RESERVED),
+        (replace(RERANK, wait=True), ErrorCode.RESERVED),
+        (replace(RERANK, discard=True), ErrorCode.RESERVED),
+        (replace(RERANK, results=128), ErrorCode.RESERVED),
         (replace(GEMM, argument=1), ErrorCode.RESERVED),
         (replace(GEMM, sharing=1), ErrorCode.RESERVED),
         (replace(GEMM, ranking=128), ErrorCode.RESERVED),
@@ -282,7 +329,7 @@ ATTENTION = Descriptor(DescriptorKind.ATTENTION, k=8, sharing=2)
         (Descriptor(DescriptorKind.HOST, k=1), ErrorCode.RESERVED),
         (Descriptor(DescriptorKind.END, argument=1), ErrorCode.RESERVED),
         (b"\0" * DESCRIPTOR_BYTES, ErrorCode.UNKNOWN_KIND),
-        (b"\6" + b"\0" * (DESCRIPTOR_BYTES - 1), ErrorCode.UNKNOWN_KIND),
+        (b"\7" + b"\0" * (DESCRIPTOR_BYTES - 1), ErrorCode.UNKNOWN_KIND),
         (b"\1\3" + b"\1" * (DESCRIPTOR_BYTES - 2), ErrorCode.UNKNOWN_KIND),
     ],
 )

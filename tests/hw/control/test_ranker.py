@@ -11,7 +11,7 @@ import pytest
 from amaranth.hdl import ResetInserter, Signal
 from amaranth.sim import Simulator, SimulatorContext
 
-from speq.hw.accelerator_config import CHOICES, AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.ranker import Ranker
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
@@ -24,8 +24,8 @@ _CORNERS = (
     *(_NAN, 0x7F800001, 0x7FFFFFFF),
 )
 _PATIENCE = 200_000
-#: Rows, columns.
-_SHAPES = ((2, 4), (5, 8), (1, 16), (8, 4))
+#: Rows, columns, entries of a ranking.
+_SHAPES = ((2, 4, 8), (5, 8, 4), (1, 16, 4), (8, 4, 4))
 
 #: FP32 bits of the outputs of each row.
 Logits = list[list[int]]
@@ -36,9 +36,10 @@ pytestmark = pytest.mark.usefixtures("simulable_ram")
 each_shape = pytest.mark.parametrize("shape", _SHAPES, ids=str)
 
 
-def system(rows: int, cols: int) -> AcceleratorConfig:
+def system(rows: int, cols: int, choices: int) -> AcceleratorConfig:
     axi = AxiConfig(data_bits=64)
-    return AcceleratorConfig(EngineConfig(rows=rows, cols=cols), weights=axi, data=axi)
+    engine = EngineConfig(rows=rows, cols=cols)
+    return AcceleratorConfig(engine, weights=axi, data=axi, choices=choices)
 
 
 def value(bits: int) -> float:
@@ -47,13 +48,13 @@ def value(bits: int) -> float:
     return float("-inf") if number != number else number
 
 
-def golden(logits: Logits, rows: int) -> list[list[Entry | None]]:
+def golden(logits: Logits, rows: int, choices: int) -> list[list[Entry | None]]:
     """The entries of all rows; None for those that are not valid."""
-    none: list[Entry | None] = [None] * CHOICES
+    none: list[Entry | None] = [None] * choices
     ranking = [none] * rows
     for i, row in enumerate(logits):
         order = sorted(range(len(row)), key=lambda j, row=row: (-value(row[j]), j))
-        ranking[i] = ([(j, row[j]) for j in order] + none)[:CHOICES]
+        ranking[i] = ([(j, row[j]) for j in order] + none)[:choices]
     return ranking
 
 
@@ -82,6 +83,7 @@ class Bench:
     def __init__(self, config: AcceleratorConfig, pause: float = 0) -> None:
         self.dut, self.clear = Ranker(config), Signal()
         self.rows, self.cols = config.engine.rows, config.engine.cols
+        self.choices = config.choices
         self.rng = random.Random(f"{seed()} {self.rows} {self.cols} {pause}")
         self.pause = pause
         self.taken: list[int] = []
@@ -92,13 +94,23 @@ class Bench:
         simulator.add_testbench(testbench)
         simulator.run()
 
-    async def feed(self, ctx: SimulatorContext, logits: Logits, cycles: int = _PATIENCE) -> bool:
+    async def feed(
+        self,
+        ctx: SimulatorContext,
+        logits: Logits,
+        cycles: int = _PATIENCE,
+        *,
+        tile: int = 0,
+        columns: int = -1,
+        keep: bool = False,
+    ) -> bool:
         """Give a GEMM's start and beats for at most so many cycles; whether it has ended."""
         dut, rng = self.dut, self.rng
         items = beats(logits, self.cols, rng)
         self.taken = []
         is_started = False
-        ctx.set(dut.start.payload.tokens, len(logits))
+        start = {"tokens": len(logits), "tile": tile, "keep": keep}
+        ctx.set(dut.start.payload, start | {"columns": columns & (1 << self.cols) - 1})
         for cycle in range(cycles):
             if not is_started and rng.random() >= self.pause:
                 ctx.set(dut.start.valid, 1)
@@ -120,10 +132,12 @@ class Bench:
                 return True
         return False
 
-    async def check(self, ctx: SimulatorContext, logits: Logits) -> None:
-        """Read all rows and compare them."""
+    async def check(
+        self, ctx: SimulatorContext, logits: Logits, expected: list | None = None
+    ) -> None:
+        """Read all rows and compare them, with all outputs' ranking unless another is given."""
         dut, rng = self.dut, self.rng
-        expected = golden(logits, self.rows)
+        expected = expected or golden(logits, self.rows, self.choices)
         order = list(range(self.rows))
         rng.shuffle(order)
         for row in order:
@@ -169,11 +183,11 @@ def random_logits(rng: random.Random, tokens: int, outputs: int) -> Logits:
 
 @each_shape
 @pytest.mark.parametrize("pause", [0, 0.4])
-def test_rankings_are_those_of_a_sort(shape: tuple[int, int], pause: float) -> None:
+def test_rankings_are_those_of_a_sort(shape: tuple[int, int, int], pause: float) -> None:
     bench = Bench(system(*shape), pause)
-    rows, cols = shape
+    rows, cols, choices = shape
     rng = bench.rng
-    sizes = [1, 2, CHOICES - 1, CHOICES, cols - 1, cols, cols + 1, 7 * cols, 11 * cols - 3]
+    sizes = [1, 2, choices - 1, choices, cols - 1, cols, cols + 1, 7 * cols, 11 * cols - 3]
     sizes += [rng.randint(1, 20 * cols) for _ in range(6)]
     gemms = []
     for outputs in sizes:
@@ -183,7 +197,7 @@ def test_rankings_are_those_of_a_sort(shape: tuple[int, int], pause: float) -> N
 
 
 @each_shape
-def test_corners_rank_against_each_other(shape: tuple[int, int]) -> None:
+def test_corners_rank_against_each_other(shape: tuple[int, int, int]) -> None:
     bench = Bench(system(*shape))
     corners = [bits | sign for bits in _CORNERS for sign in (0, _NEGATIVE)]
     pairs = [[a, b] for a in corners for b in corners]
@@ -192,20 +206,61 @@ def test_corners_rank_against_each_other(shape: tuple[int, int]) -> None:
 
 
 def test_many_tiles() -> None:
-    bench = Bench(system(1, 4))
+    bench = Bench(system(1, 4, 4))
     outputs = 4 * 300
     bench.rank([[[0x3F800000 + i for i in range(outputs)]], [[_NAN] * outputs]])
 
 
+def tiles_of(outputs: list[int], cols: int) -> list[tuple[int, int]]:
+    """Numbers of the tiles that hold these outputs, rising, and their columns."""
+    numbers = sorted({output // cols for output in outputs})
+    return [(n, sum(1 << o % cols for o in outputs if o // cols == n)) for n in numbers]
+
+
 @each_shape
-def test_cycles(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shift", [0, 1])
+def test_candidates_are_ranked_anew(shape: tuple[int, int, int], shift: int) -> None:
+    """Any number of outputs of row 0, tile by tile, with ties across tiles: nothing else counts,
+    and columns that are wrong by one are found."""
+    bench = Bench(system(*shape), 0.2)
+    rows, cols, choices = shape
+    rng = bench.rng
+    wrong = 0
+
+    async def testbench(ctx: SimulatorContext) -> None:
+        nonlocal wrong
+        for count in [*range(1, choices + 1), choices]:
+            outputs = rng.choice((cols, 2 * cols, 9 * cols))
+            first = random_logits(rng, rows, outputs)
+            assert await bench.feed(ctx, first)
+            exact = random_logits(rng, 1, outputs)[0]
+            candidates = rng.sample(range(outputs), min(count, outputs))
+            for i, (tile, columns) in enumerate(tiles_of(candidates, cols)):
+                columns = (columns << shift | columns >> cols - shift) & (1 << cols) - 1
+                part = [exact[tile * cols : (tile + 1) * cols]]
+                assert await bench.feed(ctx, part, tile=tile, columns=columns, keep=i > 0)
+            order = sorted(candidates, key=lambda j, exact=exact: (-value(exact[j]), j))
+            none: list[Entry | None] = [None] * choices
+            expected = [none] * rows
+            expected[0] = ([(j, exact[j]) for j in order] + none)[:choices]
+            try:
+                await bench.check(ctx, [exact], expected)
+            except AssertionError:
+                wrong += 1
+
+    bench.run(testbench)
+    assert bool(wrong) == bool(shift)
+
+
+@each_shape
+def test_cycles(shape: tuple[int, int, int]) -> None:
     """A beat without an entry takes `CYCLES`, one more with entries, and one for each."""
     bench = Bench(system(*shape))
-    rows, cols = shape
+    rows, cols, choices = shape
     logits = [[0x40000000 + i for i in range(cols)] for _ in range(rows)]
     tiles = 6
     for values in logits:
-        last = values[-CHOICES]  # ties are not inserted
+        last = values[-choices]  # ties are not inserted
         values.extend([last] * (tiles - 3) * cols)
         values.extend([0x4F800000] + [last] * (cols - 1))  # the first column
         values.extend([0x5F800000 + i for i in range(cols)])  # all
@@ -223,9 +278,9 @@ def test_cycles(shape: tuple[int, int]) -> None:
 
 
 @each_shape
-def test_a_reset_at_any_time_leaves_nothing_behind(shape: tuple[int, int]) -> None:
+def test_a_reset_at_any_time_leaves_nothing_behind(shape: tuple[int, int, int]) -> None:
     bench = Bench(system(*shape), 0.2)
-    rows, cols = shape
+    rows, cols, _ = shape
 
     async def testbench(ctx: SimulatorContext) -> None:
         for cycles in range(1, 40):

@@ -178,7 +178,7 @@ def test_possible_registers(values: dict[str, int]) -> None:
         (DECODE | {"draft_length": 4}, "draft_length"),
         (DECODE | {"draft_length": 255}, "draft_length"),
         (DECODE | {"choices": 0}, "choices"),
-        (DECODE | {"choices": 5}, "choices"),
+        (DECODE | {"choices": 9}, "choices"),
         (DECODE | {"token_limit": 0}, "token_limit"),
         (DECODE | {"ring": 0x4008}, "ring"),
         (DECODE | {"ring": 2**40}, "ring"),

@@ -21,7 +21,7 @@ from amaranth.hdl import Value
 from amaranth.lib import data
 from amaranth.sim import Simulator
 
-from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig, PassKind
+from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig, PassKind
 from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
@@ -124,15 +124,28 @@ def random_logits(rng: random.Random, vocab: int, tokens: list[int]) -> torch.Te
     return torch.tensor(rows, dtype=torch.float32)
 
 
+def reranked_logits(rng: random.Random, logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Logits of which only `count` random ones of each row are left, which are finite."""
+    kept = torch.full_like(logits, -torch.inf)
+    for row, given in zip(kept, logits, strict=True):
+        for index in rng.sample(range(len(row)), min(count, len(row))):
+            row[index] = given[index] if given[index].isfinite() else 0.5
+    return kept
+
+
 def ranking_of(
-    config: AcceleratorConfig, logits: torch.Tensor, labels: list[int], rng: random.Random
+    config: AcceleratorConfig,
+    logits: torch.Tensor,
+    labels: list[int],
+    rng: random.Random,
+    reranked: int = 0,
 ) -> int:
     """Entries of a row, as bits; those that do not exist hold anything."""
-    layout, entries = data.ArrayLayout(config.ranked_layout, CHOICES), []
-    for index in ranked(logits, CHOICES).tolist():
+    layout, entries = config.ranking_layout, []
+    for index in ranked(logits, reranked or config.choices).tolist():
         bits = struct.unpack("<I", struct.pack("<f", logits[index]))[0]
         entries.append({"token": labels[index], "logit": bits, "valid": 1})
-    while len(entries) < CHOICES:
+    while len(entries) < config.choices:
         entries.append(
             {"token": rng.randrange(2**TOKEN_BITS), "logit": rng.getrandbits(32), "valid": 0}
         )
@@ -149,7 +162,8 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
         rows=rows,
         draft_length=given.get("draft_length", rng.randrange(rows)),
         threshold=given.get("threshold", rng.choice(THRESHOLDS)),
-        choices=rng.randint(1, CHOICES),
+        choices=rng.randint(1, config.choices),
+        reranked=rng.choice([0, rng.randint(1, config.choices)]),
     )
     limit = given.get("token_limit", rng.randint(1, 4 * rows + 4))
     root, position = rng.randrange(vocab), rng.randrange(MAX_K - limit - rows + 1)
@@ -162,7 +176,7 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
             "root": labels[root],
             "draft_length": settings.length,
             "threshold": struct.unpack("<I", struct.pack("<f", settings.threshold))[0],
-            "choices": settings.choices,
+            "choices": settings.offered,
             "token_limit": limit,
             "ring": ring,
             "ring_log2": rng.randint(1, 5),
@@ -170,10 +184,14 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
     )
     cache = Cache(position)
 
-    def forward(model, tokens, cache, *, draft=None, positions=None, mask=None) -> torch.Tensor:
+    def forward(
+        model, tokens, cache, *, draft=None, reranked=0, positions=None, mask=None
+    ) -> torch.Tensor:
         start = cache.length
         positions = positions or [start]
         logits = random_logits(rng, vocab, tokens)
+        if reranked:
+            logits = reranked_logits(rng, logits, reranked)
         drafting = draft is not None
         run.passes.append(
             Pass(
@@ -183,7 +201,7 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
                 run.passes[-1].index + 1 if drafting and previous_is_draft(run) else 0,
                 [labels[token] for token in tokens],
                 [(p - start, int(p - start != row)) for row, p in enumerate(positions)],
-                [ranking_of(config, row, labels, rng) for row in logits],
+                [ranking_of(config, row, labels, rng, reranked) for row in logits],
             )
         )
         cache.length += len(tokens)

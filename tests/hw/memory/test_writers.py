@@ -9,7 +9,7 @@ import random
 import pytest
 from amaranth.sim import SimulatorContext
 
-from speq.hw.accelerator_config import CHOICES, TOKEN_BITS, AcceleratorConfig
+from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.ranking_writer import RankingWriter
@@ -27,10 +27,11 @@ each_shape = pytest.mark.parametrize("shape", _SHAPES, ids=str)
 each_pause = pytest.mark.parametrize("pause", [0, _PAUSE])
 
 
-def system(rows: int, cols: int, data_bits: int) -> AcceleratorConfig:
+def system(rows: int, cols: int, data_bits: int, choices: int = 8) -> AcceleratorConfig:
     data = AxiConfig(data_bits=data_bits, address_bits=32)
     weights = AxiConfig(data_bits=64, address_bits=32)
-    return AcceleratorConfig(EngineConfig(rows=rows, cols=cols), weights=weights, data=data)
+    engine = EngineConfig(rows=rows, cols=cols)
+    return AcceleratorConfig(engine, weights=weights, data=data, choices=choices)
 
 
 def assert_equal(what: str, expected: list, got: list) -> None:
@@ -275,13 +276,15 @@ def test_a_multiplexer_needs_sources() -> None:
 # The ranking writer
 
 
-@pytest.mark.parametrize("data_bits", [64, 128, 256, 512, 1024])
+@pytest.mark.parametrize(
+    ("data_bits", "choices"), [(64, 8), (128, 4), (256, 4), (256, 8), (512, 4), (1024, 8)]
+)
 @each_pause
-def test_rankings_in_memory(data_bits: int, pause: float) -> None:
+def test_rankings_in_memory(data_bits: int, choices: int, pause: float) -> None:
     rows = 6
-    config = system(rows, 64, data_bits)
+    config = system(rows, 64, data_bits, choices)
     dut = RankingWriter(config)
-    rng = random.Random(f"{seed()} {data_bits} {pause}")
+    rng = random.Random(f"{seed()} {data_bits} {choices} {pause}")
     sizes = [*range(1, rows + 1), 1, rows]
     commands = [
         {"address": rng.randrange(1 << 20) * config.alignment, "tokens": tokens} for tokens in sizes
@@ -290,7 +293,7 @@ def test_rankings_in_memory(data_bits: int, pause: float) -> None:
         [
             [
                 (rng.getrandbits(TOKEN_BITS), rng.getrandbits(32), rng.random() < 0.8)
-                for _ in range(CHOICES)
+                for _ in range(config.choices)
             ]
             for _ in range(rows)
         ]
@@ -308,7 +311,7 @@ def test_rankings_in_memory(data_bits: int, pause: float) -> None:
                 ctx.set(entry.logit, logit if busy else rng.getrandbits(32))
                 ctx.set(entry.valid, valid)
 
-    lengths = [-(-32 * tokens * 8 // data_bits) for tokens in sizes]
+    lengths = [-(-config.choices * 8 * tokens * 8 // data_bits) for tokens in sizes]
     simulate(dut, [command], [writes, beats], lambda: len(beats.items) == sum(lengths), ranker)
     expected = [(each["address"], n) for each, n in zip(commands, lengths, strict=True)]
     assert_equal("write command", expected, [(w.address, w.beats) for w in writes.items])

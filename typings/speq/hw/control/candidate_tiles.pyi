@@ -1,0 +1,1 @@
+from hw.control.candidate_tiles import *
