@@ -156,7 +156,9 @@ class Decoder:
         self._request, self._settings = request, settings
         token_limit(model, prompt, request.max_tokens)
         tensors = encoded_tensors(request, model, file)
-        self.costs = encoded_costs(model.config, tensors).relative if tensors else None
+        self.costs = (
+            encoded_costs(model.config, tensors, settings.reranked).relative if tensors else None
+        )
         self._board: SimulatedBoard | None = None
         capacity = None
         if request.rtl:

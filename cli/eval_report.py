@@ -5,7 +5,7 @@
 
     version       3
     model         name, of a path the last part, and its configuration
-    settings      of the run: rows, choices, max_tokens, seed, raw, draft (the encoded file's name
+    settings      of the run: rows, choices, reranked, max_tokens, seed, raw, draft (the file's name
                   if there is one, formats and how many layers have each, the head's and its drafted
                   outputs)
     prompts       for "calibration" and "evaluation": the number of prompts of each kind
@@ -69,6 +69,8 @@ class Conditions:
         Of the array.
     choices : int
         Choices per position.
+    reranked : int
+        Best drafted tokens whose logits are computed exactly.
     max_tokens : int
         Per prompt.
     seed : int
@@ -79,6 +81,7 @@ class Conditions:
 
     rows: int
     choices: int
+    reranked: int
     max_tokens: int
     seed: int
     raw: bool
@@ -163,7 +166,13 @@ def report(
     drafted_outputs = done.encoded["head"].drafted_outputs if "head" in done.encoded else None
     passes = {
         "plain": plain_pass(model.config, engine),
-        "draft": draft_pass(model.config, engine, formats, drafted_outputs=drafted_outputs),
+        "draft": draft_pass(
+            model.config,
+            engine,
+            formats,
+            drafted_outputs=drafted_outputs,
+            reranked_tiles=conditions.reranked,
+        ),
         "verify": verify_pass(model.config, engine, formats, conditions.rows),
     }
     usual = usual_format(done)
@@ -234,7 +243,7 @@ def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) 
     """Figures by kind."""
     table = figure_table(
         f"{name}: L = {settings.length}, threshold {settings.threshold:g}, "
-        f"{settings.choices} choices, {settings.rows} rows",
+        f"{settings.choices} choices, {settings.reranked} re-ranked, {settings.rows} rows",
         *("kind", "\nmatch", "draft\n/pass", "accept\n/pass", "tokens\n/pass"),
         *("early\nexits", "leaf\nhits", "speedup\nover FP16", "with\nKV"),
     )

@@ -22,6 +22,7 @@ from speq.model.emulation import (
     float_linear,
     float_weights,
     replay,
+    reranked_linear,
 )
 from speq.model.evaluation import (
     Sample,
@@ -132,23 +133,26 @@ def study(
         Whether to compare formats and competitors as well.
     """
     model, encoded = session.model, session.encoded
-    target = float_linear(float_weights(model))
+    weights = float_weights(model)
+    target = float_linear(weights)
     waiting = progress.add_task("decoding the FP16 texts", total=None)
     calibration, evaluation = decode_all(model, target, prompts, conditions)
     progress.update(waiting, total=1, completed=1)
 
-    costs = encoded_costs(model.config, encoded)
+    costs = encoded_costs(model.config, encoded, conditions.reranked)
     draft = draft_linear(encoded, target)
+    if conditions.reranked:
+        draft = reranked_linear(draft, weights["head"], conditions.reranked)
     tried = samples_of(model, calibration, draft, conditions, progress)
     samples = samples_of(model, evaluation, draft, conditions, progress)
     settings = {
-        name: best_settings(tried, costs, conditions.rows, choices)
+        name: best_settings(tried, costs, conditions.rows, choices, reranked=conditions.reranked)
         for name, choices in (("chain", 1), ("alternates", conditions.choices))
     }
     exponents = np.zeros((32, 2), np.int64)
     for name, tensor in encoded.items():
-        weights = arranged(model.linear_weight(name), tensor.order, tensor.shift)
-        exponents += exponent_counts(weights, tensor.config.group)
+        stored = arranged(model.linear_weight(name), tensor.order, tensor.shift)
+        exponents += exponent_counts(stored, tensor.config.group)
     compared = None
     if ablation:
         texts = [[*text.prompt, *text.tokens] for _, text in calibration]

@@ -57,6 +57,9 @@ def run(
     ] = 64,
     rows: Rows = 8,
     choices: Annotated[int, typer.Option(help="Choices per position for spare rows.")] = 4,
+    reranked: Annotated[
+        int, typer.Option(help="Best drafted tokens whose logits are computed exactly; 0: none.")
+    ] = 0,
     group: GroupOfEncode = None,
     split: SplitOfEncode = None,
     width: WidthOfEncode = None,
@@ -77,7 +80,7 @@ def run(
 
     if rows < 2:
         raise ValueError(f"rows is {rows}; speculation needs at least 2")
-    Settings(rows=rows, choices=choices)
+    Settings(rows=rows, choices=choices, reranked=reranked)
     formats = chosen_formats(group, split, width, head_width, encoded)
     if prompts:
         read_prompts(prompts)
@@ -109,7 +112,7 @@ def run(
                     *formats,
                     track=lambda names: progress.track(names, description="encoding"),
                 )
-            conditions = Conditions(rows, choices, max_tokens, seed, raw)
+            conditions = Conditions(rows, choices, reranked, max_tokens, seed, raw)
             session = Session(loaded, tensors)
             done = study(session, chosen, conditions, progress, ablation=ablation)
         # What took so long is seen even if it cannot be stored.

@@ -98,6 +98,13 @@ def run(
         int | None,
         typer.Option(help="Candidates per position for spare rows; 1: none.", show_default="4"),
     ] = None,
+    reranked: Annotated[
+        int | None,
+        typer.Option(
+            help="Best drafted tokens whose logits are computed exactly, 1 to 8; 0: none.",
+            show_default="0",
+        ),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt: no chat format.")
     ] = False,
@@ -132,6 +139,7 @@ def run(
         "draft_length": draft_length,
         "threshold": threshold,
         "choices": choices,
+        "reranked": reranked,
     }
     if not speculative:
         refuse_unused(
@@ -140,6 +148,7 @@ def run(
             draft_length=draft_length,
             threshold=threshold,
             choices=choices,
+            reranked=reranked,
             group=group,
             split=split,
             width=width,

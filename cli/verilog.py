@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,6 +67,14 @@ def run(
     address_bits: Annotated[
         int | None, typer.Option(help="Bits of an address in memory.", show_default="40")
     ] = None,
+    choices: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that a ranking names: 4 or 8, most choices of a position and most that "
+            "are re-ranked.",
+            show_default="8",
+        ),
+    ] = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
@@ -85,6 +93,7 @@ def run(
         "weights_bits": weights_bits,
         "data_bits": data_bits,
         "address_bits": address_bits,
+        "choices": choices,
     }
     given = {name: value for name, value in given.items() if value is not None}
     base = None
@@ -150,12 +159,12 @@ def configuration(
     )
     if engine_only or isinstance(base, EngineConfig):
         refuse_unused(
-            "with an engine alone, which has no ports to memory",
-            **chosen("weights_bits", "data_bits", "address_bits"),
+            "with an engine alone, which has neither ports to memory nor rankings",
+            **chosen("weights_bits", "data_bits", "address_bits", "choices"),
         )
         return engine
     ports = base or AcceleratorConfig(engine)
-    changed = {}
+    changed: dict[str, Any] = {"choices": ports.choices} | chosen("choices")
     for name in ("weights", "data"):
         bits = {"data_bits": given[f"{name}_bits"]} if f"{name}_bits" in given else {}
         try:

@@ -195,17 +195,19 @@ def best_settings(
     choices: int = 4,
     thresholds: Sequence[float] = THRESHOLDS,
     shortest: int = 1,
+    reranked: int = 0,
 ) -> Settings:
     """Longest draft and threshold with the highest speedup on these (calibration) samples.
 
     Drafts of `shortest` to rows - 1 tokens, but no longer than the samples' chains, are tried; of
-    equal ones the first wins. Raises ValueError if there are no samples.
+    equal ones the first wins. `reranked` is what the samples were drafted with. Raises ValueError
+    if there are no samples.
     """
     if not samples:
         raise ValueError("no texts to choose settings on")
     longest = min(rows - 1, samples[0].chains.choices.shape[1])
     options = [
-        Settings(rows, length, threshold, choices)
+        Settings(rows, length, threshold, choices, reranked)
         for length, threshold in product(range(shortest, longest + 1), thresholds)
     ]
     return max(options, key=lambda settings: speedup(samples, settings, costs))

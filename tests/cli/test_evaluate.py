@@ -111,12 +111,14 @@ def test_the_same_options_give_the_same_files(speq_eval, tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
-def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path):
+@pytest.mark.parametrize("reranked", [0, 3])
+def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path, reranked):
     """The exact golden model decodes the same prompts with the chosen settings."""
     prompts = {"chat": ["hello hell", "the hello"], "other": ["a b c d"]}
     file = tmp_path / "prompts.json"
     file.write_text(json.dumps(prompts))
     arguments = ("--prompts", file, "--max-tokens", 12, "--width", 6, "--prompts-per-kind", 2)
+    arguments += ("--reranked", reranked)
     made = speq_eval(*arguments, "-o", tmp_path / "out")
     assert made.code == 0, made.err
     report = read(tmp_path / "out")
@@ -124,6 +126,7 @@ def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path):
     session = Session(model, encode_linears(model, FormatConfig(width=6)))
     for name in ("chain", "alternates"):
         settings = Settings(**report["results"][name]["settings"])
+        assert settings.reranked == reranked
         total = Statistics()
         for prompt in (prompt for texts in prompts.values() for prompt in texts):
             ids = model.tokenizer.encode(model.tokenizer.chat(prompt))

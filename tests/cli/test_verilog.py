@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,15 @@ def test_an_engine_stays_one():
     assert configuration(engine, False, {"rows": 4}) == EngineConfig(rows=4, cols=3)
     with pytest.raises(ValueError, match="--address-bits is not used"):
         configuration(engine, False, {"address_bits": 40})
+
+
+def test_the_length_of_a_ranking_is_kept_and_changed():
+    assert configuration(None, False, {}).choices == 8
+    four = configuration(None, False, {"choices": 4})
+    assert four.choices == 4
+    assert configuration(four, False, {"rows": 4}) == replace(four, engine=EngineConfig(rows=4))
+    assert configuration(four, False, {"choices": 8}).choices == 8
+    with pytest.raises(ValueError, match="choices is 5; expected 4 or 8"):
+        configuration(four, False, {"choices": 5})
+    with pytest.raises(ValueError, match="--choices is not used"):
+        configuration(EngineConfig(), False, {"choices": 4})
