@@ -25,7 +25,7 @@ _CORNERS = (
 )
 _PATIENCE = 200_000
 #: Rows, columns, entries of a ranking.
-_SHAPES = ((2, 4, 8), (5, 8, 4), (1, 16, 4), (8, 4, 4))
+_SHAPES = ((2, 4, 4), (3, 8, 8), (1, 16, 4), (8, 4, 4))
 
 #: FP32 bits of the outputs of each row.
 Logits = list[list[int]]
