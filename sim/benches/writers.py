@@ -233,7 +233,8 @@ class _World(World):
             some = rng.integers(1 << 32, size=6, dtype=np.uint32)
             some = np.append(some, np.array([0x7F800000, 0x7FC00000, _LEAST], np.uint32))
             results = rng.choice(some, size=results.shape)
-            self.add("start", tokens=tokens)
+            every_column = (1 << engine.cols) - 1
+            self.add("start", tokens=tokens, tile=0, columns=every_column, keep=0)
         columns = np.arange(tiles * engine.cols).reshape(tiles, engine.cols)
         for tile in range(tiles):
             for row in range(tokens):

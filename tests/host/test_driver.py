@@ -492,8 +492,11 @@ def test_other_hardware_is_refused():
 
     with pytest.raises(ValueError, match="VERSION is 0x0000dead"):
         read_configuration(Other(system(), 4096))
-    for config in (system(), system(EngineConfig(rows=64, cols=64, draft_rows=2), 128, 1024)):
+    wide = system(EngineConfig(rows=64, cols=64, draft_rows=2), 128, 1024)
+    for config in (system(), wide, replace(system(), choices=4)):
         assert read_configuration(AcceleratorModel(config, 4096)) == config
+    with pytest.raises(ValueError, match="choices is 3; expected 4 or 8"):
+        replace(system(), choices=3)
 
 
 # Errors of runs.
