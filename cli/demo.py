@@ -32,9 +32,11 @@ def run(
 ) -> None:
     """Run a real LLM's layers through the generated Verilog and compare every bit."""
     from speq.hw import EngineConfig
+    from speq.sim.builder import check_tools
 
     started = time.perf_counter()
     config = EngineConfig(rows=rows, cols=cols)
+    check_tools()
     # These load torch: the options are right by now.
     from speq.cli.demo_layers import gemms_with_golden, random_layers, real_layers, report
     from speq.model.checkpoint import CheckpointError

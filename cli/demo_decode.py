@@ -56,12 +56,15 @@ def run(
         float,
         typer.Option(help="Stop drafting below this margin of the best logit.", callback=finite),
     ] = 0.5,
+    reranked: Annotated[
+        int, typer.Option(help="Best drafted tokens whose logits are computed exactly; 0: none.")
+    ] = 0,
 ) -> None:
     """Decode with a real LLM on the accelerator's RTL and compare every token and logit bit."""
     from speq.model.settings import Settings
 
     started = time.perf_counter()
-    settings = Settings(rows, draft_length, threshold)
+    settings = Settings(rows, draft_length, threshold, reranked=reranked)
     check_array(rows, cols)
     # These load torch: the options are right by now.
     from speq.host.meter import cycle_engine, passes_of
@@ -86,7 +89,7 @@ def run(
         def predicted(shape: PassShape) -> int:
             return shape.predicted_cycles(loaded.config, engine, formats)
 
-        planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, rows)]
+        planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, rows, reranked)]
         total = sum(map(predicted, planned))
         note(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
         done = decode(session, board, runs, total)

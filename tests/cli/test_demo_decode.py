@@ -33,12 +33,12 @@ def demo(*options: str):
 
 
 def test_every_logit_is_the_golden_models():
-    result = demo()
+    result = demo("--reranked", "2")
     assert result.exit_code == 0, result.output
     model = load_model("tiny")
     session = Session(model, encode_linears(model))
     prompt = model.tokenizer.encode(PROMPT)
-    settings = Settings(4, 3, threshold=0.5)
+    settings = Settings(4, 3, threshold=0.5, reranked=2)
     steps = list(session.golden(prompt, max_tokens=TOKENS, settings=settings))
     tokens = [token for step in steps for token in step.tokens]
     assert repr(model.tokenizer.decode(prompt + tokens)) in result.output
