@@ -209,13 +209,13 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculation, "forward", forward)
-        patch.setattr(speculation, "KVCache", lambda *_: cache)
         steps = speculation.generate(
             SimpleNamespace(config=SimpleNamespace(context=10**9)),
             [root],
             {},
             max_tokens=limit,
             settings=settings,
+            text=SimpleNamespace(begin=lambda *_: cache, tokens=[]),
         )
         count = given.get("steps", rng.choice([None, None, rng.randint(1, limit)]))
         run.finish = count is not None
