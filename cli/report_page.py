@@ -249,6 +249,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     chosen = report["results"]["alternates"]["settings"]
     length = chosen["draft_length"]
     length = int(chosen["rows"]) - 1 if length is None else int(length)
+    reranked = int(chosen.get("reranked", 0))  # which older reports do not have
+    exact = f", {reranked} re-ranked" if reranked else ""
     figures = report["results"]["alternates"]["figures"]["all"]
     return [
         (
@@ -260,7 +262,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "speculation",
             f"{int(chosen['rows'])} rows, drafts of up to {length}, threshold "
-            f"{float(chosen['threshold']):g}, {int(chosen['choices'])} choices; the best on "
+            f"{float(chosen['threshold']):g}, {int(chosen['choices'])} choices{exact}; the best on "
             f"{counts[0]} calibration prompts",
         ),
         (

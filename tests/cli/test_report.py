@@ -427,3 +427,11 @@ def test_light_dark_and_paper(browser, hostile_page, tmp_path) -> None:
         assert len(picture.getcolors(1 << 20)) > 100
     browser(hostile_page, f"--print-to-pdf={tmp_path / 'page.pdf'}")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def test_re_ranking_is_named(folder) -> None:
+    assert "re-ranked" not in Document(render(read_page(folder))).text
+    report = content(folder)
+    report["results"]["alternates"]["settings"]["reranked"] = 5
+    (folder / "report.json").write_text(json.dumps(report))
+    assert "choices, 5 re-ranked; the best on" in Document(render(read_page(folder))).text
