@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
+from rich.text import Text
 
 from speq.cli.options import Force, Seed
 from speq.cli.progress import status
@@ -120,7 +121,7 @@ def tables(figures: list[Figure]) -> list[RenderableType]:
         out.columns[0].min_width = longest  # so that they stand below one another
         for f in group:
             target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {f.target:g}"
-            met = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[f.met]
+            met = {True: Text("yes", "green"), False: Text("no", "red"), None: ""}[f.met]
             value = f"{f.value:,.0f}" if f.value >= 1000 else f"{f.value:.4g}"
             out.add_row(f.name, value, f.unit, target, met)
         shown += ["", f"{note}:", out]

@@ -44,7 +44,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from speq.cli.tables import figure_table, show
@@ -251,7 +250,7 @@ def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) 
         if kind == "all":
             table.add_section()
         table.add_row(
-            *(escape(kind), percent(f.match_rate), number(f.drafted), number(f.acceptance_length)),
+            *(kind, percent(f.match_rate), number(f.drafted), number(f.acceptance_length)),
             number(f.tokens_per_pass),
             *(percent(f.early_exits), percent(f.alternate_hits)),
             *(shown(f.speedup), number(f.speedup_kv.value)),

@@ -7,7 +7,6 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 
 
 def figure_table(title: str, *headings: str, left: int = 1) -> Table:
@@ -22,7 +21,7 @@ def figure_table(title: str, *headings: str, left: int = 1) -> Table:
 
 
 def show(*renderables: RenderableType) -> None:
-    """Print such tables, and lines, which are plain text unless they are more than strings.
+    """Print such tables, and lines. Strings, also those in tables, are plain text.
 
     Where a line is too short for a table, its columns stand closer, then names get several lines.
     What is still wider than a terminal, or than 80 characters where there is none, is left to it:
@@ -34,7 +33,7 @@ def show(*renderables: RenderableType) -> None:
     for table in tables:
         if _width(table) > console.width:
             table.padding = 0
-            names = [Text.from_markup(str(cell)).plain for cell in table.columns[0].cells]
+            names = [str(cell) for cell in table.columns[0].cells]
             words = [name.split() or [""] for name in (str(table.columns[0].header), *names)]
             shortest = max(len(word) for name in words for word in name)
             longest = max(map(len, names), default=0)

@@ -301,3 +301,13 @@ def test_long_words_make_tables_wider(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert "some_kind_that_is_longer_than_any_other" in lines[2].split()
     assert lines[0].split() == ["kind", "one", "figure", "another", "figure"]
+
+
+def test_names_in_tables_are_plain_text(capsys):
+    """Whatever would be markup elsewhere."""
+    table = figure_table("", "kind", "figure")
+    table.add_row("[red]kind[/]", "1.25")
+    table.add_row("\\[x]", "2.5")
+    show(table, "[bold]line")
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[red]kind[/]", "\\[x]", "[bold]line"))
