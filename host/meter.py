@@ -142,7 +142,7 @@ def passes_of(
     for step in steps:
         for i in range(step.drafted):
             yield PassShape(PassKind.DRAFT, 1, position + i, reranked)
-        yield PassShape(PassKind.VERIFY, 1 + step.drafted + step.alternates, position)
+        yield PassShape(PassKind.VERIFY, step.rows, position)
         position += len(step.tokens)
 
 

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from speq.model.checkpoint import Model, ModelConfig, linear_names
+from speq.model.draft_tree import Proposal, chain_ends, free_proposal, grow
 from speq.model.format import EncodedTensor
-from speq.model.speculation import Settings, Step, allot_alternates
+from speq.model.speculation import Settings, Step, committed_step
 from speq.model.transformer import (
     Linear,
     NonFiniteError,
@@ -392,34 +393,49 @@ def replay(text: Text, chains: Chains, settings: Settings) -> list[Step]:
             f"chains of {length} tokens with {kept} choices cannot replay settings that need "
             f"{settings.length} and {settings.offered}"
         )
+    policy, rows = settings.policy, settings.rows
     choices = chains.choices[..., : settings.offered].tolist()
-    gaps = (chains.scores[..., :1] - chains.scores)[..., : max(2, settings.offered)].tolist()
+    scores = chains.scores[..., : max(2, settings.offered)]
+    gaps = (scores[..., :1] - scores).tolist()
+    history = list(text.prompt)
     steps, position = [], 0
     while position < len(text.tokens):
         target = text.tokens[position:]
-        limit = min(settings.length, len(target) - 1)
-        chain, margins = choices[position][:limit], [gap[1] for gap in gaps[position][:limit]]
-        drafted = next(
-            (j + 1 for j, margin in enumerate(margins) if margin < settings.threshold), limit
-        )
-        counts = allot_alternates(
-            gaps[position][:drafted], [settings.offered] * drafted, settings.rows
-        )
-        accepted = 0
-        while accepted < drafted and chain[accepted][0] == target[accepted]:
-            accepted += 1
-        hit = accepted < drafted and target[accepted] in chain[accepted][1 : 1 + counts[accepted]]
-        committed = target[: accepted + 1 + hit]
-        steps.append(
-            Step(
-                tokens=committed,
-                logits=torch.empty(0),
-                drafted=drafted,
-                accepted=accepted,
-                alternates=sum(counts),
-                alternate_hit=hit and len(committed) > accepted,
-                margins=margins[:drafted],
+        most = len(target) - 1
+        seen = history[-settings.history :]
+        limit = min(settings.length, most)
+        proposal = Proposal()
+        free = free_proposal(policy, seen, rows, most) if limit else None
+        if free is not None:
+            proposal = free
+        elif limit:
+            margins = [gap[1] for gap in gaps[position][:limit]]
+            drafted = next(
+                (
+                    j + 1
+                    for j in range(limit)
+                    if chain_ends(policy, settings.threshold, margins[: j + 1])
+                ),
+                limit,
             )
+            chain = choices[position][:drafted], gaps[position][:drafted]
+            proposal = grow(policy, seen, *chain, rows, most)
+        path = [0]
+        for token in target[:most]:
+            found = [r for r in proposal.children(path[-1]) if proposal.tokens[r - 1] == token]
+            if not found:
+                break
+            path.append(found[0])
+        committed = target[: len(path)]
+        step = committed_step(
+            committed,
+            path,
+            torch.empty(proposal.rows, 0),
+            proposal,
+            stop_ids=frozenset(),
+            repeated=False,
         )
+        steps.append(step)
+        history += committed
         position += len(committed)
     return steps

@@ -49,7 +49,7 @@ from speq.model.checkpoint import Model, linear_names
 from speq.model.format import EncodedTensor
 from speq.model.input_file import check_regular
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings
+from speq.model.settings import Policy, Settings
 
 VERSION = 4
 
@@ -197,15 +197,20 @@ def _settings(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Settings]:
     """Settings of speculation by name: both or none."""
     if set(entries) not in (set(), {"chain", "alternates"}):
         raise ValueError(f"settings are {list(entries)!r:.80}; expected chain and alternates")
-    for name, values in entries.items():
-        if set(values) != {member.name for member in fields(Settings)}:
-            raise ValueError(f"the settings {name} have {', '.join(values):.80}")
-        for key, value in values.items():
-            whole = type(value) is int or (key == "draft_length" and value is None)
-            number = key == "threshold" and type(value) is float and math.isfinite(value)
-            if not whole and not number:
-                raise ValueError(f"{key} of the settings {name} is {value!r:.40}")
-    return {name: Settings(**values) for name, values in entries.items()}
+    return {name: _settings_of(name, values) for name, values in entries.items()}
+
+
+def _settings_of(name: str, values: Mapping[str, Any]) -> Settings:
+    policy = values.get("policy")
+    for kind, given in ((Settings, values), (Policy, policy)):
+        if not isinstance(given, dict) or set(given) != {member.name for member in fields(kind)}:
+            raise ValueError(f"the settings {name} have {', '.join(given or ()):.80}")
+    for key, value in values.items():
+        whole = type(value) is int or (key == "draft_length" and value is None)
+        number = key == "threshold" and type(value) is float and math.isfinite(value)
+        if key != "policy" and not whole and not number:
+            raise ValueError(f"{key} of the settings {name} is {value!r:.40}")
+    return Settings(**{**values, "policy": Policy(**policy)})
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> str:

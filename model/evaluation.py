@@ -176,7 +176,7 @@ def _kv_traffic(config: ModelConfig, step: Step, context: int) -> tuple[int, int
     """Bytes of KV traffic of decoding a step's tokens plainly, and of the step."""
     plain = sum(kv_bytes(config, context + i, 1) for i in range(len(step.tokens)))
     drafts = sum(kv_bytes(config, context + i, 1) for i in range(step.drafted))
-    return plain, drafts + kv_bytes(config, context, 1 + step.drafted + step.alternates)
+    return plain, drafts + kv_bytes(config, context, step.rows)
 
 
 def speedup(samples: Sequence[Sample], settings: Settings, costs: Costs) -> float:

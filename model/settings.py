@@ -16,6 +16,78 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 MAX_RERANKED = 8
 #: No vocabulary is larger.
 MAX_TOP_K = 1 << 24
+#: Tokens that are searched for repetitions where nothing else is said.
+DEFAULT_HISTORY = 2048
+MAX_HISTORY = 1 << 16
+#: Tokens of a match that make a difference.
+LONGEST_MATCH = 4
+#: Costs are -log2(probability) in parts of a bit, so many to a bit, and no larger than this.
+COST_STEPS, MAX_COST = 16, 255
+#: The cost of a guess that is never made.
+NO_GUESS = MAX_COST
+MAX_COST_LIMIT = (1 << 16) - 1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What decides how long drafts are and which rows a verify pass has (`speq.model.draft_tree`).
+
+    The costs of a token, `COST_STEPS` to a bit, are 0 to `MAX_COST`. The defaults know no
+    probabilities: they end no chain, prefer alternates with small gaps and guess nothing.
+
+    Attributes
+    ----------
+    chain_costs : 16 integers
+        That the draft's best token is right, by the logit margin of its pass.
+    alternate_costs : 16 integers
+        That another of its tokens is right, by how far its logit is below the best.
+    guess_costs : 4 integers
+        Of each token that continues a match of 1, 2, 3 and at least 4 tokens; `NO_GUESS`: such a
+        match is not continued.
+    limit : int
+        Drafting stops behind the token with which the chain costs more than this.
+    guess_limit : int
+        Where the last tokens have a match that costs less than this, and at least three tokens
+        behind it, the step has no draft passes.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range or a table has another length.
+    """
+
+    chain_costs: tuple[int, ...] = (0,) * 16
+    alternate_costs: tuple[int, ...] = tuple(range(0, 256, 16))
+    guess_costs: tuple[int, ...] = (NO_GUESS,) * LONGEST_MATCH
+    limit: int = MAX_COST_LIMIT
+    guess_limit: int = 0
+
+    def __post_init__(self) -> None:
+        tables = {"chain costs": 16, "alternate costs": 16, "guess costs": LONGEST_MATCH}
+        for name, count in tables.items():
+            field = name.replace(" ", "_")
+            costs = tuple(getattr(self, field))
+            object.__setattr__(self, field, costs)  # a file's list
+            if len(costs) != count or not all(_is_integer(c, MAX_COST) for c in costs):
+                raise ValueError(
+                    f"{name} are {costs!r:.80}; expected {count} integers from 0 to {MAX_COST}"
+                )
+        for name, most in (("limit", MAX_COST_LIMIT), ("guess_limit", MAX_COST)):
+            value = getattr(self, name)
+            if not _is_integer(value, most):
+                raise ValueError(
+                    f"{name.replace('_', ' ')} is {value!r:.40}; expected an integer from 0 to "
+                    f"{most}"
+                )
+
+    @property
+    def guesses(self) -> bool:
+        """Whether anything is ever guessed."""
+        return min(self.guess_costs) < NO_GUESS
+
+
+def _is_integer(value: object, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
 
 
 @dataclass(frozen=True)
@@ -35,6 +107,10 @@ class Settings:
     reranked : int
         The draft head's best tokens whose logits are then computed exactly, from the FP16 head;
         chain, margin and alternates follow these alone. 0: the draft head's own logits count.
+    policy : Policy
+        How long chains are and what else the verify pass checks.
+    history : int
+        How many of the last tokens are searched for what the policy may guess, a power of two.
 
     Raises
     ------
@@ -47,6 +123,8 @@ class Settings:
     threshold: float = 0.0
     choices: int = 4
     reranked: int = 0
+    policy: Policy = Policy()
+    history: int = DEFAULT_HISTORY
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= MAX_ROWS:
@@ -61,6 +139,12 @@ class Settings:
             raise ValueError(f"choices is {self.choices}; expected 1 to {MAX_ROWS}")
         if not 0 <= self.reranked <= MAX_RERANKED:
             raise ValueError(f"reranked is {self.reranked}; expected 0 (none) to {MAX_RERANKED}")
+        if not isinstance(self.policy, Policy):
+            raise ValueError(f"policy is {self.policy!r:.40}; expected a Policy")
+        if self.history not in (1 << i for i in range(MAX_HISTORY.bit_length())):
+            raise ValueError(
+                f"history is {self.history}; expected a power of two up to {MAX_HISTORY}"
+            )
 
     @property
     def length(self) -> int:

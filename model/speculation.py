@@ -6,19 +6,23 @@ what the full model agrees with, plus one token of its own:
 
     draft    From the last committed token, up to L draft passes. The logits of a pass's best
              tokens may be computed once more, exactly (`Settings.reranked`). Stop early when the
-             logit margin (best minus second best) falls below a threshold. Verify rows that the
-             chain does not fill carry leaf alternates: further choices at chain positions, each of
-             which attends to the chain before it and to itself.
-    verify   One verify pass over the last committed token, the chain and the alternates.
-    accept   Walk down the chain as long as the target's token is among the choices of a
-             position. An alternate ends the walk, and yields the token after it as well.
+             logit margin (best minus second best) falls below a threshold, or the chain has become
+             unlikely. Verify rows that the chain does not fill go to the likeliest other paths:
+             further choices at chain positions (alternates), and what followed where the last
+             tokens have occurred before (guesses). So rows form a tree. Where such a guess is long
+             and likely there is no draft pass at all. See `speq.model.draft_tree`.
+    verify   One verify pass over the last committed token and the tree; each row attends to those
+             on its path from the root.
+    accept   Walk down the tree as long as the target's token is among the rows that follow. The
+             target's token that is not ends the step, and is committed, too.
 
 Greedy decoding commits the tokens, and the logit bits, of one-token-at-a-time decoding (contract
 C4), because a row's bits depend on nothing but the tokens that it attends to. Sampled decoding has
 exactly the target's distribution: choices of a position are drawn without replacement from the
 draft's distribution and accepted by recursive rejection (Jeon et al., "Recursive Speculative
 Decoding", 2024; with one choice this is the rejection sampling of Leviathan et al., "Fast
-Inference from Transformers via Speculative Decoding", 2023). Plain decoding is a draft length of 0.
+Inference from Transformers via Speculative Decoding", 2023); a guess is a draw from a distribution
+that has nothing else. Plain decoding is a draft length of 0.
 
 The cache holds every committed token but the last. Draft passes append their own entries behind
 them, which are dropped before the verify pass writes its own in the same slots; of those, the
@@ -34,54 +38,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from speq.model.checkpoint import Model, ModelConfig
+from speq.model.draft_tree import Origin, Proposal, chain_ends, free_proposal, grow
 from speq.model.settings import Sampling, Settings
 from speq.model.transformer import DraftLinear, KVCache, NonFiniteError, forward, prefill
 from speq.model.vector_ops import ranked
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What a verify pass is to check.
-
-    Attributes
-    ----------
-    choices : for each chain position the chain's token, then its alternates
-    margins : for each chain position the draft's best logit minus its second best; +infinity where
-        that is NaN
-    distributions : for each chain position the draft's distribution that the choices were drawn
-        from, float64 [V]; empty in greedy decoding
-    """
-
-    choices: list[list[int]] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-    distributions: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def chain(self) -> list[int]:
-        """The chain's tokens; number i is in row i + 1 of the verify pass."""
-        return [tokens[0] for tokens in self.choices]
-
-    @property
-    def alternates(self) -> list[tuple[int, int]]:
-        """(chain position, token) of each alternate, in the order of their rows."""
-        return [(i, token) for i, tokens in enumerate(self.choices) for token in tokens[1:]]
-
-    def rows_of(self, position: int) -> list[int]:
-        """Rows of the verify pass in which the choices of a chain position are."""
-        first = 1 + len(self.choices) + sum(len(c) - 1 for c in self.choices[:position])
-        return [1 + position, *range(first, first + len(self.choices[position]) - 1)]
-
-    def behind(self, match: int | None) -> Proposal:
-        """What is left of it behind its first position, of which choice `match` was committed
-        (None: none of them)."""
-        if match != 0:
-            return Proposal()
-        return Proposal(self.choices[1:], self.margins[1:], self.distributions[1:])
 
 
 @dataclass(frozen=True)
@@ -95,10 +60,12 @@ class Step:
     logits : float32 [len(tokens), V], the verify logits that each was chosen by
     drafted : length of the chain, which is the number of draft passes
     accepted : chain tokens that were accepted
-    alternates : leaf alternates that were verified
+    alternates : alternates that were verified
     alternate_hit : whether one of them was accepted
     margins : the draft's logit margins along the chain
     repeated : whether a verify pass at this place was not finite, and this is its plain repetition
+    guesses : guessed tokens that were verified
+    guess_hits : guessed tokens that were accepted
     """
 
     tokens: list[int]
@@ -109,12 +76,20 @@ class Step:
     alternate_hit: bool
     margins: list[float]
     repeated: bool = False
+    guesses: int = 0
+    guess_hits: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the verify pass."""
+        return 1 + self.drafted + self.alternates + self.guesses
 
     @property
     def origins(self) -> list[str]:
-        """Where each token is from: "draft", "alternate" or, chosen by the target alone,
+        """Where each token is from: "draft", "alternate", "guess" or, chosen by the target alone,
         "target"."""
         origins = ["draft"] * self.accepted + ["alternate"] * self.alternate_hit
+        origins += ["guess"] * self.guess_hits
         return origins + ["target"] * (len(self.tokens) - len(origins))
 
 
@@ -130,6 +105,9 @@ class Statistics:
     alternates: int = 0
     alternate_hits: int = 0
     repeated: int = 0
+    guesses: int = 0
+    guess_hits: int = 0
+    free_steps: int = 0  # without a draft pass, because of a guess
 
     def add(self, step: Step) -> None:
         """Count a step."""
@@ -142,6 +120,9 @@ class Statistics:
         self.alternates += step.alternates
         self.alternate_hits += step.alternate_hit
         self.repeated += step.repeated
+        self.guesses += step.guesses
+        self.guess_hits += step.guess_hits
+        self.free_steps += step.guesses > 0 and step.drafted == 0
 
     @property
     def match_rate(self) -> float:
@@ -258,13 +239,17 @@ def choose(
 ) -> tuple[int, int | None]:
     """The target's token from its logits [V], and which choice it is (None: none of them).
 
-    q is the distribution that sampled choices were drawn from.
+    q is the distribution that sampled choices were drawn from; None: there is no other choice than
+    these, which is at most one.
     """
     if sampling is None:
         token = argmax(logits)
         return token, choices.index(token) if token in choices else None
     p = distribution(logits[None], sampling)
-    if choices and q is not None:
+    if choices:
+        if q is None:
+            q = torch.zeros(p.shape[1], dtype=p.dtype)
+            q[choices] = 1.0
         accept, p = recursive_rejection(p, q[None], torch.tensor([choices]))
         uniform = torch.rand(len(choices), generator=generator, dtype=torch.float64)
         accepted = (uniform < accept[0]).nonzero()
@@ -277,85 +262,81 @@ def choose(
 def draft(
     model: Model,
     cache: KVCache,
-    root: int,
+    history: Sequence[int],
     layers: Mapping[str, DraftLinear],
     settings: Settings,
+    most: int,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
 ) -> Proposal:
-    """Draft a chain behind the last committed token `root` and select leaf alternates.
+    """Draft a chain behind the last committed token and fill the rows that it leaves.
+
+    Parameters
+    ----------
+    history : prompt and committed tokens, or the last of them
+    most : largest depth of the tree, at least 1
 
     The chain ends before a draft pass that is not finite. The cache is as before when this returns.
     """
-    start, token = cache.length, root
+    history = history[-settings.history :]
+    free = free_proposal(settings.policy, history, settings.rows, most)
+    if free is not None:
+        return free
+    start, token = cache.length, history[-1]
     choices, distributions, gaps = [], [], []
-    while len(choices) < settings.length:
+    while len(choices) < min(settings.length, most):
         try:
             passed = forward(model, [token], cache, draft=layers, reranked=settings.reranked)
             logits = passed[0]
         except NonFiniteError:
             break
         tokens, q = propose(logits, settings.offered, sampling, generator)
-        best = logits[ranked(logits, max(2, settings.offered))]
-        gap = best[0] - best
-        # Infinities and NaN have no distance to others.
-        gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
+        gaps.append(ranked_gaps(logits, max(2, settings.offered)))
         choices.append(tokens)
         if q is not None:
             distributions.append(q)
         token = tokens[0]
-        if gaps[-1][1] < settings.threshold:
+        if chain_ends(settings.policy, settings.threshold, [gap[1] for gap in gaps]):
             break
     cache.truncate(start)
-    counts = allot_alternates(gaps, [len(c) for c in choices], settings.rows)
-    kept = [tokens[: 1 + n] for tokens, n in zip(choices, counts, strict=True)]
-    return Proposal(kept, [gap[1] for gap in gaps], distributions)
+    proposal = grow(settings.policy, history, choices, gaps, settings.rows, most)
+    proposal.distributions = distributions
+    return proposal
 
 
-def allot_alternates(
-    gaps: Sequence[Sequence[float]], available: Sequence[int], rows: int
-) -> list[int]:
-    """How many alternates each chain position gets of the rows that root and chain leave.
-
-    gaps[i][j] says how far the draft's choice j (0 is the best) at position i is below the best;
-    available[i] is the number of choices there. Those with the smallest gaps win. For
-    sampled decoding to be exact the count must not depend on which alternates were drawn, and the
-    gaps of the ranked logits do not.
-    """
-    offers = sorted(
-        (gap[j], i, j)
-        for i, (gap, n) in enumerate(zip(gaps, available, strict=True))
-        for j in range(1, n)
-    )
-    counts = [0] * len(gaps)
-    for _, i, _ in offers[: rows - 1 - len(gaps)]:
-        counts[i] += 1
-    return counts
+def ranked_gaps(logits: torch.Tensor, count: int) -> list[float]:
+    """How far the `count` largest of logits [V] are below the largest, FP32; +infinity where that
+    is NaN, because infinities and NaN have no distance to others, or where there are no more."""
+    best = logits[ranked(logits, count)]
+    gap = best[0] - best
+    gaps = torch.where(gap.isnan(), math.inf, gap).tolist()
+    return gaps + [math.inf] * (count - len(gaps))
 
 
 def verify(model: Model, cache: KVCache, root: int, proposal: Proposal) -> torch.Tensor:
-    """One verify pass over root, chain and alternates: logits float32 [rows, V].
+    """One verify pass over root and proposal: logits float32 [rows, V].
 
     Appends one cache entry per row.
     """
-    start, chain, alternates = cache.length, proposal.chain, proposal.alternates
-    tokens = [root, *chain, *(token for _, token in alternates)]
-    depths = [*range(1 + len(chain)), *(1 + i for i, _ in alternates)]
-    positions = [start + depth for depth in depths]
-    return forward(model, tokens, cache, positions=positions, mask=pass_mask(start, depths))
+    start = cache.length
+    positions = [start + depth for depth in proposal.depths]
+    mask = pass_mask(start, [0, *proposal.parents])
+    return forward(model, [root, *proposal.tokens], cache, positions=positions, mask=mask)
 
 
-def pass_mask(start: int, depths: Sequence[int]) -> torch.Tensor:
+def pass_mask(start: int, parents: Sequence[int]) -> torch.Tensor:
     """Which cache entries each row of a pass may attend to, bool [T, start + T].
 
-    The pass appends an entry per row behind `start` others. Its first rows are a chain, of depths
-    0, 1, ...; the others are leaves, `depths[i]` behind `start`. A row attends to the entries
-    before the pass, to those of the chain before its depth and to its own.
+    The pass appends an entry per row behind `start` others. Row i follows row `parents[i]`, an
+    earlier one; row 0 is the root. A row attends to the entries before the pass, to those on its
+    path from the root and to its own.
     """
-    rows = torch.arange(len(depths))
-    entries = torch.arange(start + len(depths))
-    positions = start + torch.tensor(depths)
-    return (entries < positions[:, None]) | (entries == start + rows[:, None])
+    mask = torch.zeros(len(parents), start + len(parents), dtype=torch.bool)
+    mask[0, :start] = True
+    for row, parent in enumerate(parents):
+        mask[row] |= mask[parent]
+        mask[row, start + row] = True
+    return mask
 
 
 def accept(
@@ -369,17 +350,17 @@ def accept(
     Row 0, the root's, is always the first; the tokens but the last are those of the other rows.
     """
     rows, tokens = [0], []
-    chain = len(proposal.choices)
     while True:
-        position = len(tokens)
-        on_chain = rows[-1] == position < chain
-        choices = proposal.choices[position] if on_chain else []
-        q = proposal.distributions[position] if on_chain and sampling else None
+        children = proposal.children(rows[-1])
+        choices = [proposal.tokens[row - 1] for row in children]
+        # On the chain, the row is the position. Guesses have no distribution.
+        drawn = sampling is not None and rows[-1] < len(proposal.distributions)
+        q = proposal.distributions[rows[-1]] if drawn else None
         token, match = choose(logits[rows[-1]], choices, q, sampling, generator)
         tokens.append(token)
         if match is None:
             return tokens, rows
-        rows.append(proposal.rows_of(position)[match])
+        rows.append(children[match])
 
 
 def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -466,45 +447,52 @@ def generate(
     if remaining > 0 and (new := prompt[cache.length : -1]):
         prefill(model, new, cache)
         text.tokens += new
-    root, number = prompt[-1], 1
-    failed, repeated = Proposal(), False  # what is left of one whose verify pass was not finite
+    history, number = list(prompt), 1
+    # What is left of a proposal whose verify pass was not finite: choices of chain positions, and
+    # the distributions that they were drawn from.
+    failed: list[tuple[list[int], torch.Tensor | None]] = []
+    plainly = repeated = False
     while remaining > 0:
-        start = cache.length
-        # The target adds a token to what is accepted.
-        limit = min(settings.length, remaining - 1)
+        start, root = cache.length, history[-1]
+        most = remaining - 1  # the target adds a token to what is accepted
         proposal = Proposal()
-        if layers is not None and limit and not failed.choices:
-            limited = replace(settings, draft_length=limit)
-            proposal = draft(model, cache, root, layers, limited, sampling, generator)
+        if layers is not None and min(settings.length, most) > 0 and not plainly:
+            proposal = draft(model, cache, history, layers, settings, most, sampling, generator)
         try:
             logits = verify(model, cache, root, proposal)
         except NonFiniteError as error:
-            if not proposal.choices:
+            if proposal.rows == 1:
                 error.step = number
                 raise
-            failed, repeated = proposal, True
+            failed, plainly, repeated = _chain_positions(proposal), True, True
             continue
-        if failed.choices:
-            q = failed.distributions[0] if sampling else None
-            token, match = choose(logits[0], failed.choices[0], q, sampling, generator)
-            tokens, rows, failed = [token], [0], failed.behind(match)
+        if failed:
+            (choices, q), *failed = failed
+            token, match = choose(logits[0], choices, q, sampling, generator)
+            tokens, rows = [token], [0]
+            failed = failed if match == 0 else []
         else:
             tokens, rows = accept(proposal, logits, sampling, generator)
+        plainly = bool(failed)
         cache.keep(start, [start + row for row in rows])
         step = committed_step(
-            tokens[:remaining],
-            rows,
-            logits,
-            drafted=len(proposal.choices),
-            alternates=len(proposal.alternates),
-            margins=proposal.margins,
-            stop_ids=stop_ids,
-            repeated=repeated,
+            tokens[:remaining], rows, logits, proposal, stop_ids=stop_ids, repeated=repeated
         )
         text.tokens += [root, *step.tokens[:-1]]
+        history += step.tokens
         yield step
-        root, number, repeated = step.tokens[-1], number + 1, False
-        remaining = 0 if root in stop_ids else remaining - len(step.tokens)
+        number, repeated = number + 1, False
+        remaining = 0 if history[-1] in stop_ids else remaining - len(step.tokens)
+
+
+def _chain_positions(proposal: Proposal) -> list[tuple[list[int], torch.Tensor | None]]:
+    """The choices of each chain position, the chain's first, and their distribution."""
+    positions = []
+    for position in range(len(proposal.chain)):
+        rows = proposal.children(position)
+        q = proposal.distributions[position] if proposal.distributions else None
+        positions.append(([proposal.tokens[row - 1] for row in rows], q))
+    return positions
 
 
 def token_limit(model: Model, prompt: Sequence[int], max_tokens: int) -> int:
@@ -524,10 +512,8 @@ def committed_step(
     tokens: list[int],
     rows: list[int],
     logits: torch.Tensor,
+    proposal: Proposal,
     *,
-    drafted: int,
-    alternates: int,
-    margins: list[float],
     stop_ids: frozenset[int],
     repeated: bool,
 ) -> Step:
@@ -538,19 +524,22 @@ def committed_step(
     tokens : those that were accepted and the target's, perhaps without the last ones
     rows : of the verify pass that each was chosen by, as of `accept`
     logits : float32 [rows of the pass, V]
-    drafted, alternates, margins, repeated : as of `Step`
+    proposal : what was verified
     stop_ids : token ids after which decoding ends
+    repeated : as of `Step`
     """
     ends = [i + 1 for i, token in enumerate(tokens) if token in stop_ids]
     count = min([len(tokens), *ends])
-    accepted = sum(0 < row <= drafted for row in rows)
+    origins = [proposal.origins[row - 1] for row in rows[1:]][:count]
     return Step(
         tokens=tokens[:count],
         logits=logits[rows[:count]],
-        drafted=drafted,
-        accepted=min(accepted, count),
-        alternates=alternates,
-        alternate_hit=rows[-1] > drafted and count > accepted,
-        margins=margins,
+        drafted=len(proposal.chain),
+        accepted=origins.count(Origin.CHAIN),
+        alternates=proposal.count(Origin.ALTERNATE),
+        alternate_hit=Origin.ALTERNATE in origins,
+        margins=proposal.margins,
         repeated=repeated,
+        guesses=proposal.count(Origin.GUESS),
+        guess_hits=origins.count(Origin.GUESS),
     )

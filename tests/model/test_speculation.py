@@ -19,16 +19,15 @@ import torch
 from speq.model import speculation, transformer
 from speq.model.arith import WeightOperand, verify_gemm
 from speq.model.checkpoint import Model, linear_names
+from speq.model.draft_tree import Origin, Proposal
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import (
-    Proposal,
     Sampling,
     Settings,
     Statistics,
     Step,
     accept,
-    allot_alternates,
     argmax,
     choose,
     distribution,
@@ -468,33 +467,30 @@ def test_nan_is_never_the_largest():
     assert argmax(torch.tensor([nan, 1.0, math.inf])) == 2
 
 
-def test_alternates_go_to_the_smallest_gaps():
-    gaps = [[0, 1, 4, 5], [0, 2, 2, 9], [0, 0.5, 7, 8]]
-    expected = [[0, 0, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1], [1, 2, 1], [2, 2, 1]]
-    for spare, counts in enumerate(expected):
-        assert allot_alternates(gaps, [4, 4, 4], 4 + spare) == counts
-    assert allot_alternates(gaps, [4, 4, 4], 99) == [3, 3, 3]
-    assert allot_alternates(gaps, [1, 2, 1], 99) == [0, 1, 0]
-    assert allot_alternates([], [], 8) == []
-
-
 def test_gaps_that_are_nan_are_the_largest(monkeypatch):
     """Equal infinities and NaN logits: the chain goes on, and such alternates come last."""
     inf, nan = math.inf, math.nan
     passes = iter([[inf, inf, 2.0, 1.0], [nan, nan, nan, nan], [-inf, 9.0, nan, 4.0]])
     cache = SimpleNamespace(length=5, truncate=lambda length: None)
     monkeypatch.setattr(speculation, "forward", lambda *_, **__: torch.tensor([next(passes)]))
-    proposal = draft(None, cache, 7, {}, Settings(rows=9, draft_length=3, threshold=inf))
+    settings = Settings(rows=9, draft_length=3, threshold=0.0)
+    proposal = draft(None, cache, [7], {}, settings, 20)
     assert proposal.margins == [inf, inf, 5.0]
-    assert proposal.choices == [[0, 1, 2, 3], [0, 1], [1, 3]]
+    assert proposal.chain == [0, 0, 1]
+    # The third position's alternates are 5 and, 9 and NaN being the best and no number, far below.
+    assert proposal.tokens[3:] == [3, 1, 2, 3, 1]
+    assert proposal.parents[3:] == [2, 0, 0, 0, 1]
 
 
 def test_acceptance_walks_the_tree():
     """Chain 5 6 7 with alternates 1, 2 at the first and 3 at the third position."""
-    proposal = Proposal([[5, 1, 2], [6], [7, 3]], [0.0] * 3)
-    assert proposal.chain == [5, 6, 7]
-    assert proposal.alternates == [(0, 1), (0, 2), (2, 3)]
-    assert [proposal.rows_of(i) for i in range(3)] == [[1, 4, 5], [2], [3, 6]]
+    chain, alternate = Origin.CHAIN, Origin.ALTERNATE
+    origins = [chain] * 3 + [alternate] * 3
+    proposal = Proposal([5, 6, 7, 1, 2, 3], [0, 1, 2, 0, 0, 2], origins, [0.0] * 3)
+    assert proposal.chain == [5, 6, 7] and proposal.rows == 7
+    assert [proposal.children(row) for row in range(4)] == [[1, 4, 5], [2], [3, 6], []]
+    assert proposal.depths == [0, 1, 2, 3, 1, 1, 3]
+    assert [proposal.path(row) for row in (0, 3, 5, 6)] == [[0], [0, 1, 2, 3], [0, 5], [0, 1, 2, 6]]
 
     def accepted(*targets: int) -> tuple[list[int], list[int]]:
         """With the target's token for each row: root, 5, 6, 7, 1, 2, 3."""
