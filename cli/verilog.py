@@ -75,6 +75,14 @@ def run(
             show_default="8",
         ),
     ] = None,
+    history: Annotated[
+        int | None,
+        typer.Option(
+            help="Last tokens that guesses are looked for in: a power of two, 8 to 65536, or 0, "
+            "none.",
+            show_default="2048",
+        ),
+    ] = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
@@ -94,6 +102,7 @@ def run(
         "data_bits": data_bits,
         "address_bits": address_bits,
         "choices": choices,
+        "history": history,
     }
     given = {name: value for name, value in given.items() if value is not None}
     base = None
@@ -160,11 +169,12 @@ def configuration(
     if engine_only or isinstance(base, EngineConfig):
         refuse_unused(
             "with an engine alone, which has neither ports to memory nor rankings",
-            **chosen("weights_bits", "data_bits", "address_bits", "choices"),
+            **chosen("weights_bits", "data_bits", "address_bits", "choices", "history"),
         )
         return engine
     ports = base or AcceleratorConfig(engine)
-    changed: dict[str, Any] = {"choices": ports.choices} | chosen("choices")
+    changed: dict[str, Any] = {name: getattr(ports, name) for name in ("choices", "history")}
+    changed |= chosen("choices", "history")
     for name in ("weights", "data"):
         bits = {"data_bits": given[f"{name}_bits"]} if f"{name}_bits" in given else {}
         try:

@@ -17,6 +17,7 @@ TOKEN_BITS = 24
 
 _MIN_COLS = 4
 _CHOICES = (4, 8)
+_HISTORIES = tuple(1 << i for i in range(3, 17))
 
 
 class ErrorCode(enum.Enum, shape=unsigned(5)):
@@ -61,6 +62,9 @@ class AcceleratorConfig:
         Of the port for everything else. By default as wide.
     choices : int
         Entries of a ranking, 4 or 8: most choices of a chain position.
+    history : int
+        Tokens that are searched for repetitions, a power of two from 8 to 65,536; 0: none, and no
+        unit for it.
 
     Raises
     ------
@@ -72,6 +76,7 @@ class AcceleratorConfig:
     weights: AxiConfig
     data: AxiConfig
     choices: int
+    history: int
 
     def __init__(
         self,
@@ -79,10 +84,17 @@ class AcceleratorConfig:
         weights: AxiConfig | None = None,
         data: AxiConfig | None = None,
         choices: int = 8,
+        history: int = 2048,
     ) -> None:
         if choices not in _CHOICES:
             raise ValueError(f"choices is {choices}; expected 4 or 8")
         object.__setattr__(self, "choices", choices)
+        if history and history not in _HISTORIES:
+            raise ValueError(
+                f"history is {history}; expected 0 (none) or a power of two from {_HISTORIES[0]} "
+                f"to {_HISTORIES[-1]}"
+            )
+        object.__setattr__(self, "history", history)
         engine = engine or EngineConfig()
         cols = engine.cols
         if cols < _MIN_COLS or cols & (cols - 1):
@@ -126,6 +138,11 @@ class AcceleratorConfig:
     def tile_number_bits(self) -> int:
         """Bits of the number of a tile of outputs: a token id without its column."""
         return TOKEN_BITS - (self.engine.cols - 1).bit_length()
+
+    @property
+    def history_bits(self) -> int:
+        """Bits of a place in the history."""
+        return (self.history - 1).bit_length()
 
     @property
     def job_layout(self) -> data.StructLayout:

@@ -136,6 +136,19 @@ def test_an_engine_stays_one():
         configuration(engine, False, {"address_bits": 40})
 
 
+def test_the_history_is_kept_and_changed():
+    assert configuration(None, False, {}).history == 2048
+    none = configuration(None, False, {"history": 0})
+    assert none.history == 0
+    assert configuration(none, False, {"rows": 4}) == replace(none, engine=EngineConfig(rows=4))
+    assert configuration(none, False, {"history": 8}).history == 8
+    for size in (-8, 1, 4, 12, 1 << 17):
+        with pytest.raises(ValueError, match=f"history is {size}; expected 0 .none. or a power"):
+            configuration(none, False, {"history": size})
+    with pytest.raises(ValueError, match="--history is not used"):
+        configuration(EngineConfig(), False, {"history": 8})
+
+
 def test_the_length_of_a_ranking_is_kept_and_changed():
     assert configuration(None, False, {}).choices == 8
     four = configuration(None, False, {"choices": 4})
