@@ -19,9 +19,11 @@ import torch
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, FORMS, DescriptorKind, unpack
+from speq.hw.control.ngram_matcher import LONGEST_MATCH
 from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
+    GAP_COSTS,
     MAX_RING_LOG2,
     STATES,
     Register,
@@ -38,9 +40,11 @@ from speq.model.arith import (
     to_float16,
     verify_gemm,
 )
+from speq.model.draft_tree import Origin, Proposal, chain_ends, free_proposal, grow
 from speq.model.format import EncodedTensor
 from speq.model.number_format import draft_words, residual_words
-from speq.model.speculation import Proposal, accept, allot_alternates
+from speq.model.settings import Policy
+from speq.model.speculation import accept, ranked_gaps
 from speq.model.vector_ops import ranked
 
 _PRODUCTS = (
@@ -52,6 +56,9 @@ _PRODUCTS = (
 
 _HOST_INTERRUPT, _DONE_INTERRUPT, _ERROR_INTERRUPT = 1, 2, 4
 _NO_ENTRY = (0xFFFFFFFF, 0xFF800000)  # of a ranking: all ones, minus infinity
+
+#: A row of a pass: token, depth, row that it follows, and where its token is from.
+_Row = tuple[int, int, int, Origin]
 
 #: A run, or part of one: yields the state in which it waits for the host and expects the answer.
 _Run = Generator[str, int | None, None]
@@ -119,8 +126,9 @@ class AcceleratorModel:
         self._argument = 0
         self._ring_index = 0
         self._pass = (PassKind.SINGLE, 0, 0)  # kind, index in the chain, position
-        self._rows: list[tuple[int, int, bool]] = []  # token, depth, leaf
+        self._rows: list[_Row] = []
         self._step = (0, 0, 0, 0)
+        self._history: list[int] = []  # the last of which HISTORY_LENGTH count
         self._logits = torch.zeros(1, 1)
 
     # The interface of a board.
@@ -138,17 +146,20 @@ class AcceleratorModel:
         """Write a register; CONTROL and HOST_ANSWER act before this returns."""
         if offset not in self._places:
             return
-        register, _, word = self._places[offset]
+        register, element, word = self._places[offset]
         if register.access == "rw":
-            mask = 0xFFFFFFFF << 32 * word
-            content = self._written[register.name] & ~mask | value << 32 * word
-            self._written[register.name] = content & (1 << register.bits) - 1
+            low = 32 * (register.words * element + word)  # elements follow each other
+            mask = min(0xFFFFFFFF, (1 << register.bits - 32 * word) - 1) << low
+            self._written[register.name] &= ~mask
+            self._written[register.name] |= value << low & mask
             if register.name.startswith("READ_"):
                 self._weights.clear()  # they have to be read again, which may fail
         elif register.name == "IRQ_STATUS":
             self._pending &= ~value
         elif register.name == "CONTROL":
             self._control(start=value & 1, stop=value >> 1 & 1, clear_counters=value >> 2 & 1)
+        elif register.name == "HISTORY" and self._state not in ("HOST", "STEP"):
+            self._append([value & (1 << register.bits) - 1])
         elif register.name == "HOST_ANSWER" and self._state in ("HOST", "STEP"):
             self._pending &= ~_HOST_INTERRUPT
             self._advance(value)
@@ -187,23 +198,25 @@ class AcceleratorModel:
     def _value(self, register: Register, element: int) -> int:
         name = register.name
         if name in self._written:
-            return self._written[name]
+            content = self._written[name] >> 32 * register.words * element
+            return content & (1 << register.bits) - 1
         if name in self._constants:
             return register.pack(self._constants[name])
         if name in self._counters:
             return self._counters[name]
         kind, index, position = self._pass
-        committed, accepted, hit_row, chain = self._step
-        token, depth, leaf = self._rows[element] if element < len(self._rows) else (0, 0, False)
+        committed, accepted, last_row, chain = self._step
+        row = self._rows[element] if element < len(self._rows) else (0, 0, 0, Origin.CHAIN)
+        token, depth, parent, source = row
         fields = {
             "PASS": {"kind": kind.value, "rows": len(self._rows), "index": index},
             "STEP": {
                 "committed": committed,
                 "accepted": accepted,
-                "hit_row": hit_row,
+                "last_row": last_row,
                 "chain": chain,
             },
-            "ROW_DEPTH": {"depth": depth, "leaf": int(leaf)},
+            "ROW_PLACE": {"depth": depth, "parent": parent, "source": source.value},
             "STATUS": STATES[self._state][0],
             "ERROR": self._error[0].value,
             "ERROR_ADDRESS": self._error[1],
@@ -253,7 +266,7 @@ class AcceleratorModel:
         if written["RUN"]:
             yield from self._decode()
         else:
-            rows = [(0, i, False) for i in range(written["PASS_ROWS"])]
+            rows = [(0, i, max(0, i - 1), Origin.CHAIN) for i in range(written["PASS_ROWS"])]
             yield from self._walk(PassKind.SINGLE, 0, written["POSITION"], rows)
 
     def _check_registers(self) -> None:
@@ -271,6 +284,8 @@ class AcceleratorModel:
                 "TOKEN_LIMIT": (1, 2**32 - 1),
                 "RING_LOG2": (1, MAX_RING_LOG2),
             }
+            if self.config.history:
+                limits["HISTORY_LENGTH"] = (0, self.config.history)
             addresses["DRAFT_PROGRAM"] = addresses["VERIFY_PROGRAM"] = self.config.alignment
             addresses["RING"] = self.config.data.beat_bytes
         else:
@@ -293,26 +308,31 @@ class AcceleratorModel:
         while committed < written["TOKEN_LIMIT"]:
             remaining = written["TOKEN_LIMIT"] - committed
             root, position = written["ROOT"], written["POSITION"]
-            proposal = yield from self._draft(root, position, remaining - 1)
-            chain = len(proposal.choices)
-            rows = [(token, i, False) for i, token in enumerate([root, *proposal.chain])]
-            rows += [(token, i + 1, True) for i, token in proposal.alternates]
+            proposal = Proposal()
+            if most := min(written["DRAFT_LENGTH"], remaining - 1):
+                proposal = yield from self._draft(root, position, most, remaining - 1)
+            parents, origins = [0, *proposal.parents], [Origin.CHAIN, *proposal.origins]
+            columns = [root, *proposal.tokens], proposal.depths, parents, origins
+            rows = list(zip(*columns, strict=True))
             yield from self._walk(PassKind.VERIFY, 0, position, rows)
-            tokens, taken = accept(proposal, self._logits, None, None)
-            hit_row = taken[-1] if taken[-1] > chain else 0
-            accepted = len(taken) - 1 - bool(hit_row)
-            tokens = tokens[:remaining]
+            tokens, taken = accept(proposal, self._logits)
+            hits = [origins[row] for row in taken[1:]]
             self._write_ring(tokens)
+            self._append(tokens)
             committed += len(tokens)
             written["POSITION"] += len(taken)
             written["ROOT"] = tokens[-1]
-            self._step = (len(tokens), accepted, hit_row, chain)
+            chain, guesses = len(proposal.chain), proposal.count(Origin.GUESS)
+            self._step = (len(tokens), hits.count(Origin.CHAIN), taken[-1], chain)
             self._count(
                 VERIFY_PASSES=1,
-                ALTERNATES=len(proposal.alternates),
-                ACCEPTED=accepted,
-                ALTERNATE_HITS=bool(hit_row),
+                ALTERNATES=proposal.count(Origin.ALTERNATE),
+                ACCEPTED=hits.count(Origin.CHAIN),
+                ALTERNATE_HITS=hits.count(Origin.ALTERNATE),
                 COMMITTED=len(tokens),
+                GUESSES=guesses,
+                GUESS_HITS=hits.count(Origin.GUESS),
+                FREE_STEPS=int(guesses > 0 and chain == 0),
             )
             answer = yield "STEP"
             if answer == ANSWERS["FINISH"][0]:
@@ -320,26 +340,53 @@ class AcceleratorModel:
             if answer != ANSWERS["CONTINUE"][0]:
                 raise _Fault(ErrorCode.HOST_REFUSED, 0)
 
-    def _draft(self, root: int, position: int, most: int) -> Generator[str, int | None, Proposal]:
-        """Draft passes and the choice of alternates, as in `speq.model.speculation.draft`."""
-        written = self._written
+    def _draft(
+        self, root: int, position: int, length: int, most: int
+    ) -> Generator[str, int | None, Proposal]:
+        """Draft passes and the choice of rows, as in `speq.model.speculation.draft`."""
+        written, rows, policy = self._written, self.config.engine.rows, self._policy()
+        known = written.get("HISTORY_LENGTH", 0)
+        history = self._history[-known:] if known else []
+        free = free_proposal(policy, history, rows, most)
+        if free is not None:
+            return free
         threshold = float(np.uint32(written["THRESHOLD"]).view(np.float32))
         choices, gaps = [], []
         token = root
-        while len(choices) < min(written["DRAFT_LENGTH"], most):
+        while len(choices) < length:
             index = len(choices)
-            rows = [(token, 0, False)]
-            yield from self._walk(PassKind.DRAFT, index, position + index, rows)
+            row = (token, 0, 0, Origin.CHAIN)
+            yield from self._walk(PassKind.DRAFT, index, position + index, [row])
             self._count(DRAFT_PASSES=1)
             best = self._best(0)
-            gap = self._logits[0, best[0]] - self._logits[0, best]
-            gaps.append(torch.where(gap.isnan(), math.inf, gap).tolist())
+            gaps.append(ranked_gaps(self._logits[0], max(2, len(best))))
             choices.append(best[: written["CHOICES"]].tolist())
             token = choices[-1][0]
-            if len(best) > 1 and gaps[-1][1] < threshold:
+            if chain_ends(policy, threshold, [gap[1] for gap in gaps]):
                 break
-        counts = allot_alternates(gaps, [len(c) for c in choices], self.config.engine.rows)
-        return Proposal([c[: 1 + n] for c, n in zip(choices, counts, strict=True)])
+        return grow(policy, history, choices, gaps, rows, most)
+
+    def _policy(self) -> Policy:
+        """The costs in the registers."""
+        written = self._written
+        costs = {
+            name: tuple(written[register].to_bytes(size, "little"))
+            for name, register, size in (
+                ("chain_costs", "CHAIN_COSTS", GAP_COSTS),
+                ("alternate_costs", "ALTERNATE_COSTS", GAP_COSTS),
+                ("guess_costs", "GUESS_COSTS", LONGEST_MATCH),
+            )
+            if register in written
+        }
+        guess_limit = written.get("GUESS_LIMIT", 0)
+        return Policy(**costs, limit=written["COST_LIMIT"], guess_limit=guess_limit)
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the history."""
+        size, written = self.config.history, self._written
+        if size:
+            self._history = [*self._history, *tokens][-size:]
+            written["HISTORY_LENGTH"] = min(size, written["HISTORY_LENGTH"] + len(tokens))
 
     def _write_ring(self, tokens: Sequence[int]) -> None:
         written = self._written
@@ -355,9 +402,7 @@ class AcceleratorModel:
 
     # Programs.
 
-    def _walk(
-        self, kind: PassKind, index: int, position: int, rows: list[tuple[int, int, bool]]
-    ) -> _Run:
+    def _walk(self, kind: PassKind, index: int, position: int, rows: list[_Row]) -> _Run:
         """A pass through the program of its kind."""
         self._pass, self._rows = (kind, index, position), rows
         names = {PassKind.SINGLE: "PASS_PROGRAM", PassKind.DRAFT: "DRAFT_PROGRAM"}

@@ -13,7 +13,7 @@ import math
 import struct
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -45,9 +45,10 @@ from speq.hw.control.register_map import (
 from speq.hw.engine_config import Mode
 from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
+from speq.model.draft_tree import Origin, Proposal
 from speq.model.format import EncodedTensor
+from speq.model.settings import NO_GUESS, Policy, Settings
 from speq.model.speculation import (
-    Settings,
     Step,
     committed_step,
     pass_mask,
@@ -125,15 +126,33 @@ def check_encoded(config: AcceleratorConfig, encoded: Mapping[str, EncodedTensor
 
 @dataclass(frozen=True)
 class Pass:
-    """A walk through a program: rows' tokens, depths, and KV entries before them."""
+    """A walk through a program: rows' tokens, and KV entries before them; of a verify pass also the
+    row that each follows, and where its token is from. By default rows follow each other."""
 
     kind: PassKind
     tokens: list[int]
-    depths: list[int]
     start: int
+    parents: list[int] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rows = len(self.tokens)
+        if not self.parents:
+            object.__setattr__(self, "parents", [max(0, row - 1) for row in range(rows)])
+            object.__setattr__(self, "origins", [Origin.CHAIN] * rows)
+
+    @property
+    def proposal(self) -> Proposal:
+        """All rows but the first."""
+        return Proposal(self.tokens[1:], self.parents[1:], self.origins[1:])
+
+    @property
+    def depths(self) -> list[int]:
+        """Each row's distance from the first."""
+        return self.proposal.depths
 
 
-_NO_PASS = Pass(PassKind.SINGLE, [], [], 0)
+_NO_PASS = Pass(PassKind.SINGLE, [], 0)
 
 
 class Driver:
@@ -344,6 +363,18 @@ class Driver:
             raise ValueError(
                 f"reranked is {settings.reranked}; this accelerator ranks 0 (none) to {most}"
             )
+        if not settings.policy.guesses:
+            return
+        if not self.config.history:
+            raise ValueError(
+                "the policy guesses, but this accelerator has no history; take one whose guess "
+                f"costs are {NO_GUESS}"
+            )
+        if settings.history != self.config.history:
+            raise ValueError(
+                f"history is {settings.history}; this accelerator's has {self.config.history} "
+                "tokens"
+            )
 
     def _prefill(self, tokens: Sequence[int], start: int) -> None:
         """Fill the KV cache from entry `start` on."""
@@ -359,7 +390,7 @@ class Driver:
         self._start()
         try:
             self._expect("HOST")
-            self._serve(Pass(PassKind.SINGLE, tokens, list(range(len(tokens))), start))
+            self._serve(Pass(PassKind.SINGLE, tokens, start))
             self._expect("IDLE")
         except NonFiniteError as error:
             # A row before it may fail in a later product.
@@ -377,6 +408,7 @@ class Driver:
         r["ROOT"] = root = prompt[-1]
         r["THRESHOLD"] = threshold_bits(settings.threshold)
         r["CHOICES"] = settings.offered
+        self._write_policy(settings.policy, prompt)
         if settings.reranked != self._reranked:
             self._reranked = settings.reranked
             self._write_program(PassKind.DRAFT)
@@ -397,7 +429,7 @@ class Driver:
                     length = failed.start - r["POSITION"]  # the chain ends before it
                 elif len(failed.tokens) > 1:
                     length, repeated = 0, True
-                    chain = failed.tokens[1 : 1 + max(failed.depths)]
+                    chain = failed.proposal.chain
                 else:
                     error.step = number
                     raise
@@ -421,6 +453,21 @@ class Driver:
                 length = longest
                 written = self._begin(length, left)
 
+    def _write_policy(self, policy: Policy, prompt: Sequence[int]) -> None:
+        """The tables of costs, and the history if anything is looked for in it."""
+        r = self.registers
+        r.write_costs("CHAIN_COSTS", policy.chain_costs)
+        r.write_costs("ALTERNATE_COSTS", policy.alternate_costs)
+        r["COST_LIMIT"] = policy.limit
+        if not self.config.history:
+            return
+        r.write_costs("GUESS_COSTS", policy.guess_costs)
+        r["GUESS_LIMIT"] = policy.guess_limit
+        r["HISTORY_LENGTH"] = 0
+        if policy.guesses:
+            for token in prompt[-self.config.history :]:
+                r["HISTORY"] = token
+
     def _begin(self, draft_length: int, limit: int) -> int:
         """Start a run that decodes from where the last one has ended; 0, the tokens in the ring."""
         self._current = _NO_PASS
@@ -432,20 +479,20 @@ class Driver:
     def _committed_step(self, written: int, stop_ids: frozenset[int], repeated: bool) -> Step:
         """The step that the accelerator has just committed, but nothing behind a stop token."""
         fields = self.registers.fields("STEP")
-        accepted, hit_row, verified = fields["accepted"], fields["hit_row"], self._current
+        verified = self._current
         tokens = self._read_ring(written, fields["committed"])
-        if hit_row:
-            # An alternate's entry follows those of the chain before it.
-            self._kv.move(verified.start + hit_row, verified.start + accepted + 1)
-        rows = [*range(accepted + 1), *([hit_row] if hit_row else [])]
+        proposal = replace(verified.proposal, margins=self._margins)
+        rows = proposal.path(fields["last_row"])
+        for depth, row in enumerate(rows):
+            if row != depth:
+                # Its place is behind the accepted ones. No later one is there: rows rise.
+                self._kv.move(verified.start + row, verified.start + depth)
         self.verify_logits = self._read_results("head", self.layout.results, len(verified.tokens))
         return committed_step(
             tokens,
             rows,
             self.verify_logits,
-            drafted=fields["chain"],
-            alternates=len(verified.tokens) - 1 - fields["chain"],
-            margins=self._margins,
+            proposal,
             stop_ids=stop_ids,
             repeated=repeated,
         )
@@ -537,10 +584,11 @@ class Driver:
         else:
             self._margins = []
         tokens = [r.element("ROW_TOKEN", row) for row in range(rows)]
-        depths = [0]
-        if kind is not PassKind.DRAFT:
-            depths = [r.fields("ROW_DEPTH", row)["depth"] for row in range(rows)]
-        return Pass(kind, tokens, depths, start)
+        if kind is PassKind.DRAFT:
+            return Pass(kind, tokens, start)
+        places = [r.fields("ROW_PLACE", row) for row in range(rows)]
+        parents = [place["parent"] for place in places]
+        return Pass(kind, tokens, start, parents, [Origin(place["source"]) for place in places])
 
     def _read_margin(self) -> float:
         """The logit margin of the draft pass that has just ended."""
@@ -684,7 +732,7 @@ def attention_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which KV entries each row may attend to, globally and with the sliding window, bool
     [T * sharing, S]: each row as often as query heads share a KV head."""
-    mask = pass_mask(current.start, current.depths)
+    mask = pass_mask(current.start, current.parents)
     window = mask
     if config.sliding_window is not None:
         positions = torch.tensor(current.depths) + current.start

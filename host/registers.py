@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from speq.host.board import Board
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.register_map import Register, constants, registers
@@ -45,6 +49,12 @@ class Registers:
         for i, offset in enumerate(register.offsets):
             self._board.write_register(offset, content >> 32 * i & 0xFFFFFFFF)
 
+    def write_costs(self, name: str, costs: Sequence[int]) -> None:
+        """Write a table of costs, a byte each, to a register or an array of registers."""
+        words = np.array(costs, np.uint8).view("<u4").tolist()
+        for offset, word in zip(self._registers[name].offsets, words, strict=True):
+            self._board.write_register(offset, word)
+
     def command(self, name: str) -> None:
         """Write one bit of CONTROL."""
         register = self._registers["CONTROL"]
@@ -81,7 +91,7 @@ def read_configuration(board: Board) -> AcceleratorConfig:
     engine = EngineConfig(
         format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
     )
-    config = AcceleratorConfig(engine, **ports, choices=r["MAX_CHOICES"])
+    config = AcceleratorConfig(engine, **ports, choices=r["MAX_CHOICES"], history=r["HISTORY_SIZE"])
     if bus["activation_bytes"] != config.activation_bytes:
         raise ValueError(
             f"an activation word has {bus['activation_bytes']} bytes; this driver expects "

@@ -168,7 +168,7 @@ class Accelerator(wiring.Component):
         status, events = registers.status, control.events
         for name in run_status_layout(self.config).members:
             m.d.comb += status[name].eq(control.status[name])
-        for name in ("row_token", "row_depth", "pass_position", "step", "ring_index"):
+        for name in ("row_token", "row_place", "pass_position", "step", "ring_index"):
             m.d.comb += status[name].eq(getattr(speculation, name))
         m.d.comb += [
             status["pass"].eq(speculation.pass_status),
@@ -178,6 +178,13 @@ class Accelerator(wiring.Component):
             registers.root_update.eq(speculation.update),
             registers.root_value.eq(speculation.root),
         ]
+        if self.config.history:
+            m.d.comb += [
+                speculation.history_append.eq(registers.history_write),
+                speculation.history_token.eq(registers.write_data),
+                registers.history_length_update.eq(speculation.history_update),
+                registers.history_length_value.eq(speculation.history_length),
+            ]
         for name in speculation_events_layout().members:
             m.d.comb += events[name].eq(speculation.events[name])
         current = datapath.current

@@ -101,8 +101,8 @@ class RegisterFile(wiring.Component):
     `<name>`_write : Out(1)
         Of each "wo" and "w1c" register: pulse, it is being written.
     `<name>`_update : In(1)
-        Of each register that the hardware changes as well (POSITION, ROOT): take the new value. It
-        takes precedence over a write in the same cycle.
+        Of each register that the hardware changes as well (POSITION, ROOT, HISTORY_LENGTH): take
+        the new value. It takes precedence over a write in the same cycle.
     `<name>`_value : In(bits)
     """
 
@@ -171,10 +171,12 @@ class RegisterFile(wiring.Component):
         self, m: Module, register: Register, i: int, write: Signal, strobe: Signal
     ) -> None:
         """Write word `i` of a register if `write` is set."""
-        low = _WORD_BITS * i
+        element, word = divmod(i, register.words)
+        low = _WORD_BITS * word
         bits = min(register.bits - low, _WORD_BITS)
         if register.access == "rw":
-            stored = Value.cast(self.values[register.key])[low : low + bits]
+            values = self.values[register.key]
+            stored = Value.cast(values[element] if register.count else values)[low : low + bits]
             for byte in range(-(-bits // 8)):
                 part = _byte(stored, byte)
                 with m.If(write & strobe[byte]):

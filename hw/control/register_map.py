@@ -19,15 +19,17 @@ from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
 #: Of this map: major version in the upper half, minor in the lower.
-VERSION = 0x0001_0002
+VERSION = 0x0001_0003
 #: Bits of a register's address.
 ADDRESS_BITS = 12
 #: Largest value of RING_LOG2.
 MAX_RING_LOG2 = 24
+#: Costs in each table by logit gap, 8 bits each, and in a register of such a table.
+GAP_COSTS, COSTS_PER_REGISTER = 16, 4
 
 _COUNTERS = 0x100
 _ROW_TOKENS = 0x400
-_ROW_DEPTHS = 0x600
+_ROW_PLACES = 0x600
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,13 @@ COUNTERS = {
     "DESCRIPTORS": "descriptors started",
     "DRAFT_PASSES": "draft passes finished, each of which drafted a token",
     "VERIFY_PASSES": "verify passes finished",
-    "ALTERNATES": "leaf alternates verified",
+    "ALTERNATES": "alternates verified",
     "ACCEPTED": "drafted tokens of the chain that were accepted",
     "ALTERNATE_HITS": "alternates that were accepted",
     "COMMITTED": "tokens committed",
+    "GUESSES": "guesses from the history verified",
+    "GUESS_HITS": "guesses that were accepted",
+    "FREE_STEPS": "steps that guessed without a draft pass",
 }
 
 
@@ -191,6 +196,7 @@ def constants(config: AcceleratorConfig) -> dict[str, int | dict[str, int]]:
         },
         "ADDRESS_BITS": config.address_bits,
         "MAX_CHOICES": config.choices,
+        "HISTORY_SIZE": config.history,
     }
 
 
@@ -199,7 +205,8 @@ def _address(name: str, offset: int, about: str, access: str = "rw") -> Register
 
 
 def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
-    """All registers of a configuration, by rising offset."""
+    """All registers of a configuration, by rising offset. Those of the history and of guesses are
+    not there if it has no history."""
     rows = config.engine.rows
     states = ", ".join(f"{value} {name}" for name, (value, _) in STATES.items())
     answers = ", ".join(f"{value} {name}" for name, (value, _) in ANSWERS.items())
@@ -326,11 +333,66 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             fields=(
                 Field("committed", 0, 8, "tokens committed"),
                 Field("accepted", 8, 8, "of the chain"),
-                Field("hit_row", 16, 8, "row of the accepted alternate, 0: none"),
+                Field("last_row", 16, 8, "the row that the last token was chosen by"),
                 Field("chain", 24, 8, "length of the chain"),
             ),
         ),
+        Register("HISTORY_SIZE", 0x0C4, "ro", "most tokens of the history, 0: none", bits=17),
     )
+    history = (
+        Register(
+            "HISTORY_LENGTH",
+            0x0C8,
+            "rw",
+            "tokens of the history, which ends with the last; a smaller number forgets the oldest; "
+            "HISTORY and every committed token move it on",
+            bits=17,
+            updated=True,
+        ),
+        Register(
+            "HISTORY",
+            0x0CC,
+            "wo",
+            "append a token to the history; ignored while a run is under way",
+            bits=24,
+        ),
+        Register(
+            "GUESS_LIMIT",
+            0x0D4,
+            "rw",
+            "a step whose guess costs less has no draft pass; 0: every step has",
+            bits=8,
+        ),
+        Register(
+            "GUESS_COSTS",
+            0x0D8,
+            "rw",
+            "cost of each token behind a match in the history",
+            fields=tuple(
+                Field(f"length_{i + 1}", 8 * i, 8, f"of {about}; 255: never guessed")
+                for i, about in enumerate(("1 token", "2 tokens", "3 tokens", "4 tokens or more"))
+            ),
+        ),
+    )
+    costs = (
+        Register(
+            "COST_LIMIT", 0x0D0, "rw", "a chain that costs more has no further token", bits=16
+        ),
+        *(
+            Register(
+                name,
+                offset,
+                "rw",
+                f"cost of {about}, by the logit gap's index, four to an element",
+                count=GAP_COSTS // COSTS_PER_REGISTER,
+            )
+            for name, offset, about in (
+                ("CHAIN_COSTS", 0x0E0, "a chain token"),
+                ("ALTERNATE_COSTS", 0x0F0, "an alternate"),
+            )
+        ),
+    )
+    policy = sorted(costs + (history if config.history else ()), key=lambda each: each.offset)
     counters = tuple(
         Register(name, _COUNTERS + 8 * i, "ro", about, bits=64)
         for i, (name, about) in enumerate(COUNTERS.items())
@@ -338,16 +400,17 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
     arrays = (
         Register("ROW_TOKEN", _ROW_TOKENS, "ro", "token of each row of the pass", 24, count=rows),
         Register(
-            "ROW_DEPTH",
-            _ROW_DEPTHS,
+            "ROW_PLACE",
+            _ROW_PLACES,
             "ro",
             "place of each row in the pass",
-            9,
+            18,
             (
                 Field("depth", 0, 8, "position less PASS_POSITION"),
-                Field("leaf", 8, 1, "an alternate: no row but itself attends to it"),
+                Field("parent", 8, 8, "the row that it follows; of row 0: 0"),
+                Field("source", 16, 2, "0 root or chain, 1 alternate, 2 guess"),
             ),
             rows,
         ),
     )
-    return plain + counters + arrays
+    return (*plain, *policy, *counters, *arrays)

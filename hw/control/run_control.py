@@ -50,7 +50,7 @@ _NUMBER_BITS = 8
 #: Counters that count by themselves; all others count events.
 _OWN = ("CYCLES", "HOST_CYCLES")
 #: Counters to which an event adds a number.
-_NUMBERS = ("ALTERNATES", "ACCEPTED", "COMMITTED")
+_NUMBERS = ("ALTERNATES", "ACCEPTED", "COMMITTED", "GUESSES", "GUESS_HITS")
 
 
 def events_layout() -> data.StructLayout:
@@ -229,6 +229,10 @@ class RunControl(wiring.Component):
         decode = values.run.speculate
         rows = Mux(decode, engine.rows, values.pass_rows)
         beat, buffer = self.config.data.beat_bytes, self.config.alignment
+        history = []
+        if self.config.history:
+            too_long = values.history_length > self.config.history
+            history.append(("HISTORY_LENGTH", decode & too_long))
         return [
             ("READ_BASE", self._is_no_address(values.read_base)),
             ("READ_LIMIT", self._is_no_address(values.read_limit)),
@@ -244,6 +248,7 @@ class RunControl(wiring.Component):
             ("TOKEN_LIMIT", decode & (values.token_limit == 0)),
             ("RING", decode & self._is_no_address(values.ring, beat)),
             ("RING_LOG2", decode & _is_outside(values.ring_log2, 1, MAX_RING_LOG2)),
+            *history,
         ]
 
     def _is_no_address(self, value: Value, alignment: int = 1) -> Value:

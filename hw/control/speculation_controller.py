@@ -11,25 +11,44 @@ from amaranth.hdl import (
     Module,
     Mux,
     ResetInserter,
+    Shape,
     ShapeLike,
     Signal,
+    Value,
     ValueLike,
 )
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig, PassKind, pass_layout
 from speq.hw.common.ram import Ram
 from speq.hw.control.fp32_gap import FP32_INFINITY, Fp32Gap
+from speq.hw.control.ngram_matcher import NgramMatcher
 from speq.hw.control.register_file import status_layout, values_layout
-from speq.hw.control.register_map import MAX_RING_LOG2
+from speq.hw.control.register_map import GAP_COSTS, MAX_RING_LOG2
 from speq.hw.memory.memory_writer import write_layout
 
 _COUNT_BITS = 8
 _RING_TOKEN_BYTES = 4
 
-#: An alternate of a chain position: how far its logit is below the best; `valid` if it exists.
-_OFFER = data.StructLayout({"token": TOKEN_BITS, "gap": 32, "valid": 1})
+#: Half octaves of FP32: the bits above these are the exponent and the top bit of the fraction.
+_HALF_OCTAVE_LOW = 22
+#: The half octave with index 0 in a table of costs, which begins at 2^-3.
+_FIRST_HALF_OCTAVE = 2 * (127 - 3)
+
+_COST_BITS = 8
+#: The cost of what is never guessed.
+_NO_GUESS = 2**_COST_BITS - 1
+#: Tokens that a guess needs to make a step without draft passes.
+_SHORTEST_FREE_GUESS = 3
+
+
+class Source(enum.Enum, shape=2):
+    """Where a row's token is from, with the values of ROW_PLACE.source."""
+
+    CHAIN = 0
+    ALTERNATE = 1
+    GUESS = 2
 
 
 def speculation_events_layout() -> data.StructLayout:
@@ -42,7 +61,28 @@ def speculation_events_layout() -> data.StructLayout:
             "accepted": _COUNT_BITS,
             "alternate_hits": 1,
             "committed": _COUNT_BITS,
+            "guesses": _COUNT_BITS,
+            "guess_hits": _COUNT_BITS,
+            "free_steps": 1,
         }
+    )
+
+
+def _key_bits(config: AcceleratorConfig) -> int:
+    """Bits of the cost of a path, which has at most as many tokens as there are rows."""
+    return (config.engine.rows * (2**_COST_BITS - 1)).bit_length()
+
+
+def _alternate_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """An alternate that a chain position offers: what its path costs; `valid` if it exists."""
+    return data.StructLayout({"token": TOKEN_BITS, "key": _key_bits(config), "valid": 1})
+
+
+def _guess_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """A guess that a row offers: what its path costs, where its token is in the history, and what
+    each of its tokens costs."""
+    return data.StructLayout(
+        {"key": _key_bits(config), "next": config.history_bits, "cost": _COST_BITS}
     )
 
 
@@ -51,38 +91,53 @@ class SpeculationController(wiring.Component):
 
     Without `speculate`: one pass, of kind SINGLE, `pass_rows` rows and at `position`. With it,
     steps as in `speq.model.speculation.generate`, greedy, until `token_limit` tokens are committed
-    or the host ends the run:
+    or the host ends the run. Costs are -log2 of probabilities in sixteenths of a bit, from the
+    tables in the registers; the cost of a path is the sum of its tokens'. In the tables by logit
+    gap, its FP32 exponent and the top bit of its fraction are the index, counted from 2^-3 on: 0
+    below 0.1875, 15 from 24 on. A gap with an infinity or NaN, or to an entry that does not exist,
+    is +infinity.
 
-    1. Draft: up to L = min(draft_length, tokens left - 1) passes of one row, each of which appends
-       the best token to the chain. A pass whose second best logit is less than `threshold` below
-       the best is the last. (A negative or NaN threshold ends nothing, nor does a ranking of one
-       entry.)
-    2. The rows that root and chain leave go to alternates, ranks 1 .. choices - 1 of the chain
-       positions: those with the smallest gap to the best logit, then the lowest position, then
-       rank. A gap with an infinity or NaN is +infinity.
-    3. Verify: one pass. Row 0 is the root, row i + 1 chain position i, behind them the alternates
-       by position and rank. `row_depth` has each row's position less that of the root, and marks
-       alternates as leaves.
-    4. Accept: from row 0 on, the row's best token is committed, until it is not among the
-       choices at its position, or the row is an alternate.
-    5. Commit: every such token goes to the ring in memory, and when all are there, POSITION, ROOT
-       and RING_INDEX move on. They are never more than the tokens left, because L is less. Then
-       `step_request` until the host has answered.
+    1. Guess: if `guess_limit` allows it, the root is looked for in the history. If it has a match
+       that costs less, with at least three tokens behind it, there is no draft.
+    2. Draft: up to L = min(draft_length, tokens left - 1) passes of one row, each of which appends
+       the best token to the chain. A pass is the last whose second best logit is less than
+       `threshold` below the best, or with which the chain costs more than `cost_limit`. (A negative
+       or NaN threshold ends nothing, nor does a ranking of one entry.)
+    3. Rows that root and chain leave go to the cheapest paths, one after the other. A chain
+       position offers its next alternate, of ranks 1 .. choices - 1. The last chain token, every
+       alternate and, if there is no draft, the root offer what is behind their match in the
+       history, and so does every such guess. Of equally cheap ones alternates win over guesses,
+       then the lowest position or row. No row is deeper than tokens left - 1.
+    4. Verify: one pass. Row 0 is the root, row i + 1 chain position i, behind them the others in
+       the order of their choice. `row_place` has each row's position less that of the root, the row
+       that it follows, and its source.
+    5. Accept: from row 0 on, the row's best token is committed. The lowest row that follows this
+       one and has that token is next, until there is none.
+    6. Commit: every such token goes to the ring in memory and to the history, and when all are
+       there, POSITION, ROOT, RING_INDEX and HISTORY_LENGTH move on. Then `step_request` until the
+       host has answered.
 
-    A draft length of 0 is plain decoding: verify passes of one row.
+    A draft length of 0 is plain decoding: verify passes of one row. Nothing is guessed if all
+    costs of guesses are 255 or the history has fewer than two tokens.
 
     Cycles, without those of passes, writes and the host: 4 from `begin` or the host's answer to the
-    first pass. From a draft pass to the next 8 with up to two choices, and 5 for each further one.
+    first pass. From a draft pass to the next 9 with up to two choices, and 1 for each further one.
     From the last draft pass to the verify pass, with a chain of c and a alternates, about
-    (a + 1) (c + 3) + c + 2 a + 18: at most 60 for 8 rows and 1,250 for 64. Behind the verify pass 4
-    for each token, and one for each alternate that is compared.
+    (a + 1) (c + 3) + 12. Behind the verify pass 4 for each token, and one for each row that is
+    compared: up to all. If something may be guessed, scans of the history come on top
+    (`NgramMatcher`): that of the root before the first draft pass, if `guess_limit` is above a cost
+    of guesses, and that of the last chain position; those of the others are hidden by the next
+    draft pass unless this is shorter. Each row added takes up to rows + 6 cycles then.
 
     Flow control: `passes`, `write_command` and `write_data` may stall; the payloads of `passes`
     stay until the next pass. `pass_done` may come from the cycle after the pass was taken on. No
-    output depends on an input of the same cycle but two events, on `pass_done`.
+    output depends on an input of the same cycle but two events, on `pass_done`, and `update` of the
+    history, on `history_append`.
 
     `clear` brings it back to idle at any time (valid may fall); what shows the state of the run,
-    up to RING_INDEX and STEP, is kept for the host, also by a reset, and set anew by `begin`.
+    up to RING_INDEX and STEP, is kept for the host, also by a reset, and set anew by `begin`. The
+    history is kept, but if a step was being committed, some of its tokens may have replaced the
+    oldest ones: then it has to be written anew.
 
     Parameters
     ----------
@@ -110,13 +165,18 @@ class SpeculationController(wiring.Component):
         Pulse, and whether the run is to end.
     finished : Out(1)
         Pulse: the run has ended.
-    row_token, row_depth, pass_status, pass_position, step, ring_index : Out
-        The registers ROW_TOKEN, ROW_DEPTH, PASS, PASS_POSITION, STEP and RING_INDEX. In a single
+    row_token, row_place, pass_status, pass_position, step, ring_index : Out
+        The registers ROW_TOKEN, ROW_PLACE, PASS, PASS_POSITION, STEP and RING_INDEX. In a single
         pass tokens have no meaning, and row i has depth i.
     update : Out(1)
         Pulse: POSITION and ROOT become `position` and `root`.
     position, root : Out
         Entries in the KV cache, and the last committed token.
+    history_append : In(1), history_token : In(TOKEN_BITS)
+        Pulse, ignored unless idle: append a token to the history. These and the next two are there
+        if the configuration has a history.
+    history_update : Out(1), history_length : Out
+        Pulse: HISTORY_LENGTH becomes `history_length`.
     events : Out(speculation_events_layout())
     clear : In(1)
     """
@@ -124,6 +184,14 @@ class SpeculationController(wiring.Component):
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         status, values = status_layout(config), values_layout(config)
+        history = {}
+        if config.history:
+            history = {
+                "history_append": In(1),
+                "history_token": In(TOKEN_BITS),
+                "history_update": Out(1),
+                "history_length": Out(values.members["history_length"]),
+            }
         super().__init__(
             {
                 "begin": In(1),
@@ -140,7 +208,7 @@ class SpeculationController(wiring.Component):
                 "step_finish": In(1),
                 "finished": Out(1),
                 "row_token": Out(status.members["row_token"]),
-                "row_depth": Out(status.members["row_depth"]),
+                "row_place": Out(status.members["row_place"]),
                 "pass_status": Out(status.members["pass"]),
                 "pass_position": Out(status.members["pass_position"]),
                 "step": Out(status.members["step"]),
@@ -148,6 +216,7 @@ class SpeculationController(wiring.Component):
                 "update": Out(1),
                 "position": Out(values.members["position"]),
                 "root": Out(TOKEN_BITS),
+                **history,
                 "events": Out(speculation_events_layout()),
                 "clear": In(1),
             }
@@ -155,21 +224,26 @@ class SpeculationController(wiring.Component):
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        r = _Registers(self.config)
-        m.submodules.offers = offers = Ram(
-            _OFFER.size, self.config.choices * self.config.engine.rows
-        )
+        config, r = self.config, _Registers(self.config)
+        alternates = Ram(_alternate_layout(config).size, config.choices * config.engine.rows)
+        m.submodules.alternates = alternates
         m.submodules.gap = gap = Fp32Gap()
-        offer = data.View(_OFFER, offers.read_data)
+        guesses = matcher = None
+        if config.history:
+            rows = max(2, config.engine.rows)  # a memory has an address
+            m.submodules.guesses = guesses = Ram(_guess_layout(config).size, rows)
+            m.submodules.matcher = matcher = NgramMatcher(config)
+            self._connect_history(m, r, matcher)
         self._show(m, r)
         self._write_ring(m, r)
         with m.FSM():
-            self._run_states(m, r)
+            self._run_states(m, r, matcher)
             self._pass_states(m, r)
-            self._draft_states(m, r, offers, gap)
-            self._allot_states(m, r, offers, offer)
-            self._row_states(m, r, offers, offer)
-            self._accept_states(m, r)
+            self._draft_states(m, r, alternates, gap, matcher)
+            self._allot_states(m, r, alternates, guesses, matcher)
+            if guesses is not None and matcher is not None:
+                self._guess_states(m, r, guesses, matcher)
+            self._accept_states(m, r, matcher)
             self._commit_states(m, r)
         return ResetInserter(self.clear)(m)
 
@@ -190,8 +264,9 @@ class SpeculationController(wiring.Component):
         for i in range(self.config.engine.rows):
             m.d.comb += [
                 self.row_token[i].eq(r.tokens[i]),
-                self.row_depth[i].depth.eq(r.depths[i]),
-                self.row_depth[i].leaf.eq(r.leaves[i]),
+                self.row_place[i].depth.eq(r.depths[i]),
+                self.row_place[i].parent.eq(r.parents[i]),
+                self.row_place[i].source.eq(r.sources[i]),
             ]
 
     def _write_ring(self, m: Module, r: _Registers) -> None:
@@ -213,10 +288,31 @@ class SpeculationController(wiring.Component):
         new = self.write_command.valid & self.write_command.ready
         m.d.sync += r.writes.eq(r.writes + new - self.write_done)
 
-    def _run_states(self, m: Module, r: _Registers) -> None:
+    def _connect_history(self, m: Module, r: _Registers, matcher: NgramMatcher) -> None:
+        """The matcher but for what the states do, and HISTORY_LENGTH."""
+        length = self.values.history_length
+        total = length + Mux(self.update, r.committed, 1)
+        m.d.comb += [
+            matcher.length.eq(length),
+            matcher.token.eq(self.entries[0].token),
+            matcher.position.eq(r.place),
+            matcher.choice.eq(r.rank),
+            matcher.place.eq(r.guess.next),
+            self.history_length.eq(Mux(total > self.config.history, self.config.history, total)),
+        ]
+        for i in range(self.config.choices):
+            m.d.comb += matcher.candidates[i].eq(self.entries[i].token)
+
+    def _run_states(self, m: Module, r: _Registers, matcher: NgramMatcher | None) -> None:
         """The start of a run, and of a step or the single pass."""
-        values = self.values
+        values, rows = self.values, self.config.engine.rows
         with m.State("IDLE"):
+            if matcher is not None:
+                m.d.comb += [
+                    matcher.append.eq(self.history_append),
+                    matcher.token.eq(self.history_token),
+                    self.history_update.eq(self.history_append),
+                ]
             with m.If(self.begin):
                 m.d.sync += [
                     r.position.eq(values.position),
@@ -229,12 +325,24 @@ class SpeculationController(wiring.Component):
             left = values.token_limit - r.ring_index - 1  # behind the target's own token
             m.d.sync += [
                 r.longest.eq(Mux(left < values.draft_length, left, values.draft_length)),
+                r.most.eq(Mux(left < rows, left, rows)),
                 r.tokens[0].eq(r.root),
-                r.row.eq(0),
-                *(register.eq(0) for register in (r.chain, r.stop, r.accepted, r.hit_row)),
-                *(register.eq(0) for register in (r.committed, *r.counts, *r.leaves)),
+                *(register.eq(0) for register in (r.row, r.place, r.rank)),
+                *(register.eq(0) for register in (r.chain, r.cost, r.stop, r.accepted)),
+                *(register.eq(0) for register in (r.alternates, r.alternate_hit, r.guess_hits)),
+                *(register.eq(0) for register in (r.committed, *r.counts, *r.sources, *r.offers)),
                 *(depth.eq(i) for i, depth in enumerate(r.depths)),
+                *(parent.eq(max(0, i - 1)) for i, parent in enumerate(r.parents)),
+                r.is_free.eq(0),
             ]
+            if matcher is not None:
+                costs = _costs(values.guess_costs)
+                guesses = Cat(cost != _NO_GUESS for cost in costs).any()
+                m.d.comb += matcher.restart.eq(1)
+                m.d.sync += [
+                    r.guesses.eq(guesses & (values.history_length >= 2)),
+                    r.asks.eq(Cat(cost < values.guess_limit for cost in costs).any()),
+                ]
             with m.If(values.run.speculate):
                 m.next = "PLAN"
             with m.Else():
@@ -254,27 +362,61 @@ class SpeculationController(wiring.Component):
                         m.next = "FINISH"
                     with m.Case(PassKind.DRAFT):
                         m.d.comb += self.events.draft_passes.eq(1)
-                        m.d.sync += [r.rank.eq(1), r.elapsed.eq(0)]
+                        m.d.sync += r.elapsed.eq(0)
                         m.next = "MEASURE"
                     with m.Default():
                         m.d.comb += self.events.verify_passes.eq(1)
                         m.next = "READ"
 
-    def _draft_states(self, m: Module, r: _Registers, offers: Ram, gap: Fp32Gap) -> None:
-        """Draft passes: the best token to the chain, the others with their gaps to the offers."""
+    def _draft_states(
+        self,
+        m: Module,
+        r: _Registers,
+        alternates: Ram,
+        gap: Fp32Gap,
+        matcher: NgramMatcher | None,
+    ) -> None:
+        """Draft passes: the best token to the chain, the others with their costs to `alternates`.
+
+        Gaps are looked up a cycle behind the subtraction, and added to the chain's cost in the
+        next: of rank 1, 2, ... from `first` on."""
+        values, entries = self.values, Array(self.entries[i] for i in range(self.config.choices))
         best = self.entries[0]
+        first = gap.LATENCY + 1
+        rank = Signal.like(r.rank)  # whose cost has been looked up
         other = Signal(self.config.ranked_layout)
+        index = Signal(range(GAP_COSTS))
+        half_octave = gap.gap[_HALF_OCTAVE_LOW:]
+        last_index = _FIRST_HALF_OCTAVE + GAP_COSTS - 1
+        cost = Signal(_COST_BITS, reset_less=True)
+        chain_cost = Signal(_COST_BITS, reset_less=True)
         m.d.comb += [
-            other.eq(Array(self.entries[i] for i in range(self.config.choices))[r.rank]),
             gap.best.eq(best.logit),
-            gap.other.eq(other.logit),
-            offers.write_address.eq(Cat((r.rank - 1)[: len(r.rank)], r.chain)),
-            offers.write_data.eq(Cat(other.token, gap.gap, other.valid)),
+            gap.other.eq(entries[(r.elapsed + 1)[: len(r.rank)]].logit),
+            rank.eq(r.elapsed - gap.LATENCY),
+            other.eq(entries[rank]),
+            index.eq(
+                Mux(
+                    half_octave < _FIRST_HALF_OCTAVE,
+                    0,
+                    Mux(half_octave > last_index, GAP_COSTS - 1, half_octave - _FIRST_HALF_OCTAVE),
+                )
+            ),
+            alternates.write_address.eq(Cat((rank - 1)[: len(rank)], r.chain)),
+            alternates.write_data.eq(Cat(other.token, (r.cost + cost)[: len(r.cost)], other.valid)),
         ]
+        m.d.sync += cost.eq(Array(_costs(values.alternate_costs))[index])
         with m.State("PLAN"):
-            with m.If((r.chain < r.longest) & ~r.stop):
-                r.set_pass(m, PassKind.DRAFT, 1, r.position + r.chain)
-                m.next = "PASS"
+            with m.If((r.chain < r.longest) & ~r.stop & (r.cost <= values.cost_limit)):
+                if matcher is None:
+                    r.set_draft_pass(m)
+                else:
+                    with m.If(r.asks & r.guesses):
+                        m.d.comb += [matcher.restart.eq(1), matcher.scan.eq(1)]
+                        m.d.sync += r.asks.eq(0)
+                        m.next = "SEARCH"
+                    with m.Else():
+                        r.set_draft_pass(m)
             with m.Else():
                 m.d.sync += [
                     r.tokens[0].eq(r.root),
@@ -282,88 +424,181 @@ class SpeculationController(wiring.Component):
                     r.free.eq(self.config.engine.rows - 1 - r.chain),
                 ]
                 m.next = "ALLOT"
+                with m.If(r.chain == 0):
+                    m.next = "VERIFY"
+                if matcher is not None:
+                    with m.Elif(r.guesses):
+                        m.d.sync += [r.place.eq(r.chain - 1), r.rank.eq(0), r.key.eq(r.cost)]
+                        m.d.sync += r.depth.eq(r.chain)
+                        m.next = "SEARCH"
         with m.State("MEASURE"):
             m.d.sync += r.elapsed.eq(r.elapsed + 1)
+            if matcher is not None:
+                with m.If(r.elapsed == 0):
+                    with m.If(matcher.busy):
+                        m.d.sync += r.elapsed.eq(0)
+                    with m.Else():
+                        m.d.comb += [
+                            matcher.extend.eq(1),
+                            matcher.scan.eq(r.guesses),
+                            matcher.position.eq(r.chain),
+                        ]
             with m.If(r.elapsed == gap.LATENCY):
-                m.d.comb += offers.write_enable.eq(1)
-                m.d.sync += [r.rank.eq(r.rank + 1), r.elapsed.eq(0)]
-                with m.If(r.rank == 1):
-                    threshold = self.values.threshold
-                    below = (threshold <= FP32_INFINITY) & (gap.gap < threshold)
-                    m.d.sync += r.stop.eq(other.valid & below)
-                with m.If(r.rank + 1 >= self.values.choices):
+                second = self.entries[1]
+                below = (values.threshold <= FP32_INFINITY) & (gap.gap < values.threshold)
+                costs = Array(_costs(values.chain_costs))
+                m.d.sync += [
+                    r.stop.eq(second.valid & below),
+                    chain_cost.eq(Mux(second.valid, costs[index], costs[GAP_COSTS - 1])),
+                ]
+            with m.If(r.elapsed >= first):
+                m.d.comb += alternates.write_enable.eq(1)
+                with m.If(rank + 1 >= values.choices):
                     m.d.sync += [
                         r.tokens[0].eq(best.token),
                         r.tokens[r.chain + 1].eq(best.token),
                         r.chain.eq(r.chain + 1),
+                        r.cost.eq(r.cost + chain_cost),
                     ]
                     m.next = "PLAN"
 
-    def _allot_states(self, m: Module, r: _Registers, offers: Ram, offer: data.View) -> None:
-        """Alternates for the free rows. Each goes to the position whose next offer has the smallest
-        gap: gaps rise with the rank, so nothing better is behind it."""
-        seen = Signal()  # that `offer` is the next one of position `seen_place`
+    def _allot_states(
+        self,
+        m: Module,
+        r: _Registers,
+        alternates: Ram,
+        guesses: Ram | None,
+        matcher: NgramMatcher | None,
+    ) -> None:
+        """The cheapest paths for the free rows: place i is chain position i, with its next
+        alternate, and row i, with its guess."""
+        offered = data.View(_alternate_layout(self.config), alternates.read_data)
+        seen = Signal()  # that `offered` is the next alternate of position `seen_place`
         seen_place = Signal.like(r.place)
         found = Signal()
-        least = Signal(32, reset_less=True)
+        least = Signal(_alternate_layout(self.config), reset_less=True)
         least_place = Signal.like(r.place)
         with m.State("ALLOT"):
-            m.d.sync += [r.place.eq(0), r.rank.eq(0), found.eq(0)]
+            m.d.sync += [r.place.eq(0), found.eq(0), r.has_guess.eq(0)]
+            m.next = "SCAN"
             with m.If(r.free == 0):
-                m.next = "ROWS"
-            with m.Else():
-                m.next = "SCAN"
+                m.next = "VERIFY"
         with m.State("SCAN"):
             taken = r.counts[r.place]
             m.d.comb += [
-                offers.read_enable.eq(1),
-                offers.read_address.eq(Cat(taken, r.place)),
+                alternates.read_enable.eq(1),
+                alternates.read_address.eq(Cat(taken, r.place)),
             ]
             m.d.sync += [
                 r.place.eq(r.place + 1),
-                seen.eq((r.place != r.chain) & (taken + 1 != self.values.choices)),
+                seen.eq((r.place < r.chain) & (taken + 1 != self.values.choices)),
                 seen_place.eq(r.place),
             ]
-            with m.If(seen & offer.valid & (~found | (offer.gap < least))):
-                m.d.sync += [found.eq(1), least.eq(offer.gap), least_place.eq(seen_place)]
-            with m.If(r.place == r.chain):
+            with m.If(seen & offered.valid & (~found | (offered.key < least.key))):
+                m.d.sync += [found.eq(1), least.eq(offered), least_place.eq(seen_place)]
+            places = r.chain
+            if guesses is not None:
+                places = Mux(r.guesses, r.used, r.chain)
+                self._scan_guesses(m, r, guesses, seen_place)
+            with m.If(r.place == places):
                 m.next = "GRANT"
         with m.State("GRANT"):
-            count = r.counts[least_place]
-            with m.If(found):
-                m.d.sync += [count.eq(count + 1), r.free.eq(r.free - 1)]
-                m.next = "ALLOT"
-            with m.Else():
-                m.d.sync += r.place.eq(0)
-                m.next = "ROWS"
-
-    def _row_states(self, m: Module, r: _Registers, offers: Ram, offer: data.View) -> None:
-        """The rows of the alternates, and the verify pass."""
-        with m.State("ROWS"):
-            with m.If(r.place == r.chain):
-                r.set_pass(m, PassKind.VERIFY, r.used, r.position)
-                m.next = "PASS"
-            with m.Elif(r.rank == r.counts[r.place]):
-                m.d.sync += [r.place.eq(r.place + 1), r.rank.eq(0)]
-            with m.Else():
-                m.d.comb += [
-                    offers.read_enable.eq(1),
-                    offers.read_address.eq(Cat(r.rank, r.place)),
+            count, depth = r.counts[least_place], least_place + 1
+            is_cheapest = found
+            if matcher is not None:
+                is_cheapest = found & (~r.has_guess | (least.key <= r.guess.key))
+            with m.If(is_cheapest):
+                r.add_row(m, Source.ALTERNATE, parent=least_place, depth=depth)
+                m.d.sync += [
+                    r.tokens[r.used].eq(least.token),
+                    count.eq(count + 1),
+                    r.alternates.eq(r.alternates + 1),
                 ]
-                m.next = "ALTERNATE"
-        with m.State("ALTERNATE"):
-            m.d.sync += [
-                r.tokens[r.used].eq(offer.token),
-                r.depths[r.used].eq(r.place + 1),
-                r.leaves[r.used].eq(1),
-                r.used.eq(r.used + 1),
-                r.rank.eq(r.rank + 1),
-            ]
-            m.next = "ROWS"
+                m.next = "ALLOT"
+                if matcher is not None:
+                    m.d.sync += [r.place.eq(least_place), r.rank.eq(count + 1)]
+                    m.d.sync += r.key.eq(least.key)
+                    with m.If(r.guesses):
+                        m.next = "SEARCH"
+            if matcher is not None:
+                with m.Elif(r.has_guess):
+                    self._grant_guess(m, r, matcher)
+            with m.Else():
+                m.next = "VERIFY"
+        with m.State("VERIFY"):
+            r.set_pass(m, PassKind.VERIFY, r.used, r.position)
+            m.next = "PASS"
 
-    def _accept_states(self, m: Module, r: _Registers) -> None:
-        """The walk from row 0 on. A row's choices are at the depth behind its own: the next of
-        the chain, if there is one, and alternates."""
+    def _scan_guesses(self, m: Module, r: _Registers, guesses: Ram, seen_place: Signal) -> None:
+        """The cheapest guess, beside the cheapest alternate."""
+        offered = data.View(_guess_layout(self.config), guesses.read_data)
+        seen = Signal()  # that row `seen_place` offers a guess
+        m.d.comb += [guesses.read_enable.eq(1), guesses.read_address.eq(r.place)]
+        m.d.sync += seen.eq((r.place < r.used) & r.offers[r.place])
+        with m.If(seen & (~r.has_guess | (offered.key < r.guess.key))):
+            m.d.sync += [r.has_guess.eq(1), r.guess.eq(offered), r.guess_row.eq(seen_place)]
+
+    def _grant_guess(self, m: Module, r: _Registers, matcher: NgramMatcher) -> None:
+        """A row for the cheapest guess, which then offers the token behind it."""
+        following = (r.guess.next + 1)[: len(r.guess.next)]
+        depth = r.depths[r.guess_row] + 1
+        r.add_row(m, Source.GUESS, parent=r.guess_row, depth=depth)
+        m.d.sync += [
+            r.offers[r.guess_row].eq(0),
+            r.key.eq(r.guess.key),
+            r.exists.eq(following != matcher.end),
+            r.guess.next.eq(following),
+        ]
+        m.next = "GUESS"
+
+    def _guess_states(self, m: Module, r: _Registers, guesses: Ram, matcher: NgramMatcher) -> None:
+        """What a row guesses behind itself: the root, the row that was added last, or the chain's
+        end. Its match is that of choice `rank` at position `place`, its path costs `key`."""
+        values, match = self.values, matcher.match
+        costs = Array(_costs(values.guess_costs))
+        follow = (matcher.end - r.guess.next)[: self.config.history_bits]
+        with m.State("SEARCH"):
+            with m.If(~matcher.busy):
+                m.next = "RECALL"
+        with m.State("RECALL"):
+            m.next = "MATCH_FOUND"
+        with m.State("MATCH_FOUND"):
+            m.d.sync += [
+                r.guess.cost.eq(costs[(match.length - 1)[:2]]),
+                r.guess.next.eq(match.next),
+                r.exists.eq(match.length != 0),
+            ]
+            m.next = "OFFER"
+            with m.If(r.chain == 0):  # of the root
+                m.next = "DECIDE"
+        with m.State("DECIDE"):
+            is_cheap = r.guess.cost < values.guess_limit
+            with m.If(r.exists & is_cheap & (follow >= _SHORTEST_FREE_GUESS)):
+                m.d.sync += [
+                    *(r.is_free.eq(1), r.used.eq(1), r.free.eq(self.config.engine.rows - 1)),
+                    *(r.key.eq(0), r.depth.eq(0)),
+                ]
+                m.next = "OFFER"
+            with m.Else():
+                m.next = "PLAN"
+        with m.State("GUESS"):
+            m.d.sync += r.tokens[(r.used - 1)[: len(r.used)]].eq(matcher.known)
+            m.next = "OFFER"
+        with m.State("OFFER"):
+            row = (r.used - 1)[: len(r.used)]
+            key = (r.key + r.guess.cost)[: len(r.key)]
+            m.d.comb += [
+                guesses.write_enable.eq(1),
+                guesses.write_address.eq(row),
+                guesses.write_data.eq(Cat(key, r.guess.next, r.guess.cost)),
+            ]
+            m.d.sync += r.offers[row].eq(
+                r.exists & (r.guess.cost != _NO_GUESS) & (r.depth < r.most)
+            )
+            m.next = "ALLOT"
+
+    def _accept_states(self, m: Module, r: _Registers, matcher: NgramMatcher | None) -> None:
+        """The walk from row 0 on, to rows that follow the last one and have its best token."""
         with m.State("READ"):
             m.next = "TAKE"
         with m.State("TAKE"):
@@ -373,8 +608,10 @@ class SpeculationController(wiring.Component):
                 r.root.eq(self.entries[0].token),
                 r.slot.eq((r.ring_index + r.committed) & last),
                 r.committed.eq(r.committed + 1),
-                r.candidate.eq(r.committed + 1),
+                r.candidate.eq(r.row + 1),
             ]
+            if matcher is not None:
+                m.d.comb += matcher.append.eq(1)
             m.next = "WRITE"
         with m.State("WRITE"):
             command, beat = self.write_command, self.write_data
@@ -384,22 +621,20 @@ class SpeculationController(wiring.Component):
             m.d.sync += [r.command_taken.eq(command_taken), r.beat_taken.eq(beat_taken)]
             with m.If(command_taken & beat_taken):
                 m.d.sync += [r.command_taken.eq(0), r.beat_taken.eq(0)]
-                with m.If((r.hit_row != 0) | (r.committed > r.chain)):
-                    m.next = "DRAIN"
-                with m.Else():
-                    m.next = "MATCH"
+                m.next = "MATCH"
         with m.State("MATCH"):
             candidate = r.candidate[: len(r.row)]
-            leaf = r.leaves[candidate]
-            m.d.sync += r.candidate.eq(Mux(leaf, r.candidate, r.chain) + 1)
+            source = r.sources[candidate]
+            m.d.sync += r.candidate.eq(r.candidate + 1)
             with m.If(r.candidate == r.used):
                 m.next = "DRAIN"
-            with m.Elif((r.tokens[candidate] == r.root) & (r.depths[candidate] == r.committed)):
-                m.d.sync += r.row.eq(candidate)
-                with m.If(leaf):
-                    m.d.sync += r.hit_row.eq(candidate)
-                with m.Else():
-                    m.d.sync += r.accepted.eq(r.accepted + 1)
+            with m.Elif((r.tokens[candidate] == r.root) & (r.parents[candidate] == r.row)):
+                m.d.sync += [
+                    r.row.eq(candidate),
+                    r.accepted.eq(r.accepted + (source == Source.CHAIN)),
+                    r.alternate_hit.eq(r.alternate_hit | (source == Source.ALTERNATE)),
+                    r.guess_hits.eq(r.guess_hits + (source == Source.GUESS)),
+                ]
                 m.next = "READ"
 
     def _commit_states(self, m: Module, r: _Registers) -> None:
@@ -411,18 +646,23 @@ class SpeculationController(wiring.Component):
                     r.position.eq(r.position + r.committed),
                     r.step.committed.eq(r.committed),
                     r.step.accepted.eq(r.accepted),
-                    r.step.hit_row.eq(r.hit_row),
+                    r.step.last_row.eq(r.row),
                     r.step.chain.eq(r.chain),
                 ]
                 m.next = "COMMIT"
         with m.State("COMMIT"):
             m.d.comb += [
                 self.update.eq(1),
-                self.events.alternates.eq(r.used - 1 - r.chain),
+                self.events.alternates.eq(r.alternates),
                 self.events.accepted.eq(r.accepted),
-                self.events.alternate_hits.eq(r.hit_row != 0),
+                self.events.alternate_hits.eq(r.alternate_hit),
                 self.events.committed.eq(r.committed),
+                self.events.guesses.eq(r.used - 1 - r.chain - r.alternates),
+                self.events.guess_hits.eq(r.guess_hits),
+                self.events.free_steps.eq(r.is_free),
             ]
+            if self.config.history:
+                m.d.comb += self.history_update.eq(1)
             m.next = "STEP"
         with m.State("STEP"):
             m.d.comb += self.step_request.eq(1)
@@ -434,6 +674,12 @@ class SpeculationController(wiring.Component):
         with m.State("FINISH"):
             m.d.comb += self.finished.eq(1)
             m.next = "IDLE"
+
+
+def _costs(table: ValueLike) -> list[Value]:
+    """The costs in a register."""
+    bits = Value.cast(table)
+    return [bits[low : low + _COST_BITS] for low in range(0, len(bits), _COST_BITS)]
 
 
 class _Registers:
@@ -459,23 +705,42 @@ class _Registers:
         # Rows of the pass.
         self.tokens = registers(TOKEN_BITS, "token", rows)
         self.depths = registers(_COUNT_BITS, "depth", rows)
-        self.leaves = registers(1, "leaf", rows)
-        # The step: rows that have their tokens, those left, alternates by chain position.
+        self.parents = registers(config.engine.row_bits, "parent", rows)
+        self.sources = registers(Shape.cast(Source), "source", rows)
+        # The step: largest depth, the chain and its cost, rows that have their tokens, those left,
+        # alternates by chain position.
+        self.most = register(count_bits, "most")
         self.longest = register(count_bits, "longest")
         self.chain = register(count_bits, "chain")
+        self.cost = register(_key_bits(config), "cost")
         self.stop = register(1, "stop")
         self.used = register(count_bits, "used")
         self.free = register(count_bits, "free")
         self.counts = registers(rank_bits, "count", rows)
+        self.alternates = register(count_bits, "alternates")
         self.accepted = register(count_bits, "accepted")
-        self.hit_row = register(count_bits, "hit_row")
+        self.alternate_hit = register(1, "alternate_hit")
+        self.guess_hits = register(count_bits, "guess_hits")
         self.committed = register(count_bits, "committed")
+        # Guesses: whether there can be any, whether the root is still to be looked for, whether
+        # there is no draft; rows that offer one; the cheapest of these, or the one that is made;
+        # whether its token is there; cost and depth of the row that offers it.
+        self.guesses = register(1, "guesses")
+        self.asks = register(1, "asks")
+        self.is_free = register(1, "is_free")
+        self.offers = registers(1, "offer", rows)
+        self.guess = register(_guess_layout(config), "guess")
+        self.guess_row = register(count_bits, "guess_row")
+        self.has_guess = register(1, "has_guess")
+        self.exists = register(1, "exists")
+        self.key = register(_key_bits(config), "key")
+        self.depth = register(count_bits, "row_depth")
         # Indices.
         self.place = register(count_bits, "place")
         self.rank = register(rank_bits, "rank")
         self.row = register(config.engine.row_bits, "row")
         self.candidate = register(count_bits, "candidate")
-        self.elapsed = register(range(Fp32Gap.LATENCY + 1), "elapsed")
+        self.elapsed = register(range(Fp32Gap.LATENCY + config.choices + 1), "elapsed")
         # Writes to the ring: the slot, what was taken of the one on offer, those under way.
         self.slot = register(MAX_RING_LOG2, "slot")
         self.command_taken = Signal()
@@ -488,4 +753,20 @@ class _Registers:
             self.now.kind.eq(kind),
             self.now.rows.eq(rows),
             self.now.position.eq(position),
+        ]
+
+    def set_draft_pass(self, m: Module) -> None:
+        """Set the next draft pass, and go on to it."""
+        self.set_pass(m, PassKind.DRAFT, 1, self.position + self.chain)
+        m.next = "PASS"
+
+    def add_row(self, m: Module, source: Source, parent: Signal, depth: Value) -> None:
+        """Take the next free row; its token comes extra."""
+        m.d.sync += [
+            self.depths[self.used].eq(depth),
+            self.parents[self.used].eq(parent),
+            self.sources[self.used].eq(source),
+            self.depth.eq(depth),
+            self.used.eq(self.used + 1),
+            self.free.eq(self.free - 1),
         ]

@@ -31,7 +31,7 @@ _WIDE = AxiConfig(data_bits=1024, address_bits=64)
 #: Those under test: usual, smallest and largest.
 _CONFIGS = (
     AcceleratorConfig(),
-    AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1), history=0),
     AcceleratorConfig(
         EngineConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), _WIDE, _WIDE
     ),
@@ -74,8 +74,9 @@ class _World(World):
         """After a reset, with a master that pauses all channels at random."""
         world = cls(dut, index)
         world.start_clock()
-        for key in ("position", "root"):
-            world.ports[f"{key}_update"].value = 0
+        for each in registers(world.config):
+            if each.updated:
+                world.ports[f"{each.key}_update"].value = 0
         bus = AxiLiteBus.from_prefix(dut, f"{world.ports.unit}__bus_")
         world.master = AxiLiteMaster(bus, dut.clk, dut.rst)
         write, read = world.master.write_if, world.master.read_if
@@ -149,7 +150,8 @@ class _World(World):
         low = 8 * (address & 3)
         mask = (1 << 8 * len(content)) - 1 << low
         word = int.from_bytes(content, "little") << low
-        used = (1 << register.bits) - 1
+        # An array's elements use all bits of their words.
+        used = (1 << register.bits * max(1, register.count)) - 1
         if register.access == "rw":
             kept = self.stored[register.key] & ~(mask << 32 * i)
             self.stored[register.key] = (kept | word << 32 * i) & used
@@ -262,14 +264,16 @@ async def every_strobe_in_either_order(dut: Any, address_first: bool) -> None:
 
 @cocotb.test()
 async def hardware_updates(dut: Any) -> None:
-    """The hardware changes POSITION and ROOT, and takes precedence over the host."""
+    """The hardware changes some registers, and takes precedence over the host."""
     world = await _World.start(dut, 0)
     offsets = {each.name: each.offset for each in registers(world.config)}
-    for name, bits in {"POSITION": 17, "ROOT": 24}.items():
+    bits = {each.name: each.bits for each in registers(world.config) if each.updated}
+    assert bits == {"POSITION": 17, "ROOT": 24, "HISTORY_LENGTH": 17}
+    for name, size in bits.items():
         key = name.lower()
         for held in (False, True):
             await world.write(offsets[name], world.rng.bytes(4))
-            value = int(world.rng.integers(1 << bits))
+            value = int(world.rng.integers(1 << size))
             world.ports[f"{key}_value"].value = value
             world.ports[f"{key}_update"].value = 1
             await RisingEdge(dut.clk)

@@ -12,6 +12,7 @@ from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
+from speq.model.settings import Policy
 from speq.model.speculation import Settings, Step
 from speq.model.transformer import NonFiniteError
 from speq.sim.runner import seed
@@ -28,8 +29,21 @@ COUNTED = {
     "accepted": "ACCEPTED",
     "alternates": "ALTERNATES",
     "alternate_hits": "ALTERNATE_HITS",
+    "guesses": "GUESSES",
+    "guess_hits": "GUESS_HITS",
+    "free_steps": "FREE_STEPS",
 }
 SMALL = EngineConfig(rows=4, cols=8, max_k=256, max_o=1024)
+#: Costs with which steps have rows of all kinds, or no draft pass.
+GUESSING = Policy(
+    chain_costs=tuple(range(64, 0, -4)),
+    alternate_costs=tuple(range(16, 80, 4)),
+    guess_costs=(48, 24, 12, 6),
+    limit=150,
+    guess_limit=20,
+)
+#: Behind this `tiny` takes all of them, within 24 tokens on 8 rows.
+REPETITIVE = "Once upon a time, there was a little girl named Lily. Once upon a time, there was"
 
 
 def system(

@@ -30,10 +30,13 @@ from speq.model.encoding import encode_linears
 from speq.model.format import EncodedTensor, encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings, Statistics, generate
+from speq.model.settings import NO_GUESS, Policy
+from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import NonFiniteError
 from tests.host.decoding import (
     COUNTED,
+    GUESSING,
+    REPETITIVE,
     SEED,
     SMALL,
     TOKENS,
@@ -126,18 +129,57 @@ def test_alternates_and_chains_are_accepted_and_counted(llama):
     total = dict.fromkeys(COUNTED, 0)
     for i in range(8):
         prompt = random_tokens(llama.model.config, 3, SEED + i)
-        statistics = Statistics()
-        for step in check(llama, prompt, Settings(8, 3)):
-            statistics.add(step)
-        counters = llama.driver.counters()
-        for name, counter in COUNTED.items():
-            assert counters[counter] == getattr(statistics, name)
-            total[name] += counters[counter]
-    assert all(total.values())
+        add_counted(total, llama, check(llama, prompt, Settings(8, 3)))
+    for name, count in total.items():
+        assert (count > 0) == (name not in ("guesses", "guess_hits", "free_steps"))
+
+
+def add_counted(total: dict[str, int], session: Session, steps: list[Step]) -> None:
+    """Add what the accelerator has counted in a run, which must be what the steps say."""
+    statistics = Statistics()
+    for step in steps:
+        statistics.add(step)
+    counters = session.driver.counters()
+    for name, counter in COUNTED.items():
+        assert counters[counter] == getattr(statistics, name), name
+        total[name] += counters[counter]
+
+
+@pytest.mark.parametrize(("rows", "history"), [(8, 8), (4, 16)])
+def test_guesses_from_repeated_texts(rows, history):
+    """Behind chains, behind alternates and without any draft; the history is full soon. Chains
+    end where they cost too much, and the token limit ends guesses."""
+    model = drafted_model("llama", SEED)
+    config = replace(system(replace(SMALL, rows=rows)), history=history)
+    session = make_session(model, encode_linears(model), config)
+    total = dict.fromkeys(COUNTED, 0)
+    for i, guess_limit in enumerate((0, 20, 255, 20)):
+        prompt = random_tokens(model.config, 2 + i, SEED + i) * (4 - i)
+        policy = replace(GUESSING, guess_limit=guess_limit, limit=(150, 150, 30, 0)[i])
+        settings = Settings(rows, choices=2 + i, policy=policy, history=history)
+        for limit in (2, 16):
+            add_counted(total, session, check(session, prompt, settings, max_tokens=limit))
+    assert total["guesses"] and total["free_steps"] and total["draft_passes"]
+
+
+def test_a_policy_that_guesses_nothing_needs_no_history(llama):
+    """Without a draft, too, which is plain decoding."""
+    session = make_session(llama.model, llama.encoded, replace(system(), history=0))
+    settings = Settings(4, policy=replace(GUESSING, guess_costs=(NO_GUESS,) * 4))
+    check(session, [1, 2, 1, 2], settings)
+    with pytest.raises(ValueError, match="this accelerator has no history; take one whose"):
+        list(session.generate([1], max_tokens=4, settings=replace(settings, policy=GUESSING)))
+    plain = make_session(llama.model, None, system())
+    check(plain, [1, 2, 1, 2, 1], Settings(4, policy=GUESSING))
 
 
 @pytest.mark.parametrize(
-    ("architecture", "settings"), [("llama", Settings(4)), ("gemma3", Settings(4, 2, 0.1))]
+    ("architecture", "settings"),
+    [
+        ("llama", Settings(4)),
+        ("gemma3", Settings(4, 2, 0.1)),
+        ("gemma3", Settings(4, policy=GUESSING)),
+    ],
 )
 def test_runs_that_continue_earlier_ones(architecture, settings):
     """With alternates, whose entries are moved, and sliding windows."""
@@ -231,9 +273,12 @@ def test_tiny():
     encoded = encode_linears(model)
     engine = EngineConfig(rows=8, cols=16, max_k=512)
     session = make_session(model, encoded, system(engine))
-    prompt = model.tokenizer.encode("Once upon a time, there was a little girl")
-    steps = check(session, prompt, Settings(8, threshold=2.0), max_tokens=32)
+    steps = check(session, model.tokenizer.encode("Once upon"), Settings(8, threshold=2.0))
     assert sum(step.accepted for step in steps) > 0
+    prompt = model.tokenizer.encode(REPETITIVE)
+    total = dict.fromkeys(COUNTED, 0)
+    add_counted(total, session, check(session, prompt, Settings(8, policy=GUESSING), max_tokens=24))
+    assert all(total.values())
 
 
 @pytest.mark.parametrize("length", [1, 2, 8, 9, 10, 25])
@@ -323,10 +368,13 @@ def test_the_lowest_position_of_a_prompt_is_named():
         assert error is not None and error.position == position
 
 
-def test_steps_whose_drafts_are_not_finite_are_repeated(monkeypatch):
+@pytest.mark.parametrize("guesses", [False, True])
+def test_steps_whose_drafts_are_not_finite_are_repeated(monkeypatch, guesses):
     """Behind draft and verify passes; decoding ends where the golden model's does."""
-    base, settings = drafted_model("llama", SEED, blocks=1), Settings(4, threshold=0.1)
-    prompt = random_tokens(base.config, 4, SEED)
+    base = drafted_model("llama", SEED, blocks=1)
+    policy = replace(GUESSING, limit=65535) if guesses else Policy()
+    settings = Settings(4, threshold=0.1, policy=policy)
+    prompt = random_tokens(base.config, 4, SEED) * (2 if guesses else 1)
     failed: list[str] = []
     plain_forward = speculation.forward
 
@@ -469,6 +517,10 @@ def test_requests_that_are_impossible_are_refused(llama):
         ("prompt has 48 tokens; expected 1 to 47", {"prompt": [1] * 48}),
         ("rows is 4; this accelerator's array has 8", {"prompt": [1], "rows": 4}),
         ("choices is 9; this accelerator ranks 1 to 8", {"prompt": [1], "choices": 9}),
+        (
+            "history is 64; this accelerator's has 2048 tokens",
+            {"prompt": [1], "history": 64, "policy": GUESSING},
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             attempt(**arguments)
@@ -493,7 +545,8 @@ def test_other_hardware_is_refused():
     with pytest.raises(ValueError, match="VERSION is 0x0000dead"):
         read_configuration(Other(system(), 4096))
     wide = system(EngineConfig(rows=64, cols=64, draft_rows=2), 128, 1024)
-    for config in (system(), wide, replace(system(), choices=4)):
+    none = replace(system(), history=0)
+    for config in (system(), wide, none, replace(system(), choices=4, history=65536)):
         assert read_configuration(AcceleratorModel(config, 4096)) == config
     with pytest.raises(ValueError, match="choices is 3; expected 4 or 8"):
         replace(system(), choices=3)
@@ -692,6 +745,7 @@ def test_impossible_registers(bench):
         (1, "RING", 0x9004, 0x0A0),
         (1, "RING_LOG2", 0, 0x0A8),
         (1, "RING_LOG2", 25, 0x0A8),
+        (1, "HISTORY_LENGTH", 2049, 0x0C8),
         (1, "POSITION", 253, 0x088),
     ):
         kept = registers[name]

@@ -24,7 +24,15 @@ from speq.model.schedule import Linears, pass_schedule, stages
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.sim.session import simulated_session
 from speq.sim.simulated_board import CHANNELS
-from tests.host.decoding import COUNTED, SEED, check, check_end, system
+from tests.host.decoding import (
+    COUNTED,
+    GUESSING,
+    REPETITIVE,
+    SEED,
+    check,
+    check_end,
+    system,
+)
 from tests.model.drafted import drafted_model
 from tests.model.small_models import overflowing, random_tokens
 
@@ -162,6 +170,14 @@ def test_exact_logits_of_the_best_drafted_tokens(tiny, reranked, draft_length, c
     assert 1 <= min(tiles) <= max(tiles) <= reranked
 
 
+def test_guesses_from_repeated_texts(tiny):
+    """Rows of all kinds are verified and accepted, some behind each other, and a step has no draft
+    pass: the golden model's tokens, margins, logit bits and counts."""
+    settings = Settings(8, policy=GUESSING)
+    statistics = decode(tiny, REPETITIVE, settings, 24)
+    assert all(getattr(statistics, name) for name in COUNTED)
+
+
 def test_stalls_and_reordered_responses():
     """On all channels of the memory."""
     model = load_model("tiny")
@@ -169,9 +185,11 @@ def test_stalls_and_reordered_responses():
     text = "Once upon a time, there was a big"
     memory = {"stalls": dict.fromkeys(CHANNELS, 80), "reorder": True, "seed": SEED, "latency": 5}
     with rtl_session(FULL, model, encoded, **memory) as stalled:
-        runs = [(Settings(8, threshold=0.5), 16), (Settings(8, 0), 3)]
+        runs = [(Settings(8, threshold=0.5), 8), (Settings(8, 0), 3)]
         for settings, tokens in [*runs, (Settings(8, 3, 0.5, reranked=5), 6)]:
             decode(stalled, text, settings, tokens)
+        statistics = decode(stalled, REPETITIVE, Settings(8, policy=GUESSING), 12)
+        assert statistics.guesses and statistics.alternates and statistics.draft_passes
 
 
 # Models of other shapes on small arrays.

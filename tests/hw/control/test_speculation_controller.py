@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The speculation controller against `speq.model.speculation.generate` on random logits.
 
-The golden loop runs first, with a forward pass that makes up logits with many ties, infinities and
-NaN. Its passes, their rankings, steps and statistics are recorded; then the controller must ask for
-the same passes, is answered with the same rankings and must commit the same steps.
+The golden loop runs first, behind texts of few words and with a forward pass that makes up logits
+with many ties, infinities and NaN. Its passes, their rankings, steps and statistics are recorded;
+then the controller must ask for the same passes, is answered with the same rankings and must commit
+the same steps.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import random
 import struct
 from collections import Counter, deque
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.model import speculation
+from speq.model.draft_tree import Proposal
+from speq.model.settings import NO_GUESS, Policy
 from speq.model.speculation import Settings, Statistics
 from speq.model.vector_ops import ranked
 from speq.sim.runner import seed
@@ -37,23 +41,26 @@ POOL = [0.0, -0.0, 1.0, 1.0, 1.25, 1.5, 1.5, 2.0, 2.0, 1e-40, -3.0]
 SPECIAL = [torch.inf, -torch.inf, torch.nan, -torch.nan, 3e38, -3e38]
 THRESHOLDS = [0.0, 0.25, 0.5, 1.0, 1e-41, torch.inf]
 #: A run that takes longer has come to a halt.
-MAX_CYCLES = 20_000
+MAX_CYCLES = 40_000
+HISTORY = 32
 
 #: Members that the bench looks at in every cycle.
 OUTPUTS = (
-    "pass_status", "pass_position", "row_token", "row_depth", "row", "step", "step_request",
+    "pass_status", "pass_position", "row_token", "row_place", "row", "step", "step_request",
     "finished", "ring_index", "update", "position", "root", "events",
 )  # fmt: skip
+#: The same, if there is a history.
+HISTORY_OUTPUTS = ("history_update", "history_length")
 #: The controller's events by the statistics that they count.
 EVENTS = {name: counter.lower() for name, counter in COUNTED.items()}
 
 pytestmark = pytest.mark.usefixtures("simulable_ram")
 
 
-def system(rows: int, data_bits: int = 128) -> AcceleratorConfig:
+def system(rows: int, data_bits: int = 128, history: int = HISTORY) -> AcceleratorConfig:
     engine = EngineConfig(rows=rows, cols=data_bits // 16, max_k=MAX_K)
     axi = AxiConfig(data_bits=data_bits, address_bits=36)
-    return AcceleratorConfig(engine, weights=axi, data=axi)
+    return AcceleratorConfig(engine, weights=axi, data=axi, history=history)
 
 
 # The golden side.
@@ -68,7 +75,7 @@ class Pass:
     position: int
     index: int = 0
     tokens: list[int] | None = None
-    depths: list[tuple[int, int]] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)  # depth, parent, source
     ranking: list[int] = field(default_factory=list)
 
 
@@ -83,9 +90,11 @@ class Commit:
 
 @dataclass
 class Run:
-    """A run: registers, and what must happen. It ends by the host if `finish` is set."""
+    """A run: registers, the history before it, and what must happen. It ends by the host if
+    `finish` is set."""
 
     values: dict[str, object]
+    history: list[int] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
@@ -152,47 +161,92 @@ def ranking_of(
     return layout.const(entries).as_bits()
 
 
-def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -> Run:
-    """A run of the golden loop with random parameters, unless given, and perhaps that of `steps`
-    after which the host ends it."""
+def random_policy(rng: random.Random, guesses: bool) -> Policy:
+    """Costs with ties or without, limits that are reached or not."""
+    most = rng.choice([1, 4, 40, 255])
+
+    def costs(count: int) -> list[int]:
+        return [rng.randint(0, most) for _ in range(count)]
+
+    guess_costs = [rng.choice([NO_GUESS, c, c, c]) if guesses else NO_GUESS for c in costs(4)]
+    return Policy(
+        chain_costs=costs(16),
+        alternate_costs=costs(16),
+        guess_costs=guess_costs,
+        limit=rng.choice([65535, 65535, rng.randint(0, 4 * most)]),
+        guess_limit=rng.choice([0, rng.randint(0, most), 255]),
+    )
+
+
+def golden_run(
+    config: AcceleratorConfig,
+    rng: random.Random,
+    *,
+    token_limit: int | None = None,
+    steps: int | None = None,
+    policy: Mapping[str, object] = MappingProxyType({}),
+    **given: object,
+) -> Run:
+    """A run of the golden loop with random parameters, of which settings and those of the policy
+    may be given; perhaps the host ends it after `steps`."""
     rows = config.engine.rows
     vocab = rng.choice([2, 3, 4, 6, 10, 30])
     labels = rng.sample(range(2**TOKEN_BITS), vocab)
     settings = Settings(
         rows=rows,
-        draft_length=given.get("draft_length", rng.randrange(rows)),
-        threshold=given.get("threshold", rng.choice(THRESHOLDS)),
+        draft_length=rng.randrange(rows),
+        threshold=rng.choice(THRESHOLDS),
         choices=rng.randint(1, config.choices),
         reranked=rng.choice([0, rng.randint(1, config.choices)]),
+        policy=replace(random_policy(rng, bool(config.history) and rng.random() < 0.8), **policy),
+        history=config.history or HISTORY,
     )
-    limit = given.get("token_limit", rng.randint(1, 4 * rows + 4))
-    root, position = rng.randrange(vocab), rng.randrange(MAX_K - limit - rows + 1)
+    settings = replace(settings, **given)
+    costs = settings.policy
+    limit = token_limit or rng.randint(1, 4 * rows + 4)
+    words = rng.sample(range(vocab), rng.randint(1, min(vocab, 4)))
+    prompt = rng.choices(words, k=rng.choice([1, 2, rng.randint(3, HISTORY + 8)]))
+    position = rng.randrange(len(prompt), MAX_K - limit - rows + 1)
     ring = rng.randrange(2**28) * config.data.beat_bytes
     run = Run(
         {
             "run": {"speculate": 1},
             "pass_rows": rng.randrange(256),
             "position": position,
-            "root": labels[root],
+            "root": labels[prompt[-1]],
             "draft_length": settings.length,
             "threshold": struct.unpack("<I", struct.pack("<f", settings.threshold))[0],
             "choices": settings.offered,
             "token_limit": limit,
             "ring": ring,
             "ring_log2": rng.randint(1, 5),
+            "chain_costs": packed(costs.chain_costs),
+            "alternate_costs": packed(costs.alternate_costs),
+            "cost_limit": costs.limit,
         }
     )
+    if config.history:
+        run.values["guess_costs"] = {f"length_{i + 1}": costs.guess_costs[i] for i in range(4)}
+        run.values["guess_limit"] = costs.guess_limit
+        run.history = [labels[token] for token in prompt[-config.history :]]
     cache = Cache(position)
+    verified = [Proposal()]
+    verify = speculation.verify
+
+    def noted(model, cache, root, proposal) -> torch.Tensor:
+        verified.append(proposal)
+        return verify(model, cache, root, proposal)
 
     def forward(
         model, tokens, cache, *, draft=None, reranked=0, positions=None, mask=None
     ) -> torch.Tensor:
         start = cache.length
-        positions = positions or [start]
         logits = random_logits(rng, vocab, tokens)
         if reranked:
             logits = reranked_logits(rng, logits, reranked)
         drafting = draft is not None
+        proposal = Proposal() if drafting else verified[-1]
+        places = zip(proposal.depths, [0, *proposal.parents], [0, *proposal.origins], strict=True)
         run.passes.append(
             Pass(
                 PassKind.DRAFT if drafting else PassKind.VERIFY,
@@ -200,7 +254,7 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
                 start,
                 run.passes[-1].index + 1 if drafting and previous_is_draft(run) else 0,
                 [labels[token] for token in tokens],
-                [(p - start, int(p - start != row)) for row, p in enumerate(positions)],
+                list(places),
                 [ranking_of(config, row, labels, rng, reranked) for row in logits],
             )
         )
@@ -209,27 +263,27 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculation, "forward", forward)
-        steps = speculation.generate(
+        patch.setattr(speculation, "verify", noted)
+        made = speculation.generate(
             SimpleNamespace(config=SimpleNamespace(context=10**9)),
-            [root],
+            prompt,
             {},
             max_tokens=limit,
             settings=settings,
             text=SimpleNamespace(begin=lambda *_: cache, tokens=[]),
         )
-        count = given.get("steps", rng.choice([None, None, rng.randint(1, limit)]))
+        count = steps or rng.choice([None, None, rng.randint(1, limit)])
         run.finish = count is not None
         statistics = Statistics()
-        for step in islice(steps, count):
+        for step in islice(made, count):
             statistics.add(step)
-            hit_row = cache.kept[-1] if cache.kept[-1] > step.drafted else 0
             run.commits.append(
                 Commit(
                     [labels[token] for token in step.tokens],
                     {
                         "committed": len(step.tokens),
                         "accepted": step.accepted,
-                        "hit_row": hit_row,
+                        "last_row": cache.kept[-1],
                         "chain": step.drafted,
                     },
                     cache.length,
@@ -237,6 +291,12 @@ def golden_run(config: AcceleratorConfig, rng: random.Random, **given: object) -
             )
     run.counts = Counter({event: asdict(statistics)[name] for name, event in EVENTS.items()})
     return run
+
+
+def packed(costs: tuple[int, ...]) -> list[int]:
+    """Costs in words of 32 bits."""
+    words = (costs[i : i + 4] for i in range(0, len(costs), 4))
+    return [int.from_bytes(bytes(word), "little") for word in words]
 
 
 def previous_is_draft(run: Run) -> bool:
@@ -248,8 +308,10 @@ def single_run(config: AcceleratorConfig, rng: random.Random) -> Run:
     rows = rng.randint(1, config.engine.rows)
     run = golden_run(config, rng)
     values = run.values | {"run": {"speculate": 0}, "pass_rows": rows}
-    depths = [(row, 0) for row in range(rows)]
-    return Run(values, [Pass(PassKind.SINGLE, rows, values["position"], depths=depths)])
+    places = [(row, max(0, row - 1), 0) for row in range(rows)]
+    return Run(
+        values, run.history, [Pass(PassKind.SINGLE, rows, values["position"], places=places)]
+    )
 
 
 # The hardware side.
@@ -270,10 +332,14 @@ class Bench:
             "command": dut.write_command.payload,
             "beat_valid": dut.write_data.valid,
             "beat": dut.write_data.payload,
-        } | {name: getattr(dut, name) for name in OUTPUTS}
+        } | {name: getattr(dut, name) for name in self.names()}
         # Sampled as plain numbers, which is a lot faster.
         self.numbers = [Value.cast(signal) for signal in self.outputs.values()]
         self.entries = Value.cast(dut.entries)
+
+    def names(self) -> tuple[str, ...]:
+        """Members to look at."""
+        return OUTPUTS + HISTORY_OUTPUTS if self.config.history else OUTPUTS
 
     def reset(self, run: Run) -> None:
         """Before a run."""
@@ -307,6 +373,7 @@ class Bench:
         """Carry out a run and check everything; or only some cycles of it, and abort it."""
         self.reset(run)
         ctx.set(self.dut.values, run.values)
+        await self.write_history(ctx, run.history)
         ctx.set(self.dut.begin, 1)
         await self.tick(ctx)
         ctx.set(self.dut.begin, 0)
@@ -315,6 +382,10 @@ class Bench:
             ready = self.drive(ctx)
             out = await self.tick(ctx)
             self.observe(out, ready)
+            if self.config.history and out.history_update:
+                self.history = min(self.config.history, self.history + self.committed)
+                self.check("history length", self.history, out.history_length)
+                ctx.set(self.dut.values.history_length, out.history_length)
             if out.finished:
                 self.check("passes left", 0, len(self.passes))
                 self.check("steps left", 0, len(self.commits))
@@ -322,6 +393,19 @@ class Bench:
                 self.check("counters", +run.counts, +self.counts)
                 return
         await self.clear(ctx)
+
+    async def write_history(self, ctx, tokens: list[int]) -> None:
+        """Forget the history and write another."""
+        self.history = 0
+        for token in tokens:
+            ctx.set(self.dut.history_append, 1)
+            ctx.set(self.dut.history_token, token)
+            out = await self.tick(ctx)
+            self.history += 1
+            self.check("history", (1, self.history), (out.history_update, out.history_length))
+            ctx.set(self.dut.values.history_length, self.history)
+        if tokens:
+            ctx.set(self.dut.history_append, 0)
 
     def drive(self, ctx) -> dict[str, bool]:
         """Set the inputs of a cycle; returns which streams are ready."""
@@ -345,6 +429,8 @@ class Bench:
         ctx.set(dut.step_answer, answered)
         # Its value must not matter at any other time.
         ctx.set(dut.step_finish, self.run.finish and not self.commits if answered else 1)
+        if self.config.history:
+            ctx.set(dut.history_append, rng.random() < 0.1)  # is ignored
         return ready
 
     def ranking(self) -> int:
@@ -378,6 +464,7 @@ class Bench:
         if out.events:
             events = self.decoded(out, "events")
             self.counts.update({event: events[event] for event in EVENTS.values()})
+            self.committed = events.committed
         if out.update:
             self.updates.append((out.position, out.root))
         if not out.step_request:
@@ -401,9 +488,9 @@ class Bench:
         registers = (PassKind(status.kind), status.rows, out.pass_position)
         self.check("pass registers", got, registers)
         self.check("pass index", expected.index, status.index)
-        places = self.decoded(out, "row_depth")
-        depths = [(places[i].depth, places[i].leaf) for i in range(expected.rows)]
-        self.check("row depths", expected.depths, depths)
+        rows = self.decoded(out, "row_place")
+        places = [(rows[i].depth, rows[i].parent, rows[i].source) for i in range(expected.rows)]
+        self.check("row places", expected.places, places)
         if expected.tokens is not None:
             tokens = self.decoded(out, "row_token")
             got = [tokens[i] for i in range(expected.rows)]
@@ -439,6 +526,8 @@ class Bench:
         dut = self.dut
         for signal in (dut.pass_done, dut.write_done, dut.step_answer):
             ctx.set(signal, 0)
+        if self.config.history:
+            ctx.set(dut.history_append, 0)
         ctx.set(dut.clear, 1)
         ctx.set(dut.begin, 1)
         await self.tick(ctx)
@@ -480,16 +569,18 @@ def simulate(
 
 
 @pytest.mark.parametrize(
-    ("rows", "data_bits", "count"),
-    [(1, 64, 4), (2, 128, 20), (3, 64, 20), (4, 256, 30), (8, 128, 20)],
+    ("rows", "data_bits", "history", "count"),
+    [(1, 64, 32, 4), (2, 128, 8, 15), (3, 64, 0, 15), (4, 256, 16, 20), (8, 128, 16, 15)],
 )
-def test_runs_equal_the_golden_loop(rows, data_bits, count):
-    config = system(rows, data_bits)
+def test_runs_equal_the_golden_loop(rows, data_bits, history, count):
+    config = system(rows, data_bits, history)
     rng = random.Random(f"{seed()} {rows}")
     runs = [golden_run(config, rng) for _ in range(count)]
     total = sum((run.counts for run in runs), Counter())
     assert total["draft_passes"] > total["accepted"] > 0 or rows == 1
     assert total["alternates"] > total["alternate_hits"] > 0 or rows <= 2
+    if history and rows > 2:
+        assert total["guesses"] > total["guess_hits"] > 0 and total["free_steps"] > 0
     runs += [single_run(config, rng) for _ in range(3)]
     rng.shuffle(runs)
     simulate(config, runs, rng, abort=False)
@@ -498,9 +589,15 @@ def test_runs_equal_the_golden_loop(rows, data_bits, count):
 def test_long_chains_and_many_alternates():
     config = system(64)
     rng = random.Random(seed())
-    long = golden_run(config, rng, draft_length=63, threshold=0.0, token_limit=300, steps=2)
-    short = golden_run(config, rng, draft_length=20, threshold=0.25, token_limit=12)
+    drafts = {"limit": 65535, "guess_limit": 0}
+    guesses = {"guess_costs": (3, 2, 1, 1), "guess_limit": 0}
+    costly = {"chain_costs": (255,) * 16, "alternate_costs": (255,) * 16}
+    options = {"draft_length": 63, "threshold": 0.0, "token_limit": 300, "steps": 1}
+    long = golden_run(config, rng, policy=drafts | costly | guesses, **options)
+    options = {"draft_length": 20, "threshold": 0.0, "choices": 4, "reranked": 0}
+    short = golden_run(config, rng, token_limit=12, policy=drafts | guesses, **options)
     assert max(commit.step["chain"] for commit in long.commits) == 63
+    assert short.counts["alternates"] and short.counts["guesses"]
     simulate(config, [long, short], rng, abort=False)
 
 

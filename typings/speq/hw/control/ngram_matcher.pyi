@@ -1,0 +1,1 @@
+from hw.control.ngram_matcher import *
