@@ -24,7 +24,7 @@ MAX_FILE = 1 << 26
 #: Versions of report.json that can be shown; 2 has no samples.
 _VERSIONS = (2, 3)
 _LABEL = 40  # characters of a label in a chart
-_ORIGINS = ("draft", "alternate", "target")
+_ORIGINS = ("draft", "alternate", "guess", "target")
 #: Embeddings, overrides and isolates, which change the direction of the text behind them.
 _DIRECTIONS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 _RESULTS = {"chain": "chains alone", "alternates": "with alternates"}
@@ -32,7 +32,8 @@ _RESULTS = {"chain": "chains alone", "alternates": "with alternates"}
 
 @dataclass(frozen=True)
 class Token:
-    """A token's text and where it is from: "draft", "alternate", "target", or "refused"."""
+    """A token's text and where it is from: "draft", "alternate", "guess", "target", or
+    "refused"."""
 
     text: str
     origin: str
@@ -429,6 +430,7 @@ def _generated(record: Mapping[str, Any], name: str) -> Sample:
         ids = [int(token) for token in step["tokens"]]
         accepted, hit = int(step["accepted"]), bool(step["alternate_hit"])
         origins = ["draft"] * accepted + ["alternate"] * hit
+        origins += ["guess"] * int(step.get("guess_hits", 0))  # which older ones do not have
         origins += ["target"] * (len(ids) - len(origins))
         tokens = [Token(_text(t), o) for t, o in zip(step["texts"], origins, strict=True)]
         refused = [Token("", "refused")] * max(0, int(step["drafted"]) - accepted)

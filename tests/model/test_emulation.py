@@ -30,6 +30,7 @@ from speq.model.emulation import (
 )
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
+from speq.model.settings import Policy
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import KVCache, NonFiniteError, forward, prepare_draft_linears
 from speq.model.vector_ops import ranked
@@ -237,6 +238,7 @@ def test_batches_do_not_matter(subject, monkeypatch):
         assert (ours.scores - other.scores)[same].abs().max() < CLOSE
 
 
+GUESSING = Policy((10, 5) * 8, guess_costs=(30, 20, 8, 4), limit=35)
 SETTINGS = {
     "chain and no spare rows": Settings(rows=5),
     "early exit": Settings(rows=5, threshold=0.4, choices=1),
@@ -245,11 +247,16 @@ SETTINGS = {
     "two choices": Settings(rows=6, draft_length=3, threshold=0.2, choices=2),
     "exit after every token": Settings(rows=5, threshold=math.inf),
     "one row": Settings(rows=1),
+    "guesses": Settings(rows=8, draft_length=3, policy=GUESSING),
+    "steps without a draft pass": Settings(
+        rows=5, threshold=0.4, policy=replace(GUESSING, guess_limit=20), history=16
+    ),
 }
 
 
 def counts(step: Step) -> tuple:
-    return step.tokens, step.drafted, step.accepted, step.alternates, step.alternate_hit
+    drafts = step.drafted, step.accepted, step.alternates, step.alternate_hit
+    return step.tokens, *drafts, step.guesses, step.guess_hits
 
 
 def exact_steps(subject: SimpleNamespace, number: int, count: int, **options) -> list[Step]:
@@ -282,6 +289,7 @@ def test_replayed_steps_are_those_of_speculation(subject):
                 total.add(ours)
     assert total.committed == len(SETTINGS) * 2 * TOKENS
     assert 0.1 < total.match_rate < 0.95 and total.alternate_hits > 3
+    assert total.guess_hits > total.free_steps > 3
 
 
 @pytest.mark.parametrize("subject", ["llama", "gemma3"], indirect=True)
