@@ -58,8 +58,12 @@ def run(
     rows: Rows = 8,
     choices: Annotated[int, typer.Option(help="Choices per position for spare rows.")] = 4,
     reranked: Annotated[
-        int, typer.Option(help="Best drafted tokens whose logits are computed exactly; 0: none.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Best drafted tokens whose logits are computed exactly; 0: none.",
+            show_default="0, or the file's",
+        ),
+    ] = None,
     group: GroupOfEncode = None,
     split: SplitOfEncode = None,
     width: WidthOfEncode = None,
@@ -80,7 +84,7 @@ def run(
 
     if rows < 2:
         raise ValueError(f"rows is {rows}; speculation needs at least 2")
-    Settings(rows=rows, choices=choices, reranked=reranked)
+    Settings(rows=rows, choices=choices, reranked=reranked or 0)
     formats = chosen_formats(group, split, width, head_width, encoded)
     if prompts:
         read_prompts(prompts)
@@ -96,6 +100,8 @@ def run(
 
         with bars(transient=True, terminal_only=True) as progress:
             file = read_encoded(encoded) if encoded else None
+            if reranked is None:
+                reranked = file.settings["alternates"].reranked if file and file.settings else 0
             loading = progress.add_task(f"loading {escape(model)}", total=None)
             loaded = load_model(model)
             progress.remove_task(loading)
