@@ -10,7 +10,7 @@ Every choice below leaves the weights' bits alone (contract C1), and the verify 
     vocabulary    the head drafts only the lowest token ids if that pays. Byte-pair encodings number
                   tokens by the order of their merges, so that high ids are rare ones.
     re-ranking    how many of the draft head's best tokens have their logits computed exactly.
-    settings      longest draft and early-exit threshold.
+    policy        tables of probabilities, and how unlikely a chain may become (`policy_fit`).
 
 Scale codes are fitted layer by layer. The rest is chosen by the modelled speedup on the calibration
 texts. Vocabulary and re-ranking depend on each other, but one draft pass behind every token of the
@@ -42,7 +42,7 @@ from speq.model.emulation import (
     prefill,
     reranked_linear,
 )
-from speq.model.evaluation import Costs, Sample, best_settings, encoded_costs, speedup
+from speq.model.evaluation import Sample, encoded_costs, speedup
 from speq.model.format import EncodedTensor, encode
 from speq.model.number_format import (
     SCALE_DENOMINATOR,
@@ -50,13 +50,10 @@ from speq.model.number_format import (
     UNIT_SCALE_CODE,
     FormatConfig,
 )
+from speq.model.policy_fit import best_policy
 from speq.model.settings import MAX_RERANKED
 from speq.model.speculation import Settings
 
-# Early-exit thresholds among which the best is chosen.
-_THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
-# The same, to compare heads.
-_FEW_THRESHOLDS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 #: Parts of the vocabulary that the head may draft.
 HEAD_PARTS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 #: Numbers of tokens that may be re-ranked.
@@ -281,22 +278,6 @@ def expected_chains(
     return Chains(tokens[place, :choices], scores[place, :choices])
 
 
-def best_speedup(
-    texts: Sequence[Text],
-    chains: Sequence[Chains],
-    costs: Costs,
-    rows: int,
-    choices: int,
-    reranked: int,
-    thresholds: Sequence[float] = _THRESHOLDS,
-) -> tuple[float, Settings]:
-    """The largest modelled speedup of greedy speculation along the texts, and its settings."""
-    samples = [Sample("calibration", *pair) for pair in zip(texts, chains, strict=True)]
-    shortest = max(1, rows // 2)  # to save time: the threshold ends drafts that should be short
-    settings = best_settings(samples, costs, rows, choices, thresholds, shortest, reranked)
-    return speedup(samples, settings, costs), settings
-
-
 def _best_head(
     model: Model,
     texts: Sequence[Text],
@@ -317,9 +298,16 @@ def _best_head(
     for drafted, reranked in product(sorted(parts, reverse=True), RERANKED):
         some = {**tensors, "head": replace(head, drafted_outputs=drafted)}
         costs = encoded_costs(model.config, some, reranked)
-        chains = [expected_chains(c, drafted, reranked, rows - 1, max(2, choices)) for c in found]
-        speed, _ = best_speedup(texts, chains, costs, rows, choices, reranked, _FEW_THRESHOLDS)
-        tried.append(Trial(drafted, reranked, costs.relative[0], speed))
+        samples = [
+            Sample(
+                "calibration",
+                text,
+                expected_chains(c, drafted, reranked, rows - 1, max(2, choices)),
+            )
+            for text, c in zip(texts, found, strict=True)
+        ]
+        settings = best_policy(samples, costs, rows, choices, reranked, guesses=False)
+        tried.append(Trial(drafted, reranked, costs.relative[0], speedup(samples, settings, costs)))
     return sorted(tried, key=lambda trial: -trial.speedup)
 
 
@@ -387,7 +375,7 @@ def optimise(
         model, texts, linear, rows - 1, max(2, choices), progress=advance("drafting")
     )
     costs = encoded_costs(model.config, tensors, best.reranked)
-    (chain_speed, chain), (speed, alternates) = (
-        best_speedup(texts, chains, costs, rows, n, best.reranked) for n in (1, choices)
-    )
-    return OptimisedEncoding(tensors, chain, alternates, (chain_speed, speed), tried)
+    samples = [Sample("calibration", *pair) for pair in zip(texts, chains, strict=True)]
+    chain, alternates = (best_policy(samples, costs, rows, n, best.reranked) for n in (1, choices))
+    speeds = speedup(samples, chain, costs), speedup(samples, alternates, costs)
+    return OptimisedEncoding(tensors, chain, alternates, speeds, tried)

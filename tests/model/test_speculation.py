@@ -46,7 +46,6 @@ from tests.model.small_models import overflowing, random_tokens, random_weights,
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 TOKENS = 24
 PROMPTS = 3
-#: Random models repeat themselves a lot, which guesses get right.
 GUESSING = Policy(
     chain_costs=(20, 18, 16, 14, 12, 10, 9, 8, 6, 4, 2, 1, 0, 0, 0, 0), guess_costs=(30, 20, 8, 4)
 )
@@ -62,10 +61,13 @@ SETTINGS = {
     "exit after every token": Settings(threshold=math.inf),
     "many rows": Settings(rows=16, threshold=0.2),
     "one row": Settings(rows=1),
-    "guesses behind short chains": Settings(draft_length=2, policy=GUESSING),
-    "unlikely chains and guesses": Settings(16, policy=replace(GUESSING, limit=25)),
-    "steps without a draft pass": Settings(policy=replace(GUESSING, guess_limit=20)),
-    "a short history": Settings(policy=replace(GUESSING, guess_limit=40), history=8),
+}
+#: With guesses from the text, which models with few tokens repeat.
+GUESSES = {
+    "behind short chains": Settings(draft_length=2, policy=GUESSING),
+    "behind unlikely chains": Settings(16, policy=replace(GUESSING, limit=25)),
+    "instead of draft passes": Settings(policy=replace(GUESSING, guess_limit=20)),
+    "from a short history": Settings(policy=replace(GUESSING, guess_limit=40), history=8),
 }
 
 
@@ -80,27 +82,37 @@ def bits(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def subject(request) -> SimpleNamespace:
+    return random_subject(request.param)
+
+
+@pytest.fixture(scope="module")
+def talkative() -> SimpleNamespace:
+    """One that has so few tokens that it repeats itself."""
+    return random_subject("llama", vocab_size=6)
+
+
+def random_subject(architecture: str, vocab_size: int = 64) -> SimpleNamespace:
     """A small random model whose draft agrees with it often, but not always.
 
     With its own head it does not just repeat the last token, and linear layers that are larger
     than usual make more of the draft's errors.
     """
     config = small_config(
-        request.param,
+        architecture,
         tied_head=False,
-        vocab_size=64,
+        vocab_size=vocab_size,
         hidden=32,
         ffn_hidden=48,
         heads=2,
         kv_heads=1,
         context=48,
     )
-    scale = {"llama": 1.5, "gemma3": 1.0}[request.param]
+    scale = {"llama": 1.5, "gemma3": 1.0}[architecture]
     weights = {
         name: (w * scale if name.endswith("_proj") else w).half()
         for name, w in random_weights(config, SEED).items()
     }
-    model = Model(f"random {request.param}", config, weights, tokenizer=None)
+    model = Model(f"random {architecture}", config, weights, tokenizer=None)
     encoded = {
         name: encode(model.linear_weight(name), FormatConfig(), name=name)
         for name in linear_names(config)
@@ -178,20 +190,31 @@ def test_greedy_decoding_loses_no_bit(subject):
         "later alternates hit": [s for s in steps if s.alternate_hit and s.accepted],
         "alternates in vain": [s for s in steps if s.alternates and not s.alternate_hit],
         "early exit": [s for s in steps if s.margins and s.margins[-1] < 0.2 and s.drafted < 6],
-        "guesses hit behind the chain": [s for s in steps if s.guess_hits and s.accepted],
-        "guesses hit behind an alternate": [
-            s for s in steps if s.guess_hits and s.alternate_hit and s.drafted
-        ],
-        "guesses hit without a draft pass": [s for s in steps if s.guess_hits and not s.drafted],
-        "guesses in vain": [s for s in steps if s.guesses and not s.guess_hits],
-        "guesses hit in part": [s for s in steps if 0 < s.guess_hits < s.guesses],
+    }
+    counts = {name: len(found) for name, found in cases.items()}
+    print(counts)
+    assert all(counts.values()), counts
+    for step in steps:
+        assert len(step.tokens) <= step.accepted + 1 + step.alternate_hit
+
+
+def test_guesses_lose_no_bit(talkative):
+    """And guesses were right and wrong in every place."""
+    steps = [s for settings in GUESSES.values() for s in check_lossless(talkative, settings)]
+    cases = {
+        "behind the chain": [s for s in steps if s.guess_hits and s.accepted],
+        "behind an alternate": [s for s in steps if s.guess_hits and s.alternate_hit],
+        "without a draft pass": [s for s in steps if s.guess_hits and not s.drafted],
+        "in vain": [s for s in steps if s.guesses and not s.guess_hits],
+        "in part": [s for s in steps if 1 < s.guess_hits < s.guesses],
     }
     counts = {name: len(found) for name, found in cases.items()}
     print(counts)
     assert all(counts.values()), counts
     for step in steps:
         assert len(step.tokens) <= step.accepted + 1 + step.alternate_hit + step.guess_hits
-        assert len(step.origins) == len(step.tokens)
+        assert len(step.origins) == len(step.tokens) and step.rows <= 16
+        assert step.origins.count("guess") == step.guess_hits
         assert len(step.margins) == step.drafted
 
 
