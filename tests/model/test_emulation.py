@@ -326,15 +326,16 @@ def test_replay_by_hand():
 
 
 def test_replayed_guesses_are_those_of_speculation(monkeypatch):
-    """On made-up logits that depend on the last token only, in texts that repeat themselves."""
-    words, length = 7, 5
+    """On made-up logits of last token and position, in texts that repeat themselves somewhat."""
+    words, length, phases = 5, 5, 3
     source = torch.Generator().manual_seed(SEED)
-    target = torch.randn(words, words, generator=source)
-    drafted = target + 0.8 * torch.randn(words, words, generator=source)
+    target = torch.randn(phases, words, words, generator=source)
+    drafted = target + 1.5 * torch.randn(phases, words, words, generator=source)
 
-    def forward(model, tokens, cache, *, draft=None, **_):
+    def forward(model, tokens, cache, *, draft=None, positions=None, **_):
+        places = torch.tensor(positions or [cache.length + i for i in range(len(tokens))])
         cache.length += len(tokens)
-        return (target if draft is None else drafted)[torch.tensor(tokens)]
+        return (target if draft is None else drafted)[places % phases, torch.tensor(tokens)]
 
     monkeypatch.setattr(speculation, "forward", forward)
     monkeypatch.setattr(speculation, "prefill", forward)
@@ -351,7 +352,8 @@ def test_replayed_guesses_are_those_of_speculation(monkeypatch):
         scores = torch.empty(20, length, 4)
         for start, root in enumerate([prompt[-1], *tokens[:-1]]):
             for j in range(length):
-                scores[start, j], choices[start, j] = torch.topk(drafted[root], 4)
+                place = (len(prompt) - 1 + start + j) % phases
+                scores[start, j], choices[start, j] = torch.topk(drafted[place, root], 4)
                 root = int(choices[start, j, 0])
         text = Text(prompt, tokens, torch.empty(0), torch.empty(0))
         replayed = replay(text, Chains(choices, scores), settings)
