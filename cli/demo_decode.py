@@ -3,9 +3,10 @@
 
 The golden model decodes first. Then the accelerator's RTL decodes a single token plainly behind the
 prompt's first one, and the prompt's continuation speculatively. All that a step says must be the
-golden model's: its tokens, how many were drafted and with which margins, and the FP32 bits of the
-logits that chose each token. The accelerator's own counters, read where a pass begins, give the
-cycles of each kind of pass, beside what `speq.model.cycles` predicts.
+golden model's: its tokens, how many were drafted and with which margins, the tree of drafted,
+alternate and guessed tokens that was verified, and the FP32 bits of the logits of all its rows. The
+accelerator's own counters, read where a pass begins, give the cycles of each kind of pass, beside
+what `speq.model.cycles` predicts.
 """
 
 from __future__ import annotations
@@ -223,11 +224,12 @@ class Comparison:
 
         from speq.sim.compare import mismatched_bits
 
-        if replace(got, logits=expected.logits) != expected:
+        if replace(got, logits=expected.logits, verified=expected.verified) != expected:
             self.problems.append(f"{where}: {got}; expected {expected}")
-        if got.logits.shape != expected.logits.shape:
+            self.problems.append(f"{where}: {got.proposal}; expected {expected.proposal}")
+        if got.verified.shape != expected.verified.shape:
             return
-        a, b = (step.logits.numpy().view(np.uint32) for step in (expected, got))
+        a, b = (step.verified.numpy().view(np.uint32) for step in (expected, got))
         self.bits += _LOGIT_BITS * a.size
         self.wrong_bits += mismatched_bits(a, b)
         for row, column in np.argwhere(a != b)[:_REPORTED]:
@@ -353,7 +355,8 @@ def figures(done: SimulatedRuns, steps: Iterable[Step]) -> list[str]:
     return [
         f"{statistics.committed} tokens in {statistics.verify_passes} steps; of "
         f"{statistics.draft_passes} drafted ones {statistics.accepted} accepted, and "
-        f"{statistics.alternate_hits} alternates",
+        f"{statistics.alternate_hits} alternates; {statistics.guess_hits} of "
+        f"{statistics.guesses} guessed ones, {statistics.free_steps} steps without a draft pass",
         *per_token,
         f"plain: {plain:,} cycles per token, {ratio:.2f} times as many",
         speed,
