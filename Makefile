@@ -39,8 +39,12 @@ setup: simulator-tools $(STAMP)  ## create .venv with the pinned packages
 demo: simulator-tools $(STAMP) smollm2  ## run a real LLM's layers through the Verilog and compare every bit
 	@$(SPEQ) demo
 
-demo-smollm2: simulator-tools $(STAMP) smollm2  ## decode with SmolLM2-135M on the RTL and compare every logit (10 to 20 minutes)
-	@$(SPEQ) demo-decode
+demo-smollm2: simulator-tools $(BUILD)/smollm2.safetensors  ## decode with SmolLM2-135M on the RTL and compare every logit (10 to 20 minutes)
+	@$(SPEQ) demo-decode --encoded $(BUILD)/smollm2.safetensors
+
+$(BUILD)/smollm2.safetensors: | $(STAMP) smollm2
+	@mkdir -p $(BUILD)
+	@$(SPEQ) encode smollm2 -o $@
 
 verilog: $(STAMP)  ## write the accelerator's Verilog, register maps, core and testbench to build/ (ROWS=8 COLS=16)
 	@mkdir -p $(BUILD)

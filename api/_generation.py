@@ -65,7 +65,7 @@ class Generation:
 
     @property
     def origins(self) -> list[str]:
-        """Where each token is from: "draft", "alternate" or "target"."""
+        """Where each token is from: "draft", "alternate", "guess" or "target"."""
         return [origin for step in self.steps for origin in step.origins]
 
 

@@ -7,9 +7,10 @@ With `--json` standard output gets an object for each prompt, in one line each, 
     model         as given
     backend       "golden" or "rtl"
     mode          "speq" or "fp16"
-    settings      of speculation (rows, draft_length, threshold, choices, reranked), max_tokens,
-                  sampling (temperature, top_k and top_p; null if greedy), array (rows and cols of
-                  the RTL; null in the golden model), encoded (the file, or null), raw, chat, system
+    settings      of speculation (rows, draft_length, threshold, choices, reranked, policy,
+                  history), max_tokens, sampling (temperature, top_k and top_p; null if greedy),
+                  array (rows and cols of the RTL; null in the golden model), encoded (the file, or
+                  null), raw, chat, system
     seed          of everything random
     prompt_ids    the prompt's tokens
     known         how many of them the KV cache still held, from the turns before
@@ -19,7 +20,8 @@ With `--json` standard output gets an object for each prompt, in one line each, 
     error         what went wrong, or null
     steps         for each step the tokens and their texts (a character of several tokens comes with
                   the last), how many were drafted, accepted and committed, how many alternates were
-                  verified, and whether one of them was accepted
+                  verified, and whether one of them was accepted; how many tokens guessed from
+                  earlier text were verified and accepted
     totals        their sums, the rates that follow from them, costs of passes and modelled speedup
                   (null after plain decoding), seconds and tokens per second
     counters      of the accelerator since the prompt was in (null in the golden model), simulated
@@ -46,7 +48,7 @@ from speq.cli.simulation import rtl_figures
 if TYPE_CHECKING:
     from speq.model.speculation import Statistics, Step
 
-STYLES = {"draft": "green", "alternate": "cyan", "target": "bold yellow"}
+STYLES = {"draft": "green", "alternate": "cyan", "guess": "magenta", "target": "bold yellow"}
 
 
 @dataclass
@@ -104,6 +106,8 @@ class Reply:
                 "committed": len(step.tokens),
                 "alternates": step.alternates,
                 "alternate_hit": step.alternate_hit,
+                "guesses": step.guesses,
+                "guess_hits": step.guess_hits,
             }
         )
 
@@ -214,6 +218,11 @@ def summary(
         lines.append(
             f"acceptance: {s.match_rate:.1%} of {s.compared} compared draft tokens; "
             f"{s.alternate_hits} alternates; {s.tokens_per_pass:.2f} tokens per verify pass"
+        )
+    if s.guesses:
+        lines.append(
+            f"{s.guess_hits} of {s.guesses} tokens guessed from earlier text were right; "
+            f"{s.free_steps} steps without a draft pass"
         )
     lines.append(
         f"modelled speedup over FP16: {s.speedup(*costs):.2f} ({s.draft_passes} draft passes at "

@@ -3,9 +3,10 @@
 
 The golden model decodes first. Then the accelerator's RTL decodes a single token plainly behind the
 prompt's first one, and the prompt's continuation speculatively. All that a step says must be the
-golden model's: its tokens, how many were drafted and with which margins, and the FP32 bits of the
-logits that chose each token. The accelerator's own counters, read where a pass begins, give the
-cycles of each kind of pass, beside what `speq.model.cycles` predicts.
+golden model's: its tokens, how many were drafted and with which margins, the tree of drafted,
+alternate and guessed tokens that was verified, and the FP32 bits of the logits of all its rows. The
+accelerator's own counters, read where a pass begins, give the cycles of each kind of pass, beside
+what `speq.model.cycles` predicts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +24,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from speq.cli.decoding import chosen_settings
 from speq.cli.notes import is_quiet, note
 from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows, complete_model, finite
 from speq.cli.progress import bar_columns, elapsed, remaining, with_passing_bar
@@ -51,45 +54,71 @@ def run(
     ] = 12,
     rows: Rows = 8,
     cols: Cols = 32,
-    draft_length: Annotated[int, typer.Option(help="Most tokens to draft.")] = 4,
+    encoded: Annotated[
+        Path | None, typer.Option(help="The model as speq encode has written it.")
+    ] = None,
+    draft_length: Annotated[
+        int | None, typer.Option(help="Most tokens to draft.", show_default="4, or the file's")
+    ] = None,
     threshold: Annotated[
-        float,
-        typer.Option(help="Stop drafting below this margin of the best logit.", callback=finite),
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="Stop drafting below this margin of the best logit.",
+            callback=finite,
+            show_default="0.5, or the file's",
+        ),
+    ] = None,
     reranked: Annotated[
-        int, typer.Option(help="Best drafted tokens whose logits are computed exactly; 0: none.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Best drafted tokens whose logits are computed exactly; 0: none.",
+            show_default="0, or the file's",
+        ),
+    ] = None,
 ) -> None:
     """Decode with a real LLM on the accelerator's RTL and compare every token and logit bit."""
-    from speq.model.settings import Settings
-
     started = time.perf_counter()
-    settings = Settings(rows, draft_length, threshold, reranked=reranked)
+    usual = {} if encoded else {"draft_length": 4, "threshold": 0.5}
+    given = {"draft_length": draft_length, "threshold": threshold, "reranked": reranked}
+    given = usual | {name: value for name, value in given.items() if value is not None}
+    settings = chosen_settings(None, rows=rows, **given)
     check_array(rows, cols)
     # These load torch: the options are right by now.
     from speq.host.meter import cycle_engine, passes_of
     from speq.host.session import Session, accelerator_for, kv_capacity
-    from speq.model.encoding import encode_linears
+    from speq.model.encoded_file import read_encoded
+    from speq.model.encoding import encode_linears, tensors_for
     from speq.model.speculation import token_limit
 
+    file = read_encoded(encoded) if encoded else None
+    if file:
+        settings = chosen_settings(file, rows=rows, **given)
     loaded = load(model)
     # What is impossible shows before anything takes long.
     ids = loaded.tokenizer.encode(prompt)
     token_limit(loaded, ids, max_tokens)
-    encoded = encode_linears(loaded, track=with_passing_bar)
+    if file and encoded:
+        tensors = tensors_for(loaded, file, encoded)
+    else:
+        tensors = encode_linears(loaded, track=with_passing_bar)
     capacity = kv_capacity(loaded, ids, max_tokens, rows)
-    config = accelerator_for(loaded, encoded, rows, cols, capacity)
+    config = accelerator_for(loaded, tensors, rows, cols, capacity)
     note(f"{loaded.name}: the golden model decodes ...")
-    runs = golden_runs(Session(loaded, encoded), ids, settings, max_tokens)
-    board = simulated_board(loaded, encoded, config, capacity)
-    with Session(loaded, encoded, board, capacity=capacity) as session:
-        formats = {name: tensor.config for name, tensor in encoded.items()}
+    runs = golden_runs(Session(loaded, tensors), ids, settings, max_tokens)
+    board = simulated_board(loaded, tensors, config, capacity)
+    with Session(loaded, tensors, board, capacity=capacity) as session:
+        formats = {name: tensor.config for name, tensor in tensors.items()}
+        drafted = tensors["head"].drafted_outputs if "head" in tensors else None
         engine = cycle_engine(config, board.memory.latency)
 
         def predicted(shape: PassShape) -> int:
-            return shape.predicted_cycles(loaded.config, engine, formats)
+            return shape.predicted_cycles(loaded.config, engine, formats, drafted)
 
-        planned = [p for r in runs.values() for p in passes_of(r.prompt, r.golden, rows, reranked)]
+        planned = [
+            shape
+            for run in runs.values()
+            for shape in passes_of(run.prompt, run.golden, rows, settings.reranked)
+        ]
         total = sum(map(predicted, planned))
         note(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
         done = decode(session, board, runs, total)
@@ -195,11 +224,12 @@ class Comparison:
 
         from speq.sim.compare import mismatched_bits
 
-        if replace(got, logits=expected.logits) != expected:
+        if replace(got, logits=expected.logits, verified=expected.verified) != expected:
             self.problems.append(f"{where}: {got}; expected {expected}")
-        if got.logits.shape != expected.logits.shape:
+            self.problems.append(f"{where}: {got.proposal}; expected {expected.proposal}")
+        if got.verified.shape != expected.verified.shape:
             return
-        a, b = (step.logits.numpy().view(np.uint32) for step in (expected, got))
+        a, b = (step.verified.numpy().view(np.uint32) for step in (expected, got))
         self.bits += _LOGIT_BITS * a.size
         self.wrong_bits += mismatched_bits(a, b)
         for row, column in np.argwhere(a != b)[:_REPORTED]:
@@ -325,7 +355,8 @@ def figures(done: SimulatedRuns, steps: Iterable[Step]) -> list[str]:
     return [
         f"{statistics.committed} tokens in {statistics.verify_passes} steps; of "
         f"{statistics.draft_passes} drafted ones {statistics.accepted} accepted, and "
-        f"{statistics.alternate_hits} alternates",
+        f"{statistics.alternate_hits} alternates; {statistics.guess_hits} of "
+        f"{statistics.guesses} guessed ones, {statistics.free_steps} steps without a draft pass",
         *per_token,
         f"plain: {plain:,} cycles per token, {ratio:.2f} times as many",
         speed,

@@ -3,28 +3,30 @@
 
 `report.json` is an object of
 
-    version       3
+    version       4
     model         name, of a path the last part, and its configuration
-    settings      of the run: rows, choices, reranked, max_tokens, seed, raw, draft (the file's name
-                  if there is one, formats and how many layers have each, the head's and its drafted
-                  outputs)
+    settings      of the run: rows, cols, choices, reranked, max_tokens, seed, raw, draft (the
+                  file's name if there is one, formats and how many layers have each, the head's and
+                  its drafted outputs)
     prompts       for "calibration" and "evaluation": the number of prompts of each kind
     versions      of speq, Python, torch and numpy
     costs         bytes of weights and group bytes of a `plain`, `draft` and `verify` pass, the
                   `relative` costs of the latter two, and `cycles` of each on an array of `rows` x
-                  16 (verify: with as many tokens as rows), all without earlier context
-    results       for "chain" and "alternates": the `settings` that are best on the calibration
-                  prompts, and with them the `figures` of each kind of evaluation prompts and of
-                  "all" (speq.model.evaluation.Figures)
+                  `cols` (verify: with as many tokens as rows), all without earlier context
+    results       for chains alone ("chain") and with the parts of the policy one after the other
+                  ("alternates", "product rule", "guesses", "policy"): the `settings` that are best
+                  on the calibration prompts, and with them the `figures` of each kind of evaluation
+                  prompts and of "all" (speq.model.evaluation.Figures)
+    contexts      speedups of "policy" behind so many positions, by `bytes` and by `cycles`
     acceptance    by draft position (speq.model.evaluation.Acceptance)
     curves        for "chain" and "alternates": speedup against each setting, on the evaluation
                   prompts (speq.model.evaluation.Curve)
     exponents     `counts`, 32 pairs: weights of all drafted layers by t and by top mantissa bit,
                   and group and split of most layers
-    samples       the texts of the first evaluation prompt of each kind, with "alternates": `kind`,
+    samples       the texts of the first evaluation prompt of each kind, with "policy": `kind`,
                   `prompt`, and `steps`, each with its `tokens`, their `texts` and `origins`
-                  ("draft", "alternate" or "target"), and the texts of drafted tokens that were
-                  `refused`
+                  ("draft", "alternate", "guess" or "target"), and the texts of drafted tokens that
+                  were `refused`
     ablation      null, or `rows` and `lossy` (speq.model.ablation.RowResult, LossyResult)
 
 What could not be measured (a ratio whose denominator is 0) is null.
@@ -53,9 +55,21 @@ from speq.model.cycles import Engine, draft_pass, plain_pass, verify_pass
 from speq.model.evaluation import Acceptance, Costs, Curve, Estimate, Figures
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings
+from speq.model.settings import COST_STEPS, Policy, Settings
 
-VERSION = 3
+VERSION = 4
+
+
+#: Positions before the passes whose speedups are shown.
+CONTEXTS = (80, 1024, 4096)
+#: What people read for the parts of the policy, each of which has those before it.
+POLICIES = {
+    "chain": "chains alone",
+    "alternates": "alternates by margin",
+    "product rule": "rows and lengths by probability",
+    "guesses": "guesses in free rows",
+    "policy": "steps without a draft pass",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class Conditions:
 
     Attributes
     ----------
-    rows : int
+    rows, cols : int
         Of the array.
     choices : int
         Choices per position.
@@ -79,6 +93,7 @@ class Conditions:
     """
 
     rows: int
+    cols: int
     choices: int
     reranked: int
     max_tokens: int
@@ -106,6 +121,16 @@ class ShownText:
     steps: list[ShownStep]
 
 
+@dataclass(frozen=True)
+class ContextFigures:
+    """Modelled speedups if every pass were behind so many positions: by the bytes that passes move,
+    KV cache included, and by their cycles."""
+
+    context: int
+    bytes: Estimate
+    cycles: Estimate
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """What the report and the plots show.
@@ -115,10 +140,13 @@ class Study:
     prompts : numbers of prompts of each kind, for "calibration" and "evaluation"
     encoded : the drafted layers
     costs : Costs
-    settings : of "chain" and "alternates"
-    figures : of "chain" and "alternates", by kind
+    settings : of chains alone ("chain"), with alternates in free rows ("alternates"), with rows and
+        lengths of chains by probability ("product rule"), then with guesses in free rows as well
+        ("guesses"), and with steps that have no draft pass ("policy")
+    figures : of all of these, by kind
     acceptance : Acceptance
     curves : of "chain" and "alternates"
+    contexts : of "policy", for contexts of several lengths
     exponents : numpy.int64 [32, 2]
     samples : ShownText of the first prompt of each kind
     ablation : Ablation, if it was asked for
@@ -131,6 +159,7 @@ class Study:
     figures: dict[str, dict[str, Figures]]
     acceptance: Acceptance
     curves: dict[str, list[Curve]]
+    contexts: list[ContextFigures]
     exponents: np.ndarray
     samples: list[ShownText]
     ablation: Ablation | None
@@ -160,7 +189,7 @@ def report(
     conditions: Conditions, model: Model, encoded_file: Path | None, done: Study
 ) -> dict[str, Any]:
     """The content of report.json, as this module describes it."""
-    engine = Engine(rows=conditions.rows)
+    engine = Engine(conditions.rows, conditions.cols)
     formats = {name: tensor.config for name, tensor in done.encoded.items()}
     drafted_outputs = done.encoded["head"].drafted_outputs if "head" in done.encoded else None
     passes = {
@@ -211,6 +240,7 @@ def report(
             },
             "acceptance": done.acceptance,
             "curves": done.curves,
+            "contexts": done.contexts,
             "exponents": {"group": usual.group, "split": usual.split, "counts": done.exponents},
             "samples": done.samples,
             "ablation": done.ablation,
@@ -241,10 +271,10 @@ def number(value: float | None) -> str:
 def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) -> Table:
     """Figures by kind."""
     table = figure_table(
-        f"{name}: L = {settings.length}, threshold {settings.threshold:g}, "
+        f"{name}: L = {settings.length}, {_limit(settings)}, "
         f"{settings.choices} choices, {settings.reranked} re-ranked, {settings.rows} rows",
         *("kind", "\nmatch", "draft\n/pass", "accept\n/pass", "tokens\n/pass"),
-        *("early\nexits", "leaf\nhits", "speedup\nover FP16", "with\nKV"),
+        *("early\nexits", "alt.\nhits", "guess\nhits", "speedup\nover FP16", "with\nKV"),
     )
     for kind, f in figures.items():
         if kind == "all":
@@ -252,10 +282,45 @@ def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) 
         table.add_row(
             *(kind, percent(f.match_rate), number(f.drafted), number(f.acceptance_length)),
             number(f.tokens_per_pass),
-            *(percent(f.early_exits), percent(f.alternate_hits)),
+            *(percent(f.early_exits), percent(f.alternate_hits), number(f.guess_hits)),
             *(shown(f.speedup), number(f.speedup_kv.value)),
         )
     return table
+
+
+def policy_table(done: Study) -> Table:
+    """What each part of the policy is worth, over all texts."""
+    table = figure_table(
+        "parts of the policy",
+        *("with", "draft\n/pass", "tokens\n/pass", "alternates\n/pass", "guesses\n/pass"),
+        *("steps without\na draft pass", "speedup\nover FP16"),
+    )
+    for name, figures in done.figures.items():
+        f = figures["all"]
+        table.add_row(
+            *(POLICIES[name], number(f.drafted), number(f.tokens_per_pass)),
+            *(number(f.alternate_hits), number(f.guess_hits), percent(f.free_steps)),
+            shown(f.speedup),
+        )
+    return table
+
+
+def context_table(done: Study, conditions: Conditions) -> Table:
+    """Speedups behind contexts of several lengths."""
+    table = figure_table(
+        "by context, all parts of the policy",
+        *("positions", "bytes, with\nKV cache", f"cycles,\n{conditions.rows} x {conditions.cols}"),
+    )
+    for entry in done.contexts:
+        table.add_row(f"{entry.context:,}", shown(entry.bytes), shown(entry.cycles))
+    return table
+
+
+def _limit(settings: Settings) -> str:
+    """What ends a chain before its longest length."""
+    if settings.policy == Policy():
+        return f"threshold {settings.threshold:g}"
+    return f"chains end below {2 ** (-settings.policy.limit / COST_STEPS):.0%}"
 
 
 def ablation_table(rows: Sequence[RowResult]) -> Table:
@@ -288,16 +353,17 @@ def lossy_table(decoders: Sequence[LossyResult]) -> Table:
     return table
 
 
-def print_study(done: Study) -> None:
+def print_study(done: Study, conditions: Conditions) -> None:
     """All tables."""
-    for name, settings in done.settings.items():
-        show(result_table(name, settings, done.figures[name]), "")
+    for name in ("chain", "policy"):
+        show(result_table(POLICIES[name], done.settings[name], done.figures[name]), "")
+    show(policy_table(done), "", context_table(done, conditions), "")
     tokens = done.figures["chain"]["all"].tokens
     evaluated, tried = (sum(done.prompts[p].values()) for p in ("evaluation", "calibration"))
     draft, verify = done.costs.relative
     show(
         f"{tokens} tokens of {evaluated} prompts; intervals: 95 %, bootstrap over prompts.",
-        f"L and threshold are the best on {tried} calibration prompts that are not among them.",
+        f"L, threshold and policy are the best on {tried} other prompts, those for calibration.",
         f"A draft pass costs {draft:.4f} and a verify pass {verify:.4f} of a plain FP16 pass,",
         "LM head and group bytes counted.",
     )

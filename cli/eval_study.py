@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from rich.progress import Progress
 
-from speq.cli.eval_report import Conditions, ShownStep, ShownText, Study
+from speq.cli.eval_report import CONTEXTS, Conditions, ContextFigures, ShownStep, ShownText, Study
 from speq.host.session import Session
 from speq.model.ablation import Materials, draft_names, run_ablation
 from speq.model.checkpoint import Model
 from speq.model.competitors import collect_stats
+from speq.model.cycles import Engine
 from speq.model.emulation import (
     Linear,
     Text,
@@ -29,14 +30,18 @@ from speq.model.evaluation import (
     acceptance_by_position,
     best_settings,
     by_kind,
+    byte_costs,
+    cycle_costs,
     encoded_costs,
     exponent_counts,
     length_curve,
+    speedup_at,
     threshold_curve,
 )
 from speq.model.format import arranged
+from speq.model.policy_fit import best_policy
 from speq.model.prompts import Prompts
-from speq.model.settings import Settings
+from speq.model.settings import Policy, Settings
 from speq.model.tokenizer import TextStream, Tokenizer
 
 
@@ -145,10 +150,24 @@ def study(
         draft = reranked_linear(draft, weights["head"], conditions.reranked)
     tried = samples_of(model, calibration, draft, conditions, progress)
     samples = samples_of(model, evaluation, draft, conditions, progress)
+    rows, choices, reranked = conditions.rows, conditions.choices, conditions.reranked
     settings = {
-        name: best_settings(tried, costs, conditions.rows, choices, reranked=conditions.reranked)
-        for name, choices in (("chain", 1), ("alternates", conditions.choices))
+        "chain": best_settings(tried, costs, rows, 1, reranked=reranked),
+        "alternates": best_settings(tried, costs, rows, choices, reranked=reranked),
+        "product rule": best_policy(tried, costs, rows, choices, reranked, guesses=False),
+        "guesses": best_policy(tried, costs, rows, choices, reranked, free_steps=False),
+        "policy": best_policy(tried, costs, rows, choices, reranked),
     }
+    chosen = settings["policy"]
+    searched = chosen.history if chosen.policy.guesses else 0
+    engine = Engine(rows, conditions.cols)
+    contexts = []
+    for context in CONTEXTS:
+        if context < model.config.context:
+            moved = byte_costs(costs, rows, context)
+            cycles = cycle_costs(model.config, engine, encoded, context, reranked, searched)
+            speeds = (speedup_at(samples, chosen, c, conditions.seed) for c in (moved, cycles))
+            contexts.append(ContextFigures(context, *speeds))
     exponents = np.zeros((32, 2), np.int64)
     for name, tensor in encoded.items():
         stored = arranged(model.linear_weight(name), tensor.order, tensor.shift)
@@ -188,8 +207,10 @@ def study(
         curves={
             name: [length_curve(samples, chosen, costs), threshold_curve(samples, chosen, costs)]
             for name, chosen in settings.items()
+            if chosen.policy == Policy()  # the others have no threshold
         },
+        contexts=contexts,
         exponents=exponents,
-        samples=shown_texts(model, samples, prompts[1], settings["alternates"]),
+        samples=shown_texts(model, samples, prompts[1], settings["policy"]),
         ablation=compared,
     )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`speq eval`: how well a model's draft does, by kind of text, with plots and an ablation.
 
-The FP16 target's greedy texts for every prompt are drafted along and speculation is replayed, with
-chains alone ("chain") and with leaf alternates ("alternates"). Longest draft and threshold are
-those that are best on the calibration prompts. The output folder gets each plot as PNG and SVG, and
-`report.json`, which `speq.cli.eval_report` describes. The same options give the same files on the
-same machine.
+The FP16 target's greedy texts for every prompt are drafted along and speculation is replayed: with
+chains alone, and with each part of the policy (`speq.model.draft_tree`) added in turn. Longest
+draft, threshold and policy are those that are best on the calibration prompts. The output folder
+gets each plot as PNG and SVG, and `report.json`, which `speq.cli.eval_report` describes. The same
+options give the same files on the same machine.
 """
 
 from __future__ import annotations
@@ -56,10 +56,17 @@ def run(
         int, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens per prompt.")
     ] = 64,
     rows: Rows = 8,
+    cols: Annotated[
+        int, typer.Option(min=1, max=1 << 10, help="Columns of the array whose cycles are shown.")
+    ] = 32,
     choices: Annotated[int, typer.Option(help="Choices per position for spare rows.")] = 4,
     reranked: Annotated[
-        int, typer.Option(help="Best drafted tokens whose logits are computed exactly; 0: none.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Best drafted tokens whose logits are computed exactly; 0: none.",
+            show_default="0, or the file's",
+        ),
+    ] = None,
     group: GroupOfEncode = None,
     split: SplitOfEncode = None,
     width: WidthOfEncode = None,
@@ -80,7 +87,7 @@ def run(
 
     if rows < 2:
         raise ValueError(f"rows is {rows}; speculation needs at least 2")
-    Settings(rows=rows, choices=choices, reranked=reranked)
+    Settings(rows=rows, choices=choices, reranked=reranked or 0)
     formats = chosen_formats(group, split, width, head_width, encoded)
     if prompts:
         read_prompts(prompts)
@@ -96,6 +103,8 @@ def run(
 
         with bars(transient=True, terminal_only=True) as progress:
             file = read_encoded(encoded) if encoded else None
+            if reranked is None:
+                reranked = file.settings["alternates"].reranked if file and file.settings else 0
             loading = progress.add_task(f"loading {escape(model)}", total=None)
             loaded = load_model(model)
             progress.remove_task(loading)
@@ -112,11 +121,11 @@ def run(
                     *formats,
                     track=lambda names: progress.track(names, description="encoding"),
                 )
-            conditions = Conditions(rows, choices, reranked, max_tokens, seed, raw)
+            conditions = Conditions(rows, cols, choices, reranked, max_tokens, seed, raw)
             session = Session(loaded, tensors)
             done = study(session, chosen, conditions, progress, ablation=ablation)
         # What took so long is seen even if it cannot be stored.
-        print_study(done)
+        print_study(done, conditions)
         content = json.dumps(report(conditions, loaded, encoded, done), indent=1, allow_nan=False)
         (folder / "report.json").write_text(content + "\n", encoding="utf-8")
         draw(done, loaded, folder)

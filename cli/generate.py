@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`speq generate`: text from a model by lossless speculative decoding, streamed as it is committed.
 
-The text goes to standard output and nothing else does. On a terminal, the tokens that the draft got
-right, those that an alternate got right and the target's own are told apart by colour. Progress and
-the figures at the end go to standard error. With `--json` all of it is an object on standard output
+The text goes to standard output and nothing else does. On a terminal, the tokens that the draft, an
+alternate or a guess got right and the target's own are told apart by colour. Progress and the
+figures at the end go to standard error. With `--json` all of it is an object on standard output
 (`speq.cli.decoding_output`).
 
 The steps come from the golden model, or from the accelerator's RTL in the simulator, which gives

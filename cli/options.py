@@ -85,6 +85,8 @@ DraftLength = Annotated[
 # The format of a model that is encoded here.
 GROUP_HELP = "Weights that share a base exponent: 32, 64 or 128."
 Group = Annotated[int, typer.Option(help=GROUP_HELP)]
+SPLIT_HELP = "Exponents told apart by their top mantissa bit: 0 to 3."
+Split = Annotated[int, typer.Option(help=SPLIT_HELP)]
 GroupOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="64")]
 SplitOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="2")]
 WidthOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="4")]

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +50,10 @@ def run(
         list[float] | None,
         typer.Option(help="Share of drafted tokens accepted.", show_default="0.7, 0.8, 0.9"),
     ] = None,
+    encoded: Annotated[
+        Path | None,
+        typer.Option(help="The model as speq encode has written it: what its head drafts counts."),
+    ] = None,
 ) -> None:
     """Predict cycles, tokens per second and speedup for models of known dimensions."""
     from speq.hw.accelerator_config import AcceleratorConfig
@@ -64,6 +69,8 @@ def run(
             f"latency is {latency}; the prediction holds for 1 to {MAX_LATENCY} cycles, which the "
             "ports' bursts hide"
         )
+    if encoded and model is None:
+        raise ValueError("--encoded is of one model: name it")
     AcceleratorConfig(EngineConfig(rows=rows, cols=cols))  # refuses what cannot be made
     try:
         AxiConfig(data_bits=16 * cols)
@@ -81,6 +88,7 @@ def run(
     from speq.model.prediction import MODELS, predict
 
     models = MODELS if model is None else {model: read_config(model)}
+    drafts = encoded_drafts(encoded, *models.values()) if encoded else {}
     positions = chosen_context(models, context, rows)
     engine = Engine(rows=rows, cols=cols, latency=latency)
     bandwidth = 2 * cols * clock / 1000
@@ -91,7 +99,7 @@ def run(
     for name, config in models.items():
         detail(f"{name}: {config}")
         for share in acceptance or (0.7, 0.8, 0.9):
-            p = predict(config, engine, share, positions)
+            p = predict(config, engine, share, positions, **drafts)
             rates = [clock * 1e6 / cycles for cycles in (p.plain, p.cycles_per_token)]
             table.add_row(
                 *(name for _ in names),
@@ -108,6 +116,28 @@ def run(
         f"memory latency {latency} cycles, context {positions}",
         table,
     )
+
+
+def encoded_drafts(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """Arguments of `predict` for the drafts of an encoded file.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or its layers are not of a model of these dimensions.
+    """
+    from speq.model.checkpoint import linear_shapes
+    from speq.model.encoded_file import read_encoded
+
+    file, shapes = read_encoded(path), linear_shapes(config)
+    for name, tensor in file.tensors.items():
+        if shapes.get(name) != tensor.shape:
+            raise ValueError(f"{path} is of another model: {name} is {list(tensor.shape)}")
+    return {
+        "formats": {name: tensor.config for name, tensor in file.tensors.items()},
+        "drafted_outputs": file.tensors["head"].drafted_outputs if "head" in file.tensors else None,
+        "reranked": file.settings["alternates"].reranked if file.settings else 0,
+    }
 
 
 def chosen_context(models: Mapping[str, ModelConfig], context: int | None, rows: int) -> int:

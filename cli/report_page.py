@@ -18,21 +18,29 @@ from typing import Any
 
 from speq.cli.report_charts import Chart, line_chart
 from speq.model.input_file import read_limited
+from speq.model.settings import COST_STEPS, MAX_COST_LIMIT
 
 #: Bytes of a file that is read.
 MAX_FILE = 1 << 26
 #: Versions of report.json that can be shown; 2 has no samples.
-_VERSIONS = (2, 3)
+_VERSIONS = (2, 3, 4)
 _LABEL = 40  # characters of a label in a chart
-_ORIGINS = ("draft", "alternate", "target")
+_ORIGINS = ("draft", "alternate", "guess", "target")
 #: Embeddings, overrides and isolates, which change the direction of the text behind them.
 _DIRECTIONS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 _RESULTS = {"chain": "chains alone", "alternates": "with alternates"}
+#: Those that reports have from version 4 on, each with what those before it have.
+_POLICIES = {
+    "product rule": "rows by probability",
+    "guesses": "with guesses",
+    "policy": "drafts left out",
+}
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token's text and where it is from: "draft", "alternate", "target", or "refused"."""
+    """A token's text and where it is from: "draft", "alternate", "guess", "target", or
+    "refused"."""
 
     text: str
     origin: str
@@ -180,8 +188,13 @@ def _evaluation(report: Mapping[str, Any]) -> Page:
     if report["version"] not in _VERSIONS:
         raise ValueError(f"its version is {report['version']!r:.20}: evaluate the model again")
     model, settings, costs = report["model"], report["settings"], report["costs"]
-    results = {name: report["results"][name] for name in _RESULTS}
-    best = results["alternates"]["figures"]["all"]
+    results = {
+        name: report["results"][name]
+        for name in (*_RESULTS, *_POLICIES)
+        if name in _RESULTS or name in report["results"]
+    }
+    best_of = _best(report)
+    best = results[best_of]["figures"]["all"]
     draft, verify = costs["relative"]
     page = Page(_text(model["name"]))
     page.facts = _facts(report)
@@ -199,7 +212,7 @@ def _evaluation(report: Mapping[str, Any]) -> Page:
         Card(_percent(verify - 1), "is what the encoding adds to a verify pass"),
     ]
     page.samples = [_sample(sample) for sample in report.get("samples", [])]
-    page.kinds = _kinds(results["alternates"]["figures"])
+    page.kinds = _kinds(results[best_of]["figures"])
     page.acceptance = _acceptance(report["acceptance"])
     page.speed = _speeds({name: results[name]["figures"] for name in results})
     page.curves = [
@@ -228,12 +241,25 @@ def _evaluation(report: Mapping[str, Any]) -> Page:
         Bar(names[name], f"{count:,}", 100 * count / largest) for name, count in cycles.items()
     ]
     page.cycles_note = (
-        f"Predicted for an array of {int(settings['rows'])} × 16, without earlier context and "
-        "without the host's time."
+        f"Predicted for an array of {int(settings['rows'])} × {int(settings.get('cols', 16))}, "
+        "without earlier context and without the host's time."
     )
     if report.get("ablation"):
         page.ablation = _ablation(report["ablation"])
     return page
+
+
+def _best(report: Mapping[str, Any]) -> str:
+    """The result that has everything."""
+    return "policy" if "policy" in report["results"] else "alternates"
+
+
+def _limit(settings: Mapping[str, Any]) -> str:
+    """What ends a chain: a probability, or the threshold of a margin."""
+    limit = int(settings.get("policy", {}).get("limit", MAX_COST_LIMIT))
+    if limit < MAX_COST_LIMIT:
+        return f"chains end below {2 ** (-limit / COST_STEPS):.0%}"
+    return f"threshold {float(settings['threshold']):g}"
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -246,12 +272,12 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         for entry in draft["formats"]
     )
     counts = [sum(map(int, report["prompts"][name].values())) for name in report["prompts"]]
-    chosen = report["results"]["alternates"]["settings"]
+    chosen = report["results"][_best(report)]["settings"]
     length = chosen["draft_length"]
     length = int(chosen["rows"]) - 1 if length is None else int(length)
     reranked = int(chosen.get("reranked", 0))  # which older reports do not have
     exact = f", {reranked} re-ranked" if reranked else ""
-    figures = report["results"]["alternates"]["figures"]["all"]
+    figures = report["results"][_best(report)]["figures"]["all"]
     return [
         (
             "model",
@@ -261,9 +287,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("draft", formats + (f" ({_text(draft['encoded'])})" if draft["encoded"] else "")),
         (
             "speculation",
-            f"{int(chosen['rows'])} rows, drafts of up to {length}, threshold "
-            f"{float(chosen['threshold']):g}, {int(chosen['choices'])} choices{exact}; the best on "
-            f"{counts[0]} calibration prompts",
+            f"{int(chosen['rows'])} rows, drafts of up to {length}, {_limit(chosen)}, "
+            f"{int(chosen['choices'])} choices{exact}; the best on {counts[0]} calibration prompts",
         ),
         (
             "texts",
@@ -321,12 +346,12 @@ def _speeds(figures: Mapping[str, Mapping[str, Any]]) -> list[Bar]:
     entries = [
         (kind, name, figures[name][kind]["speedup"])
         for kind in figures["chain"]
-        for name in _RESULTS
+        for name in figures
     ]
     largest = max(float(speed["high"]) for _, _, speed in entries)
     return [
         Bar(
-            _RESULTS[name],
+            (_RESULTS | _POLICIES)[name],
             f"{_number(speed['value'])} ({_number(speed['low'])} to {_number(speed['high'])})",
             *(100 * float(speed[part]) / largest for part in ("value", "low", "high")),
             group=_text(kind),
@@ -429,6 +454,7 @@ def _generated(record: Mapping[str, Any], name: str) -> Sample:
         ids = [int(token) for token in step["tokens"]]
         accepted, hit = int(step["accepted"]), bool(step["alternate_hit"])
         origins = ["draft"] * accepted + ["alternate"] * hit
+        origins += ["guess"] * int(step.get("guess_hits", 0))  # which older ones do not have
         origins += ["target"] * (len(ids) - len(origins))
         tokens = [Token(_text(t), o) for t, o in zip(step["texts"], origins, strict=True)]
         refused = [Token("", "refused")] * max(0, int(step["drafted"]) - accepted)

@@ -104,24 +104,36 @@ def check_model(model: Model) -> None:
 
 def check_encoded(config: AcceleratorConfig, encoded: Mapping[str, EncodedTensor]) -> None:
     """Raises ValueError, naming the tensor, if the accelerator cannot take an encoded tensor."""
-    remedy = "encode the model with --fixed --width 4"
+    remedy = "encode the model with --fixed --width 4"  # REMEDY
     expected = config.engine.format
     for name, tensor in encoded.items():
         if tensor.config.width != expected.width:
             problem = f"has draft width {tensor.config.width}"
         elif tensor.order is not None or tensor.shift is not None:
             problem = "has permuted or scaled input channels"
-        elif tensor.drafted_outputs is not None:
+        elif tensor.drafted_outputs is not None and name != "head":
             problem = "drafts only part of its outputs"
         elif tensor.config != expected:
             problem = f"has group {tensor.config.group} and split {tensor.config.split}"
             remedy = (
                 f"this accelerator has {expected.group} and {expected.split}: encode the model "
-                f"with --fixed --group {expected.group} --split {expected.split}"
+                f"with --group {expected.group} --split {expected.split}"
             )
         else:
             continue
         raise ValueError(f"{name} {problem}, which the accelerator cannot read; {remedy}")
+
+
+def memory_layout(
+    config: AcceleratorConfig,
+    model: ModelConfig,
+    encoded: Mapping[str, EncodedTensor],
+    capacity: int,
+    base: int = 0,
+) -> MemoryLayout:
+    """The memory of a model with these encoded layers; arguments and errors of `MemoryLayout`."""
+    drafted = encoded["head"].drafted_outputs if "head" in encoded else None
+    return MemoryLayout(config, model, encoded, capacity, base, drafted_outputs=drafted)
 
 
 @dataclass(frozen=True)
@@ -210,7 +222,7 @@ class Driver:
         if capacity is None:
             capacity = default_capacity(config, model.config)
         start, stop = memory or Region(0, 1 << config.address_bits)
-        self.layout = layout = MemoryLayout(config, model.config, encoded, capacity, start)
+        self.layout = layout = memory_layout(config, model.config, encoded, capacity, start)
         if start + layout.size > stop:
             raise ValueError(f"the model needs {layout.size} bytes of memory, not {stop - start}")
         self._drafts = bool(encoded)
@@ -282,7 +294,7 @@ class Driver:
         if not (self._reranked and self.layout.weights["head"].encoded):
             return 0
         ranking = self._board.read(self.layout.ranking, ranking_bytes(self.config)).view("<u4")
-        candidates = min(self._reranked, self._model.config.vocab_size)
+        candidates = min(self._reranked, self.layout.weights["head"].drafted)
         return len(set(ranking[0 : 2 * candidates : 2] // self.config.engine.cols))
 
     # Decoding.

@@ -170,11 +170,12 @@ class Region(NamedTuple):
 @dataclass(frozen=True)
 class Weights:
     """A linear layer [o, k] in memory: with `encoded`, draft plane, residual plane and group bytes;
-    else `plane` holds plain FP16 words."""
+    else `plane` holds plain FP16 words. Draft passes compute its first `drafted` outputs."""
 
     o: int
     k: int
     encoded: bool
+    drafted: int
     plane: int
     residual: int = 0
     groups: int = 0
@@ -200,6 +201,8 @@ class MemoryLayout:
         Entries of the KV cache.
     base : int
         First byte to use, a multiple of the configuration's alignment.
+    drafted_outputs : int, optional
+        Draft passes compute only the first so many outputs of an encoded head; all when not given.
 
     Attributes
     ----------
@@ -225,6 +228,8 @@ class MemoryLayout:
         encoded: Collection[str],
         capacity: int,
         base: int = 0,
+        *,
+        drafted_outputs: int | None = None,
     ) -> None:
         self.config, self.model = config, model
         engine = config.engine
@@ -239,8 +244,9 @@ class MemoryLayout:
         self._alignment = max(
             config.alignment, config.weights.burst_beats * config.weights.beat_bytes
         )
+        drafted = {"head": drafted_outputs} if drafted_outputs and "head" in encoded else {}
         self.weights = {
-            name: self._place(o, k, name in encoded)
+            name: self._place(o, k, name in encoded, drafted.get(name, o))
             for name, (o, k) in linear_shapes(model).items()
         }
         entries = model.blocks * model.kv_heads * self.capacity * _WORD
@@ -292,16 +298,16 @@ class MemoryLayout:
         self._end = round_up(address + size, self.config.alignment)
         return address
 
-    def _place(self, o: int, k: int, encoded: bool) -> Weights:
+    def _place(self, o: int, k: int, encoded: bool, drafted: int) -> Weights:
         config = self.config
         number_format, cols = config.engine.format, config.engine.cols
         tiles = ceil_div(o, cols)
         if not encoded:
-            return Weights(o, k, False, self._take(tiles * k * cols * _WORD))
+            return Weights(o, k, False, drafted, self._take(tiles * k * cols * _WORD))
         groups = round_up(ceil_div(k, number_format.group) * cols, config.data.beat_bytes)
         plane = self._take(tiles * draft_words(k, number_format) * cols * _WORD)
         residual = self._take(tiles * residual_words(k, number_format) * cols * _WORD)
-        return Weights(o, k, True, plane, residual, self._take(tiles * groups))
+        return Weights(o, k, True, drafted, plane, residual, self._take(tiles * groups))
 
     def _result_size(self, name: str) -> int:
         engine = self.config.engine
@@ -442,7 +448,7 @@ class MemoryLayout:
         return {
             "mode": mode,
             "k": weights.k,
-            "o": weights.o,
+            "o": weights.drafted if kind is PassKind.DRAFT else weights.o,
             "plane": weights.plane,
             "residual": weights.residual if mode is Mode.VERIFY else 0,
             "groups": weights.groups,

@@ -33,11 +33,18 @@ class PassShape:
         is_plain = self.kind is PassKind.VERIFY and self.rows == 1
         return "plain" if is_plain else self.kind.name.lower()
 
-    def predicted_cycles(self, config: ModelConfig, engine: Engine, formats: Formats) -> int:
-        """Cycles of such a pass from the analytic model, without the host's."""
+    def predicted_cycles(
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        formats: Formats,
+        drafted_outputs: int | None = None,
+    ) -> int:
+        """Cycles of such a pass from the analytic model, without the host's; formats and drafted
+        outputs are those of `draft_pass`."""
         if self.kind is PassKind.DRAFT:
             return draft_pass(
-                config, engine, formats, self.position, reranked_tiles=self.tiles
+                config, engine, formats, self.position, drafted_outputs, self.tiles
             ).cycles
         cost = prefill_pass if self.kind is PassKind.SINGLE else verify_pass
         return cost(config, engine, formats, self.rows, self.position).cycles

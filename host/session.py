@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 
 from speq.host.board import Board
-from speq.host.driver import Driver, check_encoded, check_model
-from speq.host.layout import MemoryLayout, Region
+from speq.host.driver import Driver, check_encoded, check_model, memory_layout
+from speq.host.layout import Region
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import Model
@@ -70,7 +70,7 @@ def memory_size(
 
     Raises ValueError if the model does not fit the accelerator.
     """
-    return MemoryLayout(config, model.config, encoded, capacity, base).size
+    return memory_layout(config, model.config, encoded, capacity, base).size
 
 
 class Session:

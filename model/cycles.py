@@ -162,7 +162,8 @@ def stage_cycles(jobs: Sequence[Job], engine: Engine) -> int:
 
 
 def rerank_cycles(k: int, outputs: int, tiles: int, engine: Engine) -> int:
-    """Cycles of a RERANK of `tiles` tiles of a layer [outputs, k], to the end of its ranking.
+    """Cycles of a RERANK of `tiles` tiles of a layer [outputs, k], to the end of its ranking;
+    `outputs` are those that were drafted.
 
     The next tile is looked for when the one before has been taken, which is when the ranking of
     that before it has ended.
@@ -315,6 +316,7 @@ def draft_pass(
     if not reranked_tiles or "head" not in formats:
         return cost
     o, k = linear_shapes(config)["head"]
+    o = o if drafted_outputs is None else drafted_outputs
     words = draft_words(k, formats["head"]) + residual_words(k, formats["head"])
     outputs, busy = reranked_tiles * engine.cols, reranked_tiles * k
     return replace(

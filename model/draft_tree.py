@@ -230,7 +230,8 @@ def grow(
     costs = [chain_cost(policy, margins[:i]) for i in range(len(margins) + 1)]
     guesses = {}
     if choices and len(choices) < most:
-        guesses[len(choices)] = _guess(policy, history, proposal.tokens, costs[-1])
+        guess = _guess(policy, history, proposal.tokens, costs[-1])
+        guesses = {len(choices): guess} if guess else {}
     return _fill(proposal, policy, history, choices, gaps, costs, guesses, rows, most)
 
 
@@ -241,7 +242,7 @@ def _fill(
     choices: Sequence[Sequence[int]],
     gaps: Sequence[Sequence[float]],
     costs: Sequence[int],
-    guesses: dict[int, _Guess | None],
+    guesses: dict[int, _Guess],
     rows: int,
     most: int,
 ) -> Proposal:
@@ -257,19 +258,21 @@ def _fill(
             )
             if count + 1 < len(tokens)
         ]
-        offers += [(guess.key, 1, row) for row, guess in guesses.items() if guess]
+        offers += [(guess.key, 1, row) for row, guess in guesses.items()]
         if not offers:
             break
         key, is_guess, place = min(offers)
         if is_guess:
             guess = guesses.pop(place)
             row = proposal.add(history[guess.next], place, Origin.GUESS)
-            more = guess.next + 1 < len(history) and proposal.depths[row] < most
-            guesses[row] = _Guess(key + guess.cost, guess.next + 1, guess.cost) if more else None
+            following = guess.next + 1
+            more = _Guess(key + guess.cost, following, guess.cost)
+            more = more if following < len(history) else None
         else:
             counts[place] += 1
             token = choices[place][counts[place]]
             row = proposal.add(token, place, Origin.ALTERNATE)
-            if place + 1 < most:
-                guesses[row] = _guess(policy, history, [*chain[:place], token], key)
+            more = _guess(policy, history, [*chain[:place], token], key)
+        if more and proposal.depths[row] < most:
+            guesses[row] = more
     return proposal

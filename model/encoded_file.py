@@ -202,9 +202,11 @@ def _settings(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Settings]:
 
 def _settings_of(name: str, values: Mapping[str, Any]) -> Settings:
     policy = values.get("policy")
+    if not isinstance(policy, dict):
+        raise ValueError(f"policy of the settings {name} is {policy!r:.40}")
     for kind, given in ((Settings, values), (Policy, policy)):
-        if not isinstance(given, dict) or set(given) != {member.name for member in fields(kind)}:
-            raise ValueError(f"the settings {name} have {', '.join(given or ()):.80}")
+        if set(given) != {member.name for member in fields(kind)}:
+            raise ValueError(f"the settings {name} have {', '.join(given):.80}")
     for key, value in values.items():
         whole = type(value) is int or (key == "draft_length" and value is None)
         number = key == "threshold" and type(value) is float and math.isfinite(value)

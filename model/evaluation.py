@@ -168,6 +168,80 @@ def run_sample(sample: Sample, settings: Settings, costs: Costs) -> Run:
     )
 
 
+@dataclass(frozen=True)
+class PassCosts:
+    """What passes cost behind a context of fixed length, in any unit.
+
+    Attributes
+    ----------
+    plain, draft : float
+    verify : list of float
+        Of verify passes of 1, 2, ... rows.
+    step : float
+        What a step costs besides its passes.
+    """
+
+    plain: float
+    draft: float
+    verify: Sequence[float]
+    step: float = 0.0
+
+
+def byte_costs(costs: Costs, rows: int, context: int) -> PassCosts:
+    """Bytes of passes of up to `rows` rows behind `context` positions, KV traffic included."""
+    config = costs.config
+    return PassCosts(
+        costs.plain + kv_bytes(config, context, 1),
+        costs.draft + kv_bytes(config, context, 1),
+        [costs.verify + kv_bytes(config, context, row) for row in range(1, rows + 1)],
+    )
+
+
+def cycle_costs(
+    config: ModelConfig,
+    engine: Engine,
+    encoded: Mapping[str, EncodedTensor],
+    context: int,
+    reranked: int = 0,
+    searched: int = 0,
+) -> PassCosts:
+    """Cycles of passes of an accelerator behind `context` positions, the host's not counted.
+
+    Parameters
+    ----------
+    engine : Engine
+        Its rows are those of the largest verify pass.
+    encoded : encoded linear layers by name
+    reranked : as of `Settings`, each in its own tile
+    searched : tokens of the history, 0 if nothing is guessed
+        A step searches it twice while no pass is under way: behind the root and behind the last
+        drafted token.
+    """
+    formats = {name: tensor.config for name, tensor in encoded.items()}
+    outputs = encoded["head"].drafted_outputs if "head" in encoded else None
+    return PassCosts(
+        plain_pass(config, engine, context).cycles,
+        draft_pass(config, engine, formats, context, outputs, reranked).cycles,
+        [
+            verify_pass(config, engine, formats, row, context).cycles
+            for row in range(1, engine.rows + 1)
+        ],
+        step=2 * min(searched, context),
+    )
+
+
+def speedup_at(
+    samples: Sequence[Sample], settings: Settings, costs: PassCosts, seed: int
+) -> Estimate:
+    """Modelled speedup over plain decoding if every pass cost as much as behind one context."""
+    plain, spent = np.zeros(len(samples)), np.zeros(len(samples))
+    for i, sample in enumerate(samples):
+        for step in replay(sample.text, sample.chains, settings):
+            plain[i] += len(step.tokens) * costs.plain
+            spent[i] += step.drafted * costs.draft + costs.verify[step.rows - 1] + costs.step
+    return bootstrap_ratio(plain, spent, seed)
+
+
 def _ended_early(step: Step, settings: Settings) -> bool:
     return 0 < step.drafted < settings.length and step.margins[-1] < settings.threshold
 
@@ -237,6 +311,8 @@ class Figures:
     drafted : chain tokens per verify pass
     early_exits : share of verify passes whose chain ended because of a small margin
     alternate_hits : share of verify passes in which an alternate was accepted
+    guess_hits : accepted tokens that were guessed from earlier text, per verify pass
+    free_steps : share of verify passes without a draft pass before them, because of a guess
     speedup, speedup_kv : over plain FP16 decoding; without and with KV traffic
     """
 
@@ -249,6 +325,8 @@ class Figures:
     drafted: float
     early_exits: float
     alternate_hits: float
+    guess_hits: float
+    free_steps: float
     speedup: Estimate
     speedup_kv: Estimate
 
@@ -271,6 +349,8 @@ def figures(runs: Sequence[Run], seed: int) -> Figures:
         drafted=_ratio(total.draft_passes, passes),
         early_exits=_ratio(sum(r.early_exits for r in runs), passes),
         alternate_hits=_ratio(total.alternate_hits, passes),
+        guess_hits=_ratio(total.guess_hits, passes),
+        free_steps=_ratio(total.free_steps, passes),
         speedup=bootstrap_ratio(bytes_[:, 0], bytes_[:, 1], seed),
         speedup_kv=bootstrap_ratio(bytes_[:, 2], bytes_[:, 3], seed),
     )

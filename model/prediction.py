@@ -13,7 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from speq.model.checkpoint import ModelConfig
-from speq.model.cycles import Engine, draft_pass, plain_pass, uniform_formats, verify_pass
+from speq.model.cycles import (
+    Engine,
+    Formats,
+    draft_pass,
+    plain_pass,
+    uniform_formats,
+    verify_pass,
+)
 from speq.model.number_format import FormatConfig
 
 #: Dimensions of the models in the table.
@@ -69,10 +76,19 @@ class Prediction:
 
 
 def predict(
-    config: ModelConfig, engine: Engine, acceptance: float, context: int = 0, reranked: int = 0
+    config: ModelConfig,
+    engine: Engine,
+    acceptance: float,
+    context: int = 0,
+    reranked: int = 0,
+    drafted_outputs: int | None = None,
+    formats: Formats | None = None,
 ) -> Prediction:
-    """Predict speculative decoding behind `context` positions, all layers drafted at 4 bits, with
-    the logits of each draft pass's `reranked` best tokens computed exactly, each in its own tile.
+    """Predict speculative decoding behind `context` positions, with the logits of each draft pass's
+    `reranked` best tokens computed exactly, each in its own tile.
+
+    `drafted_outputs` and `formats` are those of `draft_pass`; by default all layers are drafted
+    whole, in the usual format.
 
     Raises
     ------
@@ -81,9 +97,9 @@ def predict(
     """
     if not 0 <= acceptance <= 1:
         raise ValueError(f"acceptance is {acceptance}; expected a probability, 0 to 1")
-    formats = uniform_formats(config, FormatConfig())
+    formats = uniform_formats(config, FormatConfig()) if formats is None else formats
     plain = plain_pass(config, engine, context).cycles
-    draft = draft_pass(config, engine, formats, context, reranked_tiles=reranked).cycles
+    draft = draft_pass(config, engine, formats, context, drafted_outputs, reranked).cycles
     choices = []
     for length in range(engine.rows):
         verify = verify_pass(config, engine, formats, length + 1, context).cycles

@@ -66,6 +66,8 @@ class Step:
     repeated : whether a verify pass at this place was not finite, and this is its plain repetition
     guesses : guessed tokens that were verified
     guess_hits : guessed tokens that were accepted
+    proposal : what was verified; empty in a plain step
+    verified : float32 [rows, V], the logits of all rows of the verify pass
     """
 
     tokens: list[int]
@@ -78,6 +80,8 @@ class Step:
     repeated: bool = False
     guesses: int = 0
     guess_hits: int = 0
+    proposal: Proposal = field(default_factory=Proposal, repr=False)
+    verified: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
 
     @property
     def rows(self) -> int:
@@ -542,4 +546,6 @@ def committed_step(
         repeated=repeated,
         guesses=proposal.count(Origin.GUESS),
         guess_hits=origins.count(Origin.GUESS),
+        proposal=proposal,
+        verified=logits,
     )

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import speq.cli
 from speq.cli import benchmarks
-from speq.model import encoded_file, encoder, encoding, loaders
+from speq.model import encoded_file, encoding, loaders
 from speq.model.checkpoint import Model, linear_names
 from speq.model.encoded_file import read_encoded
 from speq.model.format import encode as encode_tensor
@@ -207,7 +207,7 @@ def test_encode_refuses_a_wrong_pattern(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--split", 1), "--split needs --fixed"),
+        (("--split", 4), "split is 4"),
         (("--width", 4), "--width needs --fixed"),
         (("--tensors", "up"), "--tensors needs --fixed"),
         (("--rows", 1), "at least 2 rows and 2 choices"),
@@ -279,22 +279,12 @@ def test_verify_finds_one_wrong_bit(
     assert list(tmp_path.iterdir()) == []
 
 
-def optimised_encoding(
-    speq_command: Speq, checkpoint: Path, prompts: Path, path: Path
-) -> SimpleNamespace:
-    return speq_command("encode", checkpoint, "-o", path, "--prompts", prompts, "--verify", *QUICK)
-
-
-def test_optimised_encoding_is_resumed_after_an_interruption(
-    speq_command: Speq,
-    checkpoint: Path,
-    prompts: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_optimised_encoding_has_its_settings(
+    speq_command: Speq, checkpoint: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    """The whole run, then one that stops in the middle and goes on, then damaged journals."""
-    path, journal = tmp_path / "model.safetensors", tmp_path / "model.safetensors.journal"
-    result = optimised_encoding(speq_command, checkpoint, prompts, path)
+    """Made twice it is the same file, with the split that was asked for."""
+    path, options = tmp_path / "model.safetensors", ("--prompts", prompts, "--split", 1, *QUICK)
+    result = speq_command("encode", checkpoint, "-o", path, "--verify", *options)
     assert result.code == 0, result.err
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     file, model = read_encoded(path), load_model(checkpoint)
@@ -302,56 +292,18 @@ def test_optimised_encoding_is_resumed_after_an_interruption(
     file.check_bits()
     assert file.source == os.path.relpath(checkpoint, tmp_path)
     assert list(file.tensors) == linear_names(model.config)
-    assert file.settings.keys() == {"chain", "alternates"}
+    assert {tensor.config for tensor in file.tensors.values()} == {FormatConfig(split=1)}
     chain, alternates = file.settings["chain"], file.settings["alternates"]
     assert (chain.rows, chain.choices, alternates.rows, alternates.choices) == (4, 1, 4, 2)
     for name, value in file.report["calibration_speedup"].items():
-        assert f"{name + ':':<9} modelled speedup {value:.3f}" in result.out
-    assert len(file.report["tried"]) == len(encoder.BUDGETS)
-    assert "verified: all 8 tensors" in result.out
+        assert f"{name + ':':<11} modelled speedup {value:.3f}" in result.out
+    best = file.report["tried"][0]
+    assert best["reranked"] == chain.reranked == alternates.reranked
+    head = f"drafts {best['drafted_outputs']} of 264 tokens, {chain.reranked} re-ranked"
+    assert head in result.out and "verified: all 8 tensors" in result.out
     whole = path.read_bytes()
-    path.unlink()
-
-    trial, calls = encoder._trial, []
-
-    def stop_at_the_second(*arguments: object) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return trial(*arguments)
-
-    monkeypatch.setattr(encoder, "_trial", stop_at_the_second)
-    assert optimised_encoding(speq_command, checkpoint, prompts, path).code != 0
-    assert [p.name for p in tmp_path.iterdir()] == [journal.name]
-    kept = journal.read_text()
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("work that the journal has")
-
-    with monkeypatch.context() as patched:
-        for name in ("decode", "options"):
-            patched.setattr(encoder, name, refuse)
-        calls[:] = [1, 1]
-        result = optimised_encoding(speq_command, checkpoint, prompts, path)
-    assert result.code == 0, result.err
-    done = len(json.loads(kept)["journal"]["trials"])
-    assert 0 < done < len(encoder.BUDGETS)
-    # Sizes that allow the same formats share a trial.
-    missing = {json.dumps(entry) for entry in file.report["tried"][done:]}
-    assert len(calls) == 2 + len(missing)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert speq_command("encode", checkpoint, "-o", path, *options).code == 0
     assert path.read_bytes() == whole
-
-    # The journal of another command, and one that is damaged, are not used.
-    for text, note in ((kept.replace('"key": "', '"key": "0'), False), (kept[:-9], True)):
-        journal.write_text(text)
-        calls[:] = [1, 1]
-        result = optimised_encoding(speq_command, checkpoint, prompts, path)
-        assert result.code == 0
-        assert len(calls) == 2 + len({json.dumps(entry) for entry in file.report["tried"]})
-        assert ("damaged: starting anew" in " ".join(result.err)) == note
-        assert [p.name for p in tmp_path.iterdir()] == [path.name]
-        assert path.read_bytes() == whole
 
 
 @pytest.fixture

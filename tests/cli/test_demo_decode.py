@@ -17,6 +17,7 @@ from speq.host.meter import PassShape, passes_of
 from speq.host.session import Session
 from speq.hw.accelerator_config import PassKind
 from speq.model.checkpoint import CheckpointError
+from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
 from speq.model.speculation import Settings, Step, generate
@@ -32,13 +33,20 @@ def demo(*options: str):
     return CliRunner().invoke(app, arguments)
 
 
-def test_every_logit_is_the_golden_models():
-    result = demo("--reranked", "2")
-    assert result.exit_code == 0, result.output
+def test_every_logit_is_the_golden_models(tmp_path):
+    """With the settings of a file whose head drafts a part of the vocabulary."""
     model = load_model("tiny")
-    session = Session(model, encode_linears(model))
+    tensors = encode_linears(model)
+    tensors["head"] = replace(tensors["head"], drafted_outputs=300)
+    settings = Settings(4, 3, threshold=0.75, reranked=2)
+    chosen = {"chain": replace(settings, choices=1), "alternates": settings}
+    digests = {name: sha256(model.linear_weight(name)) for name in tensors}
+    file = tmp_path / "tiny.safetensors"
+    write_encoded(file, EncodedModel("tiny", tensors, digests, chosen))
+    result = demo("--encoded", str(file))
+    assert result.exit_code == 0, result.output
+    session = Session(model, tensors)
     prompt = model.tokenizer.encode(PROMPT)
-    settings = Settings(4, 3, threshold=0.5, reranked=2)
     steps = list(session.golden(prompt, max_tokens=TOKENS, settings=settings))
     tokens = [token for step in steps for token in step.tokens]
     assert repr(model.tokenizer.decode(prompt + tokens)) in result.output

@@ -27,7 +27,8 @@ from speq.model.format import encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.prompts import shipped_prompts
-from speq.model.speculation import Settings, Statistics
+from speq.model.settings import Policy, Settings
+from speq.model.speculation import Statistics
 from tests.model.drafted import pass_costs
 from tests.model.small_models import VOCABULARY, random_weights, small_config, write_gguf
 
@@ -59,6 +60,15 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+RESULTS = ["chain", "alternates", "product rule", "guesses", "policy"]
+
+
+def settings_of(report: dict, name: str) -> Settings:
+    """The settings of a result."""
+    values = report["results"][name]["settings"]
+    return Settings(**{**values, "policy": Policy(**values["policy"])})
+
+
 def test_report_and_plots(speq_eval, checkpoint, tmp_path):
     made = speq_eval(*QUICK, "--head-width", 6, "--seed", 3, "-o", tmp_path / "out")
     assert made.code == 0, made.err
@@ -72,7 +82,7 @@ def test_report_and_plots(speq_eval, checkpoint, tmp_path):
         ElementTree.parse(tmp_path / "out" / f"{plot}.svg")
 
     report = read(tmp_path / "out")
-    assert report["version"] == 3 and report["model"]["name"] == Path(checkpoint).name
+    assert report["version"] == 4 and report["model"]["name"] == Path(checkpoint).name
     for file in (tmp_path / "out").iterdir():  # which may be moved
         for folder in (tmp_path, Path(checkpoint).parent, Path.cwd()):
             assert str(folder).encode() not in file.read_bytes()
@@ -82,8 +92,12 @@ def test_report_and_plots(speq_eval, checkpoint, tmp_path):
     config = small_config(tied_head=False, context=512)
     formats = uniform_formats(config, FormatConfig(), FormatConfig(width=6))
     assert report["costs"]["relative"] == list(counted_costs(config, formats).relative)
-    for name, choices in (("chain", 1), ("alternates", 4)):
-        assert report["results"][name]["settings"]["choices"] == choices
+    assert list(report["results"]) == RESULTS
+    for name in RESULTS:
+        settings = settings_of(report, name)
+        assert settings.choices == (1 if name == "chain" else 4)
+        assert settings.policy.guesses == (name in ("guesses", "policy"))
+        assert settings.policy.guess_limit == 0 or name == "policy"
         figures = report["results"][name]["figures"]
         assert list(figures) == [*one_each, "all"]
         assert figures["all"]["prompts"] == 5
@@ -93,15 +107,22 @@ def test_report_and_plots(speq_eval, checkpoint, tmp_path):
         for kind in [*one_each, "all"]:
             assert kind in made.out
         assert f"{speed['value']:.2f} ({speed['low']:.2f}-{speed['high']:.2f})" in made.out
-        assert report["curves"][name][0]["values"] == [1, 2, 3]
-        assert report["curves"][name][1]["values"] == list(THRESHOLDS)
+        if name in ("chain", "alternates"):
+            assert report["curves"][name][0]["values"] == [1, 2, 3]
+            assert report["curves"][name][1]["values"] == list(THRESHOLDS)
+    assert list(report["curves"]) == ["chain", "alternates"]
+    (context,) = report["contexts"]  # the model has no more than 512 positions
+    assert context["context"] == 80
+    for estimate in (context["bytes"], context["cycles"]):
+        assert estimate["low"] <= estimate["value"] <= estimate["high"]
+        assert f"{estimate['value']:.2f} ({estimate['low']:.2f}-{estimate['high']:.2f})" in made.out
     assert (
         np.sum(report["exponents"]["counts"])
         == sum(o * k for o, k in [(264, 64)] + 2 * [(64, 64), (64, 64), (32, 64), (32, 64)])
         + 2 * 3 * 96 * 64
     )
     assert report["ablation"] is None
-    assert "best on 5 calibration prompts" in made.out
+    assert "the best on 5 other prompts" in made.out
 
 
 def test_the_same_options_give_the_same_files(speq_eval, tmp_path):
@@ -124,8 +145,8 @@ def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path, 
     report = read(tmp_path / "out")
     model = load_model(checkpoint)
     session = Session(model, encode_linears(model, FormatConfig(width=6)))
-    for name in ("chain", "alternates"):
-        settings = Settings(**report["results"][name]["settings"])
+    for name in RESULTS:
+        settings = settings_of(report, name)
         assert settings.reranked == reranked
         total = Statistics()
         for prompt in (prompt for texts in prompts.values() for prompt in texts):
@@ -146,7 +167,7 @@ def check_samples(report: dict, session: Session, prompts: dict[str, list[str]])
     """The first text of each kind, step by step as the golden model takes them."""
     tokenizer = session.model.tokenizer
     assert [sample["kind"] for sample in report["samples"]] == [*prompts]
-    settings = Settings(**report["results"]["alternates"]["settings"])
+    settings = settings_of(report, "policy")
     for sample in report["samples"]:
         assert sample["prompt"] == prompts[sample["kind"]][0]
         ids = tokenizer.encode_chat(sample["prompt"])

@@ -82,7 +82,6 @@ WRITERS = {
     "e.v": ("verilog", "--engine", *SMALL, "-o", "e.v"),
     "x.safetensors": ("encode", "tiny", "--fixed", "-o", "x.safetensors"),
     "o.safetensors": ("encode", "tiny", "-o", "o.safetensors"),
-    "j.safetensors.journal": ("encode", "tiny", "-o", "j.safetensors"),
     "bench.json": ("bench", "--only", "verify", "--json", "bench.json"),
     "report.json": ("eval", "tiny", "-o", "."),
     "speedup.svg": ("eval", "tiny", "-o", "."),
@@ -251,15 +250,6 @@ def test_encode_does_not_replace_a_checkpoint(speq_command, tmp_path):
     for _ in range(2):
         result = speq_command("encode", "tiny", "--fixed", "-o", tmp_path / "own")
         assert result.code == 0, result.err
-
-
-def test_encode_keeps_the_journal_of_another_kind_of_run(speq_command, checkpoint, tmp_path):
-    journal = tmp_path / "x.journal"
-    journal.write_text('{"key": "1"')
-    result = speq_command("encode", checkpoint, "--fixed", "-o", tmp_path / "x")
-    assert result.code == 0, result.err
-    assert journal.read_text() == '{"key": "1"'
-    assert f"{journal} stays" in result.out
 
 
 def test_eval_shows_its_tables_before_it_stores(speq_command, checkpoint, tmp_path, monkeypatch):

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from speq.cli.predict import DEFAULT_CONTEXT
 from speq.model.cycles import Engine
-from speq.model.loaders import gguf_file, read_config
+from speq.model.encoded_file import EncodedModel, sha256, write_encoded
+from speq.model.encoding import encode_linears
+from speq.model.loaders import gguf_file, load_model, read_config
 from speq.model.prediction import MODELS, predict
+from speq.model.speculation import Settings
 from tests.model.small_models import (
     random_weights,
     small_config,
@@ -51,6 +55,27 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     (folder / "settings/config.json").write_text(settings)
     names = ("random.gguf", "random.bin", "whole", "whole/config.json", "settings")
     return {name: folder / name for name in names}
+
+
+def test_drafts_of_an_encoded_file(speq_command, checkpoints, tmp_path):
+    """Its head's part of the vocabulary and its re-ranked tokens count; layers that are not in it
+    are drafted in FP16."""
+    model = load_model(checkpoints["random.gguf"])
+    tensors = encode_linears(model, pattern="head|gate", columns=8)
+    tensors["head"] = replace(tensors["head"], drafted_outputs=100)
+    settings = {name: Settings(4, reranked=3) for name in ("chain", "alternates")}
+    digests = {name: sha256(model.linear_weight(name)) for name in tensors}
+    write_encoded(tmp_path / "x", EncodedModel("m", tensors, digests, settings))
+    array = ("--rows", 4, "--cols", 8, "--acceptance", 0.8)
+    result = speq_command("cycles", checkpoints["settings"], "--encoded", tmp_path / "x", *array)
+    assert result.code == 0, result.err
+    formats = {name: tensor.config for name, tensor in tensors.items()}
+    p = predict(model.config, Engine(4, 8, latency=48), 0.8, 64, 3, 100, formats)
+    row = result.out.splitlines()[-1].split()
+    assert f"{p.draft / 1e6:.3f}" in row and f"{p.speedup:.2f}" in row
+    for model_options, message in (((), "--encoded is of one model"), (("tiny",), "another model")):
+        result = speq_command("cycles", *model_options, "--encoded", tmp_path / "x", *array)
+        assert result.code == 1 and len(result.err) == 1 and message in result.err[0]
 
 
 def test_models_of_ones_own(speq_command, checkpoints, monkeypatch):

@@ -118,13 +118,13 @@ def test_everything_of_an_evaluation_is_on_the_page(speq_command, folder) -> Non
         f"written: {folder / 'report.html'}, from report.json, bench.json\n"
     )
     report, text = content(folder), Document((folder / "report.html").read_text()).text
-    assert report["version"] == 3
-    for name in ("chain", "alternates"):
+    assert report["version"] == 4
+    for name in ("chain", "alternates", "product rule", "guesses", "policy"):
         for kind, figures in report["results"][name]["figures"].items():
             speed = figures["speedup"]
             assert kind in text
             assert f"{speed['value']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})" in text
-    best = report["results"]["alternates"]["figures"]["all"]
+    best = report["results"]["policy"]["figures"]["all"]
     assert f"{best['speedup']['value']:.2f}×" in text and f"{best['match_rate']:.1%}" in text
     for count in report["costs"]["cycles"].values():
         assert f"{count:,}" in text
@@ -432,6 +432,6 @@ def test_light_dark_and_paper(browser, hostile_page, tmp_path) -> None:
 def test_re_ranking_is_named(folder) -> None:
     assert "re-ranked" not in Document(render(read_page(folder))).text
     report = content(folder)
-    report["results"]["alternates"]["settings"]["reranked"] = 5
+    report["results"]["policy"]["settings"]["reranked"] = 5
     (folder / "report.json").write_text(json.dumps(report))
     assert "choices, 5 re-ranked; the best on" in Document(render(read_page(folder))).text

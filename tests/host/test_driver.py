@@ -466,8 +466,9 @@ def test_encodings_that_the_array_cannot_read_are_refused():
         refused(f"block.0.q_proj has draft width {width}.*--fixed --width 4", model, encoded)
     channels = rearranged(model, np.random.default_rng(SEED))
     refused("permuted or scaled input channels.*--fixed --width 4", model, channels)
-    head = encode(model.linear_weight("head"), FormatConfig(), name="head", drafted_outputs=9)
-    refused("head drafts only part of its outputs", model, {"head": head})
+    name = "block.1.down_proj"
+    part = encode(model.linear_weight(name), FormatConfig(), name=name, drafted_outputs=9)
+    refused(f"{name} drafts only part of its outputs", model, {name: part})
     refused(
         "group 32 and split 2.*--group 64 --split 2",
         model,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from speq.model import emulation
+from speq.model import emulation, speculation
 from speq.model.arith import draft_gemm, verify_gemm
 from speq.model.checkpoint import ARCHITECTURES, Model, linear_names
 from speq.model.emulation import (
@@ -30,11 +30,12 @@ from speq.model.emulation import (
 )
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
+from speq.model.settings import Policy
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import KVCache, NonFiniteError, forward, prepare_draft_linears
 from speq.model.vector_ops import ranked
 from tests.model.drafted import drafted_model, rearranged
-from tests.model.small_models import overflowing, random_tokens
+from tests.model.small_models import overflowing, random_tokens, small_config
 from tests.model.test_speculation import plain_decoding
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -249,7 +250,8 @@ SETTINGS = {
 
 
 def counts(step: Step) -> tuple:
-    return step.tokens, step.drafted, step.accepted, step.alternates, step.alternate_hit
+    drafts = step.drafted, step.accepted, step.alternates, step.alternate_hit
+    return step.tokens, *drafts, step.guesses, step.guess_hits
 
 
 def exact_steps(subject: SimpleNamespace, number: int, count: int, **options) -> list[Step]:
@@ -309,7 +311,7 @@ def test_replay_by_hand():
     chains = Chains(choices, scores)
 
     def steps(settings: Settings) -> list[tuple]:
-        return [counts(step) for step in replay(text, chains, settings)]
+        return [counts(step)[:5] for step in replay(text, chains, settings)]
 
     last = ([9], 0, 0, 0, False)
     # 5 and 6 are accepted, the alternate 7 hits if it has a row; 8 comes with it.
@@ -321,6 +323,45 @@ def test_replay_by_hand():
     assert first.margins == [3.0, 3.0, 0.5]
     assert steps(Settings(rows=4, threshold=5.0, choices=1))[0] == ([5, 6], 1, 1, 0, False)
     assert steps(Settings(rows=1, choices=1)) == [([t], 0, 0, 0, False) for t in text.tokens]
+
+
+def test_replayed_guesses_are_those_of_speculation(monkeypatch):
+    """On made-up logits of last token and position, in texts that repeat themselves somewhat."""
+    words, length, phases = 5, 5, 3
+    source = torch.Generator().manual_seed(SEED)
+    target = torch.randn(phases, words, words, generator=source)
+    drafted = target + 1.5 * torch.randn(phases, words, words, generator=source)
+
+    def forward(model, tokens, cache, *, draft=None, positions=None, **_):
+        places = torch.tensor(positions or [cache.length + i for i in range(len(tokens))])
+        cache.length += len(tokens)
+        return (target if draft is None else drafted)[places % phases, torch.tensor(tokens)]
+
+    monkeypatch.setattr(speculation, "forward", forward)
+    monkeypatch.setattr(speculation, "prefill", forward)
+    model = SimpleNamespace(config=small_config(context=1 << 20))
+    total = Statistics()
+    for number in range(60):
+        prompt = torch.randint(0, words, (12,), generator=source).tolist()
+        table = torch.rand(16, generator=source).mul(30).int().tolist()
+        policy = Policy(tuple(table), guess_costs=(60, 40, 9, 3), limit=70, guess_limit=number)
+        settings = Settings(6, threshold=0.1, choices=3, policy=policy, history=64 >> number % 4)
+        steps = list(generate(model, prompt, {}, max_tokens=20, settings=settings))
+        tokens = [token for step in steps for token in step.tokens]
+        choices = torch.empty(20, length, 4, dtype=torch.int64)
+        scores = torch.empty(20, length, 4)
+        for start, root in enumerate([prompt[-1], *tokens[:-1]]):
+            for j in range(length):
+                place = (len(prompt) - 1 + start + j) % phases
+                scores[start, j], choices[start, j] = torch.topk(drafted[place, root], 4)
+                root = int(choices[start, j, 0])
+        text = Text(prompt, tokens, torch.empty(0), torch.empty(0))
+        replayed = replay(text, Chains(choices, scores), settings)
+        assert [counts(s) for s in replayed] == [counts(s) for s in steps], (SEED, number)
+        for step in replayed:
+            total.add(step)
+    assert total.guesses > total.guess_hits > 100 and total.free_steps > 20
+    assert total.alternate_hits > 20 and total.accepted > 100
 
 
 def test_chains_too_short_for_the_settings_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,6 +229,12 @@ def test_costs_of_encoded_tensors():
         for name, shape in shapes.items()
     }
     assert encoded_costs(CONFIG, encoded) == counted_costs(CONFIG, formats)
+    some = {**encoded, "head": replace(encoded["head"], drafted_outputs=37)}
+    for reranked in (0, 3):
+        draft = draft_pass(CONFIG, Engine(), formats, 0, 37, reranked)
+        costs = encoded_costs(CONFIG, some, reranked)
+        assert costs.draft == draft.weights + draft.groups
+        assert costs.verify == encoded_costs(CONFIG, encoded).verify
     del encoded["head"], formats["head"]
     assert encoded_costs(CONFIG, encoded) == counted_costs(CONFIG, formats)
 

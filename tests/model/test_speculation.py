@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from speq.model.checkpoint import Model, linear_names
 from speq.model.draft_tree import Origin, Proposal
 from speq.model.format import encode
 from speq.model.number_format import FormatConfig
+from speq.model.settings import Policy
 from speq.model.speculation import (
     Sampling,
     Settings,
@@ -33,6 +35,7 @@ from speq.model.speculation import (
     distribution,
     draft,
     generate,
+    pass_mask,
     recursive_rejection,
     sample,
 )
@@ -43,6 +46,9 @@ from tests.model.small_models import overflowing, random_tokens, random_weights,
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 TOKENS = 24
 PROMPTS = 3
+GUESSING = Policy(
+    chain_costs=(20, 18, 16, 14, 12, 10, 9, 8, 6, 4, 2, 1, 0, 0, 0, 0), guess_costs=(30, 20, 8, 4)
+)
 #: Draft lengths, thresholds and trees; a logit's standard deviation is about 1 in these models.
 SETTINGS = {
     "chain and no spare rows": Settings(),
@@ -55,6 +61,13 @@ SETTINGS = {
     "exit after every token": Settings(threshold=math.inf),
     "many rows": Settings(rows=16, threshold=0.2),
     "one row": Settings(rows=1),
+}
+#: With guesses from the text, which models with few tokens repeat.
+GUESSES = {
+    "behind short chains": Settings(draft_length=2, policy=GUESSING),
+    "behind unlikely chains": Settings(16, policy=replace(GUESSING, limit=25)),
+    "instead of draft passes": Settings(policy=replace(GUESSING, guess_limit=20)),
+    "from a short history": Settings(policy=replace(GUESSING, guess_limit=40), history=8),
 }
 
 
@@ -69,27 +82,37 @@ def bits(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def subject(request) -> SimpleNamespace:
+    return random_subject(request.param)
+
+
+@pytest.fixture(scope="module")
+def talkative() -> SimpleNamespace:
+    """One that has so few tokens that it repeats itself."""
+    return random_subject("llama", vocab_size=6)
+
+
+def random_subject(architecture: str, vocab_size: int = 64) -> SimpleNamespace:
     """A small random model whose draft agrees with it often, but not always.
 
     With its own head it does not just repeat the last token, and linear layers that are larger
     than usual make more of the draft's errors.
     """
     config = small_config(
-        request.param,
+        architecture,
         tied_head=False,
-        vocab_size=64,
+        vocab_size=vocab_size,
         hidden=32,
         ffn_hidden=48,
         heads=2,
         kv_heads=1,
         context=48,
     )
-    scale = {"llama": 1.5, "gemma3": 1.0}[request.param]
+    scale = {"llama": 1.5, "gemma3": 1.0}[architecture]
     weights = {
         name: (w * scale if name.endswith("_proj") else w).half()
         for name, w in random_weights(config, SEED).items()
     }
-    model = Model(f"random {request.param}", config, weights, tokenizer=None)
+    model = Model(f"random {architecture}", config, weights, tokenizer=None)
     encoded = {
         name: encode(model.linear_weight(name), FormatConfig(), name=name)
         for name in linear_names(config)
@@ -153,7 +176,7 @@ def test_greedy_decoding_loses_no_bit(subject):
         print(f"{name}: {statistics}")
         assert statistics.committed == PROMPTS * TOKENS
         assert statistics.draft_passes == sum(step.drafted for step in made)
-        assert all(step.drafted + step.alternates < settings.rows for step in made)
+        assert all(step.rows <= settings.rows for step in made)
         assert all(step.drafted <= settings.length for step in made)
         steps += made
     assert 0.2 < total.match_rate < 0.9
@@ -173,6 +196,25 @@ def test_greedy_decoding_loses_no_bit(subject):
     assert all(counts.values()), counts
     for step in steps:
         assert len(step.tokens) <= step.accepted + 1 + step.alternate_hit
+
+
+def test_guesses_lose_no_bit(talkative):
+    """And guesses were right and wrong in every place."""
+    steps = [s for settings in GUESSES.values() for s in check_lossless(talkative, settings)]
+    cases = {
+        "behind the chain": [s for s in steps if s.guess_hits and s.accepted],
+        "behind an alternate": [s for s in steps if s.guess_hits and s.alternate_hit],
+        "without a draft pass": [s for s in steps if s.guess_hits and not s.drafted],
+        "in vain": [s for s in steps if s.guesses and not s.guess_hits],
+        "in part": [s for s in steps if 1 < s.guess_hits < s.guesses],
+    }
+    counts = {name: len(found) for name, found in cases.items()}
+    print(counts)
+    assert all(counts.values()), counts
+    for step in steps:
+        assert len(step.tokens) <= step.accepted + 1 + step.alternate_hit + step.guess_hits
+        assert len(step.origins) == len(step.tokens) and step.rows <= 16
+        assert step.origins.count("guess") == step.guess_hits
         assert len(step.margins) == step.drafted
 
 
@@ -274,6 +316,20 @@ def verify_leaving_draft_entries(model, cache, root, proposal) -> torch.Tensor:
     return logits
 
 
+def mask_of_the_uncle(start: int, parents: list[int]) -> torch.Tensor:
+    """Rows attend to the row before their parent, not to the parent."""
+    mask = plain_mask(start, parents)
+    for row, parent in enumerate(parents):
+        if parent > 1:
+            mask[row, start + parent] = False
+    return mask
+
+
+def first_child_only(tree: Proposal, row: int) -> list[int]:
+    """Takes rows for children whose parent is the next row."""
+    return [i + 1 for i, parent in enumerate(tree.parents) if parent == row + 1]
+
+
 def keep_without_moving(cache: KVCache, start: int, slots: list[int]) -> None:
     """Forgets to move an accepted alternate's entry behind the chain."""
     cache.truncate(start + len(slots))
@@ -281,18 +337,21 @@ def keep_without_moving(cache: KVCache, start: int, slots: list[int]) -> None:
 
 transformer_verify_gemm = transformer.verify_gemm
 plain_verify = speculation.verify
+plain_mask = speculation.pass_mask
 BUGS = {
     "batch-dependent sum": (transformer, "verify_gemm", batch_dependent_gemm, "logits"),
     "off by one in acceptance": (speculation, "accept", one_token_too_many, "token"),
     "stale draft K/V": (speculation, "verify", verify_leaving_draft_entries, "token|logits"),
     "alternates' K/V not moved": (KVCache, "keep", keep_without_moving, "token|logits"),
+    "a parent hidden": (speculation, "pass_mask", mask_of_the_uncle, "token|logits"),
+    "a wrong parent": (Proposal, "children", first_child_only, "token|logits"),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_greedy_check_notices_bugs(subject, bug, monkeypatch):
     owner, name, broken, message = BUGS[bug]
-    settings = SETTINGS["alternates with early exit"]
+    settings = Settings(policy=replace(GUESSING, limit=25))
     monkeypatch.setattr(subject, "plain", {})  # plain decoding may have the bug, too
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(AssertionError, match=message):
@@ -502,6 +561,16 @@ def test_acceptance_walks_the_tree():
     assert accepted(1, 6, 7, 9, 6, 0, 0) == ([1, 6], [0, 4])  # nothing follows an alternate
     assert accepted(5, 1, 7, 9, 0, 0, 0) == ([5, 1], [0, 1])
     assert accepted(5, 6, 3, 9, 0, 0, 8) == ([5, 6, 3, 8], [0, 1, 2, 6])
+
+
+def test_masks_follow_the_parents():
+    """Root, chain 1 2, an alternate beside 2, and guesses behind both."""
+    parents = [0, 0, 1, 1, 2, 3, 5]
+    paths = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 2, 4], [0, 1, 3, 5], [0, 1, 3, 5, 6]]
+    mask = pass_mask(4, parents)
+    assert [row.nonzero()[:, 0].tolist() for row in mask] == [
+        [0, 1, 2, 3, *(4 + place for place in path)] for path in paths
+    ]
 
 
 def test_statistics_count():
@@ -803,7 +872,10 @@ def transitions(markov: SimpleNamespace, settings: Settings, sampling: Sampling,
     return counts, statistics
 
 
+#: A match of three tokens needs no draft pass; a word follows any with some probability.
+GUESSED = Policy(guess_costs=(60, 40, 30, 20), guess_limit=35)
 SAMPLED = {
+    "guesses": (Settings(rows=8, draft_length=2, choices=3, policy=GUESSED), Sampling(0.5)),
     "chain": (Settings(rows=4, choices=1), Sampling()),
     "alternates": (Settings(rows=8, draft_length=3, threshold=0.5, choices=3), Sampling(0.9)),
     "truncated": (Settings(rows=6, threshold=1.0), Sampling(1.5, top_k=4, top_p=0.9)),
@@ -816,6 +888,8 @@ def test_sampled_text_has_the_targets_distribution(markov, settings, sampling):
     assert counts.sum() == 15_000
     assert 0.2 < statistics.match_rate < 0.9
     assert (statistics.alternate_hits > 300) == (settings.choices > 1)
+    assert (statistics.guess_hits > 300) == settings.policy.guesses
+    assert (statistics.free_steps > 300) == settings.policy.guesses
     assert p_value(counts, distribution(markov.target, sampling)) > LEAST_P_VALUE
 
 
@@ -832,7 +906,7 @@ def fail_on_some(markov: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(speculation, "forward", failing)
 
 
-@pytest.mark.parametrize("case", ["chain", "alternates"])
+@pytest.mark.parametrize("case", ["chain", "alternates", "guesses"])
 def test_repetitions_keep_the_targets_distribution(markov, monkeypatch, case):
     fail_on_some(markov, monkeypatch)
     settings, sampling = SAMPLED[case]

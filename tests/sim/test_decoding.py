@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from speq.hw.engine_config import EngineConfig
 from speq.model import speculation
 from speq.model.checkpoint import Model, linear_shapes
 from speq.model.cycles import Engine, Job, stage_cycles
+from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
+from speq.model.encoder import calibrate, encode_fitted
 from speq.model.encoding import encode_linears
 from speq.model.format import EncodedTensor
 from speq.model.loaders import load_model
@@ -178,6 +181,30 @@ def test_guesses_from_repeated_texts(tiny):
     assert all(getattr(statistics, name) for name in COUNTED)
 
 
+def test_files_of_the_optimiser(tmp_path):
+    """Fitted scale codes, and a head that drafts a part of the vocabulary: by draft logits alone,
+    and with exact ones of more tokens than that part's last tile has."""
+    model = load_model("tiny")
+    prompt = model.tokenizer.encode("Tom and his dog went to")
+    calibration = calibrate(model, [prompt], 24)
+    tensors = {
+        name: encode_fitted(
+            model.linear_weight(name), calibration.moment(name), FormatConfig(), name, columns=32
+        )
+        for name in linear_shapes(model.config)
+    }
+    tensors["head"] = replace(tensors["head"], drafted_outputs=322)
+    digests = {name: sha256(model.linear_weight(name)) for name in tensors}
+    write_encoded(tmp_path / "tiny", EncodedModel("tiny", tensors, digests))
+    encoded = read_encoded(tmp_path / "tiny").tensors
+    with rtl_session(FULL, model, encoded) as session:
+        for reranked, choices in ((0, 4), (8, 8)):
+            meter = Meter(session.driver)
+            settings = Settings(8, 5, 0.5, choices, reranked)
+            assert decode(session, "Tom and his dog went to", settings, 12).accepted
+            check_prediction(meter, model, encoded, cycle_engine(FULL, LATENCY))
+
+
 def test_stalls_and_reordered_responses():
     """On all channels of the memory."""
     model = load_model("tiny")
@@ -261,7 +288,8 @@ def check_prediction(meter: Meter, model: Model, encoded: Encoded, engine: Engin
     # Prefill passes come before the counters are cleared.
     passes = [p for p in meter.passes if p.shape.kind is not PassKind.SINGLE]
     formats = {name: tensor.config for name, tensor in encoded.items()}
-    expected = [p.shape.predicted_cycles(model.config, engine, formats) for p in passes]
+    drafted = encoded["head"].drafted_outputs if encoded else None
+    expected = [p.shape.predicted_cycles(model.config, engine, formats, drafted) for p in passes]
     print(f"\nlatency {engine.latency}: pass, rows, passes, predicted, measured, worst error")
     for kind, rows in sorted({(p.shape.kind.value, p.shape.rows) for p in passes}):
         pairs = [

@@ -1,0 +1,1 @@
+from model.draft_tree import *

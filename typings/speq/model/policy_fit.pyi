@@ -1,0 +1,1 @@
+from model.policy_fit import *
