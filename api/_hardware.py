@@ -149,11 +149,11 @@ def simulate(
     SimulationError
         If the simulation cannot be built.
     """
-    from speq.hw.verilog import generate_top
+    from speq.sim.session import top_verilog
     from speq.sim.simulated_board import MemoryOptions, SimulatedBoard
 
     config = config or AcceleratorConfig()
-    return SimulatedBoard(generate_top(config), config, MemoryOptions(size, **memory))
+    return SimulatedBoard(top_verilog(config), config, MemoryOptions(size, **memory))
 
 
 def simulated_session(

@@ -17,8 +17,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from speq.model.format import EncodedTensor
 
@@ -104,10 +104,11 @@ class BlockActivations:
 
     def values(self) -> torch.Tensor:
         """The values, torch.float32 [T, K], each exact; NaN in blocks of exponent 31."""
-        scale = _power_of_two(self.exponent.to(torch.int32) - _EXPONENT_BIAS - _MANTISSA_POINT)
-        scale.masked_fill_(self.exponent == _NONFINITE_EXPONENT, math.nan)
+        exponent = self.exponent.numpy()
+        scale = _power_of_two(exponent.astype(np.int32) - _EXPONENT_BIAS - _MANTISSA_POINT)
+        scale[exponent == _NONFINITE_EXPONENT] = math.nan
         k = self.mantissa.shape[1]
-        return self.mantissa * scale.repeat_interleave(self.block, dim=1)[:, :k]
+        return torch.from_numpy(self.mantissa.numpy() * scale.repeat(self.block, axis=1)[:, :k])
 
 
 def verify_gemm(x: torch.Tensor, w: torch.Tensor | WeightOperand) -> torch.Tensor:
@@ -207,21 +208,29 @@ def quantize_activations(
         raise ValueError(f"block is {block!r}; expected an integer >= 1")
     t, k = x.shape
     x = x.detach() if order is None else x.detach()[:, order]
-    blocks = F.pad(x, (0, -k % block)).reshape(t, -1, block)
-    fields = (blocks.view(torch.int16) >> 10) & 31
+    whole = -k % block + k
+    values = np.zeros((t, whole), np.float16)
+    values[:, :k] = x.numpy()
+    blocks = values.reshape(t, -1, block)
+    fields = (blocks.view(np.uint16) >> 10 & 31).astype(np.int32)
     down = 0
     if shift is not None:
-        down = F.pad(shift, (0, -k % block)).reshape(-1, block)
-        fields = torch.where(fields == _NONFINITE_EXPONENT, fields, fields - down)
-    exponent = fields.amax(dim=2).clamp_(min=1).to(torch.int32)
+        down = np.zeros(whole, np.int32)
+        down[:k] = shift.numpy()
+        down = down.reshape(-1, block)
+        fields = np.where(fields == _NONFINITE_EXPONENT, fields, fields - down)
+    exponent = np.maximum(fields.max(axis=2), 1)
+    blocks[exponent == _NONFINITE_EXPONENT] = 0
     # Exact: a magnitude has 11 significant bits, and scaled it is below 2^7.
-    scaled = blocks.to(torch.float32) * _power_of_two(
+    scaled = blocks.astype(np.float32) * _power_of_two(
         _EXPONENT_BIAS + _MANTISSA_POINT - exponent[:, :, None] - down
     )
-    mantissa = torch.round(scaled).clamp_(-_MANTISSA_MAX, _MANTISSA_MAX)
-    mantissa.masked_fill_(exponent[:, :, None] == _NONFINITE_EXPONENT, 0)
-    mantissa = mantissa.reshape(t, -1)[:, :k].to(torch.int8)
-    return BlockActivations(mantissa, exponent.to(torch.uint8), block)
+    mantissa = np.minimum(np.maximum(np.rint(scaled), -_MANTISSA_MAX), _MANTISSA_MAX)
+    return BlockActivations(
+        torch.from_numpy(mantissa.reshape(t, whole)[:, :k].astype(np.int8)),
+        torch.from_numpy(exponent.astype(np.uint8)),
+        block,
+    )
 
 
 def to_float16(y: torch.Tensor) -> torch.Tensor:
@@ -238,9 +247,9 @@ def to_float16(y: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(y, torch.Tensor) or y.dtype != torch.float32:
         raise TypeError(f"y is {_kind(y)}; expected a torch.float32 tensor")
-    half = y.detach().to(torch.float16)
-    half.view(torch.int16).masked_fill_(half.isnan(), _NAN16)
-    return half
+    half = y.detach().to(torch.float16).numpy()
+    half.view(np.uint16)[np.isnan(half)] = _NAN16
+    return torch.from_numpy(half)
 
 
 def nonfinite(x: torch.Tensor) -> torch.Tensor:
@@ -280,9 +289,9 @@ def _check_matrix(name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} is on device {x.device}; expected the CPU (use .cpu())")
 
 
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+def _power_of_two(exponent: np.ndarray) -> np.ndarray:
     """2^exponent as float32, exact by construction, for int32 exponents in -126..127."""
-    return ((exponent + 127) << 23).view(torch.float32)
+    return ((exponent + 127) << 23).view(np.float32)
 
 
 def _peak(w: torch.Tensor) -> float:
@@ -290,9 +299,9 @@ def _peak(w: torch.Tensor) -> float:
     if w.dtype == torch.float16:
         # The largest bit pattern is the largest positive value among signed integers, and the
         # largest negative one among unsigned: two passes, much faster than abs().max() of FP16.
-        bits = w.numpy().view("int16")
-        pattern = max(int(bits.max()), int(bits.view("uint16").max()) - 0x8000)
-        return torch.tensor(pattern, dtype=torch.int16).view(torch.float16).item()
+        bits = w.numpy().view(np.int16)
+        pattern = max(int(bits.max()), int(bits.view(np.uint16).max()) - 0x8000)
+        return float(np.int16(pattern).view(np.float16))
     low, high = torch.aminmax(w)
     return torch.maximum(-low, high).item()
 
@@ -308,33 +317,43 @@ def _prepare(w: torch.Tensor, unit: int) -> WeightOperand:
 
 
 def _gemm(x: torch.Tensor, x_unit: int, w: WeightOperand) -> torch.Tensor:
-    """Exact x [T, K] times w [O, K], rounded once, with the NaN rule: float32 [T, O]."""
+    """Exact x [T, K] times w [O, K], rounded once, with the NaN rule: float32 [T, O].
+
+    All but the matrix products is NumPy's, which starts an operation in a third of PyTorch's time:
+    most operands are small.
+    """
     k, w_k = x.shape[1], w.values.shape[1]
     if k != w_k:
         raise ValueError(f"K is {k} for x and {w_k} for w; expected the same")
     if k > MAX_K:
         raise ValueError(f"K is {k}; expected at most {MAX_K}")
-    bad = nonfinite(x)
-    integers = (x.to(torch.float64) * 2.0**-x_unit).masked_fill_(bad[:, None], 0)
-    y = torch.cat([_exact_gemm(rows, x_unit, w) for rows in integers.split(_BLOCK_ROWS)])
-    y.view(torch.int32).masked_fill_(bad[:, None] | w.nonfinite, _NAN32)
-    return y
+    integers = x.to(torch.float64).numpy() * 2.0**-x_unit
+    bad = np.logical_not(np.isfinite(integers).all(axis=1))
+    integers[bad] = 0.0
+    blocks = [
+        _exact_gemm(integers[start : start + _BLOCK_ROWS], x_unit, w)
+        for start in range(0, len(integers), _BLOCK_ROWS)
+    ]
+    y = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    y.view(np.uint32)[bad[:, None] | w.nonfinite.numpy()] = _NAN32
+    return torch.from_numpy(y)
 
 
-def _exact_gemm(x: torch.Tensor, x_unit: int, w: WeightOperand) -> torch.Tensor:
+def _exact_gemm(x: np.ndarray, x_unit: int, w: WeightOperand) -> np.ndarray:
     """Integers x [T, K] (float64), in units of 2^x_unit, times w, rounded: float32 [T, O]."""
     span = w.peak * 2.0**-w.unit
     bits = math.frexp(span)[1]
     cut = 0 if bits <= _WEIGHT_BITS else (bits + 1) // 2
     pieces = list(_pieces(x, 2.0**cut if cut else span))
+    columns = pieces[0][0] if len(pieces) == 1 else np.concatenate([piece for piece, _ in pieces])
     terms = []
-    for product, w_shift in _products(torch.cat([piece for piece, _ in pieces]), w, cut):
-        parts = product.split(len(x))
-        terms += [(part, shift + w_shift) for part, (_, shift) in zip(parts, pieces, strict=True)]
+    for product, w_shift in _products(torch.from_numpy(columns), w, cut):
+        for i, (_, shift) in enumerate(pieces):
+            terms.append((product[i * len(x) : (i + 1) * len(x)], shift + w_shift))
     return _round(*_two_term_sum(terms), x_unit + w.unit)
 
 
-def _pieces(x: torch.Tensor, weight_bound: float) -> Iterator[tuple[torch.Tensor, int]]:
+def _pieces(x: np.ndarray, weight_bound: float) -> Iterator[tuple[np.ndarray, int]]:
     """Cut integers x [T, K] into pieces whose products with weights add up exactly in float64.
 
     Yields (integers, shift), x being the sum of integers * 2^shift. In each row the magnitudes
@@ -342,16 +361,17 @@ def _pieces(x: torch.Tensor, weight_bound: float) -> Iterator[tuple[torch.Tensor
     """
     while True:
         # Float64 sums 2^20 magnitudes with a relative error below 2^-32.
-        total = x.abs().sum(dim=1).max().item() * (1 + 2.0**-30)
+        total = float(np.abs(x).sum(axis=1).max()) * (1 + 2.0**-30)
         shift = max(0, math.frexp(total * weight_bound)[1] - _DOUBLE_BITS)
-        piece = torch.trunc(x * 2.0**-shift)  # towards zero: the magnitudes' sum cannot grow
-        yield piece, shift
         if shift == 0:
+            yield x, 0
             return
+        piece = np.trunc(x * 2.0**-shift)  # towards zero: the magnitudes' sum cannot grow
+        yield piece, shift
         x = x - piece * 2.0**shift
 
 
-def _products(columns: torch.Tensor, w: WeightOperand, cut: int) -> list[tuple[torch.Tensor, int]]:
+def _products(columns: torch.Tensor, w: WeightOperand, cut: int) -> list[tuple[np.ndarray, int]]:
     """Products of integers, columns [C, K], with the weights in units of 2^w.unit.
 
     Weights are taken whole if cut is 0, and else in two parts, of which the lower has `cut` bits.
@@ -374,7 +394,7 @@ def _products(columns: torch.Tensor, w: WeightOperand, cut: int) -> list[tuple[t
             _matmul(columns, upper, high[:, start:stop])
             part.sub_(upper, alpha=cut_unit)
         _matmul(scaled, part, low[:, start:stop])
-    return [(above[1], cut), (low, 0)] if above else [(low, 0)]
+    return [(above[1].numpy(), cut), (low.numpy(), 0)] if above else [(low.numpy(), 0)]
 
 
 def _matmul(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
@@ -385,42 +405,45 @@ def _matmul(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(torch.mm(w, x.T.contiguous()).T)
 
 
-def _two_term_sum(terms: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two float64 tensors whose exact sum is that of integers * 2^shift over the terms.
+def _two_term_sum(terms: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Two float64 arrays whose exact sum is that of integers * 2^shift over the terms; one, if
+    there is one term.
 
     Up to `MAX_K`, shift is below 52 (60 bits of x and log2(K), twice 24 bits of weight, less 53)
     and the sum below 2^104, which is what the two limbs hold.
     """
     if len(terms) == 1:
         integers, shift = terms[0]
-        return integers * 2.0**shift, torch.zeros_like(integers)
+        return integers * 2.0**shift, None
     if len(terms) == 2:
         (upper, upper_shift), (lower, lower_shift) = terms
         return upper * 2.0**upper_shift, lower * 2.0**lower_shift
-    low = torch.zeros(terms[0][0].shape, dtype=torch.int64)
-    high = torch.zeros_like(low)
+    low = np.zeros(terms[0][0].shape, np.int64)
+    high = np.zeros_like(low)
     for integers, shift in terms:
-        value = integers.to(torch.int64)
+        value = integers.astype(np.int64)
         high += value >> (_LIMB_BITS - shift)
         low += (value & ((1 << (_LIMB_BITS - shift)) - 1)) << shift
     high += low >> _LIMB_BITS
     low &= (1 << _LIMB_BITS) - 1
-    return high.to(torch.float64) * 2.0**_LIMB_BITS, low.to(torch.float64)
+    return high * 2.0**_LIMB_BITS, low.astype(np.float64)
 
 
-def _round(a: torch.Tensor, b: torch.Tensor, unit: int) -> torch.Tensor:
-    """(a + b) * 2^unit rounded once to float32, to nearest even; zero is +0.
+def _round(a: np.ndarray, b: np.ndarray | None, unit: int) -> np.ndarray:
+    """(a + b) * 2^unit rounded once to float32, to nearest even; zero is +0. No b counts as zeros.
 
     The sum is first rounded to odd in float64. That keeps at least two bits more than float32
     has, so the second rounding gives what a single one would (Boldo, Melquiond, "Emulation of
     FMA and correctly rounded sums: proved algorithms using rounding to odd", IEEE Transactions
     on Computers 57, 2008).
     """
+    if b is None:
+        return (a * 2.0**unit + 0.0).astype(np.float32)
     total = a + b
     b_part = total - a
     error = (a - (total - b_part)) + (b - b_part)  # exact (Knuth's TwoSum)
-    bits = total.view(torch.int64)
+    bits = total.view(np.int64)
     # An inexact result that came out even gives way to its odd neighbour on the error's side.
-    step = torch.where((error > 0) == (total > 0), 1, -1)
-    bits += torch.where((error != 0) & (bits & 1 == 0), step, 0)
-    return (total * 2.0**unit + 0.0).to(torch.float32)
+    step = np.where((error > 0) == (total > 0), 1, -1)
+    bits += np.where((error != 0) & (bits & 1 == 0), step, 0)
+    return (total * 2.0**unit + 0.0).astype(np.float32)

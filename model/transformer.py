@@ -337,8 +337,10 @@ def _run_pass(
 
 def first_nonfinite_row(*tensors: torch.Tensor) -> int | None:
     """The lowest row of tensors [T, ...] in which one of them is not finite; None if all are."""
-    finite = [torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in tensors]
-    bad = (~torch.stack(finite).all(dim=0)).nonzero()
+    finite = [
+        np.isfinite(tensor.numpy()).reshape(len(tensor), -1).all(axis=1) for tensor in tensors
+    ]
+    bad = np.flatnonzero(~np.logical_and.reduce(finite))
     return int(bad[0]) if len(bad) else None
 
 

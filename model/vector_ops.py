@@ -19,6 +19,9 @@ This file is a specification that hardware can implement. Its rules:
 Maximum errors, measured against float64 by tests/model/test_vector_ops.py (1 ulp = spacing of FP32
 at the exact result): exp 1.0, reciprocal 1.25, rsqrt 1.25, sigmoid 2.7, SiLU 4.0 ulp.
 
+Elementary functions are of NumPy arrays, float32, as NumPy takes a third of PyTorch's time to start
+an operation, and most have few elements; what a pass calls takes and gives tensors.
+
 Constant tables (the seeds of the Newton steps, the rotary sines and cosines) are not computed by
 the hardware but loaded into it; they are computed here by algorithms as explicit as the rest.
 """
@@ -26,6 +29,7 @@ the hardware but loaded into it; they are computed here by algorithms as explici
 import math
 from decimal import Context, Decimal
 
+import numpy as np
 import torch
 
 from speq.model.arith import to_float16
@@ -50,7 +54,11 @@ _ROUND_FP32 = 1.5 * 2.0**23  # adding and subtracting it rounds to an integer, t
 _ROUND_FP64 = 1.5 * 2.0**52
 
 
-def _seed_table(root: bool) -> torch.Tensor:
+# Overflow and NaN are results like others.
+_quiet = np.errstate(all="ignore")
+
+
+def _seed_table(root: bool) -> np.ndarray:
     """Newton seeds, 8 fraction bits each: 1/c, or 1/sqrt(c), at the centres c of the intervals that
     the top six mantissa bits tell apart: [1, 2) in 64 intervals, for the root also [2, 4) in 64."""
     seeds = []
@@ -58,66 +66,69 @@ def _seed_table(root: bool) -> torch.Tensor:
         centre = (129 + 2 * (i % 64)) << (i // 64)  # in units of 1/128
         square = (1 << 25 if root else 1 << 32) // centre  # (256/sqrt(c))^2 * 4 or (256/c) * 2^17
         seeds.append((math.isqrt(square) + 1) // 2 if root else (square + (1 << 16)) >> 17)
-    return torch.tensor(seeds, dtype=torch.float32) / 256
+    return np.array(seeds, np.float32) / 256
 
 
 _RECIPROCAL_SEEDS = _seed_table(root=False)
 _RSQRT_SEEDS = _seed_table(root=True)
 
 
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+def _power_of_two(exponent: np.ndarray) -> np.ndarray:
     """2^exponent as float32, for int32 exponents -126..127: the exponent field, no arithmetic."""
-    return ((exponent + 127) << 23).view(torch.float32)
+    return ((exponent + 127) << 23).view(np.float32)
 
 
-def tree_sum(x: torch.Tensor) -> torch.Tensor:
+def tree_sum(x: np.ndarray) -> np.ndarray:
     """Sum over the last dimension, float32 [..., N] -> [...]. The row is padded with +0 to a power
     of two and the upper half is added to the lower half until one element is left."""
-    width = 1 << (x.shape[-1] - 1).bit_length()
-    x = torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    n = x.shape[-1]
+    width = 1 << (n - 1).bit_length()
+    padded = np.zeros((*x.shape[:-1], width), np.float32)
+    padded[..., :n] = x
     while width > 1:
         width //= 2
-        x = x[..., :width] + x[..., width:]
-    return x[..., 0]
+        padded = padded[..., :width] + padded[..., width:]
+    return padded[..., 0]
 
 
-def exp(x: torch.Tensor) -> torch.Tensor:
+def exp(x: np.ndarray) -> np.ndarray:
     """e^x in float32, any shape. x = n ln 2 + r with n the integer nearest to x / ln 2 and ln 2 in
     two parts; a polynomial of degree 7 in r; then 2^n in two exact factors, so that only a
     subnormal or infinite result is rounded again. Exact at -inf (0), 0 (1) and +inf."""
-    x = x.clamp(-104.0, 89.0)  # beyond them the result is 0 or infinite anyway
+    # Beyond these the result is 0 or infinite anyway.
+    x = np.minimum(np.maximum(x, np.float32(-104.0)), np.float32(89.0))
     n = (x * _LOG2_E + _ROUND_FP32) - _ROUND_FP32
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = torch.full_like(r, _EXP_POLYNOMIAL[0])
+    p = np.full_like(r, _EXP_POLYNOMIAL[0])
     for coefficient in _EXP_POLYNOMIAL[1:]:
         p = p * r + coefficient
     y = (p * (r * r) + r) + 1.0
-    n = torch.nan_to_num(n).to(torch.int32)
+    n = np.where(np.isnan(n), 0.0, n).astype(np.int32)
     half = n >> 1
     return (y * _power_of_two(half)) * _power_of_two(n - half)
 
 
-def reciprocal(x: torch.Tensor) -> torch.Tensor:
+def reciprocal(x: np.ndarray) -> np.ndarray:
     """1/x in float32 for x from 2^-125 to below 2^126; +inf gives 0, NaN NaN. With m in [1, 2) the
     mantissa of x: a seed of 8 bits from the top six mantissa bits, then twice y += y * (1 - m *
     y)."""
-    bits = x.view(torch.int32)
-    m = ((bits & 0x007FFFFF) | 0x3F800000).view(torch.float32)
+    bits = x.view(np.int32)
+    m = ((bits & 0x007FFFFF) | 0x3F800000).view(np.float32)
     y = _RECIPROCAL_SEEDS[(bits >> 17) & 63]
     for _ in range(2):
         y = y + y * (1.0 - m * y)
-    y = y * _power_of_two(127 - (bits >> 23 & 255).clamp(2, 252))
+    y = y * _power_of_two(127 - np.minimum(np.maximum(bits >> 23 & 255, 2), 252))
     return _limits(x, y)
 
 
-def rsqrt(x: torch.Tensor) -> torch.Tensor:
+def rsqrt(x: np.ndarray) -> np.ndarray:
     """1/sqrt(x) in float32 for normal x > 0; +inf gives 0, NaN NaN. With x = m * 4^n, m in [1, 4):
     a seed of 8 bits from n's parity and the top six mantissa bits, then twice y += (y / 2) * (1 -
     (m * y) * y)."""
-    bits = x.view(torch.int32)
+    bits = x.view(np.int32)
     exponent = (bits >> 23 & 255) - 127
     odd = exponent & 1
-    m = ((bits & 0x007FFFFF) | ((127 + odd) << 23)).view(torch.float32)
+    m = ((bits & 0x007FFFFF) | ((127 + odd) << 23)).view(np.float32)
     y = _RSQRT_SEEDS[(odd << 6) | (bits >> 17) & 63]
     for _ in range(2):
         y = y + (0.5 * y) * (1.0 - (m * y) * y)
@@ -125,39 +136,49 @@ def rsqrt(x: torch.Tensor) -> torch.Tensor:
     return _limits(x, y)
 
 
-def _limits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _limits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """y, but 0 where x is infinite and NaN where it is NaN."""
-    return torch.where(x.isnan(), x, torch.where(x.isinf(), 0.0, y))
+    return np.where(np.isfinite(x), y, np.where(np.isinf(x), np.float32(0.0), x))
 
 
-def sigmoid(x: torch.Tensor) -> torch.Tensor:
+def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + e^-x) in float32: with t = e^-|x|, the reciprocal of 1 + t, times t if x < 0."""
-    t = exp(-x.abs())
-    return torch.where(x < 0, t, torch.ones_like(t)) * reciprocal(1.0 + t)
+    t = exp(-np.abs(x))
+    return np.where(x < 0, t, np.float32(1.0)) * reciprocal(1.0 + t)
 
 
-def silu(x: torch.Tensor) -> torch.Tensor:
+def silu(x: np.ndarray) -> np.ndarray:
     """x * sigmoid(x), float32."""
     return x * sigmoid(x)
 
 
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
     """GELU in its tanh form, float32: 0.5 x (1 + tanh(u)) = x * sigmoid(2u) with
     2u = 2 sqrt(2/pi) * (x + 0.044715 x^3)."""
     cube = (x * x) * x
     return x * sigmoid((x + 0.044715 * cube) * (2.0 * math.sqrt(2.0 / math.pi)))
 
 
+def _half(y: np.ndarray) -> torch.Tensor:
+    """float32 values as the array takes them."""
+    return to_float16(torch.from_numpy(y))
+
+
+@_quiet
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up, float32 [T, F] -> float16; activation is "silu" or "gelu_tanh"."""
-    return to_float16({"silu": silu, "gelu_tanh": gelu_tanh}[activation](gate) * up)
+    function = {"silu": silu, "gelu_tanh": gelu_tanh}[activation]
+    return _half(function(gate.numpy()) * up.numpy())
 
 
+@_quiet
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last dimension in float32: (x * rsqrt(mean(x^2) + eps)) * weight, the mean
     being `tree_sum` times the FP32 nearest to 1/N. x float32 [..., N], weight float16 [N]."""
-    mean = tree_sum(x * x) * (1.0 / x.shape[-1])
-    return (x * rsqrt(mean + eps)[..., None]) * weight.to(torch.float32)
+    values = x.numpy()
+    mean = tree_sum(values * values) * (1.0 / values.shape[-1])
+    scale = rsqrt(np.asarray(mean + eps))[..., None]
+    return torch.from_numpy((values * scale) * weight.numpy().astype(np.float32))
 
 
 def rotary_frequencies(
@@ -184,34 +205,38 @@ def rotary_table(
     parts; Taylor polynomials on [-pi/4, pi/4] in FP64, one operation per step; rounded to FP32 (at
     most 0.501 ulp from the exact value).
     """
-    angle = positions.to(torch.float64)[:, None] * frequencies.to(torch.float64)
+    angle = positions.numpy().astype(np.float64)[:, None] * frequencies.numpy().astype(np.float64)
     quarter = (angle * (2.0 / math.pi) + _ROUND_FP64) - _ROUND_FP64
     r = angle
     for part in _HALF_PI_PARTS:
         r = r - quarter * part
     square = r * r
-    sine = torch.zeros_like(r)
-    cosine = torch.zeros_like(r)
+    sine = np.zeros_like(r)
+    cosine = np.zeros_like(r)
     for n in range(8, -1, -1):
         sign = -1.0 if n % 2 else 1.0
         sine = sine * square + sign / math.factorial(2 * n + 1)
         cosine = cosine * square + sign / math.factorial(2 * n)
     sine = sine * r
-    turn = quarter.to(torch.int64) & 3
-    swap = (turn & 1).bool()
-    cos = torch.where(swap, sine, cosine) * torch.where((turn == 1) | (turn == 2), -1.0, 1.0)
-    sin = torch.where(swap, cosine, sine) * torch.where(turn >= 2, -1.0, 1.0)
-    return cos.to(torch.float32), sin.to(torch.float32)
+    turn = quarter.astype(np.int64) & 3
+    swap = (turn & 1).astype(bool)
+    cos = np.where(swap, sine, cosine) * np.where((turn == 1) | (turn == 2), -1.0, 1.0)
+    sin = np.where(swap, cosine, sine) * np.where(turn >= 2, -1.0, 1.0)
+    return torch.from_numpy(cos.astype(np.float32)), torch.from_numpy(sin.astype(np.float32))
 
 
+@_quiet
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding: float32 x [T, heads, D] with tables [T, D/2] -> float16. The pair (a, b) at
     (i, i + D/2) becomes (a cos - b sin, b cos + a sin), each product and each sum rounded."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return to_float16(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1))
+    values = x.numpy()
+    half = values.shape[-1] // 2
+    a, b = values[..., :half], values[..., half:]
+    c, s = cos.numpy()[:, None], sin.numpy()[:, None]
+    return _half(np.concatenate((a * c - b * s, b * c + a * s), axis=-1))
 
 
+@_quiet
 def softmax_weights(
     scores: torch.Tensor, allowed: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,15 +250,18 @@ def softmax_weights(
     of the weights with ones, and like it independent of order and of positions that are not
     allowed.
     """
-    scaled = torch.where(allowed, scores * scale, -math.inf)
-    largest = scaled.amax(dim=-1, keepdim=True)
-    weights = to_float16(torch.where(allowed, exp(scaled - largest), 0.0))
-    return weights, weights.to(torch.float64).sum(dim=-1).to(torch.float32)
+    seen = allowed.numpy()
+    scaled = np.where(seen, scores.numpy() * scale, np.float32(-math.inf))
+    largest = scaled.max(axis=-1, keepdims=True)
+    weights = _half(np.where(seen, exp(scaled - largest), np.float32(0.0)))
+    sums = weights.numpy().sum(axis=-1, dtype=np.float64).astype(np.float32)
+    return weights, torch.from_numpy(np.asarray(sums))
 
 
+@_quiet
 def normalize(values: torch.Tensor, denominators: torch.Tensor) -> torch.Tensor:
     """Attention output: float32 [..., D] times the reciprocal of denominators [...] -> float16."""
-    return to_float16(values * reciprocal(denominators)[..., None])
+    return _half(values.numpy() * reciprocal(denominators.numpy())[..., None])
 
 
 def ranked(logits: torch.Tensor, count: int) -> torch.Tensor:

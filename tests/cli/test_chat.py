@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def short_tiny(tmp_path_factory) -> str:
-    """The shipped model with a context of 64, for which a small accelerator is enough."""
+    """The shipped model with a context of 64."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     shutil.copytree(tiny_path(), folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -172,15 +172,15 @@ def test_turns_without_a_chat_format_are_appended(say):
     assert second["known"] > len(first["prompt_ids"])
 
 
-def test_a_conversation_on_the_rtl(say, short_tiny):
+def test_a_conversation_on_the_rtl(say):
     """In the simulator, with the counters of each turn."""
     said = ["One day", " Then"]
     array = ("--backend", "rtl", "--rows", 4, "--cols", 8)
-    made = say("\n".join(said), short_tiny, "--chat", "--raw", "--json", "--max-tokens", 4, *array)
+    made = say("\n".join(said), "tiny", "--chat", "--raw", "--json", "--max-tokens", 4, *array)
     assert made.code == 0, made.err
     first, second = (json.loads(line) for line in made.out.splitlines())
     for reply in (first, second):
-        assert reply["token_ids"] == plain_reply(short_tiny, reply["prompt_ids"], 4)
+        assert reply["token_ids"] == plain_reply("tiny", reply["prompt_ids"], 4)
         assert reply["counters"]["committed"] == 4
         assert reply["counters"]["simulated_cycles"] > reply["counters"]["cycles"] > 0
         assert reply["settings"]["array"] == {"rows": 4, "cols": 8}
@@ -310,13 +310,12 @@ def interrupted(*arguments: object) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("backend", ["golden", "rtl"])
-def test_what_an_interruption_leaves(short_tiny, backend):
+def test_what_an_interruption_leaves(backend):
     """The text and the figures so far."""
     rtl = backend == "rtl"
     array = ("--backend", "rtl", "--cols", 8) if rtl else ()
-    model = short_tiny if rtl else "tiny"
     made = interrupted(
-        model, "--max-tokens", 400, "--prompt", "Once upon a time", "--rows", 4, *array
+        "tiny", "--max-tokens", 400, "--prompt", "Once upon a time", "--rows", 4, *array
     )
     assert made.code == 130, made.err
     assert not any("error" in line for line in made.err)
@@ -324,10 +323,10 @@ def test_what_an_interruption_leaves(short_tiny, backend):
     assert re.match(r"\d+ tokens in \d+\.\d s, ", figures[0])
     assert figures[-1] == "interrupted: the text is not complete"
     assert any(line.startswith("cycles per token: ") for line in figures) == rtl
-    tokenizer = load_model(model).tokenizer
+    tokenizer = load_model("tiny").tokenizer
     prompt = tokenizer.encode("Once upon a time")
     stream = TextStream(tokenizer, prompt)
-    beginning = "".join(map(stream.push, plain_reply(model, prompt, 50)))
+    beginning = "".join(map(stream.push, plain_reply("tiny", prompt, 50)))
     shown = made.out.removesuffix("\n")
     assert len(shown) >= 12
     assert beginning.startswith(shown) or shown.startswith(beginning)

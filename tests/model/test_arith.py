@@ -269,8 +269,8 @@ def test_rounding_of_two_terms(rng):
     a, b = a.astype(np.float64), np.ldexp(b.astype(np.float64), gap)
     expected = [oracle.round_f32(Fraction(u) + Fraction(v)) for u, v in zip(a, b, strict=True)]
     for terms in ((a, b), (b, a)):
-        first, second = (torch.from_numpy(term[None].copy()) for term in terms)
-        check_bits(arith._round(first, second, 0), [expected])
+        first, second = (term[None].copy() for term in terms)
+        check_bits(torch.from_numpy(arith._round(first, second, 0)), [expected])
 
 
 def test_pieces_add_up_and_are_short_enough(rng):
@@ -282,7 +282,7 @@ def test_pieces_add_up_and_are_short_enough(rng):
             # as close under a power of two as the margin for rounding in the sum allows
             bound = 2.0 ** (total.bit_length() + weight_bits) / total * (1 - 2.0**-29)
             rest = [list(row) for row in x]
-            for piece, shift in arith._pieces(torch.tensor(x, dtype=torch.float64), bound):
+            for piece, shift in arith._pieces(np.array(x, np.float64), bound):
                 parts = [[int(v) for v in row] for row in piece.tolist()]
                 longest = max(sum(abs(v) for v in row) for row in parts)
                 assert longest * Fraction(bound) <= 1 << 53

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -15,24 +17,33 @@ import torch
 from speq.model import vector_ops
 from speq.model.arith import verify_gemm
 from speq.model.vector_ops import (
-    exp,
     gated,
-    gelu_tanh,
     normalize,
-    reciprocal,
     rms_norm,
     rotary_frequencies,
     rotary_table,
     rotate,
-    rsqrt,
-    sigmoid,
-    silu,
     softmax_weights,
-    tree_sum,
 )
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 MANTISSAS = torch.arange(0x3F800000, 0x40800000, 3, dtype=torch.int32).view(torch.float32)  # [1, 4)
+
+
+def _of_tensors(function: Callable[[np.ndarray], np.ndarray]) -> Callable:
+    """A function of arrays as one of tensors."""
+
+    @wraps(function)
+    def call(x: torch.Tensor) -> torch.Tensor:
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(np.asarray(function(x.numpy())))
+
+    return call
+
+
+exp, reciprocal, rsqrt = map(_of_tensors, (vector_ops.exp, vector_ops.reciprocal, vector_ops.rsqrt))
+sigmoid, silu = map(_of_tensors, (vector_ops.sigmoid, vector_ops.silu))
+gelu_tanh, tree_sum = map(_of_tensors, (vector_ops.gelu_tanh, vector_ops.tree_sum))
 
 
 @pytest.fixture
@@ -310,9 +321,9 @@ def test_rms_norm_and_rotation_error(generator):
 def test_seed_tables_bound_the_newton_error():
     """Eight-bit seeds: two Newton steps square the relative error twice, to below FP32's."""
     points = MANTISSAS[MANTISSAS < 2]
-    seeds = vector_ops._RECIPROCAL_SEEDS[(bits(points) >> 17) & 63]
+    seeds = torch.from_numpy(vector_ops._RECIPROCAL_SEEDS)[(bits(points) >> 17) & 63]
     assert ((seeds * points - 1).abs().max().item()) ** 4 < 2.0**-25
     odd = (MANTISSAS >= 2).to(torch.int64)
-    seeds = vector_ops._RSQRT_SEEDS[(odd << 6) | ((bits(MANTISSAS) >> 17) & 63)]
+    seeds = torch.from_numpy(vector_ops._RSQRT_SEEDS)[(odd << 6) | ((bits(MANTISSAS) >> 17) & 63)]
     error = (seeds * MANTISSAS.sqrt() - 1).abs().max().item()
     assert 1.5 * (1.5 * error**2) ** 2 < 2.0**-24

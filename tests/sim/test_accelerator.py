@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from speq.hw.control.register_map import ANSWERS, registers
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.weight_reader import RESIDUAL_WORDS, chunk_words
-from speq.hw.verilog import generate_top
 from speq.model.number_format import (
     NONFINITE_BASE,
     FormatConfig,
@@ -32,6 +30,7 @@ from speq.model.number_format import (
     residual_words,
 )
 from speq.sim.runner import seed
+from speq.sim.session import top_verilog
 from speq.sim.simulated_board import CHANNELS, MemoryFault, MemoryOptions, SimulatedBoard
 from tests.sim.workloads import (
     BASE,
@@ -54,12 +53,13 @@ def _narrow(bits: int) -> AxiConfig:
 
 
 CONFIGS = {
-    "4x8": AcceleratorConfig(EngineConfig(rows=4, cols=8, draft_rows=2, max_k=1024, max_o=4096)),
+    # What commands make of `tiny` and 4 x 8 PEs, so that their tests need no build of their own.
+    "4x8": AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=1024)),
     "3x4 small": AcceleratorConfig(
-        EngineConfig(rows=3, cols=4, draft_rows=3, max_k=40, max_o=50, format=FormatConfig(32, 1))
+        EngineConfig(rows=3, cols=4, draft_rows=2, max_k=40, max_o=50, format=FormatConfig(32, 1))
     ),
     "2x8 narrow": AcceleratorConfig(
-        EngineConfig(rows=2, cols=8, max_k=256, max_o=512), _narrow(64), _narrow(64)
+        EngineConfig(rows=2, cols=8, draft_rows=2, max_k=256, max_o=512), _narrow(64), _narrow(64)
     ),
     "2x64 wide data": AcceleratorConfig(
         EngineConfig(rows=2, cols=64, max_k=256, max_o=512), _narrow(256), _narrow(1024)
@@ -82,11 +82,6 @@ FAULTS = [
 RESPONSES = {2: "SLVERR", 3: "DECERR"}
 
 
-@cache
-def verilog(name: str) -> str:
-    return generate_top(CONFIGS[name])
-
-
 class Pair:
     """The accelerator in the simulator beside the functional model."""
 
@@ -94,7 +89,7 @@ class Pair:
         self.config = CONFIGS[name]
         self.random = random
         options = MemoryOptions(SIZE, BASE, seed=SEED, **memory)
-        self.rtl = SimulatedBoard(verilog(name), self.config, options)
+        self.rtl = SimulatedBoard(top_verilog(self.config), self.config, options)
         self.model = AcceleratorModel(self.config, SIZE, BASE)
 
     def __enter__(self) -> Pair:

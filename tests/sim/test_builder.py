@@ -74,24 +74,28 @@ def test_the_library_is_compiled_once(root: Path) -> None:
     log = (folder / "build.log").read_text()
     assert "verilator.cpp" in log
     assert "verilated.cpp" not in log
+    assert "-x c++-header" not in log
     (kept,) = root.glob("library-*/verilated-*.o")
     assert (folder / "verilated.o").read_bytes() == kept.read_bytes()
+    assert any(root.glob("library-*/headers.h.fast-*.gch")) and not any(folder.glob("*.gch"))
 
 
-def test_objects_of_the_library_are_kept_and_checked(tmp_path: Path) -> None:
+def test_what_is_in_the_library_is_kept_and_checked(tmp_path: Path) -> None:
     made, library, later = (tmp_path / name for name in ("made", "library", "later"))
     for folder in (made, library, later):
         folder.mkdir()
-    for name in ("verilated.o", "verilated_vpi.o", "Vtop.o"):
+    headers = "headers.h.fast.gch"
+    for name in ("verilated.o", "verilated_vpi.o", "Vtop.o", headers):
         (made / name).write_text("new")
     builder._keep(made, library)
     (made / "verilated.o").write_text("newer")
     builder._keep(made, library)
-    assert len(list(library.iterdir())) == 2
+    assert len(list(library.iterdir())) == 3 and not (made / headers).exists()
     next(library.glob("verilated_vpi-*.o")).write_text("damaged")
     builder._take(library, later)
-    assert {path.name: path.read_text() for path in later.iterdir()} == {"verilated.o": "new"}
-    assert len(list(library.iterdir())) == 1
+    taken = {path.name: path.read_text() for path in later.iterdir()}
+    assert taken == {"verilated.o": "new", headers: "new"}
+    assert len(list(library.iterdir())) == 2
 
 
 def test_builds_without_a_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
