@@ -3,10 +3,10 @@
 
 `report.json` is an object of
 
-    version       3
+    version       4
     model         name, of a path the last part, and its configuration
     settings      of the run: rows, choices, reranked, max_tokens, seed, raw, draft (the file's name
-                  if there is one, formats and how many layers have each, the head's and its drafted
+                  if there is one, formats and how many layers have each, the head's drafted
                   outputs)
     prompts       for "calibration" and "evaluation": the number of prompts of each kind
     versions      of speq, Python, torch and numpy
@@ -55,7 +55,7 @@ from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,6 @@ def report(
                         {"format": form, "tensors": count}
                         for form, count in Counter(formats.values()).items()
                     ],
-                    "head": formats.get("head"),
                     "drafted_outputs": drafted_outputs,
                 },
             },

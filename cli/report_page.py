@@ -22,7 +22,7 @@ from speq.model.input_file import read_limited
 #: Bytes of a file that is read.
 MAX_FILE = 1 << 26
 #: Versions of report.json that can be shown; 2 has no samples.
-_VERSIONS = (2, 3)
+_VERSIONS = (2, 3, 4)
 _LABEL = 40  # characters of a label in a chart
 _ORIGINS = ("draft", "alternate", "target")
 #: Embeddings, overrides and isolates, which change the direction of the text behind them.
@@ -241,8 +241,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, settings, versions = report["model"]["config"], report["settings"], report["versions"]
     draft = settings["draft"]
     formats = ", ".join(
-        f"{int(entry['tensors'])} layers at {int(entry['format']['width'])} bits in groups of "
-        f"{int(entry['format']['group'])}"
+        f"{int(entry['tensors'])} layers at {int(entry['format'].get('width', 4))} bits in "
+        f"groups of {int(entry['format']['group'])}"  # the width is in older reports
         for entry in draft["formats"]
     )
     counts = [sum(map(int, report["prompts"][name].values())) for name in report["prompts"]]

@@ -174,28 +174,18 @@ def draft_gemm(x: BlockActivations, w: EncodedTensor | WeightOperand) -> torch.T
 def quantize_activations(
     x: torch.Tensor,
     block: int = 64,
-    *,
-    order: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
 ) -> BlockActivations:
     """Quantise FP16 activations to 8-bit block floating point.
 
-    With an order and a shift, position j is x[:, order[j]] * 2^-shift[j], which is not rounded
-    before it is quantised: an activation's exponent field may fall below FP16's smallest.
-
-    A block's exponent field E is the largest of its activations', less their shifts, but at least
-    1, which is also the exponent of subnormals. Mantissas are x / 2^(E - 15 - 6), rounded to
-    nearest even and clamped to -127..127. A block with an infinity or a NaN gets E = 31 and
-    mantissas 0.
+    A block's exponent field E is the largest of its activations', but at least 1, which is also
+    the exponent of subnormals. Mantissas are x / 2^(E - 15 - 6), rounded to nearest even and
+    clamped to -127..127. A block with an infinity or a NaN gets E = 31 and mantissas 0.
 
     Parameters
     ----------
     x : torch.float16 [T, K]
     block : int
         Activations along K that share an exponent; the last block of a row may be shorter.
-    order : torch.int64 [K], optional
-    shift : torch.int32 [K], optional
-        Of an `EncodedTensor`, which is multiplied with the result.
 
     Raises
     ------
@@ -206,17 +196,12 @@ def quantize_activations(
     if not isinstance(block, int) or block < 1:
         raise ValueError(f"block is {block!r}; expected an integer >= 1")
     t, k = x.shape
-    x = x.detach() if order is None else x.detach()[:, order]
-    blocks = F.pad(x, (0, -k % block)).reshape(t, -1, block)
+    blocks = F.pad(x.detach(), (0, -k % block)).reshape(t, -1, block)
     fields = (blocks.view(torch.int16) >> 10) & 31
-    down = 0
-    if shift is not None:
-        down = F.pad(shift, (0, -k % block)).reshape(-1, block)
-        fields = torch.where(fields == _NONFINITE_EXPONENT, fields, fields - down)
     exponent = fields.amax(dim=2).clamp_(min=1).to(torch.int32)
     # Exact: a magnitude has 11 significant bits, and scaled it is below 2^7.
     scaled = blocks.to(torch.float32) * _power_of_two(
-        _EXPONENT_BIAS + _MANTISSA_POINT - exponent[:, :, None] - down
+        _EXPONENT_BIAS + _MANTISSA_POINT - exponent[:, :, None]
     )
     mantissa = torch.round(scaled).clamp_(-_MANTISSA_MAX, _MANTISSA_MAX)
     mantissa.masked_fill_(exponent[:, :, None] == _NONFINITE_EXPONENT, 0)

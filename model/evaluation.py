@@ -83,7 +83,7 @@ def counted_costs(
 def encoded_costs(
     config: ModelConfig, encoded: Mapping[str, EncodedTensor], reranked: int = 0
 ) -> Costs:
-    """Costs of an encoded model with everything counted, the channels' order and shifts, too.
+    """Costs of an encoded model with everything counted.
 
     Layers that are not encoded are read in FP16 by every pass. For each of `reranked` tokens a
     draft pass reads the whole tile of the head that has it, as if no two were in the same.

@@ -118,7 +118,7 @@ def test_everything_of_an_evaluation_is_on_the_page(speq_command, folder) -> Non
         f"written: {folder / 'report.html'}, from report.json, bench.json\n"
     )
     report, text = content(folder), Document((folder / "report.html").read_text()).text
-    assert report["version"] == 3
+    assert report["version"] == 4
     for name in ("chain", "alternates"):
         for kind, figures in report["results"][name]["figures"].items():
             speed = figures["speedup"]
