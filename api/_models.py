@@ -18,21 +18,18 @@ def encode(
     model: Model,
     config: FormatConfig | None = None,
     *,
-    head: FormatConfig | None = None,
     columns: int = 16,
 ) -> EncodedModel:
-    """Encode all linear layers of a model in one format.
+    """Encode all linear layers of a model, without calibration.
 
-    No weight changes a bit. The optimiser that finds a better draft for each layer, with the help
-    of calibration texts, is the command `speq encode`.
+    No weight changes a bit. The command `speq encode` makes better drafts, with the help of
+    calibration texts.
 
     Parameters
     ----------
     model : Model
     config : FormatConfig, optional
-        Of all layers; groups of 64 weights and drafts of 4 bits when not given.
-    head : FormatConfig, optional
-        Of the head, if it has one of its own.
+        Of all layers; groups of 64 weights and a split of 2 when not given.
     columns : int
         Columns of the array that the planes are laid out for. It matters to who reads the planes;
         sessions take any.
@@ -42,7 +39,7 @@ def encode(
     EncodedModel
         Its `tensors` are the layers by name.
     """
-    tensors = encode_linears(model, config, head, columns=columns)
+    tensors = encode_linears(model, config, columns=columns)
     digests = {name: sha256(model.linear_weight(name)) for name in tensors}
     return EncodedModel(model.name, tensors, digests)
 

@@ -55,8 +55,8 @@ class Request:
         None for greedy decoding.
     encoded : Path, optional
         File of `speq encode`.
-    formats : FormatConfig, FormatConfig
-        Of blocks and head, without such a file.
+    number_format : FormatConfig
+        Of the layers, without such a file.
     cols : int
         Columns of the simulated array.
     chat : bool
@@ -70,7 +70,7 @@ class Request:
     seed: int
     sampling: Sampling | None
     encoded: Path | None
-    formats: tuple[FormatConfig, FormatConfig]
+    number_format: FormatConfig
     cols: int
     chat: bool
 
@@ -265,8 +265,8 @@ def encoded_tensors(
     if file and request.encoded:
         # What the accelerator gets, its driver decodes and compares.
         return tensors_for(model, file, request.encoded, decode=not request.rtl)
-    detail(f"encoding with {request.formats[0]}, the head with {request.formats[1]}")
-    return encode_linears(model, *request.formats, track=with_passing_bar)
+    detail(f"encoding with {request.number_format}")
+    return encode_linears(model, request.number_format, track=with_passing_bar)
 
 
 def rtl_board(

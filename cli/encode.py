@@ -61,9 +61,6 @@ def run(
         bool, typer.Option("--fixed", help="One format for all tensors, no calibration.")
     ] = False,
     split: Split = 2,
-    width: Annotated[
-        int | None, typer.Option(help="With --fixed: 4, 5 or 6.", show_default="4")
-    ] = None,
     tensors: Annotated[
         str | None,
         typer.Option(help="With --fixed: only tensors that this regular expression finds."),
@@ -89,12 +86,9 @@ def run(
         for given, default in ((rows, 8), (choices, 4), (max_tokens, 64))
     )
     Settings(rows=rows, choices=choices)
-    if fixed:
-        config = FormatConfig(group, split, 4 if width is None else width)
-    elif width is not None or tensors is not None:
-        name = "tensors" if width is None else "width"
-        raise ValueError(f"--{name} needs --fixed: the optimiser takes all tensors at 4 bits")
-    elif rows < 2 or choices < 2:
+    if tensors is not None and not fixed:
+        raise ValueError("--tensors needs --fixed: the optimiser takes all tensors")
+    if not fixed and (rows < 2 or choices < 2):
         raise ValueError("the optimiser needs at least 2 rows and 2 choices")
     try:
         re.compile(tensors or "")

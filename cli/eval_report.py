@@ -6,8 +6,8 @@
     version       4
     model         name, of a path the last part, and its configuration
     settings      of the run: rows, cols, choices, reranked, max_tokens, seed, raw, draft (the
-                  file's name if there is one, formats and how many layers have each, the head's and
-                  its drafted outputs)
+                  file's name if there is one, formats and how many layers have each, the head's
+                  drafted outputs)
     prompts       for "calibration" and "evaluation": the number of prompts of each kind
     versions      of speq, Python, torch and numpy
     costs         bytes of weights and group bytes of a `plain`, `draft` and `verify` pass, the
@@ -216,7 +216,6 @@ def report(
                         {"format": form, "tensors": count}
                         for form, count in Counter(formats.values()).items()
                     ],
-                    "head": formats.get("head"),
                     "drafted_outputs": drafted_outputs,
                 },
             },

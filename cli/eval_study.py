@@ -38,7 +38,6 @@ from speq.model.evaluation import (
     speedup_at,
     threshold_curve,
 )
-from speq.model.format import arranged
 from speq.model.policy_fit import best_policy
 from speq.model.prompts import Prompts
 from speq.model.settings import Policy, Settings
@@ -170,8 +169,7 @@ def study(
             contexts.append(ContextFigures(context, *speeds))
     exponents = np.zeros((32, 2), np.int64)
     for name, tensor in encoded.items():
-        stored = arranged(model.linear_weight(name), tensor.order, tensor.shift)
-        exponents += exponent_counts(stored, tensor.config.group)
+        exponents += exponent_counts(model.linear_weight(name), tensor.config.group)
     compared = None
     if ablation:
         texts = [[*text.prompt, *text.tokens] for _, text in calibration]
@@ -184,6 +182,7 @@ def study(
             evaluation=evaluation,
             stop_ids=model.tokenizer.stop_ids,
             max_tokens=conditions.max_tokens,
+            reranked=conditions.reranked,
         )
         task = progress.add_task("ablation", total=len(draft_names()))
 

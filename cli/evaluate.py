@@ -21,14 +21,12 @@ from speq.cli.options import (
     MOST_TOKENS,
     Force,
     GroupOfEncode,
-    HeadWidth,
     ModelName,
     Rows,
     Seed,
     SplitOfEncode,
-    WidthOfEncode,
     check_model,
-    chosen_formats,
+    chosen_format,
 )
 from speq.cli.progress import bars
 
@@ -69,8 +67,6 @@ def run(
     ] = None,
     group: GroupOfEncode = None,
     split: SplitOfEncode = None,
-    width: WidthOfEncode = None,
-    head_width: HeadWidth = None,
     encoded: Annotated[
         Path | None, typer.Option(help="Evaluate this file, written by speq encode.")
     ] = None,
@@ -88,7 +84,7 @@ def run(
     if rows < 2:
         raise ValueError(f"rows is {rows}; speculation needs at least 2")
     Settings(rows=rows, choices=choices, reranked=reranked or 0)
-    formats = chosen_formats(group, split, width, head_width, encoded)
+    number_format = chosen_format(group, split, encoded)
     if prompts:
         read_prompts(prompts)
     with staged(output, marks(True), marks(ablation), force=force) as folder:
@@ -118,7 +114,7 @@ def run(
             else:
                 tensors = encode_linears(
                     loaded,
-                    *formats,
+                    number_format,
                     track=lambda names: progress.track(names, description="encoding"),
                 )
             conditions = Conditions(rows, cols, choices, reranked, max_tokens, seed, raw)

@@ -33,14 +33,12 @@ from speq.cli.options import (
     DEFAULT_THRESHOLD,
     DraftLength,
     GroupOfEncode,
-    HeadWidth,
     MaxTokens,
     ModelName,
     Seed,
     SplitOfEncode,
-    WidthOfEncode,
     check_model,
-    chosen_formats,
+    chosen_format,
     finite,
     refuse_unused,
 )
@@ -102,7 +100,7 @@ def run(
         int | None,
         typer.Option(
             help="Best drafted tokens whose logits are computed exactly, 1 to 8; 0: none.",
-            show_default="0",
+            show_default="0, or the file's",
         ),
     ] = None,
     raw: Annotated[
@@ -110,8 +108,6 @@ def run(
     ] = False,
     group: GroupOfEncode = None,
     split: SplitOfEncode = None,
-    width: WidthOfEncode = None,
-    head_width: HeadWidth = None,
     backend: Annotated[
         Backend, typer.Option(help="The golden model, or the accelerator's RTL, simulated.")
     ] = Backend.GOLDEN,
@@ -151,8 +147,6 @@ def run(
             reranked=reranked,
             group=group,
             split=split,
-            width=width,
-            head_width=head_width,
         )
         if not rtl:
             refuse_unused("with --mode fp16 in the golden model", rows=rows)
@@ -164,7 +158,7 @@ def run(
         seed=seed,
         sampling=sampling,
         encoded=encoded,
-        formats=chosen_formats(group, split, width, head_width, encoded),
+        number_format=chosen_format(group, split, encoded),
         cols=DEFAULT_COLS if cols is None else cols,
         chat=chat,
     )

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -89,30 +88,19 @@ SPLIT_HELP = "Exponents told apart by their top mantissa bit: 0 to 3."
 Split = Annotated[int, typer.Option(help=SPLIT_HELP)]
 GroupOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="64")]
 SplitOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="2")]
-WidthOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="4")]
-HeadWidth = Annotated[
-    int | None, typer.Option(help="Draft bits of the head.", show_default="width")
-]
 
 
-def chosen_formats(
-    group: int | None,
-    split: int | None,
-    width: int | None,
-    head_width: int | None,
-    encoded: Path | None,
-) -> tuple[FormatConfig, FormatConfig]:
-    """Formats of the blocks and of the head, of a model that is encoded here.
+def chosen_format(group: int | None, split: int | None, encoded: Path | None) -> FormatConfig:
+    """The format of a model that is encoded here.
 
     Raises
     ------
     ValueError
         If a value is impossible, or if one is given beside an encoded file.
     """
-    given = {"group": group, "split": split, "width": width}
+    given = {"group": group, "split": split}
     given = {name: value for name, value in given.items() if value is not None}
-    if encoded and (given or head_width is not None):
-        name = next(iter(given), "head-width")
-        raise ValueError(f"--{name} and --encoded exclude each other: the file says the formats")
-    config = FormatConfig(**given)
-    return config, config if head_width is None else replace(config, width=head_width)
+    if encoded and given:
+        name = next(iter(given))
+        raise ValueError(f"--{name} and --encoded exclude each other: the file says the format")
+    return FormatConfig(**given)

@@ -267,8 +267,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, settings, versions = report["model"]["config"], report["settings"], report["versions"]
     draft = settings["draft"]
     formats = ", ".join(
-        f"{int(entry['tensors'])} layers at {int(entry['format']['width'])} bits in groups of "
-        f"{int(entry['format']['group'])}"
+        f"{int(entry['tensors'])} layers at {int(entry['format'].get('width', 4))} bits in "
+        f"groups of {int(entry['format']['group'])}"  # the width is in older reports
         for entry in draft["formats"]
     )
     counts = [sum(map(int, report["prompts"][name].values())) for name in report["prompts"]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from speq.cli.notes import detail
-from speq.cli.options import COLS_HELP, GROUP_HELP, ROWS_HELP, Force, refuse_unused
+from speq.cli.options import COLS_HELP, GROUP_HELP, ROWS_HELP, SPLIT_HELP, Force, refuse_unused
 from speq.cli.presets import PRESETS, complete_preset
 
 if TYPE_CHECKING:
@@ -46,16 +46,7 @@ def run(
         typer.Option(help="Longest dot product that the engine stores.", show_default="2048"),
     ] = None,
     group: Annotated[int | None, typer.Option(help=GROUP_HELP, show_default="64")] = None,
-    split: Annotated[
-        int | None,
-        typer.Option(
-            help="Exponents told apart by their top mantissa bit: 0 to 3.", show_default="2"
-        ),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(help="Bits of a draft weight: 4, 5 or 6.", show_default="4"),
-    ] = None,
+    split: Annotated[int | None, typer.Option(help=SPLIT_HELP, show_default="2")] = None,
     weights_bits: Annotated[
         int | None,
         typer.Option(help="Data width of the weights port.", show_default="16 per column"),
@@ -97,7 +88,6 @@ def run(
         "max_k": max_k,
         "group": group,
         "split": split,
-        "width": width,
         "weights_bits": weights_bits,
         "data_bits": data_bits,
         "address_bits": address_bits,
@@ -163,7 +153,7 @@ def configuration(
     engine = base.engine if isinstance(base, AcceleratorConfig) else base or EngineConfig()
     engine = replace(
         engine,
-        format=replace(engine.format, **chosen("group", "split", "width")),
+        format=replace(engine.format, **chosen("group", "split")),
         **chosen("rows", "cols", "draft_rows", "max_k"),
     )
     if engine_only or isinstance(base, EngineConfig):

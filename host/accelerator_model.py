@@ -457,8 +457,8 @@ class AcceleratorModel:
         candidates = self._best(0)[: fields["tokens"]].tolist()
         groups = -(-k // engine.format.group) * engine.cols
         sizes = {
-            "plane": draft_words(k, engine.format) * engine.cols * 2,
-            "residual": residual_words(k, engine.format) * engine.cols * 2,
+            "plane": draft_words(k) * engine.cols * 2,
+            "residual": residual_words(k) * engine.cols * 2,
             "groups": -(-groups // port.beat_bytes) * port.beat_bytes,
         }
         exact = torch.full_like(self._logits, -math.inf)
@@ -580,8 +580,8 @@ class AcceleratorModel:
     def _encoded(self, product: _Product, spans: list[tuple[int, int]]) -> EncodedTensor:
         """The encoded weights of a product; in draft mode the residuals are 0."""
         number_format, cols = self.config.engine.format, self.config.engine.cols
-        plane = self._tiled(product, product.plane, draft_words(product.k, number_format), spans)
-        rest = residual_words(product.k, number_format)
+        plane = self._tiled(product, product.plane, draft_words(product.k), spans)
+        rest = residual_words(product.k)
         if product.mode is Mode.DRAFT:
             residual = np.zeros((len(plane), rest, cols), np.uint16)
         else:

@@ -104,24 +104,19 @@ def check_model(model: Model) -> None:
 
 def check_encoded(config: AcceleratorConfig, encoded: Mapping[str, EncodedTensor]) -> None:
     """Raises ValueError, naming the tensor, if the accelerator cannot take an encoded tensor."""
-    remedy = "encode the model with --fixed --width 4"  # REMEDY
     expected = config.engine.format
     for name, tensor in encoded.items():
-        if tensor.config.width != expected.width:
-            problem = f"has draft width {tensor.config.width}"
-        elif tensor.order is not None or tensor.shift is not None:
-            problem = "has permuted or scaled input channels"
-        elif tensor.drafted_outputs is not None and name != "head":
-            problem = "drafts only part of its outputs"
-        elif tensor.config != expected:
-            problem = f"has group {tensor.config.group} and split {tensor.config.split}"
-            remedy = (
-                f"this accelerator has {expected.group} and {expected.split}: encode the model "
-                f"with --group {expected.group} --split {expected.split}"
+        if tensor.drafted_outputs is not None and name != "head":
+            raise ValueError(
+                f"{name} drafts only part of its outputs, which the accelerator does for the head "
+                "alone: encode the model again"
             )
-        else:
-            continue
-        raise ValueError(f"{name} {problem}, which the accelerator cannot read; {remedy}")
+        if tensor.config != expected:
+            raise ValueError(
+                f"{name} has group {tensor.config.group} and split {tensor.config.split}, which "
+                f"the accelerator cannot read; it has {expected.group} and {expected.split}: "
+                f"encode the model with --group {expected.group} --split {expected.split}"
+            )
 
 
 def memory_layout(

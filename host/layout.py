@@ -305,8 +305,8 @@ class MemoryLayout:
         if not encoded:
             return Weights(o, k, False, drafted, self._take(tiles * k * cols * _WORD))
         groups = round_up(ceil_div(k, number_format.group) * cols, config.data.beat_bytes)
-        plane = self._take(tiles * draft_words(k, number_format) * cols * _WORD)
-        residual = self._take(tiles * residual_words(k, number_format) * cols * _WORD)
+        plane = self._take(tiles * draft_words(k) * cols * _WORD)
+        residual = self._take(tiles * residual_words(k) * cols * _WORD)
         return Weights(o, k, True, drafted, plane, residual, self._take(tiles * groups))
 
     def _result_size(self, name: str) -> int:

@@ -12,7 +12,7 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.register_map import Register, constants, registers
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.model.number_format import FormatConfig
+from speq.model.number_format import DRAFT_BITS, FormatConfig
 
 
 class Registers:
@@ -83,6 +83,8 @@ def read_configuration(board: Board) -> AcceleratorConfig:
                 "accelerator that this driver knows"
             )
     array, number_format, bus = (r.fields(name) for name in ("ARRAY", "FORMAT", "BUS"))
+    if number_format.pop("width") != DRAFT_BITS:
+        raise ValueError(f"FORMAT is {r['FORMAT']:#x}: no draft weights of {DRAFT_BITS} bits")
     address_bits = r["ADDRESS_BITS"]
     ports = {
         port: AxiConfig(data_bits=8 * bus[f"{port}_bytes"], address_bits=address_bits)

@@ -41,8 +41,7 @@ def accelerator_for(
     """
     check_model(model)
     first = next(iter(encoded.values()), None)
-    # Whatever the width: `check_encoded` says which tensor has another one.
-    number_format = replace(first.config, width=4) if first else FormatConfig()
+    number_format = first.config if first else FormatConfig()
     c = model.config
     # The whole context of small models, so that no length of text needs another simulation.
     whole = min(c.context + rows, _COMMON_MAX_K)

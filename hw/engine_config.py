@@ -82,8 +82,7 @@ class EngineConfig:
     cols : int
         Columns C of PEs, the output channels of a tile: 1 to 256.
     format : FormatConfig
-        Number format of the weights. The RTL drafts with 4 bits; wider drafts exist in the
-        golden model.
+        Number format of the weights.
     draft_rows : int
         Rows 0 .. draft_rows - 1 have draft hardware, the others are FP16-only. 0 builds the
         FP16-only baseline, which has no exponent remap either and takes plain FP16 weights.
@@ -112,11 +111,6 @@ class EngineConfig:
         check_range("draft_rows", self.draft_rows, 0, self.rows)
         check_range("max_k", self.max_k, 1, 2**16)
         check_range("max_o", self.max_o, 1, 2**24)
-        if self.draft_rows and self.format.width != 4:
-            raise ValueError(
-                f"draft width is {self.format.width}; the RTL supports width 4 only (widths 5 "
-                "and 6 exist in the golden model; choose width=4, or draft_rows=0)"
-            )
 
     @property
     def accumulator_unit_exponent(self) -> int:

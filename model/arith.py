@@ -175,28 +175,18 @@ def draft_gemm(x: BlockActivations, w: EncodedTensor | WeightOperand) -> torch.T
 def quantize_activations(
     x: torch.Tensor,
     block: int = 64,
-    *,
-    order: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
 ) -> BlockActivations:
     """Quantise FP16 activations to 8-bit block floating point.
 
-    With an order and a shift, position j is x[:, order[j]] * 2^-shift[j], which is not rounded
-    before it is quantised: an activation's exponent field may fall below FP16's smallest.
-
-    A block's exponent field E is the largest of its activations', less their shifts, but at least
-    1, which is also the exponent of subnormals. Mantissas are x / 2^(E - 15 - 6), rounded to
-    nearest even and clamped to -127..127. A block with an infinity or a NaN gets E = 31 and
-    mantissas 0.
+    A block's exponent field E is the largest of its activations', but at least 1, which is also
+    the exponent of subnormals. Mantissas are x / 2^(E - 15 - 6), rounded to nearest even and
+    clamped to -127..127. A block with an infinity or a NaN gets E = 31 and mantissas 0.
 
     Parameters
     ----------
     x : torch.float16 [T, K]
     block : int
         Activations along K that share an exponent; the last block of a row may be shorter.
-    order : torch.int64 [K], optional
-    shift : torch.int32 [K], optional
-        Of an `EncodedTensor`, which is multiplied with the result.
 
     Raises
     ------
@@ -207,23 +197,16 @@ def quantize_activations(
     if not isinstance(block, int) or block < 1:
         raise ValueError(f"block is {block!r}; expected an integer >= 1")
     t, k = x.shape
-    x = x.detach() if order is None else x.detach()[:, order]
     whole = -k % block + k
     values = np.zeros((t, whole), np.float16)
-    values[:, :k] = x.numpy()
+    values[:, :k] = x.detach().numpy()
     blocks = values.reshape(t, -1, block)
     fields = (blocks.view(np.uint16) >> 10 & 31).astype(np.int32)
-    down = 0
-    if shift is not None:
-        down = np.zeros(whole, np.int32)
-        down[:k] = shift.numpy()
-        down = down.reshape(-1, block)
-        fields = np.where(fields == _NONFINITE_EXPONENT, fields, fields - down)
     exponent = np.maximum(fields.max(axis=2), 1)
     blocks[exponent == _NONFINITE_EXPONENT] = 0
     # Exact: a magnitude has 11 significant bits, and scaled it is below 2^7.
     scaled = blocks.astype(np.float32) * _power_of_two(
-        _EXPONENT_BIAS + _MANTISSA_POINT - exponent[:, :, None] - down
+        _EXPONENT_BIAS + _MANTISSA_POINT - exponent[:, :, None]
     )
     mantissa = np.minimum(np.maximum(np.rint(scaled), -_MANTISSA_MAX), _MANTISSA_MAX)
     return BlockActivations(

@@ -2,12 +2,12 @@
 """The analytic model of speed: cycles and memory traffic of a pass, from dimensions alone.
 
 Cycles are those of the generated engine (`speq.hw.array.gemm_engine`): a tile of `cols` outputs
-takes one cycle per weight word of a column, which is K in verify mode and the words of the draft
-plane in draft mode (4, 3.2 and 2.67 weights per word for widths 4, 5 and 6), but at least as many
-cycles as there are tokens. A pass is a sequence of *stages*, between which the host computes: the
-GEMMs of a stage do not depend on each other and overlap (`stage_cycles`), the next stage starts
-when all results are in memory. The host's own time is not counted. The constants are those of the
-generated accelerator (`speq.hw.accelerator`), measured with its counters.
+takes one cycle per weight word of a column, which is K in verify mode and a quarter of K in draft
+mode, but at least as many cycles as there are tokens. A pass is a sequence of *stages*, between
+which the host computes: the GEMMs of a stage do not depend on each other and overlap
+(`stage_cycles`), the next stage starts when all results are in memory. The host's own time is not
+counted. The constants are those of the generated accelerator (`speq.hw.accelerator`), measured with
+its counters.
 
 Memory traffic is counted in three parts: weights (the planes that the pass touches), group bytes,
 and the KV cache: FP16 keys and values of every position before the pass, read once per KV head, and
@@ -179,12 +179,9 @@ def rerank_cycles(k: int, outputs: int, tiles: int, engine: Engine) -> int:
     return ranked
 
 
-def uniform_formats(
-    config: ModelConfig, body: FormatConfig, head: FormatConfig | None = None
-) -> dict[str, FormatConfig]:
-    """One format for all blocks, and another for the head (by default the same)."""
-    formats = dict.fromkeys(linear_names(config), body)
-    return formats | {"head": head or body}
+def uniform_formats(config: ModelConfig, number_format: FormatConfig) -> dict[str, FormatConfig]:
+    """One format for all linear layers."""
+    return dict.fromkeys(linear_names(config), number_format)
 
 
 def gemm_cycles(steps: int, outputs: int, tokens: int, engine: Engine) -> int:
@@ -264,7 +261,7 @@ def _whole_pass(
     for name, (o, k) in _shapes_in(schedule, config).items():
         if name in formats:
             padded = _padded(o, engine)
-            words = draft_words(k, formats[name]) + residual_words(k, formats[name])
+            words = draft_words(k) + residual_words(k)
             weights += 2 * words * padded
             groups += -(-k // formats[name].group) * padded
         else:
@@ -304,7 +301,7 @@ def draft_pass(
         if name == "head" and drafted_outputs is not None:
             o = drafted_outputs
         if name in formats:
-            padded, words = _padded(o, engine), draft_words(k, formats[name])
+            padded, words = _padded(o, engine), draft_words(k)
             weights += 2 * words * padded
             groups += -(-k // formats[name].group) * padded
         else:
@@ -317,7 +314,7 @@ def draft_pass(
         return cost
     o, k = linear_shapes(config)["head"]
     o = o if drafted_outputs is None else drafted_outputs
-    words = draft_words(k, formats["head"]) + residual_words(k, formats["head"])
+    words = draft_words(k) + residual_words(k)
     outputs, busy = reranked_tiles * engine.cols, reranked_tiles * k
     return replace(
         cost,

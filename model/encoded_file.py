@@ -2,24 +2,20 @@
 """Encoded models as files: draft planes, residual planes and group bytes of all linear layers.
 
 The file is a safetensors file. Each tensor NAME of the model becomes three arrays as they lie in
-memory (see speq.model.format for the layout), and two more if its input channels are permuted or
-scaled:
+memory (see speq.model.format for the layout):
 
     NAME.draft      uint16 [tiles, words, columns]
     NAME.residual   uint16 [tiles, words, columns]
     NAME.groups     uint8  [tiles, groups, columns]
-    NAME.order      uint16 [K]
-    NAME.shift      uint8  [K]
 
 and the entry `speq` of the file's metadata is a JSON object:
 
-    version   4
+    version   5
     source    the model: an alias, or the checkpoint's path from the file's folder
     columns   columns of a tile
-    tensors   for each NAME its `shape` [O, K], `format` (group, split and width),
-              `drafted_outputs` if not all are drafted, `channels` (which of order and shift there
-              are), the `sha256` of its FP16 weights, row by row, and `planes`, that of its arrays,
-              one behind the other in the order above; both of little-endian numbers
+    tensors   for each NAME its `shape` [O, K], `format` (group and split), `drafted_outputs` if not
+              all are drafted, the `sha256` of its FP16 weights, row by row, and `planes`, that of
+              its arrays, one behind the other in the order above; both of little-endian numbers
     settings  "chain" and "alternates": the settings of speculation that were best on the
               calibration texts, without and with leaf alternates; absent if there was none
     report    what the optimiser found, for people; absent if there was no calibration
@@ -51,11 +47,10 @@ from speq.model.input_file import check_regular
 from speq.model.number_format import FormatConfig
 from speq.model.settings import Policy, Settings
 
-VERSION = 4
+VERSION = 5
 
 _MAX_HEADER = 1 << 24  # bytes; 200 of a tensor
 _PLANES = ("draft", "residual", "groups")
-_CHANNELS = ("order", "shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +97,10 @@ def write_encoded(path: Path, encoded: EncodedModel) -> None:
     for name, tensor in encoded.tensors.items():
         planes = (tensor.draft_plane, tensor.residual_plane, tensor.group_bytes)
         present = dict(zip(_PLANES, planes, strict=True))
-        channels = {part: getattr(tensor, part) for part in _CHANNELS}
-        channels = {part: array for part, array in channels.items() if array is not None}
-        present |= channels
         entries[name] = {
             "shape": list(tensor.shape),
             "format": asdict(tensor.config),
             "drafted_outputs": tensor.drafted_outputs,
-            "channels": list(channels),
             "sha256": encoded.digests[name],
             "planes": _digest(present.values()),
         }
@@ -176,20 +167,16 @@ def _tensor(file: Any, name: str, entry: Mapping[str, Any], columns: int) -> Enc
     sizes = [columns, *entry["shape"], entry["drafted_outputs"] or 0]
     if any(type(size) is not int for size in sizes):
         raise ValueError(f"sizes of {name} are {sizes!r:.80}; expected integers")
-    channels = [part for part in _CHANNELS if part in entry["channels"]]
-    if channels != entry["channels"]:
-        raise ValueError(f"channels of {name} are {entry['channels']!r:.80}")
-    arrays = {part: file.get_tensor(f"{name}.{part}") for part in (*_PLANES, *channels)}
-    if _digest(arrays.values()) != entry["planes"]:
+    arrays = [file.get_tensor(f"{name}.{part}") for part in _PLANES]
+    if _digest(arrays) != entry["planes"]:
         raise ValueError(f"the arrays of {name} differ from their digest")
     return EncodedTensor(
         name,
         tuple(entry["shape"]),
         FormatConfig(**entry["format"]),
         columns,
-        *(arrays.pop(part) for part in _PLANES),
+        *arrays,
         drafted_outputs=entry["drafted_outputs"],
-        **arrays,
     )
 
 

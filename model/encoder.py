@@ -33,6 +33,7 @@ import torch
 from speq.model.checkpoint import Model, linear_names
 from speq.model.emulation import (
     Chains,
+    Linear,
     Text,
     decode,
     draft_chains,
@@ -160,6 +161,11 @@ def calibrate(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -
         raise ValueError("calibration needs at least one prompt")
     target = float_linear(float_weights(model))
     texts = decode(model, prompts, max_tokens, target, model.tokenizer.stop_ids)
+    return collect_inputs(model, texts, target)
+
+
+def collect_inputs(model: Model, texts: Sequence[Text], target: Linear) -> Calibration:
+    """The inputs of all linear layers of the FP16 model, `target`, along its texts."""
     inputs: dict[str, list[torch.Tensor]] = {}
     for text in texts:
         skip = len(text.prompt) - 1
@@ -170,7 +176,7 @@ def calibrate(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -
             return target(name, x)
 
         prefill(model, [*text.prompt, *text.tokens[:-1]], collect)
-    return Calibration(texts, {name: torch.cat(rows) for name, rows in inputs.items()})
+    return Calibration(list(texts), {name: torch.cat(rows) for name, rows in inputs.items()})
 
 
 def _shared_input(name: str) -> str:

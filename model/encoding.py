@@ -40,7 +40,6 @@ def linear_weights(model: Model, pattern: str = "") -> dict[str, torch.Tensor]:
 def encode_linears(
     model: Model,
     config: FormatConfig | None = None,
-    head: FormatConfig | None = None,
     *,
     pattern: str = "",
     columns: int = 16,
@@ -53,8 +52,6 @@ def encode_linears(
     model : Model
     config : FormatConfig, optional
         Of all layers.
-    head : FormatConfig, optional
-        Of the head, if it has one of its own.
     pattern : str
         As of `linear_weights`; all layers when not given.
     columns : int
@@ -75,13 +72,7 @@ def encode_linears(
     config = config or FormatConfig()
     weights = linear_weights(model, pattern)
     return {
-        name: encode(
-            weights[name],
-            head if head and name == "head" else config,
-            name=name,
-            columns=columns,
-        )
-        for name in track(weights)
+        name: encode(weights[name], config, name=name, columns=columns) for name in track(weights)
     }
 
 

@@ -32,6 +32,7 @@ from speq.model.cycles import (
     plain_pass,
     verify_pass,
 )
+from speq.model.draft_tree import chain_ends
 from speq.model.emulation import Chains, Text, replay
 from speq.model.format import EncodedTensor
 from speq.model.speculation import Settings, Statistics, Step
@@ -83,7 +84,7 @@ def counted_costs(
 def encoded_costs(
     config: ModelConfig, encoded: Mapping[str, EncodedTensor], reranked: int = 0
 ) -> Costs:
-    """Costs of an encoded model with everything counted, the channels' order and shifts, too.
+    """Costs of an encoded model with everything counted.
 
     Layers that are not encoded are read in FP16 by every pass. For each of `reranked` tokens a
     draft pass reads the whole tile of the head that has it, as if no two were in the same.
@@ -129,7 +130,7 @@ class Run:
     ----------
     kind : str
     statistics : Statistics
-    early_exits : chains that ended because of a margin, before their longest length
+    early_exits : chains that ended because of a margin or a cost, before their longest length
     matches, positions : tokens that equal the draft's first choice behind the true text; tokens
     plain, spent : bytes of plain and of speculative decoding, weights and group bytes
     plain_kv, spent_kv : the same with KV traffic
@@ -243,7 +244,8 @@ def speedup_at(
 
 
 def _ended_early(step: Step, settings: Settings) -> bool:
-    return 0 < step.drafted < settings.length and step.margins[-1] < settings.threshold
+    ended = bool(step.margins) and chain_ends(settings.policy, settings.threshold, step.margins)
+    return ended and step.drafted < settings.length
 
 
 def _kv_traffic(config: ModelConfig, step: Step, context: int) -> tuple[int, int]:
@@ -309,7 +311,7 @@ class Figures:
     acceptance_length : accepted chain tokens per verify pass
     tokens_per_pass : tokens committed per verify pass
     drafted : chain tokens per verify pass
-    early_exits : share of verify passes whose chain ended because of a small margin
+    early_exits : share of verify passes whose chain ended because of a margin or a cost
     alternate_hits : share of verify passes in which an alternate was accepted
     guess_hits : accepted tokens that were guessed from earlier text, per verify pass
     free_steps : share of verify passes without a draft pass before them, because of a guess

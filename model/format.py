@@ -12,20 +12,12 @@ Each plane is a C-contiguous array whose innermost axis is the column, so that o
 the array's C columns consume together; words are little-endian.
 
 draft plane, uint16 [tiles, words, columns]
-    Width 4: word i of a column holds the draft codes of weights 4i .. 4i+3, the first in the low
-    bits: 4 weights per word. Widths 5 and 6 are packed as bit planes: a word of *extension* bits
-    (the code's bits behind the leading four) followed by the nibble words that it extends:
-    1 bit each for 16 weights (width 5), 2 bits each for 8 weights (width 6), the first weight's
-    in the low bits. That is 5 words per 16 weights and 3 words per 8 weights, 3.2 and 2.67
-    weights per word, no bit is wasted, no weight straddles words, and a decoder needs one
-    16-bit register per column instead of a variable-rate gearbox.
+    Word i of a column holds the draft codes of weights 4i .. 4i+3, the first in the low bits.
 residual plane, uint16 [tiles, words, columns]
-    The residuals of a column's weights as one little-endian bit stream, cut into 16-bit words;
-    it restarts at each tile: 3 words per 4 weights (width 4), 11 per 16 (5), 5 per 8 (6).
+    The residuals of a column's weights as one little-endian bit stream, cut into 16-bit words:
+    3 words per 4 weights. It restarts at each tile.
 group bytes, uint8 [tiles, groups, columns]
     Base exponent in bits 4..0, scale code of the draft levels in bits 7..5.
-order, uint16 [K], and shift, uint8 [K]
-    Only of tensors whose channels are permuted or scaled.
 """
 
 from __future__ import annotations
@@ -42,9 +34,9 @@ import torch
 
 from speq.model.number_format import (
     BASE_BITS,
-    MAX_SHIFT,
     NIBBLES_PER_WORD,
     NONFINITE_BASE,
+    RESIDUAL_BITS,
     SCALE_DENOMINATOR,
     SCALE_NUMERATORS,
     FormatConfig,
@@ -59,6 +51,9 @@ from speq.model.number_format import (
 _BLOCK_WEIGHTS = 1 << 18
 
 
+_RESIDUAL_MASK = np.uint16((1 << RESIDUAL_BITS) - 1)
+
+
 @cache
 def _code_tables(config: FormatConfig) -> tuple[np.ndarray, np.ndarray]:
     """Lookup tables between FP16 patterns and stored words, 8 bits at a time.
@@ -69,31 +64,12 @@ def _code_tables(config: FormatConfig) -> tuple[np.ndarray, np.ndarray]:
     """
     table = np.array(remap_table(config.split))
     base, upper = np.meshgrid(np.arange(32), np.arange(256), indexing="ij")
-    exponent, m9, m8, m7 = upper >> 3, upper >> 2 & 1, upper >> 1 & 1, upper & 1
-    code = table[((base - exponent) & 31) << 1 | m9]
-    q, r2, r1, r0 = code >> 3, code >> 2 & 1, code >> 1 & 1, code & 1
-    orders = np.stack(
-        [
-            _pack_bits(m8, m7, r2, r1, r0),  # class of one half-exponent
-            _pack_bits(r0, m8, r2, r1, m7),  # class of one exponent
-            _pack_bits(r2, r1, r0, m8, m7),  # class 0, and every class at width 4
-        ]
-    )
-    plain = config.extension_bits == 0
-    order = np.where(plain | (q == 0), 2, np.where(q > 7 - 2 * config.split, 0, 1))
-    stored = q << 5 | np.take_along_axis(orders, order[None], 0)[0]
+    exponent, m9, low = upper >> 3, upper >> 2 & 1, upper & 3
+    stored = table[((base - exponent) & 31) << 1 | m9] << 2 | low
     encode = (stored << 7).astype(np.uint16)
     decode = np.zeros_like(encode)
     decode[base, stored] = upper << 7
     return encode, decode
-
-
-def _pack_bits(*bits: np.ndarray) -> np.ndarray:
-    """Concatenate single-bit arrays, the first in the most significant place."""
-    word = np.zeros_like(bits[0])
-    for bit in bits:
-        word = word << 1 | bit
-    return word
 
 
 def _translate(patterns: np.ndarray, base: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -154,7 +130,7 @@ def unmap(words: np.ndarray, base: np.ndarray, config: FormatConfig) -> np.ndarr
 
 @cache
 def _signed_levels(config: FormatConfig) -> np.ndarray:
-    """Draft values by draft code in units of the level unit, float32 [2^width]."""
+    """Draft values by draft code in units of the level unit, float32 [16]."""
     magnitudes = np.array([level.value for level in draft_levels(config)], np.float32)
     return np.concatenate([magnitudes, -magnitudes])
 
@@ -254,7 +230,7 @@ def _fit_groups(
     """Scale codes, uint8 [rows, groups], of zero-padded FP16 patterns [rows, groups, group]."""
     base = _base_exponents(grouped)
     stored = _store(grouped, base, config)
-    level = _signed_levels(config).take(stored >> config.residual_bits)
+    level = _signed_levels(config).take(stored >> RESIDUAL_BITS)
     level.reshape(len(level), -1)[:, k:] = 0  # padding is not an error to be minimised
     value = grouped.view(np.float16).astype(np.float32)
     weighted = level if factor is None else level * factor
@@ -276,111 +252,55 @@ def _base_exponents(grouped: np.ndarray) -> np.ndarray:
     return (magnitude >> 10).astype(np.uint8)
 
 
-def pack_draft(codes: np.ndarray, config: FormatConfig) -> np.ndarray:
+def pack_draft(codes: np.ndarray) -> np.ndarray:
     """Pack draft codes into 16-bit words, the draft plane of independent rows.
 
     Parameters
     ----------
-    codes : uint16 array [rows, K], each below 2^width
-    config : FormatConfig
+    codes : uint16 array [rows, K], each below 16
 
     Returns
     -------
     uint16 array [rows, draft_words(K)]
     """
-    rows, k = codes.shape
-    nibble_at, extension_at = _draft_positions(k, config)
-    extension = config.extension_bits
-    codes = np.pad(codes, ((0, 0), (0, -k % NIBBLES_PER_WORD)))
-    plane = np.zeros((rows, draft_words(k, config)), np.uint16)
-    plane[:, nibble_at] = _merge((codes >> extension).reshape(rows, -1, NIBBLES_PER_WORD), 4)
-    if extension:
-        per_word = 16 // extension
-        codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % per_word)))
-        bits = (codes & np.uint16((1 << extension) - 1)).reshape(rows, -1, per_word)
-        plane[:, extension_at] = _merge(bits, extension)
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % NIBBLES_PER_WORD)))
+    nibbles = codes.reshape(len(codes), -1, NIBBLES_PER_WORD)
+    plane = nibbles[..., 0].copy()
+    for i in range(1, NIBBLES_PER_WORD):
+        plane |= nibbles[..., i] << np.uint16(4 * i)
     return plane
 
 
-def unpack_draft(plane: np.ndarray, k: int, config: FormatConfig) -> np.ndarray:
+def unpack_draft(plane: np.ndarray, k: int) -> np.ndarray:
     """Draft codes, uint16 [rows, K], of a packed plane: the inverse of `pack_draft`."""
-    nibble_at, extension_at = _draft_positions(k, config)
-    extension = config.extension_bits
-    codes = _separate(plane[:, nibble_at], 4, NIBBLES_PER_WORD)[:, :k]
-    if extension:
-        bits = _separate(plane[:, extension_at], extension, 16 // extension)
-        codes = codes << extension | bits[:, :k]
-    return codes
+    codes = np.empty((*plane.shape, NIBBLES_PER_WORD), np.uint16)
+    for i in range(NIBBLES_PER_WORD):
+        codes[..., i] = plane >> np.uint16(4 * i)
+    codes &= np.uint16(15)
+    return codes.reshape(len(plane), -1)[:, :k]
 
 
-def _draft_positions(k: int, config: FormatConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the nibble words and of the extension words in a draft plane."""
-    nibble = np.arange(-(-k // NIBBLES_PER_WORD))
-    if not config.extension_bits:
-        return nibble, nibble[:0]
-    per_unit = 16 // config.extension_bits // NIBBLES_PER_WORD
-    unit = nibble // per_unit
-    return nibble + unit + 1, np.unique(unit) * (per_unit + 1)
-
-
-def _merge(fields: np.ndarray, bits: int) -> np.ndarray:
-    """OR together fields [..., n] of `bits` bits, the first in the low place."""
-    word = fields[..., 0].copy()
-    for i in range(1, fields.shape[-1]):
-        word |= fields[..., i] << np.uint16(bits * i)
-    return word
-
-
-def _separate(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The inverse of `_merge` on [rows, n] words, as [rows, n * count]."""
-    out = np.empty((*words.shape, count), np.uint16)
-    for i in range(count):
-        out[..., i] = words >> np.uint16(bits * i)
-    out &= np.uint16((1 << bits) - 1)
-    return out.reshape(len(words), -1)
-
-
-def _stream_overlaps(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """How fields of `bits` bits lie in a stream of 16-bit words.
-
-    Returns fields per period, words per period and (field, word, left shift of the field into
-    the word) for each overlap.
-    """
-    words = bits // np.gcd(bits, 16)
-    fields = 16 // np.gcd(bits, 16)
-    overlaps = [
-        (i, w, bits * i - 16 * w)
-        for i in range(fields)
-        for w in range(bits * i // 16, (bits * (i + 1) - 1) // 16 + 1)
-    ]
-    return int(fields), int(words), overlaps
-
-
-def _shift(values: np.ndarray, amount: int) -> np.ndarray:
-    return values << np.uint16(amount) if amount >= 0 else values >> np.uint16(-amount)
-
-
-def pack_residual(residuals: np.ndarray, config: FormatConfig) -> np.ndarray:
+def pack_residual(residuals: np.ndarray) -> np.ndarray:
     """Pack residuals, uint16 [rows, K], into uint16 [rows, residual_words(K)]."""
     rows, k = residuals.shape
-    fields, words, overlaps = _stream_overlaps(config.residual_bits)
-    padded = np.pad(residuals, ((0, 0), (0, -k % fields))) if k % fields else residuals
-    padded = padded.reshape(rows, -1, fields)
-    plane = np.zeros((rows, padded.shape[1], words), np.uint16)
-    for i, w, amount in overlaps:
-        plane[..., w] |= _shift(padded[..., i], amount)
-    return plane.reshape(rows, -1)[:, : residual_words(k, config)]
+    padded = np.pad(residuals, ((0, 0), (0, -k % 4))) if k % 4 else residuals
+    a, b, c, d = np.moveaxis(padded.reshape(rows, -1, 4), 2, 0)
+    plane = np.empty((rows, a.shape[1], 3), np.uint16)
+    plane[..., 0] = a | b << np.uint16(12)
+    plane[..., 1] = b >> np.uint16(4) | c << np.uint16(8)
+    plane[..., 2] = c >> np.uint16(8) | d << np.uint16(4)
+    return plane.reshape(rows, -1)
 
 
-def unpack_residual(plane: np.ndarray, k: int, config: FormatConfig) -> np.ndarray:
+def unpack_residual(plane: np.ndarray, k: int) -> np.ndarray:
     """Residuals, uint16 [rows, K], of a packed plane: the inverse of `pack_residual`."""
-    fields, words, overlaps = _stream_overlaps(config.residual_bits)
-    padded = np.pad(plane, ((0, 0), (0, -plane.shape[1] % words)))
-    padded = padded.reshape(len(plane), -1, words)
-    out = np.zeros((*padded.shape[:2], fields), np.uint16)
-    for i, w, amount in overlaps:
-        out[..., i] |= _shift(padded[..., w], -amount)
-    out &= np.uint16((1 << config.residual_bits) - 1)
+    low, middle, high = np.moveaxis(plane.reshape(len(plane), -1, 3), 2, 0)
+    out = np.empty((*low.shape, 4), np.uint16)
+    out[..., 0] = low
+    out[..., 1] = low >> np.uint16(12) | middle << np.uint16(4)
+    out[..., 2] = middle >> np.uint16(8) | high << np.uint16(8)
+    out[..., 3] = high >> np.uint16(4)
+    out &= _RESIDUAL_MASK
     return out.reshape(len(plane), -1)[:, :k]
 
 
@@ -397,10 +317,6 @@ class EncodedTensor:
         Output rows in a tile.
     draft_plane, residual_plane : numpy.uint16 [tiles, words, columns]
     group_bytes : numpy.uint8 [tiles, groups, columns]
-    order : numpy.uint16 [K], optional
-        The input channel at each position of a row; as they come when not given.
-    shift : numpy.uint8 [K], optional
-        Exponent of two that scales the weights at each position in the draft, 0 to `MAX_SHIFT`.
     drafted_outputs : int, optional
         Draft passes compute only the first so many outputs (of a large vocabulary, say), and read
         only their tiles; all when not given.
@@ -413,21 +329,18 @@ class EncodedTensor:
     draft_plane: np.ndarray = field(repr=False)
     residual_plane: np.ndarray = field(repr=False)
     group_bytes: np.ndarray = field(repr=False)
-    order: np.ndarray | None = field(default=None, repr=False)
-    shift: np.ndarray | None = field(default=None, repr=False)
     drafted_outputs: int | None = None
 
     def __post_init__(self) -> None:
         o, k = self.shape
-        _check_channels(self.order, self.shift, k, self.name)
         if self.drafted_outputs is not None and not 1 <= self.drafted_outputs <= o:
             raise ValueError(
                 f"drafted_outputs of {self.name!r} is {self.drafted_outputs}; expected 1..{o}"
             )
         tiles = -(-o // self.columns)
         expected = {
-            "draft_plane": (np.uint16, draft_words(k, self.config)),
-            "residual_plane": (np.uint16, residual_words(k, self.config)),
+            "draft_plane": (np.uint16, draft_words(k)),
+            "residual_plane": (np.uint16, residual_words(k)),
             "group_bytes": (np.uint8, -(-k // self.config.group)),
         }
         for plane, (dtype, words) in expected.items():
@@ -448,10 +361,7 @@ class EncodedTensor:
             grouped = _grouped(words, self.config.group)
             base = _untile(self.group_bytes[tiles]) & np.uint8(31)
             patterns = _restore(grouped, base, self.config)
-            patterns = patterns.reshape(len(words), -1)[:, : self.shape[1]]
-            if self.shift is not None:
-                patterns = _lower_exponents(patterns, self.shift)
-            out[start:stop, slice(None) if self.order is None else self.order] = patterns
+            out[start:stop] = patterns.reshape(len(words), -1)[:, : self.shape[1]]
 
         self._for_tiles(work)
         return torch.from_numpy(out.view(np.float16)[: self.shape[0]])
@@ -459,8 +369,7 @@ class EncodedTensor:
     def draft(self) -> torch.Tensor:
         """The values that draft mode multiplies with, exact in torch.float32 [drafted_outputs, K].
 
-        Permuted and scaled as they are stored (see `arranged`). A group that holds an infinity or a
-        NaN gives NaN for all its weights.
+        A group that holds an infinity or a NaN gives NaN for all its weights.
         """
         o, k = self.drafted_outputs or self.shape[0], self.shape[1]
         out = np.empty((self._padded_rows, k), np.float32)
@@ -468,7 +377,7 @@ class EncodedTensor:
 
         def work(start: int, stop: int) -> None:
             tiles = slice(start // self.columns, stop // self.columns)
-            codes = unpack_draft(_untile(self.draft_plane[tiles]), k, self.config)
+            codes = unpack_draft(_untile(self.draft_plane[tiles]), k)
             scale = scales.take(_untile(self.group_bytes[tiles]))
             scale = np.repeat(scale, self.config.group, axis=1)[:, :k]
             np.multiply(levels.take(codes), scale, out=out[start:stop])
@@ -480,33 +389,27 @@ class EncodedTensor:
         """The words that the array takes in verify mode, uint16 [tiles, K, columns].
 
         Bits 15..12 hold sign and q, bits 11..0 the rest of the stored word: both planes joined.
-        Positions are permuted and exponents shifted as they are stored.
         """
         words = self._stored_words(slice(None))[:, : self.shape[1]]
         return _tile(words, self.columns)
 
     def storage_bits(self) -> int:
-        """Bits in memory: both planes, group bytes, order and shift, padding included."""
+        """Bits in memory: both planes and group bytes, padding included."""
         planes = (self.draft_plane, self.residual_plane, self.group_bytes)
-        return 8 * (sum(plane.nbytes for plane in planes) + self._channel_bytes)
+        return 8 * sum(plane.nbytes for plane in planes)
 
     def draft_bits(self) -> int:
-        """Bits that a draft pass reads: of the tiles that it computes, draft plane and group bytes;
-        order and shift."""
+        """Bits that a draft pass reads: of the tiles that it computes, draft plane and group
+        bytes."""
         tiles = -(-(self.drafted_outputs or self.shape[0]) // self.columns)
-        planes = (self.draft_plane[:tiles], self.group_bytes[:tiles])
-        return 8 * (sum(plane.nbytes for plane in planes) + self._channel_bytes)
-
-    @property
-    def _channel_bytes(self) -> int:
-        return sum(array.nbytes for array in (self.order, self.shift) if array is not None)
+        return 8 * (self.draft_plane[:tiles].nbytes + self.group_bytes[:tiles].nbytes)
 
     def _stored_words(self, tiles: slice) -> np.ndarray:
         """Stored words, uint16 [rows of the tiles, K]."""
         k = self.shape[1]
-        codes = unpack_draft(_untile(self.draft_plane[tiles]), k, self.config)
-        residuals = unpack_residual(_untile(self.residual_plane[tiles]), k, self.config)
-        return codes << np.uint16(self.config.residual_bits) | residuals
+        codes = unpack_draft(_untile(self.draft_plane[tiles]), k)
+        residuals = unpack_residual(_untile(self.residual_plane[tiles]), k)
+        return codes << np.uint16(RESIDUAL_BITS) | residuals
 
     @property
     def _padded_rows(self) -> int:
@@ -519,71 +422,6 @@ class EncodedTensor:
             self.columns * self.shape[1],
             lambda start, stop: work(start * self.columns, stop * self.columns),
         )
-
-
-def _check_channels(order: np.ndarray | None, shift: np.ndarray | None, k: int, name: str) -> None:
-    if order is not None and (
-        order.dtype != np.uint16
-        or order.shape != (k,)
-        or not np.array_equal(np.sort(order), np.arange(k))
-    ):
-        raise ValueError(f"order of {name!r} is no uint16 permutation of its {k} input channels")
-    if shift is not None and (
-        shift.dtype != np.uint8 or shift.shape != (k,) or int(shift.max()) > MAX_SHIFT
-    ):
-        raise ValueError(f"shift of {name!r} is no uint8 [{k}] of values up to {MAX_SHIFT}")
-
-
-def _raise_exponents(patterns: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """FP16 patterns uint16 [rows, K] with shift [K] added to their exponent fields, mod 32; but
-    field 0 stays, and what would become 0 becomes `shift`."""
-    fields = patterns >> np.uint16(10) & np.uint16(31)
-    added = (fields + shift) & np.uint16(31)
-    added = np.where(fields == 0, 0, np.where(added == 0, shift, added))
-    return (added << np.uint16(10)).astype(np.uint16) | (patterns & np.uint16(0x83FF))
-
-
-def _lower_exponents(patterns: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """The inverse of `_raise_exponents`."""
-    fields = patterns >> np.uint16(10) & np.uint16(31)
-    wrapped = np.where(fields == shift, 0, fields)  # becomes 32 - shift
-    lowered = np.where(fields == 0, 0, (wrapped - shift.astype(np.int16)) & 31)
-    return (lowered << 10).astype(np.uint16) | (patterns & np.uint16(0x83FF))
-
-
-def _shift_nonfinite(patterns: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """What `arranged` leaves out: infinities and NaNs with the shift added to their exponents."""
-    nonfinite = (patterns & np.uint16(0x7C00)) == 0x7C00
-    return np.where(nonfinite, _raise_exponents(patterns, shift), patterns)
-
-
-def arranged(
-    weights: torch.Tensor,
-    order: np.ndarray | None = None,
-    shift: np.ndarray | None = None,
-    name: str = "tensor",
-) -> torch.Tensor:
-    """FP16 weights [O, K] permuted and scaled as `encode` with this order and shift remaps them.
-
-    Zeros and subnormals keep their exponent field, which has no scale, and infinities and NaNs
-    theirs, so that they still mark their group.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If dtype or shape of an argument is wrong, or if a scaled weight leaves FP16's range.
-    """
-    patterns = _as_patterns(weights, name)
-    _check_channels(order, shift, patterns.shape[1], name)
-    if order is not None:
-        patterns = patterns[:, order]
-    if shift is not None:
-        fields = patterns >> np.uint16(10) & np.uint16(31)
-        if ((fields + shift > 30) & (fields < 31)).any():
-            raise ValueError(f"shift takes weights of {name!r} out of FP16's range: use less")
-        scaled = _raise_exponents(patterns, shift)
-        patterns = np.where(fields == 31, patterns, scaled)
-    return torch.from_numpy(np.ascontiguousarray(patterns).view(np.float16))
 
 
 def _tile(rows: np.ndarray, columns: int) -> np.ndarray:
@@ -617,8 +455,6 @@ def encode(
     name: str = "tensor",
     columns: int = 16,
     *,
-    order: np.ndarray | None = None,
-    shift: np.ndarray | None = None,
     drafted_outputs: int | None = None,
 ) -> EncodedTensor:
     """Encode FP16 weights; `EncodedTensor.decode` gives the same bits back.
@@ -628,13 +464,12 @@ def encode(
     weights : torch.float16 [O, K]
     config : FormatConfig
     scale_codes : integers [O, ceil(K / group)], 0 to 7, optional
-        Scale codes of the draft levels; `fit_scale_codes(arranged(weights, order, shift), config)`
-        when not given.
+        Scale codes of the draft levels; `fit_scale_codes(weights, config)` when not given.
     name : str
         The tensor's name, for messages.
     columns : int
         Columns of the array that the planes are laid out for.
-    order, shift, drafted_outputs : optional
+    drafted_outputs : int, optional
         As in `EncodedTensor`.
 
     Returns
@@ -644,7 +479,7 @@ def encode(
     Raises
     ------
     TypeError, ValueError
-        If dtype, shape or range of an argument is wrong, or a scaled weight leaves FP16's range.
+        If dtype, shape or range of an argument is wrong.
 
     Warns
     -----
@@ -658,31 +493,26 @@ def encode(
     tiles, groups = -(-o // columns), -(-k // config.group)
     codes = None if scale_codes is None else _check_scale_codes(scale_codes, (o, groups), name)
 
-    draft = np.empty((tiles, draft_words(k, config), columns), np.uint16)
-    residual = np.empty((tiles, residual_words(k, config), columns), np.uint16)
+    draft = np.empty((tiles, draft_words(k), columns), np.uint16)
+    residual = np.empty((tiles, residual_words(k), columns), np.uint16)
     group_bytes = np.empty((tiles, groups, columns), np.uint8)
-    marked = _as_patterns(arranged(weights, order, shift, name), name)
-    remapped = marked if shift is None else _shift_nonfinite(marked, shift)
 
     def work(start: int, stop: int) -> None:
         first, last = start * columns, min(stop * columns, o)
-        grouped = _grouped(marked[first:last], config.group)
+        grouped = _grouped(patterns[first:last], config.group)
         base = _base_exponents(grouped)
         scale = _fit_groups(grouped, k, config) if codes is None else codes[first:last]
-        if remapped is not marked:
-            grouped = _grouped(remapped[first:last], config.group)
         stored = _store(grouped, base, config).reshape(last - first, -1)[:, :k]
         padding = ((0, stop * columns - last), (0, 0))
         stored = np.pad(stored, padding)
-        draft[start:stop] = _tile(pack_draft(stored >> config.residual_bits, config), columns)
-        mask = np.uint16((1 << config.residual_bits) - 1)
-        residual[start:stop] = _tile(pack_residual(stored & mask, config), columns)
+        draft[start:stop] = _tile(pack_draft(stored >> RESIDUAL_BITS), columns)
+        residual[start:stop] = _tile(pack_residual(stored & _RESIDUAL_MASK), columns)
         group_bytes[start:stop] = _tile(np.pad(base | scale << BASE_BITS, padding), columns)
 
     _parallel_blocks(tiles, columns * k, work)
     _warn_nonfinite(patterns, _untile(group_bytes)[:o], config.group, name)
     planes = (draft, residual, group_bytes)
-    return EncodedTensor(name, (o, k), config, columns, *planes, order, shift, drafted_outputs)
+    return EncodedTensor(name, (o, k), config, columns, *planes, drafted_outputs)
 
 
 def _check_scale_codes(

@@ -9,31 +9,14 @@ exponent remap is a bijection from half-exponents to (q, r), the 3-bit draft mag
 3-bit slot, so that a weight is stored, losslessly, as the 16-bit word
 
     bit   15   14..12   11..9    8..0
-           s     q        r     m[8:0]          (draft width 4)
+           s     q        r     m[8:0]
 
-The top `width` bits are the *draft code*, the rest is the *residual*. For draft widths 5 and 6
-the 12 bits behind (s, q) are permuted, depending on q only, so that the significand bits that
-come next in the draft's value come first:
-
-    classes of one half-exponent    m8 m7 r2 r1 r0 m[6:0]
-    classes of one exponent         r0 m8 r2 r1 m7 m[6:0]
-    class 0                         r2 r1 r0 m8 m7 m[6:0]
-
-Everything that the hardware needs to know about the format (`remap_table`, `draft_levels`,
-`SCALE_NUMERATORS`, field widths) is defined here once and the RTL is generated from it.
+The top 4 bits are the *draft code*, the rest is the *residual*.
 
 An exact zero would spill as well (t = b), into a class that is far too large for it, and
 checkpoints that were once quantised have many zeros. So in groups with b beyond the last exponent
 that class 0 owns, the pattern of zero changes places with that exponent's power of two
 (`smallest_owned`), which is as rare as any single pattern.
-
-Two further freedoms leave every bit of the weights alone and only change what the draft makes of
-them. Input channels may be *permuted*, because an exact sum has no order: position j of a row then
-holds the weight of input channel order[j]. And they may be *scaled* by powers of two: shift[j] is
-added (mod 32) to the exponent field that is remapped, so that the draft multiplies weights that are
-2^shift[j] times as large with activations that are as much smaller. The decoder subtracts it again:
-verify mode multiplies the original weight with the original activation. Exponent field 0, that of
-zero and of subnormals, stays as it is; the one field that would become 0 takes its place.
 
 Source: "From Quarter to All" (arXiv 2510.18525) for the idea of remapping exponents so that 4 of
 the 16 bits are a usable draft; the table with split exponents, the base exponent per group and
@@ -47,7 +30,8 @@ from functools import cache
 
 GROUP_SIZES = (32, 64, 128)
 SPLITS = (0, 1, 2, 3)
-DRAFT_WIDTHS = (4, 5, 6)
+#: Bits of a weight in and outside its draft code.
+DRAFT_BITS, RESIDUAL_BITS = 4, 12
 
 BASE_BITS = 5
 SCALE_BITS = 3
@@ -58,8 +42,6 @@ SCALE_DENOMINATOR = 16
 UNIT_SCALE_CODE = SCALE_NUMERATORS.index(SCALE_DENOMINATOR)
 #: The base exponent of a group that holds an infinity or a NaN.
 NONFINITE_BASE = 31
-#: Largest power of two by which an input channel's weights are scaled in the draft.
-MAX_SHIFT = 7
 #: Weights in one 16-bit word of draft nibbles.
 NIBBLES_PER_WORD = 4
 
@@ -80,8 +62,6 @@ class FormatConfig:
     split : int
         How many of the largest exponents of a group are told apart by their top mantissa bit in
         the draft: 0 to 3.
-    width : int
-        Bits of a draft code: 4, 5 or 6.
 
     Raises
     ------
@@ -91,32 +71,15 @@ class FormatConfig:
 
     group: int = 64
     split: int = 2
-    width: int = 4
 
     def __post_init__(self) -> None:
         _check_member("group", self.group, GROUP_SIZES)
         _check_member("split", self.split, SPLITS)
-        _check_member("draft width", self.width, DRAFT_WIDTHS)
-
-    @property
-    def extension_bits(self) -> int:
-        """Bits of a draft code behind the leading four: 0, 1 or 2."""
-        return self.width - 4
-
-    @property
-    def residual_bits(self) -> int:
-        """Bits of a weight outside its draft code."""
-        return 16 - self.width
-
-    @property
-    def significand_bits(self) -> int:
-        """Bits of a draft level's significand."""
-        return 3 + self.extension_bits
 
     @property
     def level_unit_exponent(self) -> int:
         """log2 of the unit of draft levels, relative to 2^(b - 15)."""
-        return -(10 - self.split) - self.extension_bits
+        return -(10 - self.split)
 
     @property
     def draft_unit_exponent(self) -> int:
@@ -169,44 +132,27 @@ class Level:
 
 @cache
 def draft_levels(config: FormatConfig) -> tuple[Level, ...]:
-    """The draft magnitudes, indexed by a draft code without its sign (``width - 1`` bits).
+    """The draft magnitudes, indexed by a draft code without its sign, q.
 
     A class of one half-exponent [1.5, 2) or [1, 1.5) and a class of one exponent [1, 2) are
-    represented by the middle of the interval that the code leaves open. Class 0, four exponents,
-    is 0.75 of its largest; its extension bits first tell the upper two exponents from the lower
-    two (1.25 and 0.3125 of the largest), then each exponent (its middle).
+    represented by their middle. Class 0, four exponents, is 0.75 of its largest.
     """
-    extension = config.extension_bits
     top = 8 - config.split  # shift of the largest exponent's 3-bit significands
-    levels = []
-    for q in range(8):
-        for bits in range(1 << extension):
-            if q == 0:
-                options = (((6, 0),), ((5, 0), (10, 1)), ((6, 0), (12, 0), (24, 0), (24, 1)))
-                levels.append(Level(*options[extension][bits]))
-            elif q > 7 - 2 * config.split:
-                t, half = divmod(7 - q, 2)
-                low, span = (4, 2) if half else (6, 2)
-                levels.append(_middle(low, span, bits, extension, top - t))
-            else:
-                t = 7 - q - config.split
-                levels.append(_middle(4, 4, bits, extension, top - t))
+    levels = [Level(6, 0)]
+    for q in range(1, 8):
+        if q > 7 - 2 * config.split:
+            t, half = divmod(7 - q, 2)
+            levels.append(Level(5 if half else 7, top - t))
+        else:
+            levels.append(Level(6, top - (7 - q - config.split)))
     return tuple(levels)
 
 
-def _middle(low: int, span: int, bits: int, extension: int, shift: int) -> Level:
-    """Middle of part `bits` of the 2^extension parts of [low, low + span), significand of 4..8."""
-    # In units of 2^-extension the parts are `span` wide and start at low << extension.
-    return Level((low << extension) + span * bits + span // 2, shift)
-
-
-def draft_words(k: int, config: FormatConfig) -> int:
+def draft_words(k: int) -> int:
     """16-bit words of a column's draft plane for K weights."""
-    nibble_words = -(-k // NIBBLES_PER_WORD)
-    return nibble_words + -(-k * config.extension_bits // 16)
+    return -(-k // NIBBLES_PER_WORD)
 
 
-def residual_words(k: int, config: FormatConfig) -> int:
+def residual_words(k: int) -> int:
     """16-bit words of a column's residual plane for K weights (K padded to a multiple of 4)."""
-    padded = -(-k // NIBBLES_PER_WORD) * NIBBLES_PER_WORD
-    return -(-padded * config.residual_bits // 16)
+    return 3 * draft_words(k)

@@ -142,19 +142,16 @@ class KVCache:
 class DraftLinear:
     """A linear layer [O, K] prepared for draft passes.
 
-    Members: the weights of the outputs that are drafted, the activations' block size, the order
-    int64 [K] and the shift int32 [K] of input channels if there are any, and O.
+    Members: the weights of the outputs that are drafted, the activations' block size, and O.
     """
 
     operand: WeightOperand
     block: int
-    order: torch.Tensor | None
-    shift: torch.Tensor | None
     outputs: int
 
     def quantize(self, x: torch.Tensor) -> BlockActivations:
         """Activations float16 [T, K] as this layer multiplies them."""
-        return quantize_activations(x, self.block, order=self.order, shift=self.shift)
+        return quantize_activations(x, self.block)
 
     def pad(self, y: torch.Tensor) -> torch.Tensor:
         """Products [T, drafted outputs] -> [T, O]: outputs that are not drafted are -inf."""
@@ -172,14 +169,7 @@ def prepare_draft_linears(encoded: Mapping[str, EncodedTensor]) -> dict[str, Dra
 
 def prepare_draft_linear(tensor: EncodedTensor) -> DraftLinear:
     """Prepares one encoded linear layer."""
-    order, shift = tensor.order, tensor.shift
-    return DraftLinear(
-        prepare_draft(tensor),
-        tensor.config.group,
-        None if order is None else torch.from_numpy(order.astype(np.int64)),
-        None if shift is None else torch.from_numpy(shift.astype(np.int32)),
-        tensor.shape[0],
-    )
+    return DraftLinear(prepare_draft(tensor), tensor.config.group, tensor.shape[0])
 
 
 def rerank(x: torch.Tensor, logits: torch.Tensor, head: torch.Tensor, count: int) -> torch.Tensor:

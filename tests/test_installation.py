@@ -19,7 +19,7 @@ USE = """\
 import speq
 
 model = speq.load("tiny")
-made = speq.generate(model, "x", speq.encode(model, speq.FormatConfig(width=5)), max_tokens=3)
+made = speq.generate(model, "x", speq.encode(model, speq.FormatConfig(group=32)), max_tokens=3)
 reveal_type(model)
 reveal_type(made.statistics.match_rate)
 for chunk in speq.stream(model, [1, 2]):

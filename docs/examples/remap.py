@@ -26,7 +26,7 @@ from speq.model.number_format import draft_levels, remap_table
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/examples")
 folder.mkdir(parents=True, exist_ok=True)
-config = speq.FormatConfig(group=64, split=2, width=4)
+config = speq.FormatConfig(group=64, split=2)
 
 # %% [markdown]
 # ## One weight

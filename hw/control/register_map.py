@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
+from speq.model.number_format import DRAFT_BITS
 
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
@@ -187,7 +188,7 @@ def constants(config: AcceleratorConfig) -> dict[str, int | dict[str, int]]:
         "FORMAT": {
             "group": number_format.group,
             "split": number_format.split,
-            "width": number_format.width,
+            "width": DRAFT_BITS,
         },
         "BUS": {
             "weights_bytes": config.weights.beat_bytes,

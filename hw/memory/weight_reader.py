@@ -17,7 +17,7 @@ from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.plane_merger import PlaneMerger, merger_command_layout
 from speq.hw.memory.repeater import Repeater
 from speq.hw.memory.word_packer import WordPacker
-from speq.model.number_format import FormatConfig, residual_words
+from speq.model.number_format import residual_words
 
 #: Commands whose last word may not have been taken when another is taken.
 _COMMANDS = 4
@@ -25,7 +25,7 @@ _COMMANDS = 4
 _CHUNKS = 32
 _MAX_CHUNK_WORDS = 16
 #: Words of the residuals that belong to a word of draft codes.
-RESIDUAL_WORDS = residual_words(DRAFT_LANES, FormatConfig())
+RESIDUAL_WORDS = residual_words(DRAFT_LANES)
 
 
 def tile_bits(config: AcceleratorConfig) -> int:

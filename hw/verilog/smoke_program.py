@@ -24,6 +24,8 @@ from speq.hw.engine_config import (
     Mode,
 )
 from speq.model.number_format import (
+    DRAFT_BITS,
+    RESIDUAL_BITS,
     SCALE_BITS,
     SCALE_DENOMINATOR,
     SCALE_NUMERATORS,
@@ -156,13 +158,13 @@ class _Column:
 
     def draft(self) -> bytes:
         """Words of the draft plane."""
-        bits, words = self._format.width, draft_words(len(self._words), self._format)
-        return _stream([word >> FP16_BITS - bits for word in self._words], bits, words)
+        codes = [word >> RESIDUAL_BITS for word in self._words]
+        return _stream(codes, DRAFT_BITS, draft_words(len(codes)))
 
     def residual(self) -> bytes:
         """Words of the residual plane."""
-        bits, words = self._format.residual_bits, residual_words(len(self._words), self._format)
-        return _stream([word & (1 << bits) - 1 for word in self._words], bits, words)
+        residuals = [word & (1 << RESIDUAL_BITS) - 1 for word in self._words]
+        return _stream(residuals, RESIDUAL_BITS, residual_words(len(residuals)))
 
     def group_byte(self) -> int:
         """Base exponent and scale code of the one group."""

@@ -180,9 +180,8 @@ def test_sampling_is_seeded(model) -> None:
 
 def test_encodings_are_written_and_read(model, tmp_path) -> None:
     """What is read is compared with the model, and nothing is replaced by mistake."""
-    encoded = speq.encode(model, speq.FormatConfig(width=5), head=speq.FormatConfig(width=6))
-    assert {t.config.width for n, t in encoded.tensors.items() if n != "head"} == {5}
-    assert encoded.tensors["head"].config.width == 6
+    encoded = speq.encode(model, speq.FormatConfig(32, split=1))
+    assert {t.config for t in encoded.tensors.values()} == {speq.FormatConfig(32, split=1)}
     path = tmp_path / "encoded.safetensors"
     for _ in range(2):
         speq.write_encoded(str(path), encoded)

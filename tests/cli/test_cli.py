@@ -99,7 +99,7 @@ def test_installed_command_lists_its_commands() -> None:
         (("verilog", "-o", "x.v", "--cols", 8, "--data-bits", 256), "data width is 256; 8 columns"),
         (("verilog", "-o", "x.v", "--address-bits", 8), "address_bits is 8"),
         (("verilog", "-o", "x.txt"), "x.txt: name the Verilog file .v"),
-        (("verilog", "-o", "x.v", "--width", 7), "draft width is 7"),
+        (("verilog", "-o", "x.v", "--split", 7), "split is 7"),
         (("verilog", "-o", "/dev/null/x.v", "--rows", 1, "--cols", 4), "/dev/null: "),
         (("encode", "absent.gguf", "-o", "x.safetensors"), "absent.gguf"),
         (("encode", "absent.gguf", "-o", "absent/x.safetensors"), "absent: no such folder"),
@@ -153,19 +153,19 @@ def test_error_text_has_no_line_breaks() -> None:
     assert speq.cli.describe(FileNotFoundError(2, "No such file", "a.bin")) == "a.bin: No such file"
 
 
-@pytest.mark.parametrize("group, split, width", [(64, 2, 4), (32, 0, 5), (128, 3, 6)])
+@pytest.mark.parametrize("group, split", [(64, 2), (32, 0), (128, 3)])
 def test_fixed_encoding_writes_planes_and_header(
-    speq_command: Speq, model: Model, tmp_path: Path, group: int, split: int, width: int
+    speq_command: Speq, model: Model, tmp_path: Path, group: int, split: int
 ) -> None:
     path = tmp_path / "model.safetensors"
-    options = ("--group", group, "--split", split, "--width", width, "--columns", 8)
+    options = ("--group", group, "--split", split, "--columns", 8)
     result = speq_command("encode", "one-block", "-o", path, "--fixed", "--verify", *options)
     assert result.code == 0, result.err
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
-    config = FormatConfig(group, split, width)
+    config = FormatConfig(group, split)
     names = linear_names(model.config)
     file = read_encoded(path)
     assert (file.settings, file.report) == ({}, {})
@@ -177,7 +177,7 @@ def test_fixed_encoding_writes_planes_and_header(
         expected = encode_tensor(weight, config, name=name, columns=8)
         for plane in ("draft_plane", "residual_plane", "group_bytes"):
             np.testing.assert_array_equal(getattr(tensor, plane), getattr(expected, plane))
-        assert tensor.config == config and tensor.order is tensor.shift is None
+        assert tensor.config == config
         stored += expected.storage_bits()
         drafted += expected.draft_bits()
         weights += weight.numel()
@@ -208,14 +208,12 @@ def test_encode_refuses_a_wrong_pattern(
     ("options", "message"),
     [
         (("--split", 4), "split is 4"),
-        (("--width", 4), "--width needs --fixed"),
         (("--tensors", "up"), "--tensors needs --fixed"),
         (("--rows", 1), "at least 2 rows and 2 choices"),
         (("--choices", 1), "at least 2 rows and 2 choices"),
         (("--rows", 0), "rows is 0"),
         (("--group", 48), "group is 48"),
         (("--fixed", "--split", 4), "split is 4"),
-        (("--fixed", "--width", 7), "draft width is 7"),
         (("--prompts", "absent.json"), "absent.json"),
     ],
 )

@@ -22,7 +22,7 @@ from speq.model.checkpoint import linear_names
 from speq.model.cycles import uniform_formats
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.encoding import encode_linears
-from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate, counted_costs
+from speq.model.evaluation import THRESHOLDS, Acceptance, Estimate, counted_costs, encoded_costs
 from speq.model.format import encode
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
@@ -70,7 +70,7 @@ def settings_of(report: dict, name: str) -> Settings:
 
 
 def test_report_and_plots(speq_eval, checkpoint, tmp_path):
-    made = speq_eval(*QUICK, "--head-width", 6, "--seed", 3, "-o", tmp_path / "out")
+    made = speq_eval(*QUICK, "--group", 32, "--seed", 3, "-o", tmp_path / "out")
     assert made.code == 0, made.err
     names = {f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg")} | {"report.json"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
@@ -86,11 +86,13 @@ def test_report_and_plots(speq_eval, checkpoint, tmp_path):
     for file in (tmp_path / "out").iterdir():  # which may be moved
         for folder in (tmp_path, Path(checkpoint).parent, Path.cwd()):
             assert str(folder).encode() not in file.read_bytes()
-    assert report["settings"]["seed"] == 3 and report["settings"]["draft"]["head"]["width"] == 6
+    [formats] = report["settings"]["draft"]["formats"]
+    assert report["settings"]["seed"] == 3
+    assert formats == {"format": {"group": 32, "split": 2}, "tensors": 15}
     one_each = dict.fromkeys(shipped_prompts("evaluation"), 1)
     assert report["prompts"] == {"calibration": one_each, "evaluation": one_each}
     config = small_config(tied_head=False, context=512)
-    formats = uniform_formats(config, FormatConfig(), FormatConfig(width=6))
+    formats = uniform_formats(config, FormatConfig(32))
     assert report["costs"]["relative"] == list(counted_costs(config, formats).relative)
     assert list(report["results"]) == RESULTS
     for name in RESULTS:
@@ -138,13 +140,13 @@ def test_figures_are_those_of_real_speculation(speq_eval, checkpoint, tmp_path, 
     prompts = {"chat": ["hello hell", "the hello"], "other": ["a b c d"]}
     file = tmp_path / "prompts.json"
     file.write_text(json.dumps(prompts))
-    arguments = ("--prompts", file, "--max-tokens", 12, "--width", 6, "--prompts-per-kind", 2)
+    arguments = ("--prompts", file, "--max-tokens", 12, "--split", 1, "--prompts-per-kind", 2)
     arguments += ("--reranked", reranked)
     made = speq_eval(*arguments, "-o", tmp_path / "out")
     assert made.code == 0, made.err
     report = read(tmp_path / "out")
     model = load_model(checkpoint)
-    session = Session(model, encode_linears(model, FormatConfig(width=6)))
+    session = Session(model, encode_linears(model, FormatConfig(split=1)))
     for name in RESULTS:
         settings = settings_of(report, name)
         assert settings.reranked == reranked
@@ -200,41 +202,44 @@ def test_models_without_a_chat_format_get_story_openings(speq_eval, tmp_path):
 
 
 def test_encoded_file(speq_eval, checkpoint, tmp_path):
-    """With what the optimiser may do: a scaled channel, and a head of which half is drafted."""
+    """With what the optimiser may do: a head of which half is drafted, and tokens re-ranked."""
     model = load_model(checkpoint)
     weights = {name: model.linear_weight(name) for name in linear_names(model.config)}
-    wide = FormatConfig(width=5)
-    shift = np.arange(64, dtype=np.uint8) % 2
-    encoded = {name: encode(weight, wide, name=name) for name, weight in weights.items()}
-    encoded["block.0.q_proj"] = encode(weights["block.0.q_proj"], wide, shift=shift)
+    encoded = {
+        name: encode(weight, FormatConfig(split=1), name=name) for name, weight in weights.items()
+    }
     encoded["head"] = encode(weights["head"], FormatConfig(), drafted_outputs=128)
+    settings = {name: Settings(4, reranked=3) for name in ("chain", "alternates")}
     digests = {name: sha256(weight) for name, weight in weights.items()}
     file = tmp_path / "model.safetensors"
-    write_encoded(file, EncodedModel(model.name, encoded, digests))
+    write_encoded(file, EncodedModel(model.name, encoded, digests, settings))
 
     made = speq_eval(*QUICK, "--encoded", file, "-o", tmp_path / "out")
     assert made.code == 0, made.err
     report = read(tmp_path / "out")
     draft = report["settings"]["draft"]
-    assert draft["head"]["width"] == 4 and draft["drafted_outputs"] == 128
+    assert draft["drafted_outputs"] == 128 and report["settings"]["reranked"] == 3
     assert draft["encoded"] == file.name
     assert [entry["tensors"] for entry in draft["formats"]] == [14, 1]
-    assert report["costs"]["relative"] == list(pass_costs(encoded))
+    assert report["costs"]["relative"] == list(encoded_costs(model.config, encoded, 3).relative)
+    assert report["results"]["alternates"]["settings"]["reranked"] == 3
+    made = speq_eval(*QUICK, "--encoded", file, "--reranked", 0, "-o", tmp_path / "out")
+    assert read(tmp_path / "out")["costs"]["relative"] == list(pass_costs(encoded))
 
     other = tmp_path / "other.gguf"
     write_gguf(other, model.config, random_weights(model.config, SEED + 1))
     made = speq_eval(*QUICK, "--encoded", file, "-o", tmp_path / "new", model=other)
     assert made.code == 1
     assert f"{file}: it is not of {other}" in made.err[-1]
-    made = speq_eval(*QUICK, "--encoded", file, "--width", 5, "-o", tmp_path / "new")
-    assert made.code == 1 and "--width and --encoded exclude each other" in made.err[-1]
+    made = speq_eval(*QUICK, "--encoded", file, "--split", 1, "-o", tmp_path / "new")
+    assert made.code == 1 and "--split and --encoded exclude each other" in made.err[-1]
     assert not (tmp_path / "new").exists()
 
 
 def test_ablation(speq_eval, tmp_path, monkeypatch):
     """A few of its rows, one of each sort; the others are as many more drafts. All tables fit lines
     of 80 characters: long names get several, and no word is cut."""
-    rows = [row for row in ablation.ROWS if row.draft in ("split 2", "5 bits", "INT4", "tender4")]
+    rows = [row for row in ablation.ROWS if row.draft in ("split 2", "half", "INT4", "tender4")]
     monkeypatch.setattr(ablation.run_ablation, "__defaults__", (rows, ("tender4",), lambda _: None))
     monkeypatch.setenv("COLUMNS", "80")
     made = speq_eval(*QUICK, "--ablation", "-o", tmp_path / "out")
@@ -258,8 +263,7 @@ def test_ablation(speq_eval, tmp_path, monkeypatch):
         (("--rows", 1), "rows is 1; speculation needs at least 2"),
         (("--choices", 0), "choices is 0"),
         (("--choices", 265), "choices is 265; the model has 264 tokens"),
-        (("--width", 7), "draft width is 7"),
-        (("--head-width", 3), "draft width is 3"),
+        (("--split", 7), "split is 7"),
         (("--group", 65), "group is 65"),
         (("--prompts", "missing.json"), "missing.json: No such file"),
         (("--encoded", "missing.safetensors"), "missing.safetensors"),

@@ -35,7 +35,7 @@ from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.tokenizer import TextStream
-from tests.model.drafted import pass_costs, rearranged
+from tests.model.drafted import pass_costs, randomly_scaled
 from tests.model.small_models import overflowing, random_weights, small_config, write_gguf
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
@@ -76,7 +76,7 @@ def test_speculative_text_is_that_of_fp16(speq_generate):
     for options in (
         (),
         ("--rows", 16, "--threshold", 0.5, "--choices", 2),
-        ("--width", 5, "--head-width", 6, "--draft-length", 2),
+        ("--split", 3, "--draft-length", 2),
         ("--group", 32, "--split", 0),
     ):
         made = speq_generate("--max-tokens", COUNT, *options)
@@ -244,7 +244,7 @@ def test_wrong_requests_are_refused_in_one_line(speq_generate, tmp_path):
         (("--temperature", 1, "--top-p", 0), "top-p is 0.0"),
         (("--rows", 0), "rows is 0"),
         (("--rows", 4, "--draft-length", 4), "draft length is 4; expected 0 to rows - 1 = 3"),
-        (("--head-width", 7), "draft width is 7; allowed values are 4, 5, 6"),
+        (("--split", 7), "split is 7; allowed values are 0, 1, 2, 3"),
         (("--prompt", "x" * 70, "--raw"), "prompt has 70 tokens; expected 1 to 63"),
         (("--prompt", "", "--raw"), "prompt has 0 tokens"),
     ):
@@ -265,9 +265,10 @@ FILE_SETTINGS = {
 
 @pytest.fixture(scope="module")
 def encoded_file(checkpoint, tmp_path_factory) -> Path:
-    """The checkpoint with permuted and scaled channels, a head of 200 outputs, and settings."""
+    """The checkpoint with a head of 200 outputs, and settings."""
     model = load_model(checkpoint)
-    tensors = rearranged(model, np.random.default_rng(SEED), FormatConfig(32), drafted_outputs=200)
+    rng = np.random.default_rng(SEED)
+    tensors = randomly_scaled(model, rng, FormatConfig(32), drafted_outputs=200)
     digests = {name: sha256(model.linear_weight(name)) for name in tensors}
     path = tmp_path_factory.mktemp("encoded") / "model.safetensors"
     write_encoded(path, EncodedModel(model.name, tensors, digests, FILE_SETTINGS))
@@ -324,7 +325,7 @@ def test_settings_come_from_the_file_and_the_options():
 def test_encoded_files_that_cannot_be_used_are_refused(
     speq_generate, encoded_file, checkpoint, tmp_path
 ):
-    for option in ("group", "split", "width", "head-width"):
+    for option in ("group", "split"):
         made = speq_generate("--encoded", encoded_file, f"--{option}", 5)
         assert made.code == 1 and f"--{option} and --encoded exclude each other" in made.err
         assert made.err.count("\n") == 1 and not made.out
@@ -343,9 +344,7 @@ def test_encoded_files_that_cannot_be_used_are_refused(
 
 def test_every_linear_layer_is_encoded_and_counted(checkpoint):
     model = load_model(checkpoint)
-    encoded = encode_linears(model, FormatConfig(), FormatConfig(width=6))
-    assert encoded["head"].config.width == 6
-    assert {t.config.width for name, t in encoded.items() if name != "head"} == {4}
+    encoded = encode_linears(model)
     assert len(encoded) == 2 * 7 + 1
     for name, tensor in encoded.items():
         assert torch.equal(tensor.decode(), model.linear_weight(name))
@@ -354,7 +353,7 @@ def test_every_linear_layer_is_encoded_and_counted(checkpoint):
     plain = sum(o * k for o, k in layers) + c.vocab_size * 64
     rows = 272  # the head's 264 in whole tiles
     groups = sum(o * -(-k // 64) for o, k in layers) + rows
-    draft_bits = sum(4 * o * k for o, k in layers) + 6 * rows * 64 + 8 * groups
+    draft_bits = sum(4 * o * k for o, k in layers) + 4 * rows * 64 + 8 * groups
     stored_bits = sum(16 * o * k for o, k in layers) + 16 * rows * 64 + 8 * groups
     costs = encoded_costs(model.config, encoded).relative
     assert costs == (draft_bits / (16 * plain), stored_bits / (16 * plain))
@@ -426,10 +425,15 @@ def accelerator(monkeypatch) -> list:
     return configs
 
 
-def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator):
+def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator, encoded_file):
     rtl = ("--backend", "rtl", "--max-tokens", COUNT)
     plain = speq_generate("--mode", "fp16", "--max-tokens", COUNT)
-    for options in ((), ("--mode", "fp16"), ("--rows", 4, "--cols", 8, "--choices", 2)):
+    for options in (
+        (),
+        ("--mode", "fp16"),
+        ("--rows", 4, "--cols", 8, "--choices", 2),
+        ("--encoded", encoded_file, "--rows", 6),
+    ):
         made = speq_generate(*rtl, *options)
         assert made.code == 0, made.err
         assert made.out == plain.out
@@ -437,7 +441,8 @@ def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator):
         assert "cycles per token: 0, and 0 of waiting for the host" in made.err
         assert "simulation: 0 cycles in" in made.err
     arrays = [(config.engine.rows, config.engine.cols) for config in accelerator]
-    assert arrays == [(8, 16), (8, 16), (4, 8)]
+    assert arrays == [(8, 16), (8, 16), (4, 8), (6, 16)]
+    assert accelerator[-1].engine.format == FormatConfig(32)
 
 
 def test_figures_of_the_accelerator():
@@ -459,7 +464,7 @@ def test_figures_of_the_accelerator():
     assert rtl_figures(dict.fromkeys(COUNTERS, 0), 1, 1.0) == []
 
 
-def test_requests_that_the_accelerator_cannot_serve(speq_generate, accelerator, encoded_file):
+def test_requests_that_the_accelerator_cannot_serve(speq_generate, accelerator):
     for options, message in (
         (("--backend", "rtl", "--temperature", 1), "the accelerator decodes greedily"),
         (("--cols", 8), "--cols is of the simulated array: give --backend rtl"),
@@ -467,8 +472,6 @@ def test_requests_that_the_accelerator_cannot_serve(speq_generate, accelerator, 
         (("--backend", "rtl", "--choices", 9), "choices is 9; this accelerator ranks 1 to 8"),
         (("--reranked", 9), "reranked is 9; expected 0 (none) to 8"),
         (("--mode", "fp16", "--reranked", 8), "--reranked is not used with --mode fp16"),
-        (("--backend", "rtl", "--head-width", 6), "head has draft width 6"),
-        (("--backend", "rtl", "--encoded", encoded_file), "encode the model with --fixed"),
     ):
         made = speq_generate(*options)
         assert made.code == 1 and message in made.err, made.err

@@ -63,7 +63,7 @@ def test_options_override_a_description(speq_command, asked_for, description):
     config, path = description
     for options in (
         (),
-        ("--rows", 4, "--width", 4, "--split", 0, "--data-bits", 128, "--address-bits", 40),
+        ("--rows", 4, "--split", 0, "--data-bits", 128, "--address-bits", 40),
         ("--engine",),
     ):
         made = speq_command("verilog", "--config", path, *options, "-o", "x.v")

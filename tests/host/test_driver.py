@@ -48,7 +48,7 @@ from tests.host.decoding import (
     check_resumed,
     system,
 )
-from tests.model.drafted import drafted_model, rearranged
+from tests.model.drafted import drafted_model
 from tests.model.small_models import BEHIND_PREFILL, OVERFLOWS, overflowing, random_tokens
 
 
@@ -461,11 +461,6 @@ def refused(
 
 def test_encodings_that_the_array_cannot_read_are_refused():
     model = drafted_model("llama", SEED)
-    for width in (5, 6):
-        encoded = encode_linears(model, FormatConfig(width=width))
-        refused(f"block.0.q_proj has draft width {width}.*--fixed --width 4", model, encoded)
-    channels = rearranged(model, np.random.default_rng(SEED))
-    refused("permuted or scaled input channels.*--fixed --width 4", model, channels)
     name = "block.1.down_proj"
     part = encode(model.linear_weight(name), FormatConfig(), name=name, drafted_outputs=9)
     refused(f"{name} drafts only part of its outputs", model, {name: part})

@@ -36,8 +36,6 @@ CONFIGS = [
         ({"max_k": 65537}, "max_k is 65537; allowed are integers from 1 to 65536"),
         ({"max_o": 0}, "max_o is 0; allowed are integers from 1 to 16777216"),
         ({"max_o": 2**24 + 1}, "max_o is 16777217; allowed are integers from 1 to 16777216"),
-        ({"format": FormatConfig(width=5)}, "draft width is 5; the RTL supports width 4 only"),
-        ({"format": FormatConfig(width=6)}, "draft width is 6; the RTL supports width 4 only"),
     ],
 )
 def test_impossible_values_are_named_with_the_allowed_ones(
@@ -45,12 +43,6 @@ def test_impossible_values_are_named_with_the_allowed_ones(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         EngineConfig(**arguments)
-
-
-@pytest.mark.parametrize("width", [5, 6])
-def test_without_draft_hardware_the_draft_width_does_not_matter(width: int) -> None:
-    config = EngineConfig(draft_rows=0, format=FormatConfig(width=width))
-    assert config.accumulator_bits == EngineConfig(draft_rows=0).accumulator_bits
 
 
 def draft_levels(split: int) -> list[Fraction]:

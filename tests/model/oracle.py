@@ -48,15 +48,14 @@ def verify_dot(x: Sequence[int], w: Sequence[int]) -> int:
     return round_f32(Fraction(sum(a * b for a, b in zip(xs, ws, strict=True)), 1 << 48))
 
 
-def quantize_block(x: Sequence[int], shift: Sequence[int] | None = None) -> tuple[list[int], int]:
-    """Mantissas and biased exponent of one block of FP16 bit patterns, scaled by 2^-shift."""
-    shift = [0] * len(x) if shift is None else shift
+def quantize_block(x: Sequence[int]) -> tuple[list[int], int]:
+    """Mantissas and biased exponent of one block of FP16 bit patterns."""
     fields = [bits >> 10 & 31 for bits in x]
     if 31 in fields:
         return [0] * len(x), 31
-    exponent = max(1, *(field - s for field, s in zip(fields, shift, strict=True)))
+    exponent = max(1, *fields)
     step = Fraction(2) ** (exponent - 15 - 6)
-    values = [Fraction(f16_integer(bits), 1 << 24 + s) for bits, s in zip(x, shift, strict=True)]
+    values = [Fraction(f16_integer(bits), 1 << 24) for bits in x]
     return [max(-127, min(127, round(value / step))) for value in values], exponent
 
 

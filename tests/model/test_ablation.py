@@ -20,18 +20,21 @@ from speq.model.ablation import (
     Materials,
     Recipe,
     Row,
-    channel_shifts,
+    built_draft,
+    encoded_draft,
     fitted_scales,
+    fitted_tensors,
     run_ablation,
     scheme_draft,
     shared_draft,
 )
 from speq.model.arith import quantize_activations
 from speq.model.checkpoint import linear_names
-from speq.model.competitors import SCHEMES, activation_stats, collect_stats
+from speq.model.competitors import SCHEMES, collect_stats
 from speq.model.cycles import uniform_formats
-from speq.model.emulation import decode, float_linear, float_weights
-from speq.model.evaluation import counted_costs
+from speq.model.emulation import decode, draft_linear, float_linear, float_weights
+from speq.model.encoding import encode_linears
+from speq.model.evaluation import counted_costs, encoded_costs
 from speq.model.format import encode, fit_scale_codes
 from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig
@@ -65,82 +68,62 @@ def inputs(materials) -> torch.Tensor:
 
 
 def test_rows_are_complete():
-    """All of the design study's figures, once each, and every draft exists."""
+    """The design study's figures, once each, and every draft exists."""
     assert len({row.name for row in ROWS}) == len(ROWS)
     assert {row.draft for row in ROWS} == set(DRAFTS)
-    assert [row.prototype for row in ROWS].count((None, None)) == len(COMPETITORS) + 3
-    assert sum(row.prototype[0] is not None for row in ROWS) == 15
-    assert sum(row.choices > 1 for row in ROWS) == 8
+    assert sum(row.prototype[0] is not None for row in ROWS) == 10
+    assert sum(row.choices > 1 for row in ROWS) == 6
     assert set(COMPETITORS) <= set(SCHEMES)
 
 
 def test_coded_draft_is_the_formats(materials, inputs):
-    """Without channel scaling it is an encoded tensor and block activations, nothing else."""
-    form = FormatConfig(group=32, width=5)
-    recipe = Recipe(form, form, scales="codes", calibrated=True, block_activations=True)
+    """An encoded tensor and block activations, nothing else; the head stays FP16."""
+    form = FormatConfig(group=32, split=1)
+    recipe = Recipe(form, scales="codes", calibrated=True, block_activations=True)
     draft = shared_draft(recipe, materials)
     weight = materials.model.linear_weight(NAME)
     codes = fit_scale_codes(weight, form, materials.stats[NAME].mean_square)
     expected = quantize_activations(inputs, 32).values() @ encode(weight, form, codes).draft().T
     assert torch.allclose(draft.linear(NAME, inputs), expected, rtol=1e-6, atol=1e-6)
-    config = materials.model.config
-    assert draft.costs == counted_costs(config, uniform_formats(config, form))
-
-
-def test_head_without_format_stays_fp16(materials):
-    draft = shared_draft(Recipe(), materials)
     x = torch.ones(1, 64, dtype=torch.float16)
     assert torch.equal(draft.linear("head", x), materials.target("head", x))
-    formats = uniform_formats(materials.model.config, FormatConfig())
+    formats = uniform_formats(materials.model.config, form)
     del formats["head"]
     assert draft.costs == counted_costs(materials.model.config, formats)
 
 
-def test_coded_draft_with_channel_scaling(materials, inputs, monkeypatch):
-    """Weights times 2^shift, inputs and their importance divided by it (and its square)."""
-    shifts = torch.arange(96) % 5.0
-    monkeypatch.setattr(ablation, "channel_shifts", lambda weight, *_: shifts[: weight.shape[1]])
-    recipe = Recipe(scales="codes", calibrated=True, channels=True, block_activations=True)
-    draft = shared_draft(recipe, materials)
-    mean_square = materials.stats[NAME].mean_square
-    factor = torch.exp2(shifts)
-    weight = materials.model.linear_weight(NAME).to(torch.float32) * factor
-    weight = weight.to(torch.float16)
-    codes = fit_scale_codes(weight, FormatConfig(), mean_square / factor**2)
-    assert (codes != fit_scale_codes(weight, FormatConfig(), mean_square)).any()
-    x = quantize_activations((inputs.to(torch.float32) / factor).to(torch.float16), 64).values()
-    expected = x @ encode(weight, FormatConfig(), codes).draft().T
-    assert torch.allclose(draft.linear(NAME, inputs), expected, rtol=1e-6, atol=1e-6)
+def test_steps_to_what_is_encoded(materials):
+    """By the weights alone, fitted, re-ranked, and of a part of the vocabulary."""
+    model, x = materials.model, torch.randn(3, 64).to(torch.float16)
+    plain, fitted, exact, half = (
+        built_draft(*step, materials)
+        for step in ((False, 0, 1.0), (True, 0, 1.0), (True, 8, 1.0), (True, 8, 0.5))
+    )
+    formats = uniform_formats(model.config, FormatConfig())
+    assert plain.costs == fitted.costs == counted_costs(model.config, formats)
+    assert torch.equal(plain.linear("head", x), draft_linear(encode_linears(model))("head", x))
+    assert not torch.equal(plain.linear("head", x), fitted.linear("head", x))
+    tensors = fitted_tensors(materials)
+    assert fitted_tensors(materials) is tensors
+    assert (exact.reranked, half.reranked) == (8, 8)
+    assert exact.costs == encoded_costs(model.config, tensors, 8)
+    logits, some = exact.linear("head", x), half.linear("head", x)
+    for y in (logits, some):
+        known = y > -torch.inf
+        assert (known.sum(dim=1) == 8).all()
+        assert torch.allclose(y[known], materials.target("head", x)[known], rtol=1e-5, atol=1e-5)
+    # Half of 264 outputs are 9 tiles of 16.
+    assert (some[:, 144:] == -torch.inf).all()
+    part = {**tensors, "head": replace(tensors["head"], drafted_outputs=144)}
+    assert half.costs == encoded_costs(model.config, part, 8)
 
 
-@pytest.mark.parametrize("block_activations", [False, True])
-def test_channel_scaling_is_undone(materials, inputs, monkeypatch, block_activations):
-    """With weights that the draft represents exactly when scaled, 1.25 and 1.75 times the channel's
-    power of two, the draft is exact."""
-    recipe = Recipe(scales="none", channels=True, block_activations=block_activations)
-    shifts = torch.arange(96) % 5.0
-    monkeypatch.setattr(ablation, "channel_shifts", lambda weight, *_: shifts[: weight.shape[1]])
-    generator = torch.Generator().manual_seed(SEED)
-    scaled = torch.tensor([1.25, 1.75])[torch.randint(2, (64, 96), generator=generator)]
-    weight = torch.ldexp(scaled, -shifts).to(torch.float16)
-    model = replace(materials.model, weights=materials.model.weights | {NAME: weight})
-    draft = shared_draft(recipe, replace(materials, model=model))
-    x = torch.ldexp(inputs.to(torch.float32).round().clamp(-3, 3), shifts).to(torch.float16)
-    expected = x.to(torch.float32) @ weight.to(torch.float32).T
-    assert torch.allclose(draft.linear(NAME, x), expected, rtol=1e-5, atol=1e-4)
-
-
-def test_channel_shifts():
-    """Even inputs are left alone; large ones have their weights scaled up, by at most 16."""
-    generator = torch.Generator().manual_seed(SEED)
-    weight = torch.randn(64, 128, generator=generator).to(torch.float16)
-    x = torch.randn(64, 128, generator=generator)
-    even = activation_stats((x.sign() * 0.5).to(torch.float16))
-    assert (channel_shifts(weight, FormatConfig(), even) == 0).all()
-    x[:, ::16] *= 64
-    shifts = channel_shifts(weight, FormatConfig(), activation_stats(x.to(torch.float16)))
-    assert torch.equal(shifts, shifts.round()) and shifts.min() == 0 and 0 < shifts.max() <= 4
-    assert shifts[::16].min() > shifts[torch.arange(128) % 16 != 0].max()
+def test_the_evaluated_encoding_is_re_ranked_as_asked_for(materials):
+    draft = encoded_draft(replace(materials, reranked=3))
+    x = torch.randn(2, 64).to(torch.float16)
+    assert ((draft.linear("head", x) > -torch.inf).sum(dim=1) == 3).all()
+    assert draft.costs == encoded_costs(materials.model.config, materials.encoded, 3)
+    assert draft.reranked == 3
 
 
 def test_fitted_scales_minimise_the_weighted_error():
@@ -225,9 +208,9 @@ def test_a_bad_draft_differs(materials, monkeypatch):
 def test_settings_are_chosen_on_calibration_texts(materials, monkeypatch):
     chosen_on = []
 
-    def watch(samples, *arguments):
+    def watch(samples, *arguments, **options):
         chosen_on.append([sample.text for sample in samples])
-        return original(samples, *arguments)
+        return original(samples, *arguments, **options)
 
     original = ablation.best_settings
     monkeypatch.setattr(ablation, "best_settings", watch)

@@ -25,10 +25,9 @@ from speq.model.arith import (
     verify_gemm,
 )
 from speq.model.format import EncodedTensor, encode
-from speq.model.number_format import FormatConfig, draft_levels
+from speq.model.number_format import FormatConfig
 from speq.sim import runner
 from tests.model import oracle
-from tests.model.drafted import random_channels
 
 SEED = runner.seed()
 
@@ -329,7 +328,7 @@ def test_no_partial_sum_needs_more_than_53_bits(rng, exact_products, k):
             verify_gemm(half(x), half(w))
     for x in (ordinary, wide, broken):
         for w in (ordinary, wide, wide | NEGATIVE, dense | NEGATIVE):
-            draft_gemm(quantize_activations(half(x)), encode(half(w), FormatConfig(width=6)))
+            draft_gemm(quantize_activations(half(x)), encode(half(w), FormatConfig()))
     assert len(exact_products) >= 35 + 12
     assert 50 < max(exact_products) <= 53 + 1e-6
 
@@ -403,20 +402,13 @@ def test_flushing_denormals_does_not_matter(rng):
 # Block activations.
 
 
-def check_quantized(x, block: int, order=None, shift=None) -> None:
+def check_quantized(x, block: int) -> None:
     """Compare quantize_activations on bit patterns [T, K] with the fraction oracle."""
-    channels = {
-        name: torch.from_numpy(v)
-        for name, v in (("order", order), ("shift", shift))
-        if v is not None
-    }
-    got = quantize_activations(half(x), block, **channels)
+    got = quantize_activations(half(x), block)
     mantissas, exponents = [], []
-    down = np.zeros(np.array(x).shape[1], int) if shift is None else shift
-    for row in np.array(x)[:, slice(None) if order is None else order]:
-        starts = range(0, len(row), block)
-        blocks = [(row[i : i + block].tolist(), down[i : i + block].tolist()) for i in starts]
-        results = [oracle.quantize_block([0, *part], [0, *some]) for part, some in blocks]
+    for row in np.array(x):
+        parts = (row[i : i + block].tolist() for i in range(0, len(row), block))
+        results = [oracle.quantize_block([0, *part]) for part in parts]
         mantissas.append([m for part, _ in results for m in part[1:]])
         exponents.append([e for _, e in results])
     assert got.block == block
@@ -458,63 +450,19 @@ def test_quantize_corner_cases():
     assert subnormal.mantissa.tolist() == [[64, 0, 2]]  # 63.94, and two ties
 
 
-def random_order_and_shift(rng, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return rng.permutation(k), rng.integers(0, 8, k).astype(np.int32)
-
-
-@pytest.mark.parametrize("down", range(8))
-def test_quantize_shifted_patterns_on_their_own(down):
-    """Exponent fields stay at 1 where the shift would take them below."""
-    every = np.arange(down, 1 << 16, 11, dtype=np.uint16)
-    check_quantized(every[:, None], 1, shift=np.array([down], np.int32))
-    one = quantize_activations(half([[1 << 10]]), shift=torch.tensor([down], dtype=torch.int32))
-    assert one.exponent.tolist() == [[1]] and one.mantissa.tolist() == [
-        [(64, 32, 16, 8, 4, 2, 1, 0)[down]]
-    ]
-
-
-@pytest.mark.parametrize("down", [(0, 7), (7, 0), (3, 5)])
-@pytest.mark.parametrize("peak", [0, 3, 8, 15, 30])
-def test_quantize_shifted_patterns_beside_a_peak(peak, down):
-    """The peak's shift may let another activation give the exponent."""
-    every = np.arange(0, 31 << 10, 23, dtype=np.uint16)
-    x = np.stack([every, np.full_like(every, peak << 10)], axis=1)
-    check_quantized(x, 2, shift=np.array(down, np.int32))
-
-
-@pytest.mark.parametrize("block", [1, 2, 32, 64, 100])
-@pytest.mark.parametrize("k", [1, 44, 64, 172])
-def test_quantize_permuted_and_shifted_shapes(rng, k, block):
-    x = np.concatenate([gaussian_patterns(rng, 3, k), finite_patterns(rng, 3, k)])
-    x = np.concatenate([x, x[:1] & 0x87FF])  # subnormal numbers and the smallest normal ones
-    x[1, k // 2], x[4, 0] = INFINITY | NEGATIVE, NAN
-    order, shift = random_order_and_shift(rng, k)
-    check_quantized(x, block, order, shift)
-    check_quantized(x, block, order)
-    check_quantized(x, block, shift=shift)
-    plain, identity = quantize_activations(half(x), block), torch.arange(k)
-    zero = torch.zeros(k, dtype=torch.int32)
-    same = quantize_activations(half(x), block, order=identity, shift=zero)
-    assert torch.equal(same.mantissa, plain.mantissa)
-    assert torch.equal(same.exponent, plain.exponent)
-
-
 @st.composite
-def shifted_activations(draw):
-    """x [T, K] of FP16 bit patterns, a block size, an order and a shift."""
+def any_activations(draw):
+    """x [T, K] of FP16 bit patterns and a block size."""
     t, k = draw(st.integers(1, 3)), draw(st.integers(1, 24))
     pattern = st.one_of(st.sampled_from([*CORNERS, INFINITY, NAN]), st.integers(0, 0xFFFF))
     row = st.lists(pattern, min_size=k, max_size=k)
-    order = draw(st.permutations(range(k)))
-    shift = draw(st.lists(st.integers(0, 7), min_size=k, max_size=k))
-    x = draw(st.lists(row, min_size=t, max_size=t))
-    return x, draw(st.integers(1, 30)), np.array(order), np.array(shift, np.int32)
+    return draw(st.lists(row, min_size=t, max_size=t)), draw(st.integers(1, 30))
 
 
 @seed(SEED)
 @settings(max_examples=200, deadline=None, database=None)
-@given(shifted_activations())
-def test_quantize_any_permuted_and_shifted_activations(case):
+@given(any_activations())
+def test_quantize_any_activations(case):
     check_quantized(*case)
 
 
@@ -533,14 +481,7 @@ SCALES = [Fraction(n, 16) for n in (12, 13, 14, 15, 16, 18, 20, 22)]
 def draft_code(tensor: EncodedTensor, o: int, k: int) -> int:
     """The draft code of weight [o, k], read from the draft plane."""
     column = tensor.draft_plane[o // tensor.columns, :, o % tensor.columns]
-    extension = tensor.config.width - 4
-    if not extension:
-        return int(column[k // 4]) >> 4 * (k % 4) & 15
-    unit = 16 // extension
-    first, place = k // unit * (1 + unit // 4), k % unit
-    nibble = int(column[first + 1 + place // 4]) >> 4 * (place % 4) & 15
-    bits_behind = int(column[first]) >> extension * place & ((1 << extension) - 1)
-    return nibble << extension | bits_behind
+    return int(column[k // 4]) >> 4 * (k % 4) & 15
 
 
 def draft_value(tensor: EncodedTensor, o: int, k: int) -> Fraction | None:
@@ -550,36 +491,21 @@ def draft_value(tensor: EncodedTensor, o: int, k: int) -> Fraction | None:
     base, scale = byte & 31, SCALES[byte >> 5]
     if base == 31:
         return None
-    sign, code = divmod(draft_code(tensor, o, k), 1 << (config.width - 1))
-    if config.width == 4:
-        level = Fraction(LEVELS[config.split][code])  # exact: a short binary fraction
-    else:
-        unit = Fraction(1, 1 << (10 - config.split + config.width - 4))
-        level = draft_levels(config)[code].value * unit
+    sign, code = divmod(draft_code(tensor, o, k), 8)
+    level = Fraction(LEVELS[config.split][code])  # exact: a short binary fraction
     return (-1) ** sign * level * scale * Fraction(2) ** (base - 15)
 
 
 def check_draft(x: torch.Tensor, tensor: EncodedTensor, block: int = 64) -> None:
     """Compare draft_gemm with a fraction oracle on the patterns of x and the raw planes."""
-    channels = {
-        name: torch.from_numpy(array.astype(kind))
-        for name, array, kind in (
-            ("order", tensor.order, np.int64),
-            ("shift", tensor.shift, np.int32),
-        )
-        if array is not None
-    }
-    activations = quantize_activations(x, block, **channels)
+    activations = quantize_activations(x, block)
     o, k = tensor.drafted_outputs or tensor.shape[0], tensor.shape[1]
-    order = np.arange(k) if tensor.order is None else tensor.order
-    shift = np.zeros(k, int) if tensor.shift is None else tensor.shift
     columns = [[draft_value(tensor, i, j) for j in range(k)] for i in range(o)]
     rows = []
-    for row in bits(x)[:, order]:
+    for row in bits(x):
         values = []
         for i in range(0, k, block):
-            part = [0, *row[i : i + block].tolist()], [0, *shift[i : i + block].tolist()]
-            mantissas, exponent = oracle.quantize_block(*part)
+            mantissas, exponent = oracle.quantize_block([0, *row[i : i + block].tolist()])
             values += [oracle.activation_value(m, exponent) for m in mantissas[1:]]
         rows.append(values)
     expected = [[oracle.fraction_dot(row, column) for column in columns] for row in rows]
@@ -588,59 +514,20 @@ def check_draft(x: torch.Tensor, tensor: EncodedTensor, block: int = 64) -> None
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("width", [4, 5, 6])
 @pytest.mark.parametrize("split", [0, 1, 2, 3])
-def test_draft_of_every_format(rng, split, width, group):
-    config = FormatConfig(group=group, split=split, width=width)
+def test_draft_of_every_format(rng, split, group):
+    """From FP16 patterns to FP32 bits, with blocks that are aligned to groups and that are not."""
+    config = FormatConfig(group=group, split=split)
     for k, columns in ((1, 1), (44, 16), (172, 3)):
         codes = rng.integers(0, 8, (5, -(-k // group)))
         x = np.concatenate([gaussian_patterns(rng, 1, k), finite_patterns(rng, 1, k)])
         w = np.concatenate([gaussian_patterns(rng, 3, k, scale=0.05), finite_patterns(rng, 2, k)])
         check_draft(half(x), encode(half(w), config, codes, columns=columns))
+        part = encode(half(w), config, codes, columns=columns, drafted_outputs=3)
+        check_draft(half(x), part, group)
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("width", [4, 5, 6])
-@pytest.mark.parametrize("split", [0, 1, 2, 3])
-def test_draft_of_permuted_and_scaled_channels(rng, split, width, group):
-    """From FP16 patterns to FP32 bits, with blocks aligned to groups."""
-    config = FormatConfig(group=group, split=split, width=width)
-    for k, columns, rows in ((1, 1, None), (44, 16, 3), (172, 3, 4)):
-        codes = rng.integers(0, 8, (5, -(-k // group)))
-        x = np.concatenate([gaussian_patterns(rng, 1, k), finite_patterns(rng, 2, k)])
-        w = np.concatenate([gaussian_patterns(rng, 3, k, scale=0.05), finite_patterns(rng, 2, k)])
-        w[3:] &= 0xDFFF  # room for shifts
-        order, shift = random_channels(rng, w)
-        channels = {"order": order, "shift": shift, "drafted_outputs": rows}
-        check_draft(half(x), encode(half(w), config, codes, columns=columns, **channels), group)
-        if k > group:
-            x[1, 40], w[2, 1] = INFINITY, NAN
-            with pytest.warns(RuntimeWarning, match="infinities or NaNs"):
-                tensor = encode(half(w), config, codes, columns=columns, **channels)
-            check_draft(half(x), tensor, group)
-
-
-def test_exact_drafts_do_not_notice_order_and_shift(rng):
-    """Where nothing is rounded, permuting and scaling both operands changes no product."""
-    k = 96
-    # Weights that their draft levels represent, activations of a few bits, in one binade each.
-    w = np.float16(rng.choice([-1.75, -1.25, 1.25, 1.75], (6, k)))
-    x = np.float16(rng.integers(-8, 9, (3, k)))
-    codes = np.full((6, 3), 4)
-    weights, activations = torch.from_numpy(w), torch.from_numpy(x)
-    expected = bits(verify_gemm(activations, weights))
-    order = rng.permutation(k).astype(np.uint16)
-    shift = np.repeat(rng.integers(0, 8, 3), 32).astype(np.uint8)  # a group keeps its binade
-    tensor = encode(weights, FormatConfig(group=32), codes, order=order, shift=shift)
-    down = torch.from_numpy(shift.astype(np.int32))
-    quantized = quantize_activations(
-        activations, 32, order=torch.from_numpy(order.astype(int)), shift=down
-    )
-    check_bits(draft_gemm(quantized, tensor), expected)
-
-
-@pytest.mark.parametrize("width", [4, 6])
-def test_draft_over_the_whole_range(rng, exact_products, width):
+def test_draft_over_the_whole_range(rng, exact_products):
     """Groups and blocks from all subnormal to the largest numbers in one dot product."""
     exponents = np.repeat(rng.permutation(31), 64)
     x = np.stack([exponents, exponents[::-1], rng.permutation(exponents)]) << 10
@@ -650,13 +537,12 @@ def test_draft_over_the_whole_range(rng, exact_products, width):
     codes = rng.integers(0, 8, (2, 31))
     signs = rng.integers(0, 2, w.shape) << 15
     for patterns in (w, w | NEGATIVE, w | signs):
-        check_draft(half(x), encode(half(patterns), FormatConfig(split=0, width=width), codes))
+        check_draft(half(x), encode(half(patterns), FormatConfig(split=0), codes))
     assert max(exact_products) <= 53 + 1e-6
 
 
 @pytest.mark.parametrize("split", [0, 3])
-@pytest.mark.parametrize("width", [4, 5, 6])
-def test_draft_cancellation_leaves_the_smallest_products(rng, split, width):
+def test_draft_cancellation_leaves_the_smallest_products(rng, split):
     """Large groups cancel exactly; a group of the smallest drafts and activations is left."""
     groups = 6
     x, w = finite_patterns(rng, 3, 64 * groups), finite_patterns(rng, 4, 64 * groups)
@@ -665,7 +551,7 @@ def test_draft_cancellation_leaves_the_smallest_products(rng, split, width):
     w = np.concatenate([w, w ^ NEGATIVE, tiny_w], axis=1)
     codes = rng.integers(0, 8, (4, groups))
     codes = np.concatenate([codes, codes, rng.integers(0, 8, (4, 1))], axis=1)
-    check_draft(half(x), encode(half(w), FormatConfig(split=split, width=width), codes))
+    check_draft(half(x), encode(half(w), FormatConfig(split=split), codes))
 
 
 def test_draft_with_nonfinite_operands(rng):

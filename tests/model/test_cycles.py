@@ -27,7 +27,7 @@ from speq.model.cycles import (
 )
 from speq.model.evaluation import counted_costs
 from speq.model.format import encode
-from speq.model.number_format import FormatConfig, draft_words
+from speq.model.number_format import FormatConfig, draft_words, residual_words
 from tests.model.drafted import pass_costs
 from tests.model.small_models import small_config
 
@@ -96,12 +96,9 @@ def test_stage_cycles_by_hand():
     assert stage_cycles([Job(16, 64, 1)] * 3, slow) == 129 + 5 + 108 + 64 + 114 + 4
 
 
-@pytest.mark.parametrize(
-    ("width", "words_of_576"),
-    [(4, 144), (5, 180), (6, 216)],  # 4, 3.2 and 2.67 weights per word
-)
-def test_words_per_draft_width(width, words_of_576):
-    assert draft_words(576, FormatConfig(width=width)) == words_of_576
+def test_words_of_planes():
+    assert [draft_words(k) for k in (1, 4, 5, 576)] == [1, 1, 2, 144]
+    assert [residual_words(k) for k in (1, 4, 5, 576)] == [3, 3, 6, 432]
 
 
 def test_linear_shapes_include_a_tied_head():
@@ -131,17 +128,16 @@ def test_plain_pass_by_hand():
 
 def test_draft_and_verify_pass_by_hand():
     config = small_config()
-    body, head = FormatConfig(), FormatConfig(width=6)
-    formats = uniform_formats(config, body, head)
+    formats = uniform_formats(config, FormatConfig())
     draft = draft_pass(config, ENGINE, formats, context=9)
     in_blocks = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64
-    # The head's 264 rows are padded to 17 tiles of 16; 64 weights of 6 bits are 24 words.
-    assert draft.weights == 2 * in_blocks // 2 + 2 * 24 * 272
+    # The head's 264 rows are padded to 17 tiles of 16; 64 weights of 4 bits are 16 words.
+    assert draft.weights == 2 * in_blocks // 2 + 2 * 16 * 272
     # K of 96 takes two group bytes, everything else one; 64 + 32 + 32 + 64 + 96 + 96 rows of it.
     per_block = 384 + 2 * 64
     assert draft.groups == 2 * per_block + 272
     block = (4 + 2 + 2 + 4) * 16 + (6 + 6) * 16 + 4 * 24
-    assert draft.linear_cycles == 2 * block + 17 * 24
+    assert draft.linear_cycles == 2 * block + 17 * 16
     assert draft.kv == kv_bytes(config, 9, 1) == plain_pass(config, ENGINE, 9).kv
 
     verify = verify_pass(config, ENGINE, formats, 8, context=9)
@@ -205,10 +201,9 @@ def test_layers_without_a_format_are_read_whole():
     assert nothing.attention_cycles == plain.attention_cycles
 
 
-@pytest.mark.parametrize("width", [4, 5, 6])
-def test_bytes_are_those_of_encoded_tensors(width):
+def test_bytes_are_those_of_encoded_tensors():
     config = small_config(vocab_size=250, ffn_hidden=100, tied_head=False)
-    formats = uniform_formats(config, FormatConfig(width=width), FormatConfig(32, 1, 6))
+    formats = uniform_formats(config, FormatConfig()) | {"head": FormatConfig(32, 1)}
     encoded = {
         name: encode(torch.ones(shape, dtype=torch.float16), formats[name], name=name)
         for name, shape in linear_shapes(config).items()

@@ -34,7 +34,7 @@ from speq.model.settings import Policy
 from speq.model.speculation import Settings, Statistics, Step, generate
 from speq.model.transformer import KVCache, NonFiniteError, forward, prepare_draft_linears
 from speq.model.vector_ops import ranked
-from tests.model.drafted import drafted_model, rearranged
+from tests.model.drafted import drafted_model, randomly_scaled
 from tests.model.small_models import overflowing, random_tokens, small_config
 from tests.model.test_speculation import plain_decoding
 
@@ -48,10 +48,10 @@ CLOSE = 0.01
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def subject(request) -> SimpleNamespace:
-    """A small model, its draft with random channels, and its texts behind prompts of 1, 6, 11."""
+    """A small model, its draft, and its texts behind prompts of 1, 6, 11."""
     print(f"SPEQ_SEED={SEED}")
     model = drafted_model(request.param, SEED)
-    encoded = rearranged(model, np.random.default_rng(SEED), FormatConfig(32, width=5))
+    encoded = randomly_scaled(model, np.random.default_rng(SEED), FormatConfig(32))
     prompts = [random_tokens(model.config, 1 + 5 * i, SEED + i) for i in range(3)]
     return SimpleNamespace(
         model=model,
@@ -118,7 +118,7 @@ def test_draft_layers_are_the_exact_ones(subject):
 
 
 def test_layers_draft_a_part_of_the_vocabulary(subject):
-    head = rearranged(subject.model, np.random.default_rng(SEED), drafted_outputs=40)["head"]
+    head = randomly_scaled(subject.model, np.random.default_rng(SEED), drafted_outputs=40)["head"]
     linear = draft_linear(subject.encoded | {"head": head})
     rows = logits(subject.model, subject.prompts[2], linear)
     assert (rows[:, 40:] == -torch.inf).all() and torch.isfinite(rows[:, :40]).all()

@@ -23,13 +23,13 @@ from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_en
 from speq.model.encoding import tensors_for
 from speq.model.number_format import FormatConfig
 from speq.model.speculation import Settings
-from tests.model.drafted import drafted_model, rearranged
+from tests.model.drafted import drafted_model, randomly_scaled
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 SETTINGS = {"chain": Settings(6, 3, 0.5, 1), "alternates": Settings(8, None, 1.25, 4)}
 REPORT = {"tried": [{"cost": 0.25, "alternates": 1.5}], "note": "ä"}
-PARTS = ("draft", "residual", "groups", "order", "shift")
-PLANES = ("draft_plane", "residual_plane", "group_bytes", "order", "shift")
+PARTS = ("draft", "residual", "groups")
+PLANES = ("draft_plane", "residual_plane", "group_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def encoded(model) -> EncodedModel:
-    """Tensors with an order, with a shift and with both, and a head of 40 outputs."""
-    tensors = rearranged(
-        model, np.random.default_rng(SEED), FormatConfig(32, 3, 5), drafted_outputs=40
+    """With scale codes of all sorts, and a head of 40 outputs."""
+    tensors = randomly_scaled(
+        model, np.random.default_rng(SEED), FormatConfig(32, 3), drafted_outputs=40
     )
     digests = {name: sha256(model.linear_weight(name)) for name in tensors}
     return EncodedModel("some model", tensors, digests, SETTINGS, REPORT)
@@ -89,24 +89,16 @@ def test_everything_comes_back(model, encoded, path):
     assert (read.source, read.digests) == (encoded.source, encoded.digests)
     assert (read.settings, read.report) == (SETTINGS, REPORT)
     assert list(read.tensors) == list(encoded.tensors) == linear_names(model.config)
-    kinds = set()
     for name, tensor in read.tensors.items():
         expected = encoded.tensors[name]
         for field in ("name", "shape", "config", "columns", "drafted_outputs"):
             assert getattr(tensor, field) == getattr(expected, field), (name, field)
         for plane in PLANES:
             ours, theirs = getattr(tensor, plane), getattr(expected, plane)
-            assert (ours is None) == (theirs is None)
-            assert ours is None or (ours.dtype == theirs.dtype and np.array_equal(ours, theirs))
-        kinds.add((tensor.order is None, tensor.shift is None, tensor.drafted_outputs))
+            assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
         weights = model.linear_weight(name)
         assert torch.equal(tensor.decode().view(torch.int16), weights.view(torch.int16))
-    assert kinds == {
-        (False, True, None),
-        (True, False, None),
-        (False, False, None),
-        (False, False, 40),
-    }
+    assert read.tensors["head"].drafted_outputs == 40
     read.check_bits()
     read.check_source(model)
 
@@ -123,20 +115,18 @@ def test_documented_layout(encoded, path):
     arrays = load_file(path)
     with safe_open(path, "numpy") as file:
         header = json.loads(file.metadata()["speq"])
-    assert header["version"] == 4 and header["columns"] == 16
+    assert header["version"] == 5 and header["columns"] == 16
     keys = {"version", "source", "columns", "tensors", "settings", "report", "sha256"}
     assert set(header) == keys
     entry = header["tensors"]["head"]
     assert entry["shape"] == [64, 32] and entry["drafted_outputs"] == 40
-    assert entry["format"] == {"group": 32, "split": 3, "width": 5}
-    assert entry["channels"] == ["order", "shift"]
+    assert entry["format"] == {"group": 32, "split": 3}
     assert entry["sha256"] == encoded.digests["head"]
-    names = {f"head.{part}" for part in ("draft", "residual", "groups", "order", "shift")}
+    names = {f"head.{part}" for part in ("draft", "residual", "groups")}
     assert {name for name in arrays if name.startswith("head.")} == names
     stored = json.loads(json.dumps(header))
     sign(stored, arrays)
     assert stored == header  # the digests are the documented ones
-    assert arrays["head.order"].dtype == np.uint16 and arrays["head.shift"].dtype == np.uint8
 
 
 def test_digest_is_of_little_endian_rows():
@@ -175,23 +165,16 @@ DAMAGE = {
     "three dimensions": lambda h, a: head(h).update(shape=[64, 32, 1]),
     "fractions in the shape": lambda h, a: head(h).update(shape=[64.0, 32]),
     "shape with the same tiles": lambda h, a: head(h).update(shape=[10**400, 32]),
-    "width": lambda h, a: head(h)["format"].update(width=6),
+    "width": lambda h, a: head(h)["format"].update(width=4),
     "impossible split": lambda h, a: head(h)["format"].update(split=9),
     "unknown format field": lambda h, a: head(h)["format"].update(block=9),
     "no format": lambda h, a: head(h).pop("format"),
     "drafted outputs": lambda h, a: head(h).update(drafted_outputs=65),
     "no drafted outputs": lambda h, a: head(h).update(drafted_outputs=0),
     "fraction of a drafted output": lambda h, a: head(h).update(drafted_outputs=1.5),
-    "unknown channels": lambda h, a: head(h).update(channels=["draft"]),
-    "channels of another type": lambda h, a: head(h).update(channels=3),
     "no digest": lambda h, a: head(h).pop("sha256"),
-    "channels in another order": lambda h, a: head(h).update(channels=["shift", "order"]),
     "plane missing": lambda h, a: a.pop("head.draft"),
-    "order missing": lambda h, a: a.pop("head.order"),
     "plane of another type": lambda h, a: a.update({"head.groups": a["head.groups"].astype("u2")}),
-    "order twice the same": lambda h, a: a["head.order"].__setitem__(0, a["head.order"][1]),
-    "shift too large": lambda h, a: a["head.shift"].__setitem__(3, 8),
-    "shift too short": lambda h, a: a.update({"head.shift": a["head.shift"][1:]}),
     "impossible settings": lambda h, a: h["settings"]["alternates"].update(draft_length=9),
     "settings of another type": lambda h, a: h["settings"]["alternates"].update(rows="8"),
     "fraction of a row": lambda h, a: h["settings"]["alternates"].update(rows=8.5),
@@ -217,7 +200,7 @@ def test_damaged_headers_and_arrays_are_refused(path, damage):
     assert str(path) in message and len(message) < 600
     assert "digest" not in message or "no digest" in damage  # but for what is wrong itself
     if damage == "version":
-        assert "version is 1, expected 4: encode it again" in message
+        assert "version is 1, expected 5: encode it again" in message
 
 
 @pytest.mark.parametrize(
@@ -283,17 +266,6 @@ def test_planes_of_other_weights_are_found(model, path, name, part):
         read.check_bits()
     with pytest.raises(ValueError, match=f"{path}: {name} does not decode"):
         tensors_for(model, read, path)
-
-
-def test_swapped_channels_are_found(path):
-    change(path, lambda h, a: a["head.order"].__setitem__([0, 1], a["head.order"][[1, 0]]))
-    with pytest.raises(ValueError, match="head does not decode"):
-        read_encoded(path).check_bits()
-    change(path, lambda h, a: a["head.order"].__setitem__([0, 1], a["head.order"][[1, 0]]))
-    read_encoded(path).check_bits()
-    change(path, lambda h, a: a["head.shift"].__setitem__(0, a["head.shift"][0] ^ 1))
-    with pytest.raises(ValueError, match="head does not decode"):
-        read_encoded(path).check_bits()
 
 
 def test_another_model_is_told_apart(path):

@@ -210,7 +210,7 @@ def test_acceptance_by_position():
 
 
 def test_costs_count_everything():
-    formats = uniform_formats(CONFIG, FormatConfig(), FormatConfig(width=6))
+    formats = uniform_formats(CONFIG, FormatConfig())
     costs = counted_costs(CONFIG, formats)
     engine = Engine()
     plain = plain_pass(CONFIG, engine).weights
@@ -223,7 +223,7 @@ def test_costs_count_everything():
 
 def test_costs_of_encoded_tensors():
     shapes = linear_shapes(CONFIG)
-    formats = uniform_formats(CONFIG, FormatConfig(), FormatConfig(width=6))
+    formats = uniform_formats(CONFIG, FormatConfig())
     encoded = {
         name: encode(torch.ones(shape, dtype=torch.float16), formats[name], name=name)
         for name, shape in shapes.items()
@@ -263,5 +263,5 @@ def test_exponent_counts_agree_with_the_encoder(split):
         for half in (0, 1):
             classes[table[t << 1 | half] >> 3] += counts[t, half]
     encoded = encode(weights, config, columns=1)
-    codes = unpack_draft(encoded.draft_plane[:, :, 0], 100, config)
+    codes = unpack_draft(encoded.draft_plane[:, :, 0], 100)
     assert classes.tolist() == np.bincount((codes & 7).reshape(-1), minlength=8).tolist()

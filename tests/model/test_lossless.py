@@ -12,28 +12,23 @@ import pytest
 import torch
 
 from speq.model.checkpoint import CheckpointError, Model, linear_names
-from speq.model.encoder import channels
 from speq.model.format import EncodedTensor, encode
 from speq.model.loaders import load_model
-from speq.model.number_format import FormatConfig
+from speq.model.number_format import GROUP_SIZES, FormatConfig
 from speq.model.prompts import shipped_prompts
 from speq.model.speculation import Settings, Statistics, generate
 from speq.model.transformer import prepare_draft_linears
 
 
 def encode_model(model: Model) -> dict[str, EncodedTensor]:
-    """Every freedom of the format in use: widths, splits, permuted and scaled channels, and a head
-    that drafts three quarters of the vocabulary."""
+    """Every freedom of the format in use: all groups and splits, and a head that drafts three
+    quarters of the vocabulary."""
     encoded = {}
     for i, name in enumerate(linear_names(model.config)):
         weights = model.linear_weight(name)
-        config = FormatConfig(split=1 + i % 3, width=6 if name == "head" else 4 + i % 2)
-        power = torch.logspace(-2, 2, weights.shape[1])
-        order, shift = channels(weights, power, scaling=0.5 * (i % 2), permute=i % 3 == 0)
+        config = FormatConfig(GROUP_SIZES[i % 3], split=1 + i % 3)
         rows = len(weights) * 3 // 4 if name == "head" else None
-        encoded[name] = encode(
-            weights, config, name=name, order=order, shift=shift, drafted_outputs=rows
-        )
+        encoded[name] = encode(weights, config, name=name, drafted_outputs=rows)
     return encoded
 
 

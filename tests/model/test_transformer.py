@@ -233,10 +233,9 @@ def test_a_pass_asks_for_its_products_stage_by_stage():
         finish(attention_pass, torch.zeros(1, 1))
 
 
-@pytest.mark.parametrize("width", [4, 6])
-def test_draft_pass_uses_draft_numerics_where_it_has_draft_weights(width):
+def test_draft_pass_uses_draft_numerics_where_it_has_draft_weights():
     model = small_model()
-    config = FormatConfig(width=width)
+    config = FormatConfig()
     encoded = encoded_linears(model, config)
     tokens = random_tokens(model.config, 6, SEED)
     exact = forward(model, tokens, KVCache(model.config, 6))

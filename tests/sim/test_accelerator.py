@@ -512,9 +512,9 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
     word = 2 * cols
     if field in ("plane", "residual"):
         chunk = chunk_words(config) if mode is Mode.VERIFY else 1 << 20
-        words = k if mode is Mode.BYPASS else draft_words(k, number_format)
+        words = k if mode is Mode.BYPASS else draft_words(k)
         if field == "residual":
-            chunk, words = RESIDUAL_WORDS * chunk, residual_words(k, number_format)
+            chunk, words = RESIDUAL_WORDS * chunk, residual_words(k)
         for i in range(tiles):
             for first in range(0, words, chunk):
                 yield address + (i * words + first) * word, min(chunk, words - first) * word

@@ -348,7 +348,7 @@ def test_cycles_of_single_layers_of_smollm2():
             jobs = []
             for name in names:
                 o, k = shapes[name]
-                words = draft_words(k, FormatConfig()) if drafting else k
+                words = draft_words(k) if drafting else k
                 jobs.append(Job(words, o, rows, planes=1 if drafting else 2))
             expected, got = stage_cycles(jobs, engine), measured.stages[index]
             print(f"{kind.name:6} {rows} {'+'.join(names):20} {expected} {got}")

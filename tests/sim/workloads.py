@@ -199,7 +199,7 @@ class Workload:
             address = self._buffer("plane", tiles * k * cols * 2, beat)
             self.put(address, tiled(self.patterns(o, k), cols))
             return {"plane": address}
-        sizes = (draft_words(k, number_format), residual_words(k, number_format))
+        sizes = (draft_words(k), residual_words(k))
         group_size = round_up(ceil_div(k, number_format.group) * cols, config.data.beat_bytes)
         names = {
             "plane": (tiles * sizes[0] * cols * 2, beat),

@@ -34,8 +34,8 @@ def expected_tiles(
     cols, k = config.engine.cols, layer["k"]
     groups = -(-k // _FORMAT.group) * cols
     sizes = {
-        "plane": draft_words(k, _FORMAT) * cols * 2,
-        "residual": residual_words(k, _FORMAT) * cols * 2,
+        "plane": draft_words(k) * cols * 2,
+        "residual": residual_words(k) * cols * 2,
         "groups": -(-groups // config.data.beat_bytes) * config.data.beat_bytes,
     }
     tiles = sorted({token // cols for token in tokens})

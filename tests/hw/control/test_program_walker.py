@@ -173,8 +173,8 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
         candidates = RANKED[: d.candidates]
         groups = -(-d.k // engine.format.group) * engine.cols
         sizes = {
-            "plane": draft_words(d.k, engine.format) * engine.cols * 2,
-            "residual": residual_words(d.k, engine.format) * engine.cols * 2,
+            "plane": draft_words(d.k) * engine.cols * 2,
+            "residual": residual_words(d.k) * engine.cols * 2,
             "groups": -(-groups // config.data.beat_bytes) * config.data.beat_bytes,
         }
         job |= {"o": engine.cols, "tokens": 1, "discard": 1, "rank": 1}

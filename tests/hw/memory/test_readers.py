@@ -25,7 +25,7 @@ from speq.hw.memory.repeater import Repeater
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.word_packer import WordPacker
 from speq.model.format import pack_draft, pack_residual
-from speq.model.number_format import FormatConfig
+from speq.model.number_format import RESIDUAL_BITS
 from speq.sim.benches import readers
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed
@@ -136,10 +136,9 @@ def test_plane_merger(pause: float) -> None:
         merge = bool(rng.random() < 0.7)
         weights = rng.integers(0, 1 << 16, (config.cols, k), np.uint16)
         if merge:
-            form = FormatConfig()
-            draft += pack_draft(weights >> form.residual_bits, form).T.tolist()
-            low = weights & np.uint16((1 << form.residual_bits) - 1)
-            residual += pack_residual(low, form).T.tolist()
+            draft += pack_draft(weights >> RESIDUAL_BITS).T.tolist()
+            low = weights & np.uint16((1 << RESIDUAL_BITS) - 1)
+            residual += pack_residual(low).T.tolist()
         else:
             draft += weights.T.tolist()
         words += weights.T.tolist()

@@ -268,17 +268,6 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("width", [5, 6])
-def test_wider_drafts_are_refused_on_the_command_line(width: int, tmp_path: Path) -> None:
-    speq = Path(sys.executable).with_name("speq")
-    done = run(speq, "verilog", "--engine", "--width", str(width), "-o", tmp_path / "engine.v")
-    assert done.returncode == 1
-    assert done.stdout.count("\n") == 1
-    message = f"speq: error: draft width is {width}; the RTL supports width 4 only"
-    assert done.stdout.startswith(message)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_description_never_replaces_the_verilog(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"engine\.json"):
         write_verilog(SMALL, tmp_path / "engine.json")
