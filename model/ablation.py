@@ -51,6 +51,7 @@ from speq.model.evaluation import (
 )
 from speq.model.format import EncodedTensor, encode, fit_scale_codes
 from speq.model.number_format import UNIT_SCALE_CODE, FormatConfig
+from speq.model.policy_fit import best_policy
 from speq.model.speculation import Settings
 
 
@@ -240,6 +241,15 @@ DRAFTS: dict[str, Callable[[Materials], Draft]] = {
 } | {name: partial(scheme_draft, name, True, True) for name in COMPETITORS}
 
 
+#: How to choose settings on calibration texts.
+POLICIES: dict[str, Callable[..., Settings]] = {
+    "margin": best_settings,
+    "product rule": partial(best_policy, guesses=False),
+    "guesses": partial(best_policy, free_steps=False),
+    "free steps": best_policy,
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the ablation.
@@ -251,6 +261,7 @@ class Row:
     prototype : match rate and speedup of the design study; None where it has no such figure
     counted : costs of everything that is read, instead of a quarter for a draft pass
     rows, choices : of the speculation's settings
+    policy : key of `POLICIES`
     """
 
     name: str
@@ -259,6 +270,7 @@ class Row:
     counted: bool = False
     rows: int = 8
     choices: int = 1
+    policy: str = "margin"
 
 
 FORMAT_ROWS = (
@@ -286,10 +298,17 @@ STEP_ROWS = tuple(
     )
 )
 
-#: What `speq encode` has written, or the format that was asked for.
+#: What `speq encode` has written, or the format that was asked for, and then the parts of the
+#: policy, each on top of the one before.
 ENCODED_ROWS = tuple(
-    Row(f"as encoded, R = 8: {label}", "encoded", counted=True, choices=choices)
-    for label, choices in (("chain only", 1), ("2 choices", 2), ("4 choices", 4))
+    Row(f"as encoded: {label}", "encoded", counted=True, choices=choices, policy=policy)
+    for label, choices, policy in (
+        ("chain only", 1, "margin"),
+        ("4 choices by margin", 4, "margin"),
+        ("rows and lengths by probability", 4, "product rule"),
+        ("+ guesses from the text", 4, "guesses"),
+        ("+ steps without a draft pass", 4, "free steps"),
+    )
 )
 
 EXTERNAL_ROWS = tuple(Row(f"external draft: {name}", name, counted=True) for name in COMPETITORS)
@@ -391,7 +410,8 @@ def _row_results(
     added = draft.quantized.bytes_added if draft.quantized else draft.costs.verify - plain
 
     def best(row: Row, costs: Costs) -> tuple[Settings, Estimate, float]:
-        settings = best_settings(calibration, costs, row.rows, row.choices, reranked=draft.reranked)
+        choose = POLICIES[row.policy]
+        settings = choose(calibration, costs, row.rows, row.choices, reranked=draft.reranked)
         figures = by_kind(evaluation, settings, costs, seed)["all"]
         return settings, figures.speedup, figures.match_rate
 
