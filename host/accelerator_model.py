@@ -616,8 +616,9 @@ class AcceleratorModel:
 
     def _write_results(self, product: _Product, y: torch.Tensor) -> None:
         cols, tiles = self.config.engine.cols, self._tiles(product.o)
-        values = (to_float16(y) if product.half else y).numpy()
-        values = np.pad(values, ((0, 0), (0, tiles * cols - product.o)))
+        y = to_float16(y) if product.half else y
+        values = np.zeros((len(y), tiles * cols), np.float16 if product.half else np.float32)
+        values[:, : product.o] = y.numpy()
         content = np.ascontiguousarray(values.reshape(-1, tiles, cols).swapaxes(0, 1))
         self._store(product.results, content, content.nbytes // tiles)
 

@@ -64,6 +64,8 @@ DESCRIPTOR = data.StructLayout(
         "extra": 64,
     }
 )
+# Offset and width of each member: Amaranth works them out anew whenever it is asked.
+_PLACES = {name: (place.offset, place.width) for name, place in DESCRIPTOR}
 
 
 @dataclass(frozen=True)
@@ -226,11 +228,11 @@ class Descriptor:
             raise ValueError("a descriptor has either tokens or candidates")
         word = 0
         for name, value in asdict(self).items():
-            place = DESCRIPTOR[_MEMBERS.get(name, name)]
+            offset, width = _PLACES[_MEMBERS.get(name, name)]
             number = int(getattr(value, "value", value))
-            if not 0 <= number < 1 << place.width:
-                raise ValueError(f"{name} is {number}; a descriptor holds {place.width} bits of it")
-            word |= number << place.offset
+            if not 0 <= number < 1 << width:
+                raise ValueError(f"{name} is {number}; a descriptor holds {width} bits of it")
+            word |= number << offset
         return word.to_bytes(DESCRIPTOR_BYTES, "little")
 
 
@@ -239,4 +241,4 @@ def unpack(content: bytes) -> dict[str, int]:
     if len(content) != DESCRIPTOR_BYTES:
         raise ValueError(f"a descriptor has {DESCRIPTOR_BYTES} bytes, not {len(content)}")
     word = int.from_bytes(content, "little")
-    return {name: word >> place.offset & (1 << place.width) - 1 for name, place in DESCRIPTOR}
+    return {name: word >> offset & (1 << width) - 1 for name, (offset, width) in _PLACES.items()}

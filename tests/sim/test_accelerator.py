@@ -59,7 +59,7 @@ CONFIGS = {
         EngineConfig(rows=3, cols=4, draft_rows=2, max_k=40, max_o=50, format=FormatConfig(32, 1))
     ),
     "2x8 narrow": AcceleratorConfig(
-        EngineConfig(rows=2, cols=8, draft_rows=2, max_k=256, max_o=512), _narrow(64), _narrow(64)
+        EngineConfig(rows=2, cols=8, max_k=256, max_o=512), _narrow(64), _narrow(64)
     ),
     "2x64 wide data": AcceleratorConfig(
         EngineConfig(rows=2, cols=64, max_k=256, max_o=512), _narrow(256), _narrow(1024)

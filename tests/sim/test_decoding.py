@@ -42,9 +42,7 @@ from tests.model.small_models import overflowing, random_tokens
 # Simulations of these are built for test_accelerator.py as well.
 FULL = system(EngineConfig())
 FEW = system(EngineConfig(rows=4, cols=8, max_k=1024))
-NARROW = system(
-    EngineConfig(rows=2, cols=8, draft_rows=2, max_k=256, max_o=512), weights=64, data=64
-)
+NARROW = system(EngineConfig(rows=2, cols=8, max_k=256, max_o=512), weights=64, data=64)
 CAPACITY = 128
 LATENCY = 16
 
