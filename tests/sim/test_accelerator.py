@@ -470,8 +470,14 @@ READS = {
     "draft": ("plane", "groups", "activations"),
     "bypass": ("plane", "activations"),
     "attention": ("plane", "activations"),
+    "rerank": ("plane", "residual", "groups", "activations"),
 }
-WRITES = {"verify": ("results",), "argmax": ("results", "ranking"), "attention": ("results",)}
+WRITES = {
+    "verify": ("results",),
+    "argmax": ("results", "ranking"),
+    "attention": ("results",),
+    "rerank": ("ranking",),
+}
 READ_CASES = [(name, field) for name, fields in READS.items() for field in fields]
 WRITE_CASES = [(name, field) for name, fields in WRITES.items() for field in fields]
 
@@ -484,13 +490,21 @@ def with_fault(pair: Pair, name: str, places: dict, **registers: int) -> tuple[W
     index = int(random.integers(0, 3))
     for _ in range(index):
         workload.add_product(DescriptorKind.GEMM, Mode(int(random.integers(3))), 20, 9, 1)
-    workload.places = places
     k, o = (int(random.integers(30, 120)), int(random.integers(1, 50)))
+    if name == "rerank":
+        # Of a single tile, so that it is one that is read.
+        o = int(random.integers(1, engine.cols + 1))
+        workload.add_product(DescriptorKind.ARGMAX, Mode.DRAFT, k, o, 1, discard=True)
+        index += 1
+    workload.places = places
     if name == "attention":
         values = bool(random.integers(2))
         workload.add_attention(int(random.integers(1, 40)), 3, values=values, gap=0)
     elif name == "argmax":
         workload.add_product(DescriptorKind.ARGMAX, Mode.VERIFY, k, o, ranking=True)
+    elif name == "rerank":
+        candidates = int(random.integers(1, pair.config.choices + 1))
+        workload.add_rerank(o, k, candidates, ranking=True)
     else:
         tokens = 1 if name == "draft" else 0
         workload.add_product(DescriptorKind.GEMM, Mode[name.upper()], k, o, tokens)
@@ -508,6 +522,8 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
     entries, tokens = workload.position + workload.rows, d.tokens or workload.rows
     k, o = (entries if is_attention and d.values else d.k, d.o or entries)
     mode = Mode.BYPASS if is_attention else d.mode
+    if d.kind is DescriptorKind.RERANK:
+        o, tokens, mode = cols, 1, Mode.VERIFY
     tiles, address = ceil_div(o, cols), getattr(d, field)
     word = 2 * cols
     if field in ("plane", "residual"):
@@ -583,7 +599,7 @@ def test_bad_responses_to_writes(pair, name, field, response):
 def test_reads_outside_the_region(pair, name, field, side):
     """Buffers that begin before the memory or end behind it, which must not reach the bus."""
     random = pair.random
-    by_tiles = name == "verify" and field in ("plane", "residual")
+    by_tiles = name in ("verify", "rerank") and field in ("plane", "residual")
 
     def place(size: int, beat: int) -> int:
         if side == "below":
