@@ -14,6 +14,8 @@ _SPECIAL = 2**_EXPONENT_BITS - 1  # exponent of infinities and NaNs
 _EXTRA = 3  # guard, round and sticky bit behind the last fraction bit
 #: One bit for the carry of a sum, the hidden bit, the fraction, and the extra bits.
 _SUM_BITS = 1 + 24 + _EXTRA
+#: By how many bits each stage may shift the leading one up.
+_SHIFTS = (16, 8, 4, 2, 1)
 
 _FP32 = data.StructLayout({"fraction": 23, "exponent": _EXPONENT_BITS, "negative": 1})
 
@@ -34,72 +36,76 @@ class Fp32Gap(wiring.Component):
     gap : Out(32)
     """
 
-    LATENCY = 4
+    LATENCY = 7 + len(_SHIFTS)
 
     def __init__(self) -> None:
         super().__init__({"best": In(32), "other": In(32), "gap": Out(32)})
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        best, other = data.View(_FP32, self.best), data.View(_FP32, self.other)
 
-        # Stage 1: the operand of larger magnitude, and how far its exponent is above the other's.
-        swapped = Signal()
-        m.d.comb += swapped.eq(self.best[:31] < self.other[:31])
+        def register(value: Value, name: str) -> Signal:
+            """A value in the next stage."""
+            following = Signal(value.shape(), name=name, reset_less=True)
+            m.d.sync += following.eq(value)
+            return following
+
+        # Stage 1: which operand has the larger magnitude.
+        swapped = register(self.best[:31] < self.other[:31], "swapped")
+        best = data.View(_FP32, register(self.best, "best_1"))
+        other = data.View(_FP32, register(self.other, "other_1"))
+
+        # Stage 2: its exponent, and how far this is above the other's.
         large_exponent = Mux(swapped, _effective_exponent(other), _effective_exponent(best))
         small_exponent = Mux(swapped, _effective_exponent(best), _effective_exponent(other))
-        large = Signal(24, reset_less=True)
-        small = Signal(24, reset_less=True)
-        exponent = Signal(_EXPONENT_BITS, reset_less=True)
-        distance = Signal(_EXPONENT_BITS, reset_less=True)
-        add = Signal(reset_less=True)
-        special = Signal(reset_less=True)
-        m.d.sync += [
-            large.eq(Mux(swapped, _significand(other), _significand(best))),
-            small.eq(Mux(swapped, _significand(best), _significand(other))),
-            exponent.eq(large_exponent),
-            distance.eq(large_exponent - small_exponent),
-            add.eq(best.negative != other.negative),
-            special.eq((best.exponent == _SPECIAL) | (other.exponent == _SPECIAL)),
-        ]
+        large = register(Mux(swapped, _significand(other), _significand(best)), "large_2")
+        small = register(Mux(swapped, _significand(best), _significand(other)), "small_2")
+        exponent = register(large_exponent, "exponent_2")
+        distance = register((large_exponent - small_exponent)[:_EXPONENT_BITS], "distance")
+        adds = register(best.negative != other.negative, "adds_2")
+        special = register((best.exponent == _SPECIAL) | (other.exponent == _SPECIAL), "special_2")
 
-        # Stage 2: magnitudes added or subtracted. Three extra bits are enough to round a difference
-        # once: if it loses more than its leading bit, the exponents were at most one apart and
-        # nothing was shifted out.
-        farthest = 24 + _EXTRA  # all bits of the smaller one are below the extra ones
-        shifted = Signal(24 + farthest)
-        total = Signal(_SUM_BITS, reset_less=True)
-        exponent_2 = Signal(_EXPONENT_BITS, reset_less=True)
-        special_2 = Signal(reset_less=True)
+        # Stage 3: by how far the smaller one is to be shifted.
+        farthest = 24 + _EXTRA  # all its bits are below the extra ones
         shift = Mux(distance > farthest, farthest, distance)[: farthest.bit_length()]
-        m.d.comb += shifted.eq(Cat(Const(0, farthest), small) >> shift)
-        aligned = shifted[24:] | shifted[:24].any()
-        extended = Cat(Const(0, _EXTRA), large)
-        m.d.sync += [
-            total.eq(Mux(add, extended + aligned, extended - aligned)),
-            exponent_2.eq(exponent),
-            special_2.eq(special),
-        ]
+        shift, small = register(shift, "shift"), register(small, "small_3")
+        large, exponent = register(large, "large_3"), register(exponent, "exponent_3")
+        adds, special = register(adds, "adds_3"), register(special, "special_3")
 
-        # Stage 3: the leading one to the hidden bit, as far as the exponent allows.
-        normal, normal_exponent = _normalize(m, total, exponent_2)
-        significand = Signal(24 + _EXTRA, reset_less=True)
-        exponent_3 = Signal(_EXPONENT_BITS, reset_less=True)
-        special_3 = Signal(reset_less=True)
-        m.d.sync += [
-            significand.eq(normal),
-            exponent_3.eq(Mux(normal[-1], normal_exponent, 0)),
-            special_3.eq(special_2),
-        ]
+        # Stage 4: the smaller one aligned. Three extra bits are enough to round a difference once:
+        # if it loses more than its leading bit, the exponents were at most one apart and nothing
+        # was shifted out.
+        shifted = (Cat(Const(0, farthest), small) >> shift)[: 24 + farthest]
+        aligned = register(Cat(shifted[24] | shifted[:24].any(), shifted[25:]), "aligned")
+        extended = register(Cat(Const(0, _EXTRA), large), "extended")
+        exponent, adds = register(exponent, "exponent_4"), register(adds, "adds_4")
+        special = register(special, "special_4")
 
-        # Stage 4: round. A carry out of the fraction moves on into the exponent, up to infinity.
-        kept = Cat(significand[_EXTRA:-1], exponent_3)
-        guard, rest = significand[_EXTRA - 1], significand[: _EXTRA - 1]
+        # Stage 5: magnitudes added or subtracted.
+        total = Mux(adds, extended + aligned, extended - aligned)[:_SUM_BITS]
+        total, exponent = register(total, "total"), register(exponent, "exponent_5")
+        special = register(special, "special_5")
+
+        # Stage 6: a carry of the sum.
+        carry = total[-1]
+        value = register(Mux(carry, Cat(total[1] | total[0], total[2:]), total[:-1]), "value_6")
+        exponent = register((exponent + carry)[:_EXPONENT_BITS], "exponent_6")
+        special = register(special, "special_6")
+
+        # Stages 7 to 11: the leading one to the hidden bit, as far as the exponent allows.
+        for stage, amount in enumerate(_SHIFTS, 7):
+            value, exponent = _shifted(value, exponent, amount)
+            value = register(value, f"value_{stage}")
+            exponent = register(exponent, f"exponent_{stage}")
+            special = register(special, f"special_{stage}")
+
+        # Stage 12: round. A carry out of the fraction moves on into the exponent, up to infinity.
+        exponent = Mux(value[-1], exponent, 0)
+        kept = Cat(value[_EXTRA:-1], exponent)
+        guard, rest = value[_EXTRA - 1], value[: _EXTRA - 1]
         up = guard & (rest.any() | kept[0])
-        gap = Signal(32, reset_less=True)
-        infinite = special_3 | (exponent_3 == _SPECIAL)
-        m.d.sync += gap.eq(Mux(infinite, FP32_INFINITY, kept + up))
-        m.d.comb += self.gap.eq(gap)
+        gap = Mux(special | (exponent == _SPECIAL), FP32_INFINITY, kept + up)
+        m.d.comb += self.gap.eq(register(gap[:32], "gap_12"))
         return m
 
 
@@ -113,22 +119,9 @@ def _significand(number: data.View) -> Value:
     return Cat(number.fraction, number.exponent != 0)
 
 
-def _normalize(m: Module, total: Value, exponent: Value) -> tuple[Value, Value]:
-    """`total` without its carry bit, shifted until its top bit is set or the exponent is 1, and
+def _shifted(value: Value, exponent: Value, amount: int) -> tuple[Value, Value]:
+    """A number shifted up if that many of its top bits are 0 and the exponent stays above 0, and
     the exponent that belongs to it."""
-    carry = total[-1]
-    value = Mux(carry, Cat(total[1] | total[0], total[2:]), total[:-1])
-    left = Signal(_EXPONENT_BITS)
-    m.d.comb += left.eq(exponent + carry)
-    for stage in reversed(range((_SUM_BITS - 2).bit_length())):
-        amount = 1 << stage
-        move = Signal(name=f"move_{amount}")
-        shifted = Signal(_SUM_BITS - 1, name=f"shifted_{amount}")
-        remaining = Signal(_EXPONENT_BITS, name=f"exponent_{amount}")
-        m.d.comb += [
-            move.eq(~value[-amount:].any() & (left > amount)),
-            shifted.eq(Mux(move, value << amount, value)),
-            remaining.eq(Mux(move, left - amount, left)),
-        ]
-        value, left = shifted, remaining
-    return value, left
+    moves = ~value[-amount:].any() & (exponent > amount)
+    shifted = Cat(Const(0, amount), value)[: len(value)]
+    return Mux(moves, shifted, value), Mux(moves, exponent - amount, exponent)[:_EXPONENT_BITS]

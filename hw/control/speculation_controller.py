@@ -39,6 +39,8 @@ _FIRST_HALF_OCTAVE = 2 * (127 - 3)
 _COST_BITS = 8
 #: The cost of what is never guessed.
 _NO_GUESS = 2**_COST_BITS - 1
+#: Cycles from a draft pass's gap to its cost.
+_FIRST_COST = Fp32Gap.LATENCY + 2
 #: Tokens that a guess needs to make a step without draft passes.
 _SHORTEST_FREE_GUESS = 3
 
@@ -120,14 +122,14 @@ class SpeculationController(wiring.Component):
     A draft length of 0 is plain decoding: verify passes of one row. Nothing is guessed if all
     costs of guesses are 255 or the history has fewer than two tokens.
 
-    Cycles, without those of passes, writes and the host: 4 from `begin` or the host's answer to the
-    first pass. From a draft pass to the next 9 with up to two choices, and 1 for each further one.
+    Cycles, without those of passes, writes and the host: 5 from `begin` or the host's answer to the
+    first pass. From a draft pass to the next 18 with up to two choices, and 1 for each further one.
     From the last draft pass to the verify pass, with a chain of c and a alternates, about
-    (a + 1) (c + 3) + 12. Behind the verify pass 4 for each token, and one for each row that is
+    (a + 1) (c + 4) + 20. Behind the verify pass 4 for each token, and one for each row that is
     compared: up to all. If something may be guessed, scans of the history come on top
     (`NgramMatcher`): that of the root before the first draft pass, if `guess_limit` is above a cost
     of guesses, and that of the last chain position; those of the others are hidden by the next
-    draft pass unless this is shorter. Each row added takes up to rows + 6 cycles then.
+    draft pass unless this is shorter. Each row added takes up to rows + 7 cycles then.
 
     Flow control: `passes`, `write_command` and `write_data` may stall; the payloads of `passes`
     stay until the next pass. `pass_done` may come from the cycle after the pass was taken on. No
@@ -322,10 +324,8 @@ class SpeculationController(wiring.Component):
                 ]
                 m.next = "START"
         with m.State("START"):
-            left = values.token_limit - r.ring_index - 1  # behind the target's own token
             m.d.sync += [
-                r.longest.eq(Mux(left < values.draft_length, left, values.draft_length)),
-                r.most.eq(Mux(left < rows, left, rows)),
+                r.left.eq(values.token_limit - r.ring_index - 1),
                 r.tokens[0].eq(r.root),
                 *(register.eq(0) for register in (r.row, r.place, r.rank)),
                 *(register.eq(0) for register in (r.chain, r.cost, r.stop, r.accepted)),
@@ -344,10 +344,16 @@ class SpeculationController(wiring.Component):
                     r.asks.eq(Cat(cost < values.guess_limit for cost in costs).any()),
                 ]
             with m.If(values.run.speculate):
-                m.next = "PLAN"
+                m.next = "LIMIT"
             with m.Else():
                 r.set_pass(m, PassKind.SINGLE, values.pass_rows, r.position)
                 m.next = "PASS"
+        with m.State("LIMIT"):
+            m.d.sync += [
+                r.longest.eq(Mux(r.left < values.draft_length, r.left, values.draft_length)),
+                r.most.eq(Mux(r.left < rows, r.left, rows)),
+            ]
+            m.next = "PLAN"
 
     def _pass_states(self, m: Module, r: _Registers) -> None:
         """A pass, and where to go on behind it."""
@@ -378,14 +384,13 @@ class SpeculationController(wiring.Component):
     ) -> None:
         """Draft passes: the best token to the chain, the others with their costs to `alternates`.
 
-        Gaps are looked up a cycle behind the subtraction, and added to the chain's cost in the
-        next: of rank 1, 2, ... from `first` on."""
+        Behind the subtraction there are a cycle for the gap's index and one for its cost; it is
+        added to the chain's in the next: that of rank 1 in cycle `_FIRST_COST`."""
         values, entries = self.values, Array(self.entries[i] for i in range(self.config.choices))
         best = self.entries[0]
-        first = gap.LATENCY + 1
         rank = Signal.like(r.rank)  # whose cost has been looked up
         other = Signal(self.config.ranked_layout)
-        index = Signal(range(GAP_COSTS))
+        index = Signal(range(GAP_COSTS), reset_less=True)
         half_octave = gap.gap[_HALF_OCTAVE_LOW:]
         last_index = _FIRST_HALF_OCTAVE + GAP_COSTS - 1
         cost = Signal(_COST_BITS, reset_less=True)
@@ -393,8 +398,12 @@ class SpeculationController(wiring.Component):
         m.d.comb += [
             gap.best.eq(best.logit),
             gap.other.eq(entries[(r.elapsed + 1)[: len(r.rank)]].logit),
-            rank.eq(r.elapsed - gap.LATENCY),
+            rank.eq(r.elapsed - (_FIRST_COST - 1)),
             other.eq(entries[rank]),
+            alternates.write_address.eq(Cat((rank - 1)[: len(rank)], r.chain)),
+            alternates.write_data.eq(Cat(other.token, (r.cost + cost)[: len(r.cost)], other.valid)),
+        ]
+        m.d.sync += [
             index.eq(
                 Mux(
                     half_octave < _FIRST_HALF_OCTAVE,
@@ -402,10 +411,8 @@ class SpeculationController(wiring.Component):
                     Mux(half_octave > last_index, GAP_COSTS - 1, half_octave - _FIRST_HALF_OCTAVE),
                 )
             ),
-            alternates.write_address.eq(Cat((rank - 1)[: len(rank)], r.chain)),
-            alternates.write_data.eq(Cat(other.token, (r.cost + cost)[: len(r.cost)], other.valid)),
+            cost.eq(Array(_costs(values.alternate_costs))[index]),
         ]
-        m.d.sync += cost.eq(Array(_costs(values.alternate_costs))[index])
         with m.State("PLAN"):
             with m.If((r.chain < r.longest) & ~r.stop & (r.cost <= values.cost_limit)):
                 if matcher is None:
@@ -443,15 +450,14 @@ class SpeculationController(wiring.Component):
                             matcher.scan.eq(r.guesses),
                             matcher.position.eq(r.chain),
                         ]
+            second = self.entries[1]
             with m.If(r.elapsed == gap.LATENCY):
-                second = self.entries[1]
                 below = (values.threshold <= FP32_INFINITY) & (gap.gap < values.threshold)
+                m.d.sync += r.stop.eq(second.valid & below)
+            with m.If(r.elapsed == _FIRST_COST - 1):
                 costs = Array(_costs(values.chain_costs))
-                m.d.sync += [
-                    r.stop.eq(second.valid & below),
-                    chain_cost.eq(Mux(second.valid, costs[index], costs[GAP_COSTS - 1])),
-                ]
-            with m.If(r.elapsed >= first):
+                m.d.sync += chain_cost.eq(Mux(second.valid, costs[index], costs[GAP_COSTS - 1]))
+            with m.If(r.elapsed >= _FIRST_COST):
                 m.d.comb += alternates.write_enable.eq(1)
                 with m.If(rank + 1 >= values.choices):
                     m.d.sync += [
@@ -471,9 +477,12 @@ class SpeculationController(wiring.Component):
         matcher: NgramMatcher | None,
     ) -> None:
         """The cheapest paths for the free rows: place i is chain position i, with its next
-        alternate, and row i, with its guess."""
-        offered = data.View(_alternate_layout(self.config), alternates.read_data)
+        alternate, and row i, with its guess. It is read, then in a register, then compared."""
+        offered = Signal(_alternate_layout(self.config), reset_less=True)
+        m.d.sync += offered.eq(alternates.read_data)
+        is_read = Signal()
         seen = Signal()  # that `offered` is the next alternate of position `seen_place`
+        read_place = Signal.like(r.place)
         seen_place = Signal.like(r.place)
         found = Signal()
         least = Signal(_alternate_layout(self.config), reset_less=True)
@@ -491,8 +500,10 @@ class SpeculationController(wiring.Component):
             ]
             m.d.sync += [
                 r.place.eq(r.place + 1),
-                seen.eq((r.place < r.chain) & (taken + 1 != self.values.choices)),
-                seen_place.eq(r.place),
+                is_read.eq((r.place < r.chain) & (taken + 1 != self.values.choices)),
+                read_place.eq(r.place),
+                seen.eq(is_read),
+                seen_place.eq(read_place),
             ]
             with m.If(seen & offered.valid & (~found | (offered.key < least.key))):
                 m.d.sync += [found.eq(1), least.eq(offered), least_place.eq(seen_place)]
@@ -500,7 +511,7 @@ class SpeculationController(wiring.Component):
             if guesses is not None:
                 places = Mux(r.guesses, r.used, r.chain)
                 self._scan_guesses(m, r, guesses, seen_place)
-            with m.If(r.place == places):
+            with m.If(r.place == places + 1):
                 m.next = "GRANT"
         with m.State("GRANT"):
             count, depth = r.counts[least_place], least_place + 1
@@ -531,10 +542,15 @@ class SpeculationController(wiring.Component):
 
     def _scan_guesses(self, m: Module, r: _Registers, guesses: Ram, seen_place: Signal) -> None:
         """The cheapest guess, beside the cheapest alternate."""
-        offered = data.View(_guess_layout(self.config), guesses.read_data)
-        seen = Signal()  # that row `seen_place` offers a guess
+        offered = Signal(_guess_layout(self.config), reset_less=True)
+        is_read = Signal()
+        seen = Signal()  # that `offered` is the guess of row `seen_place`
         m.d.comb += [guesses.read_enable.eq(1), guesses.read_address.eq(r.place)]
-        m.d.sync += seen.eq((r.place < r.used) & r.offers[r.place])
+        m.d.sync += [
+            offered.eq(guesses.read_data),
+            is_read.eq((r.place < r.used) & r.offers[r.place]),
+            seen.eq(is_read),
+        ]
         with m.If(seen & (~r.has_guess | (offered.key < r.guess.key))):
             m.d.sync += [r.has_guess.eq(1), r.guess.eq(offered), r.guess_row.eq(seen_place)]
 
@@ -707,8 +723,9 @@ class _Registers:
         self.depths = registers(_COUNT_BITS, "depth", rows)
         self.parents = registers(config.engine.row_bits, "parent", rows)
         self.sources = registers(Shape.cast(Source), "source", rows)
-        # The step: largest depth, the chain and its cost, rows that have their tokens, those left,
-        # alternates by chain position.
+        # The step: tokens that are left behind the target's own, largest depth, the chain and its
+        # cost, rows that have their tokens, those left, alternates by chain position.
+        self.left = register(values["token_limit"], "left")
         self.most = register(count_bits, "most")
         self.longest = register(count_bits, "longest")
         self.chain = register(count_bits, "chain")
@@ -740,7 +757,7 @@ class _Registers:
         self.rank = register(rank_bits, "rank")
         self.row = register(config.engine.row_bits, "row")
         self.candidate = register(count_bits, "candidate")
-        self.elapsed = register(range(Fp32Gap.LATENCY + config.choices + 1), "elapsed")
+        self.elapsed = register(range(_FIRST_COST + config.choices), "elapsed")
         # Writes to the ring: the slot, what was taken of the one on offer, those under way.
         self.slot = register(MAX_RING_LOG2, "slot")
         self.command_taken = Signal()

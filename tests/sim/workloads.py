@@ -103,6 +103,10 @@ class Workload:
         Buffers of other fields are at random places.
     registers : dict
         Values of registers that shall differ from the usual ones.
+    costs : dict of lists
+        Tables of costs, by register.
+    history : list of int, optional
+        Tokens that are committed before the run; those of before when not given.
     answers : dict
         The host's answer at the HOST descriptor with this index, if it is not CONTINUE.
     """
@@ -117,6 +121,8 @@ class Workload:
     patches: dict[int, list[Patch]] = field(default_factory=dict)
     places: dict[str, Callable[[int, int], int]] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=dict)
+    costs: dict[str, list[int]] = field(default_factory=dict)
+    history: list[int] | None = None
     answers: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -505,6 +511,12 @@ def begin(board: Board, workload: Workload) -> Registers:
     board.write(workload.base, workload.content)
     registers = Registers(board, workload.config)
     registers["IRQ_STATUS"] = 7
+    if workload.history is not None:
+        registers["HISTORY_LENGTH"] = 0
+        for token in workload.history:
+            registers["HISTORY"] = token
+    for name, costs in workload.costs.items():
+        registers.write_costs(name, costs)
     for name, value in workload.all_registers().items():
         registers[name] = value
     registers.command("clear_counters")

@@ -54,7 +54,9 @@ SYSTEMS = {
         weights=AxiConfig(data_bits=64, address_bits=64),
         data=AxiConfig(data_bits=128, address_bits=64),
     ),
-    "accelerator 3x64": AcceleratorConfig(EngineConfig(rows=3, cols=64)),
+    "accelerator 3x64 without a history": AcceleratorConfig(
+        EngineConfig(rows=3, cols=64), history=0
+    ),
 }
 TOPS = CONFIGS | SYSTEMS
 
