@@ -19,7 +19,8 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the model, which are many short files, come last: no worker is left with a long
-    simulation when the others have nothing to do."""
+    """Tests of the model, which are many short files, come last, the long ones among them first: no
+    worker is left with a long file when the others have nothing to do."""
     model = Path(__file__).parent / "model"
-    items.sort(key=lambda item: item.path.is_relative_to(model))
+    long = (model / "test_emulation.py", model / "test_speculation.py")
+    items.sort(key=lambda item: (item.path.is_relative_to(model), item.path not in long))
