@@ -31,7 +31,7 @@ settings = speq.Settings(rows=8, threshold=1.0)
 # second or third choice: then that alternate is accepted, and the target's token follows it.
 
 # %%
-MARKS = {"draft": "{}", "alternate": "<{}>", "target": "[{}]"}
+MARKS = {"draft": "{}", "alternate": "<{}>", "guess": "({})", "target": "[{}]"}
 
 
 def marked(step: speq.Step) -> str:
