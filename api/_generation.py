@@ -128,7 +128,9 @@ def generate(
     texts, steps, statistics = [], [], Statistics()
     for text, step in chunks:
         texts.append(text)
-        steps.append(step if keep_logits else replace(step, logits=step.logits[:0]))
+        if not keep_logits:
+            step = replace(step, logits=step.logits[:0], verified=step.verified[:0])
+        steps.append(step)
         statistics.add(step)
     counters = session.driver.counters() if session.board else None
     return Generation(ids, "".join(texts), steps, statistics, counters)
