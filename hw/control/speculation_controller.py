@@ -129,7 +129,7 @@ class SpeculationController(wiring.Component):
     compared: up to all. If something may be guessed, scans of the history come on top
     (`NgramMatcher`): that of the root before the first draft pass, if `guess_limit` is above a cost
     of guesses, and that of the last chain position; those of the others are hidden by the next
-    draft pass unless this is shorter. Each row added takes up to rows + 7 cycles then.
+    draft pass unless this is shorter. Each row added takes up to rows + 8 cycles then.
 
     Flow control: `passes`, `write_command` and `write_data` may stall; the payloads of `passes`
     stay until the next pass. `pass_done` may come from the cycle after the pass was taken on. No
@@ -572,6 +572,7 @@ class SpeculationController(wiring.Component):
         end. Its match is that of choice `rank` at position `place`, its path costs `key`."""
         values, match = self.values, matcher.match
         costs = Array(_costs(values.guess_costs))
+        length = Signal.like(match.length, reset_less=True)
         follow = (matcher.end - r.guess.next)[: self.config.history_bits]
         with m.State("SEARCH"):
             with m.If(~matcher.busy):
@@ -579,24 +580,25 @@ class SpeculationController(wiring.Component):
         with m.State("RECALL"):
             m.next = "MATCH_FOUND"
         with m.State("MATCH_FOUND"):
-            m.d.sync += [
-                r.guess.cost.eq(costs[(match.length - 1)[:2]]),
-                r.guess.next.eq(match.next),
-                r.exists.eq(match.length != 0),
-            ]
+            m.d.sync += [length.eq(match.length), r.guess.next.eq(match.next)]
+            m.next = "PRICE"
+        with m.State("PRICE"):
+            m.d.sync += [r.guess.cost.eq(costs[(length - 1)[:2]]), r.exists.eq(length != 0)]
             m.next = "OFFER"
             with m.If(r.chain == 0):  # of the root
                 m.next = "DECIDE"
         with m.State("DECIDE"):
             is_cheap = r.guess.cost < values.guess_limit
-            with m.If(r.exists & is_cheap & (follow >= _SHORTEST_FREE_GUESS)):
-                m.d.sync += [
-                    *(r.is_free.eq(1), r.used.eq(1), r.free.eq(self.config.engine.rows - 1)),
-                    *(r.key.eq(0), r.depth.eq(0)),
-                ]
+            m.d.sync += [
+                r.is_free.eq(r.exists & is_cheap & (follow >= _SHORTEST_FREE_GUESS)),
+                *(r.used.eq(1), r.free.eq(self.config.engine.rows - 1)),
+                *(r.key.eq(0), r.depth.eq(0)),
+            ]
+            m.next = "DECIDED"
+        with m.State("DECIDED"):
+            m.next = "PLAN"
+            with m.If(r.is_free):
                 m.next = "OFFER"
-            with m.Else():
-                m.next = "PLAN"
         with m.State("GUESS"):
             m.d.sync += r.tokens[(r.used - 1)[: len(r.used)]].eq(matcher.known)
             m.next = "OFFER"

@@ -63,24 +63,23 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_steps(got: list[Step], expected: list[Step]) -> None:
-    """Everything about the steps of two decoders is equal, the logits bit for bit."""
+    """Everything about the steps of two decoders is equal, logits of all rows bit for bit."""
     assert [step.tokens for step in got] == [step.tokens for step in expected], f"SPEQ_SEED={SEED}"
     for number, (a, b) in enumerate(zip(got, expected, strict=True)):
-        wrong = (bits(a.logits) != bits(b.logits)).nonzero().tolist()
-        if wrong:
-            row, token = wrong[0]
-            raise AssertionError(
-                f"SPEQ_SEED={SEED}: step {number}, row {row}, logit {token}: expected "
-                f"{bits(b.logits)[row, token] & 0xFFFFFFFF:08x}, got "
-                f"{bits(a.logits)[row, token] & 0xFFFFFFFF:08x} ({len(wrong)} differ)"
-            )
-        pairs = {
-            each.name: (getattr(a, each.name), getattr(b, each.name))
-            for each in fields(Step)
-            if each.name != "logits"
-        }
-        wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        assert not wrong, f"SPEQ_SEED={SEED}: step {number}: got and expected {wrong}"
+        pairs = {each.name: (getattr(a, each.name), getattr(b, each.name)) for each in fields(Step)}
+        for name in ("verified", "logits"):
+            mine, theirs = map(bits, pairs.pop(name))
+            assert mine.shape == theirs.shape, f"SPEQ_SEED={SEED}: step {number}, {name}"
+            wrong = (mine != theirs).nonzero().tolist()
+            if wrong:
+                row, token = wrong[0]
+                raise AssertionError(
+                    f"SPEQ_SEED={SEED}: step {number}, {name}, row {row}, logit {token}: expected "
+                    f"{theirs[row, token] & 0xFFFFFFFF:08x}, got "
+                    f"{mine[row, token] & 0xFFFFFFFF:08x} ({len(wrong)} differ)"
+                )
+        different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        assert not different, f"SPEQ_SEED={SEED}: step {number}: got and expected {different}"
 
 
 def check(session: Session, prompt: list[int], settings: Settings, **options: object) -> list[Step]:
