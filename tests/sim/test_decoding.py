@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -181,9 +181,10 @@ def test_guesses_from_repeated_texts(tiny):
     assert all(getattr(statistics, name) for name in COUNTED)
 
 
-def test_files_of_the_optimiser(tmp_path):
-    """Fitted scale codes, and a head that drafts a part of the vocabulary: by draft logits alone,
-    and with exact ones of more tokens than that part's last tile has."""
+@pytest.fixture(scope="module")
+def optimised(tmp_path_factory) -> Encoded:
+    """`tiny` from a file as the optimiser writes it: fitted scale codes, and a head that drafts a
+    part of the vocabulary."""
     model = load_model("tiny")
     prompt = model.tokenizer.encode("Tom and his dog went to")
     calibration = calibrate(model, [prompt], 24)
@@ -195,28 +196,37 @@ def test_files_of_the_optimiser(tmp_path):
     }
     tensors["head"] = replace(tensors["head"], drafted_outputs=322)
     digests = {name: sha256(model.linear_weight(name)) for name in tensors}
-    write_encoded(tmp_path / "tiny", EncodedModel("tiny", tensors, digests))
-    encoded = read_encoded(tmp_path / "tiny").tensors
-    with rtl_session(FULL, model, encoded) as session:
+    path = tmp_path_factory.mktemp("encoded") / "tiny"
+    write_encoded(path, EncodedModel("tiny", tensors, digests))
+    return dict(read_encoded(path).tensors)
+
+
+def test_files_of_the_optimiser(optimised):
+    """By draft logits alone, and with exact ones of more tokens than the head's last tile has."""
+    model = load_model("tiny")
+    with rtl_session(FULL, model, optimised) as session:
         for reranked, choices in ((0, 4), (8, 8)):
             meter = Meter(session.driver)
             settings = Settings(8, 5, 0.5, choices, reranked)
             assert decode(session, "Tom and his dog went to", settings, 12).accepted
-            check_prediction(meter, model, encoded, cycle_engine(FULL, LATENCY))
+            check_prediction(meter, model, optimised, cycle_engine(FULL, LATENCY))
 
 
-def test_stalls_and_reordered_responses():
-    """On all channels of the memory."""
-    model = load_model("tiny")
-    encoded = encode_linears(model)
-    text = "Once upon a time, there was a big"
+def test_everything_with_stalls_and_reordered_responses(optimised):
+    """On all channels of the memory: 66 tokens, drafts of all lengths, exact logits of 1 to 8
+    tokens, rows of all kinds and steps without a draft pass."""
+    model, total = load_model("tiny"), Statistics()
     memory = {"stalls": dict.fromkeys(CHANNELS, 80), "reorder": True, "seed": SEED, "latency": 5}
-    with rtl_session(FULL, model, encoded, **memory) as stalled:
-        runs = [(Settings(8, threshold=0.5), 8), (Settings(8, 0), 3)]
-        for settings, tokens in [*runs, (Settings(8, 3, 0.5, reranked=5), 6)]:
-            decode(stalled, text, settings, tokens)
-        statistics = decode(stalled, REPETITIVE, Settings(8, policy=GUESSING), 12)
-        assert statistics.guesses and statistics.alternates and statistics.draft_passes
+    with rtl_session(FULL, model, optimised, **memory) as stalled:
+        for length in range(8):
+            settings = Settings(8, length, 0.0, 4, 8 - length, policy=GUESSING)
+            count = 3 if length == 0 else 9
+            text = REPETITIVE if length % 2 else "Tom and his dog went to"
+            statistics = decode(stalled, text, settings, count)
+            for field in fields(Statistics):
+                value = getattr(total, field.name) + getattr(statistics, field.name)
+                setattr(total, field.name, value)
+    assert total.committed == 66 and all(getattr(total, name) for name in COUNTED), total
 
 
 # Models of other shapes on small arrays.
