@@ -99,8 +99,8 @@ def generate(
         Of speculation. By default the best that the optimiser found, if it made the encoding, or
         else those of `speq generate`.
     sampling : Sampling, optional
-        Draw tokens from exactly the target's distribution, speculatively or not. By default the
-        likeliest token is taken.
+        Draw tokens from the target's distribution. With the sampler "gumbel", the usual one, the
+        text is the same with and without speculation. By default the likeliest token is taken.
     seed : int
         Of sampling, 64 bits.
     raw : bool

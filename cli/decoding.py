@@ -33,6 +33,13 @@ class Decoding(StrEnum):
     FP16 = "fp16"
 
 
+class Sampler(StrEnum):
+    """How to sample (`speq.model.settings.SAMPLERS`)."""
+
+    GUMBEL = "gumbel"
+    RSD = "rsd"
+
+
 class Backend(StrEnum):
     """What to decode with."""
 
@@ -85,20 +92,22 @@ class Request:
         return self.backend is Backend.RTL
 
 
-def chosen_sampling(temperature: float, top_k: int, top_p: float) -> Sampling | None:
+def chosen_sampling(
+    temperature: float, top_k: int, top_p: float, min_p: float, sampler: Sampler
+) -> Sampling | None:
     """How to sample; None for greedy decoding, temperature 0.
 
     Raises
     ------
     ValueError
-        If a value is impossible, or if top-k or top-p is given for greedy decoding.
+        If a value is impossible, or if top-k, top-p or min-p is given for greedy decoding.
     """
     from speq.model.settings import Sampling
 
     if temperature != 0:
-        return Sampling(temperature, top_k, top_p)
-    if top_k != 0 or top_p != 1:
-        raise ValueError("top-k and top-p need sampling: give a --temperature above 0")
+        return Sampling(temperature, top_k, top_p, min_p, str(sampler))
+    if top_k != 0 or top_p != 1 or min_p != 0:
+        raise ValueError("top-k, top-p and min-p need sampling: give a --temperature above 0")
     return None
 
 

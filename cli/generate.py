@@ -24,6 +24,7 @@ from speq.cli.decoding import (
     Decoder,
     Decoding,
     Request,
+    Sampler,
     chosen_sampling,
     chosen_settings,
 )
@@ -76,6 +77,13 @@ def run(
     ] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest of this sum.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample from those at least so many times the likeliest's.")
+    ] = 0.0,
+    sampler: Annotated[
+        Sampler,
+        typer.Option(help="gumbel: the same text with any drafts; rsd: more drafts accepted."),
+    ] = Sampler.GUMBEL,
     encoded: Annotated[
         Path | None, typer.Option(help="The model as speq encode has written it.")
     ] = None,
@@ -123,7 +131,7 @@ def run(
     from speq.model.settings import Settings
 
     speculative, rtl = mode is Decoding.SPEQ, backend is Backend.RTL
-    sampling = chosen_sampling(temperature, top_k, top_p)
+    sampling = chosen_sampling(temperature, top_k, top_p, min_p, sampler)
     if rtl and sampling is not None:
         raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
     if not rtl and cols is not None:

@@ -157,6 +157,11 @@ class Settings:
         return min(self.choices, self.reranked or self.choices)
 
 
+#: Ways to sample: the largest of logits and noise that depends on seed, position and token
+#: (`speq.model.gumbel`), or acceptance of drafted tokens by recursive rejection.
+SAMPLERS = ("gumbel", "rsd")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Parameters of sampled decoding, for target and draft alike.
@@ -169,6 +174,11 @@ class Sampling:
         Keep the k likeliest tokens; 0 keeps all.
     top_p : float
         Of these, keep the fewest likeliest whose probabilities sum to at least p; 0 < p <= 1.
+    min_p : float
+        Of these, keep those that are at least so many times as likely as the likeliest; 0 to 1.
+    sampler : one of `SAMPLERS`
+        With "gumbel" the text depends on seed, prompt and model alone, not on speculation. "rsd"
+        accepts more of what is drafted.
 
     Raises
     ------
@@ -179,6 +189,8 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    sampler: str = "gumbel"
 
     def __post_init__(self) -> None:
         if not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:  # NaN is not, either
@@ -190,3 +202,7 @@ class Sampling:
             raise ValueError(f"top-k is {self.top_k}; expected 0 (all tokens) to {MAX_TOP_K}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p is {self.top_p}; expected a number above 0 and up to 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min-p is {self.min_p}; expected a number from 0 to 1")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r:.40}; expected {' or '.join(SAMPLERS)}")

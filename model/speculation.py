@@ -17,9 +17,12 @@ what the full model agrees with, plus one token of its own:
              target's token that is not ends the step, and is committed, too.
 
 Greedy decoding commits the tokens, and the logit bits, of one-token-at-a-time decoding (contract
-C4), because a row's bits depend on nothing but the tokens that it attends to. Sampled decoding has
-exactly the target's distribution: choices of a position are drawn without replacement from the
-draft's distribution and accepted by recursive rejection (Jeon et al., "Recursive Speculative
+C4), because a row's bits depend on nothing but the tokens that it attends to. So does sampled
+decoding with the sampler "gumbel": it is greedy decoding of logits / T plus noise, which depends on
+seed, position and token alone and is the same for draft and target (`speq.model.gumbel`). With the
+sampler "rsd" it has the target's distribution, but the text depends on what is drafted: choices of
+a position are drawn without replacement from the draft's distribution and accepted by recursive
+rejection (Jeon et al., "Recursive Speculative
 Decoding", 2024; with one choice this is the rejection sampling of Leviathan et al., "Fast
 Inference from Transformers via Speculative Decoding", 2023); a guess is a draw from a distribution
 that has nothing else. Plain decoding is a draft length of 0.
@@ -37,16 +40,22 @@ decoding keeps its distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.draft_tree import Origin, Proposal, chain_ends, free_proposal, grow
+from speq.model.gumbel import gumbel
 from speq.model.settings import Sampling, Settings
 from speq.model.transformer import DraftLinear, KVCache, NonFiniteError, forward, prefill
 from speq.model.vector_ops import ranked
+
+#: Seeds have 64 bits.
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def argmax(logits: torch.Tensor) -> int:
 
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Probabilities, float64 [N, V], of logits [N, V] after temperature, top-k and top-p.
+    """Probabilities, float64 [N, V], of logits [N, V] after temperature, top-k, top-p and min-p.
 
     A NaN counts as minus infinity. Raises ValueError if a row has no finite maximum.
     """
@@ -167,7 +176,38 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         before = p.cumsum(dim=-1) - p
         p = torch.where(before < sampling.top_p, p, 0.0)
         p = p / p.sum(dim=-1, keepdim=True)
+    if sampling.min_p > 0:
+        p = torch.where(p < sampling.min_p * p[:, :1], 0.0, p)
+        p = p / p.sum(dim=-1, keepdim=True)
     return torch.zeros_like(p).scatter_(-1, order, p)
+
+
+def perturbed(
+    logits: torch.Tensor, positions: Sequence[int], sampling: Sampling, seed: int
+) -> torch.Tensor:
+    """What the sampler "gumbel" decodes greedily: logits / T plus noise, float32 [N, V].
+
+    Parameters
+    ----------
+    logits : float32 [N, V]
+        Truncation leaves -infinity for all other tokens. A NaN counts as minus infinity.
+    positions : of the token that each row chooses
+
+    The quotient is one FP32 multiplication with the FP32 nearest to 1 / T, the sum one addition.
+    """
+    rows = []
+    for row, position in zip(logits.split(1), positions, strict=True):
+        scaled = row[0].numpy() * np.float32(1.0 / sampling.temperature)
+        scaled = scaled + gumbel(seed, position, len(scaled))
+        if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+            # One row at a time, so that no bit depends on which others are in the pass.
+            scaled[distribution(row, sampling)[0].numpy() == 0] = -math.inf
+        rows.append(torch.from_numpy(scaled))
+    return torch.stack(rows)
+
+
+#: `perturbed` of logits and positions.
+Noise = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 
 def sample(p: torch.Tensor, count: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -272,6 +312,7 @@ def draft(
     most: int,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
+    noise: Noise | None = None,
 ) -> Proposal:
     """Draft a chain behind the last committed token and fill the rows that it leaves.
 
@@ -279,6 +320,7 @@ def draft(
     ----------
     history : prompt and committed tokens, or the last of them
     most : largest depth of the tree, at least 1
+    noise : what is drafted by, in place of logits, if not by the logits themselves
 
     The chain ends before a draft pass that is not finite. The cache is as before when this returns.
     """
@@ -291,9 +333,11 @@ def draft(
     while len(choices) < min(settings.length, most):
         try:
             passed = forward(model, [token], cache, draft=layers, reranked=settings.reranked)
-            logits = passed[0]
         except NonFiniteError:
             break
+        if noise is not None:
+            passed = noise(passed, [start + 1 + len(choices)])
+        logits = passed[0]
         tokens, q = propose(logits, settings.offered, sampling, generator)
         gaps.append(ranked_gaps(logits, max(2, settings.offered)))
         choices.append(tokens)
@@ -428,7 +472,8 @@ def generate(
     sampling : Sampling, optional
         Greedy decoding when not given.
     generator : torch.Generator
-        Source of all randomness; needed for sampling.
+        Source of all randomness, needed for sampling; with the sampler "gumbel" it is not advanced,
+        only its seed counts.
     stop_ids : token ids after which decoding ends
     text : TextCache, optional
         Where the keys and values are kept, also those of an earlier run; the steps do not depend on
@@ -445,6 +490,11 @@ def generate(
     settings = settings or Settings()
     if sampling is not None and generator is None:
         raise ValueError("sampled decoding needs a generator")
+    noise = None
+    if sampling is not None and generator is not None and sampling.sampler == "gumbel":
+        # From here on decoding is greedy.
+        noise = partial(perturbed, sampling=sampling, seed=generator.initial_seed() & MAX_SEED)
+        sampling = None
     remaining = token_limit(model, prompt, max_tokens)
     text = text or TextCache(model.config)
     cache = text.begin(prompt, len(prompt) + max(0, remaining) + settings.rows)
@@ -461,7 +511,9 @@ def generate(
         most = remaining - 1  # the target adds a token to what is accepted
         proposal = Proposal()
         if layers is not None and min(settings.length, most) > 0 and not plainly:
-            proposal = draft(model, cache, history, layers, settings, most, sampling, generator)
+            proposal = draft(
+                model, cache, history, layers, settings, most, sampling, generator, noise
+            )
         try:
             logits = verify(model, cache, root, proposal)
         except NonFiniteError as error:
@@ -470,13 +522,16 @@ def generate(
                 raise
             failed, plainly, repeated = _chain_positions(proposal), True, True
             continue
+        scores = logits
+        if noise is not None:
+            scores = noise(logits, [start + 1 + depth for depth in proposal.depths])
         if failed:
             (choices, q), *failed = failed
-            token, match = choose(logits[0], choices, q, sampling, generator)
+            token, match = choose(scores[0], choices, q, sampling, generator)
             tokens, rows = [token], [0]
             failed = failed if match == 0 else []
         else:
-            tokens, rows = accept(proposal, logits, sampling, generator)
+            tokens, rows = accept(proposal, scores, sampling, generator)
         plainly = bool(failed)
         cache.keep(start, [start + row for row in rows])
         step = committed_step(

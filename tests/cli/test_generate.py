@@ -168,7 +168,13 @@ def test_json_of_plain_and_of_sampled_decoding(speq_generate):
     assert "threshold" not in plain["settings"]
     options = ("--temperature", 1, "--top-k", 5, "--seed", 3)
     sampled = json.loads(speq_generate(*options, "--json", "--max-tokens", 3).out)
-    assert sampled["settings"]["sampling"] == {"temperature": 1.0, "top_k": 5, "top_p": 1.0}
+    assert sampled["settings"]["sampling"] == {
+        "temperature": 1.0,
+        "top_k": 5,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "sampler": "gumbel",
+    }
 
 
 def test_json_says_why_decoding_ended(speq_generate, overflowing_checkpoint, monkeypatch):
@@ -236,12 +242,22 @@ def test_sampled_text_depends_on_the_seed(speq_generate):
     assert text(1) == text(1) != text(2)
 
 
+def test_sampled_text_is_the_same_in_both_modes(speq_generate):
+    sampling = ("--temperature", 0.8, "--min-p", 0.02, "--seed", 7, "--max-tokens", COUNT)
+    modes = (("--mode", "fp16"), (), ("--rows", 4, "--choices", 2), ("--reranked", 3))
+    texts = [speq_generate(*sampling, *options) for options in modes]
+    assert all(made.code == 0 for made in texts), texts
+    assert len({made.out for made in texts}) == 1
+
+
 def test_wrong_requests_are_refused_in_one_line(speq_generate, tmp_path):
     for options, message in (
-        (("--top-k", 5), "top-k and top-p need sampling"),
-        (("--top-p", 0.5), "top-k and top-p need sampling"),
+        (("--top-k", 5), "top-k, top-p and min-p need sampling"),
+        (("--top-p", 0.5), "top-k, top-p and min-p need sampling"),
         (("--temperature", -1), "temperature is -1.0"),
         (("--temperature", 1, "--top-p", 0), "top-p is 0.0"),
+        (("--temperature", 1, "--min-p", 2), "min-p is 2.0"),
+        (("--min-p", 0.1), "top-k, top-p and min-p need sampling"),
         (("--rows", 0), "rows is 0"),
         (("--rows", 4, "--draft-length", 4), "draft length is 4; expected 0 to rows - 1 = 3"),
         (("--split", 7), "split is 7; allowed values are 0, 1, 2, 3"),

@@ -615,6 +615,9 @@ def test_impossible_settings_are_refused(arguments, message):
         ({"top_k": -1}, "top-k is -1"),
         ({"top_p": 0.0}, r"top-p is 0\.0"),
         ({"top_p": 1.5}, r"top-p is 1\.5"),
+        ({"min_p": -0.1}, r"min-p is -0\.1"),
+        ({"min_p": math.nan}, "min-p is nan"),
+        ({"sampler": "other"}, "sampler is 'other'; expected gumbel or rsd"),
     ],
 )
 def test_impossible_sampling_is_refused(arguments, message):
@@ -875,10 +878,19 @@ def transitions(markov: SimpleNamespace, settings: Settings, sampling: Sampling,
 #: A match of three tokens needs no draft pass; a word follows any with some probability.
 GUESSED = Policy(guess_costs=(60, 40, 30, 20), guess_limit=35)
 SAMPLED = {
-    "guesses": (Settings(rows=8, draft_length=2, choices=3, policy=GUESSED), Sampling(0.5)),
-    "chain": (Settings(rows=4, choices=1), Sampling()),
-    "alternates": (Settings(rows=8, draft_length=3, threshold=0.5, choices=3), Sampling(0.9)),
-    "truncated": (Settings(rows=6, threshold=1.0), Sampling(1.5, top_k=4, top_p=0.9)),
+    "guesses": (
+        Settings(rows=8, draft_length=2, choices=3, policy=GUESSED),
+        Sampling(0.5, sampler="rsd"),
+    ),
+    "chain": (Settings(rows=4, choices=1), Sampling(sampler="rsd")),
+    "alternates": (
+        Settings(rows=8, draft_length=3, threshold=0.5, choices=3),
+        Sampling(0.9, sampler="rsd"),
+    ),
+    "truncated": (
+        Settings(rows=6, threshold=1.0),
+        Sampling(1.5, top_k=4, top_p=0.9, min_p=0.1, sampler="rsd"),
+    ),
 }
 
 
@@ -937,7 +949,7 @@ def test_sampled_text_depends_on_the_seed_only(subject):
             layers,
             max_tokens=30,
             settings=Settings(threshold=0.4),
-            sampling=Sampling(0.8, top_k=20),
+            sampling=Sampling(0.8, top_k=20, sampler="rsd"),
             generator=torch.Generator().manual_seed(seed),
         )
         return [token for step in steps for token in step.tokens]
@@ -963,3 +975,92 @@ def test_chi_square_notices_a_wrong_walk(markov, monkeypatch):
     monkeypatch.setattr(speculation, "accept", walk_with_one_too_many)
     counts, _ = transitions(markov, settings, sampling, 5000)
     assert p_value(counts, distribution(markov.target, sampling)) < LEAST_P_VALUE
+
+
+# Sampled decoding with noise that draft and target share.
+
+NOISE = {
+    "hot": Sampling(1.5),
+    "cold": Sampling(0.3),
+    "truncated": Sampling(0.9, top_k=20, top_p=0.9, min_p=0.05),
+}
+
+
+def sampled_steps(subject, layers, settings, sampling, seed: int) -> list[Step]:
+    steps = generate(
+        subject.model,
+        subject.prompts[1],
+        layers,
+        max_tokens=TOKENS,
+        settings=settings,
+        sampling=sampling,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return list(steps)
+
+
+@pytest.mark.parametrize("case", NOISE)
+def test_sampled_text_is_the_same_with_and_without_speculation(subject, talkative, case):
+    """Tokens and logit bits, over rows, draft lengths, choices, guesses and seeds."""
+    total, texts = Statistics(), set()
+    for model, several in ((subject, SETTINGS), (talkative, GUESSES)):
+        for seed, (name, settings) in enumerate(several.items()):
+            plain = sampled_steps(model, None, settings, NOISE[case], seed)
+            steps = sampled_steps(model, model.layers, settings, NOISE[case], seed)
+            for step in steps:
+                total.add(step)
+            tokens = [[t for s in made for t in s.tokens] for made in (plain, steps)]
+            assert tokens[0] == tokens[1], f"SPEQ_SEED={SEED}: {name}"
+            logits = [torch.cat([s.logits for s in made]) for made in (plain, steps)]
+            assert torch.equal(*map(bits, logits)), f"SPEQ_SEED={SEED}: {name}"
+            texts.add(tuple(tokens[0]))
+    assert len(texts) > 8
+    # Draft and target share their noise, so that a good draft is right although it is sampled.
+    assert total.match_rate > 0.2 and total.alternate_hits and total.guess_hits
+
+
+def test_noise_of_another_position_spoils_drafts(subject, monkeypatch):
+    """As if draft and verify passes counted positions differently: right text, fewer matches."""
+    settings, rates = Settings(choices=1), []
+    for shift in (0, 1):
+
+        def shifted(logits, positions, sampling, seed, shift=shift):
+            away = shift if len(logits) == 1 and logits.isinf().any() else 0
+            return plain_perturbed(logits, [p + away for p in positions], sampling, seed)
+
+        monkeypatch.setattr(speculation, "perturbed", shifted)
+        total = Statistics()
+        # Re-ranked, so that draft passes can be told by their infinities.
+        for seed in range(6):
+            for step in sampled_steps(
+                subject, subject.layers, replace(settings, reranked=8), Sampling(1.5), seed
+            ):
+                total.add(step)
+        rates.append(total.match_rate)
+    assert rates[0] > 2 * rates[1], rates
+
+
+plain_perturbed = speculation.perturbed
+
+
+def test_shared_noise_has_the_targets_distribution(markov):
+    """Over seeds, as text of one seed is one draw."""
+    settings = Settings(rows=8, draft_length=3, threshold=0.5, choices=3, policy=GUESSED)
+    sampling = Sampling(0.9, top_k=5)
+    counts = torch.zeros(WORDS, WORDS, dtype=torch.float64)
+    for seed in range(30):
+        text = [0]
+        for step in generate(
+            markov.model,
+            [0],
+            {},
+            max_tokens=300,
+            settings=settings,
+            sampling=sampling,
+            generator=torch.Generator().manual_seed(1000 * SEED + seed),
+        ):
+            text += step.tokens
+        pairs = torch.tensor(text[:-1]) * WORDS + torch.tensor(text[1:])
+        counts += pairs.bincount(minlength=WORDS * WORDS).reshape(WORDS, WORDS)
+    assert counts.sum() == 9000
+    assert p_value(counts, distribution(markov.target, sampling)) > LEAST_P_VALUE
