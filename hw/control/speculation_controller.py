@@ -39,8 +39,8 @@ _FIRST_HALF_OCTAVE = 2 * (127 - 3)
 _COST_BITS = 8
 #: The cost of what is never guessed.
 _NO_GUESS = 2**_COST_BITS - 1
-#: Cycles from a draft pass's gap to its cost.
-_FIRST_COST = Fp32Gap.LATENCY + 2
+#: Cycles from a draft pass's ranking to the cost of its second entry.
+_FIRST_COST = Fp32Gap.LATENCY + 3
 #: Tokens that a guess needs to make a step without draft passes.
 _SHORTEST_FREE_GUESS = 3
 
@@ -123,7 +123,7 @@ class SpeculationController(wiring.Component):
     costs of guesses are 255 or the history has fewer than two tokens.
 
     Cycles, without those of passes, writes and the host: 5 from `begin` or the host's answer to the
-    first pass. From a draft pass to the next 18 with up to two choices, and 1 for each further one.
+    first pass. From a draft pass to the next 19 with up to two choices, and 1 for each further one.
     From the last draft pass to the verify pass, with a chain of c and a alternates, about
     (a + 1) (c + 4) + 20. Behind the verify pass 4 for each token, and one for each row that is
     compared: up to all. If something may be guessed, scans of the history come on top
@@ -384,12 +384,14 @@ class SpeculationController(wiring.Component):
     ) -> None:
         """Draft passes: the best token to the chain, the others with their costs to `alternates`.
 
-        Behind the subtraction there are a cycle for the gap's index and one for its cost; it is
-        added to the chain's in the next: that of rank 1 in cycle `_FIRST_COST`."""
+        Before the subtraction there is a cycle for the choice of the rank, behind it one for the
+        gap's index and one for its cost; this is added to the chain's in the next: that of rank 1
+        in cycle `_FIRST_COST`."""
         values, entries = self.values, Array(self.entries[i] for i in range(self.config.choices))
         best = self.entries[0]
         rank = Signal.like(r.rank)  # whose cost has been looked up
         other = Signal(self.config.ranked_layout)
+        logit = Signal(32, reset_less=True)  # that `gap` takes
         index = Signal(range(GAP_COSTS), reset_less=True)
         half_octave = gap.gap[_HALF_OCTAVE_LOW:]
         last_index = _FIRST_HALF_OCTAVE + GAP_COSTS - 1
@@ -397,13 +399,14 @@ class SpeculationController(wiring.Component):
         chain_cost = Signal(_COST_BITS, reset_less=True)
         m.d.comb += [
             gap.best.eq(best.logit),
-            gap.other.eq(entries[(r.elapsed + 1)[: len(r.rank)]].logit),
+            gap.other.eq(logit),
             rank.eq(r.elapsed - (_FIRST_COST - 1)),
             other.eq(entries[rank]),
             alternates.write_address.eq(Cat((rank - 1)[: len(rank)], r.chain)),
             alternates.write_data.eq(Cat(other.token, (r.cost + cost)[: len(r.cost)], other.valid)),
         ]
         m.d.sync += [
+            logit.eq(entries[(r.elapsed + 1)[: len(r.rank)]].logit),
             index.eq(
                 Mux(
                     half_octave < _FIRST_HALF_OCTAVE,
@@ -451,7 +454,7 @@ class SpeculationController(wiring.Component):
                             matcher.position.eq(r.chain),
                         ]
             second = self.entries[1]
-            with m.If(r.elapsed == gap.LATENCY):
+            with m.If(r.elapsed == _FIRST_COST - 2):
                 below = (values.threshold <= FP32_INFINITY) & (gap.gap < values.threshold)
                 m.d.sync += r.stop.eq(second.valid & below)
             with m.If(r.elapsed == _FIRST_COST - 1):
