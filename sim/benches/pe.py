@@ -419,7 +419,7 @@ def _sums(plan: _Plan, operands: _Operands, pe: Pe) -> np.ndarray:
     limit = 1 << len(pe.drain_out) - 1
     sums = np.empty(plan.step.shape, object)
     shifts = operands.exponent - pe.config.accumulator_unit_exponent
-    for pe_index in range(sums.shape[1]):
+    for pe_index in range(plan.step.shape[1]):
         total = 0
         columns = (values[:, pe_index].tolist() for values in (operands.factor, shifts, plan.step))
         for slot, (factor, shift, step) in enumerate(zip(*columns, strict=True)):
