@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test run says first, how many threads it has and what comes last."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from speq.sim.runner import seed
 # one another by spinning: small operations then take ten times as long. This is before torch.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Generating Verilog makes millions of objects. Looking for cycles among them after every 700, as is
+# the default, takes a quarter of the time.
+gc.set_threshold(100_000)
 
 
 def pytest_report_header() -> str:

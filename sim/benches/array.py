@@ -2,7 +2,8 @@
 """Testbench of the array: tiles of every mode with bubbles, results and the cycle they appear in.
 
 The array has no flow control, so the test plans every cycle beforehand: which step of which tile
-enters, and in which cycle which row's results are due.
+enters, and in which cycle which row's results are due. The design under test holds arrays of
+several configurations side by side, as building a design takes long.
 """
 
 from __future__ import annotations
@@ -20,38 +21,55 @@ from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.verilog import convert_unit
 from speq.model.arith import draft_gemm, quantize_activations, to_float16, verify_gemm
 from speq.model.format import encode
+from speq.model.number_format import FormatConfig
 from speq.sim.benches.gemm_engine import Gemm, activation_beats, group_beats, weight_beats
-from speq.sim.benches.stimulus import WORD_BITS, config_environment, config_of_test, play
+from speq.sim.benches.stimulus import WORD_BITS, pad, play
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
+_CONFIGS = {
+    "one_row_drafts": EngineConfig(rows=3, cols=2, max_k=200),
+    "all_rows_draft": EngineConfig(
+        rows=2, cols=3, draft_rows=2, max_k=200, format=FormatConfig(32, 0)
+    ),
+    "baseline": EngineConfig(rows=4, cols=1, draft_rows=0, max_k=200),
+    "one_pe": EngineConfig(rows=1, cols=1, max_k=200),
+}
 _TAG_BITS = 6
 _TILES = 300
 _LARGEST_K = 150
 
 
-def run(config: EngineConfig) -> None:
-    """Check the array of a configuration."""
-    array = Array(config, _TAG_BITS)
-    ports = _port_places(array)
-    widths = {direction: _total_bits(ports[direction]) for direction in Flow}
-    connections = [".clk(clk)", ".rst(1'b0)"]
-    for direction, vector in ((Flow.In, "stimulus"), (Flow.Out, "observed")):
-        connections += [
-            f".{name}({vector}[{place} +: {bits}])"
-            for name, (place, bits) in ports[direction].items()
+def run() -> None:
+    """Check the arrays of several configurations."""
+    instances, modules = [], []
+    start = {Flow.In: 0, Flow.Out: 0}
+    for name, config in _CONFIGS.items():
+        array = Array(config, _TAG_BITS)
+        ports = _port_places(array)
+        connections = [".clk(clk)", ".rst(1'b0)"]
+        for direction, vector in ((Flow.In, "stimulus"), (Flow.Out, "observed")):
+            connections += [
+                f".{port}({vector}[{start[direction] + place} +: {bits}])"
+                for port, (place, bits) in ports[direction].items()
+            ]
+            start[direction] += _total_bits(ports[direction])
+        used = start[Flow.Out] - _total_bits(ports[Flow.Out]) + _used_bits(ports[Flow.Out])
+        instances += [
+            f"  assign observed[{start[Flow.Out] - 1}:{used}] = 0;\n",
+            f"  array_{name} {name} ({', '.join(connections)});\n",
         ]
-    used = max(place + bits for place, bits in ports[Flow.Out].values())
+        units = [convert_unit(array, f"array_{name}")]
+        units += [
+            convert_unit(unit, unit_name, reset=False) for unit_name, unit in array.modules.items()
+        ]
+        # Other configurations have other units of these names.
+        modules += [unit.replace("speq_", f"{name}_") for unit in units]
     top = (
-        f"module array_tb (input clk, input [{widths[Flow.In] - 1}:0] stimulus, "
-        f"output [{widths[Flow.Out] - 1}:0] observed);\n"
-        f"  assign observed[{widths[Flow.Out] - 1}:{used}] = 0;\n"
-        f"  array dut ({', '.join(connections)});\nendmodule\n"
+        f"module array_tb (input clk, input [{start[Flow.In] - 1}:0] stimulus, "
+        f"output [{start[Flow.Out] - 1}:0] observed);\n{''.join(instances)}endmodule\n"
     )
-    modules = [convert_unit(array, "array")]
-    modules += [convert_unit(unit, name, reset=False) for name, unit in array.modules.items()]
-    verilog = top + "".join(modules)
-    simulate(verilog, "array_tb", __name__, environment=config_environment(config))
+    simulate(top + "".join(modules), "array_tb", __name__)
 
 
 def _port_places(array: Array) -> dict[Flow, dict[str, tuple[int, int]]]:
@@ -64,77 +82,110 @@ def _port_places(array: Array) -> dict[Flow, dict[str, tuple[int, int]]]:
     return places
 
 
+def _used_bits(ports: dict[str, tuple[int, int]]) -> int:
+    """Bits of these ports side by side."""
+    return max(place + bits for place, bits in ports.values())
+
+
 def _total_bits(ports: dict[str, tuple[int, int]]) -> int:
     """Bits of a vector that holds these ports, one to spare, in whole words."""
-    used = max(place + bits for place, bits in ports.values()) + 1
-    return -(-used // WORD_BITS) * WORD_BITS
+    return -(-(_used_bits(ports) + 1) // WORD_BITS) * WORD_BITS
 
 
 @cocotb.test()
 async def random_tiles(dut: Any) -> None:
     """Results, row, last, half and tag of every tile, in exactly the cycles that are promised."""
-    config = config_of_test()
-    array = Array(config, _TAG_BITS)
-    ports = _port_places(array)
-    rng = np.random.default_rng(seed())
-    dut._log.info(f"seed {seed()}, {config}")
+    cases = []
+    for name, config in _CONFIGS.items():
+        dut._log.info(f"seed {seed()}, {name}: {config}")
+        cases.append(_Case(name, config))
+    cycles = max(len(case.stimulus) for case in cases)
+    stimulus = [pad(case.stimulus, cycles) for case in cases]
+    observed = await play(dut, np.concatenate(stimulus, axis=1))
+    start = 0
+    for case in cases:
+        end = start + _total_bits(case.ports[Flow.Out]) // WORD_BITS
+        case.check(observed[: len(case.stimulus), start:end])
+        start = end
 
-    stimulus = []
-    due = {}  # cycle -> name, golden bits, {row, last, half, tag}
-    next_end = 0
-    for index in range(_TILES):
-        gemm, golden = _random_tile(rng, config)
-        tag = int(rng.integers(1 << _TAG_BITS))
-        beats = _tile_beats(gemm, config, array, tag)
-        bubbles = rng.random() < 0.5
-        for step, beat in enumerate(beats):
-            while bubbles and rng.random() < 0.3:
-                stimulus.append(_bubble(rng, beat))
-            if step == len(beats) - 1:
-                while len(stimulus) < next_end:  # the buses are busy with the tile before
-                    stimulus.append(_bubble(rng, beat))
-            stimulus.append(beat)
-        tokens = gemm.size[0]
-        last_step = len(stimulus) - 1
-        next_end = last_step + tokens
-        for row in range(tokens):
-            details = {"result_row": row, "result_last": int(row == tokens - 1)}
-            details |= {"result_half": int(gemm.half), "result_tag": tag}
-            name = f"tile {index} {gemm.mode.name.lower()} K={gemm.size[1]}"
-            due[last_step + array.LATENCY + row] = name, golden[row], details
-    stimulus += [_bubble(rng, stimulus[-1])] * (array.LATENCY + config.rows)
 
-    words = _total_bits(ports[Flow.In]) // WORD_BITS
-    packed = np.zeros((len(stimulus), words), "<u8")
-    for cycle, beat in enumerate(stimulus):
-        vector = sum(value << ports[Flow.In][name][0] for name, value in beat.items())
-        packed[cycle] = np.frombuffer(vector.to_bytes(8 * words, "little"), "<u8")
-    observed = await play(dut, packed)
+class _Case:
+    """The tiles of the array of a configuration.
 
-    def output(cycle: int, name: str) -> int:
-        place, bits = ports[Flow.Out][name]
-        return int.from_bytes(observed[cycle].tobytes(), "little") >> place & ((1 << bits) - 1)
+    Attributes
+    ----------
+    stimulus : uint64 array [cycles, words]
+    due : what should come out in a cycle: name of the tile, golden bits, and other ports' values
+    """
 
-    for cycle in range(len(stimulus)):
-        valid = output(cycle, "result_valid")
-        assert valid == (cycle in due), f"Array.result_valid: cycle {cycle}, got {valid}"
-        if cycle not in due:
-            continue
-        name, golden, details = due[cycle]
-        for port, expected in details.items():
-            got = output(cycle, port)
-            assert got == expected, f"Array.{port}: cycle {cycle}, {name}: {expected=}, {got=}"
-        got = output(cycle, "results").to_bytes(4 * config.cols, "little")
-        assert_equal_bits(
-            f"Array.results, {name}",
-            expected=golden,
-            got=np.frombuffer(got, np.uint32),
-            operands={
-                "row": np.array(details["result_row"], np.uint32),
-                "column": np.arange(config.cols),
-            },
-            cycles=np.full(config.cols, cycle),
-        )
+    def __init__(self, name: str, config: EngineConfig) -> None:
+        self.name, self.config = name, config
+        array = Array(config, _TAG_BITS)
+        self.ports = _port_places(array)
+        rng = np.random.default_rng(seed())
+        beats_in: list[dict] = []
+        self.due: dict[int, tuple[str, np.ndarray, dict[str, int]]] = {}
+        next_end = 0
+        for index in range(_TILES):
+            gemm, golden = _random_tile(rng, config)
+            tag = int(rng.integers(1 << _TAG_BITS))
+            beats = _tile_beats(gemm, config, array, tag)
+            bubbles = rng.random() < 0.5
+            for step, beat in enumerate(beats):
+                while bubbles and rng.random() < 0.3:
+                    beats_in.append(_bubble(rng, beat))
+                if step == len(beats) - 1:
+                    while len(beats_in) < next_end:  # the buses are busy with the tile before
+                        beats_in.append(_bubble(rng, beat))
+                beats_in.append(beat)
+            tokens = gemm.size[0]
+            last_step = len(beats_in) - 1
+            next_end = last_step + tokens
+            for row in range(tokens):
+                details = {"result_row": row, "result_last": int(row == tokens - 1)}
+                details |= {"result_half": int(gemm.half), "result_tag": tag}
+                tile = f"tile {index} {gemm.mode.name.lower()} K={gemm.size[1]}"
+                self.due[last_step + array.LATENCY + row] = tile, golden[row], details
+        beats_in += [_bubble(rng, beats_in[-1])] * (array.LATENCY + config.rows)
+
+        inputs = self.ports[Flow.In]
+        words = _total_bits(inputs) // WORD_BITS
+        self.stimulus = np.zeros((len(beats_in), words), "<u8")
+        for cycle, beat in enumerate(beats_in):
+            vector = sum(value << inputs[port][0] for port, value in beat.items())
+            self.stimulus[cycle] = np.frombuffer(vector.to_bytes(8 * words, "little"), "<u8")
+
+    def check(self, observed: np.ndarray) -> None:
+        """Compare what was observed, uint64 [cycles, words]."""
+        cols = self.config.cols
+
+        def output(cycle: int, port: str) -> int:
+            place, bits = self.ports[Flow.Out][port]
+            return int.from_bytes(observed[cycle].tobytes(), "little") >> place & ((1 << bits) - 1)
+
+        for cycle in range(len(observed)):
+            due = cycle in self.due
+            valid = output(cycle, "result_valid")
+            assert valid == due, f"Array.result_valid, {self.name}: cycle {cycle}, got {valid}"
+            if not due:
+                continue
+            tile, golden, details = self.due[cycle]
+            for port, expected in details.items():
+                got = output(cycle, port)
+                assert got == expected, (
+                    f"Array.{port}, {self.name}: cycle {cycle}, {tile}: {expected=}, {got=}"
+                )
+            got = output(cycle, "results").to_bytes(4 * cols, "little")
+            assert_equal_bits(
+                f"Array.results, {self.name}, {tile}",
+                expected=golden,
+                got=np.frombuffer(got, np.uint32),
+                operands={
+                    "row": np.array(details["result_row"], np.uint32),
+                    "column": np.arange(cols),
+                },
+                cycles=np.full(cols, cycle),
+            )
 
 
 def _random_tile(rng: np.random.Generator, config: EngineConfig) -> tuple[Gemm, np.ndarray]:

@@ -2,12 +2,11 @@
 """Testbench of the exponent-remap unit: every stored word with every base exponent.
 
 The design under test holds one unit per base exponent for each of a few words, so that these words
-take one cycle of the simulator.
+take one cycle of the simulator, and all that for every split, as building a design takes long.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import cocotb
@@ -18,7 +17,7 @@ from speq.hw.array.exponent_remap import ExponentRemap
 from speq.hw.engine_config import DRAFT_LANES, LANE_BITS, EngineConfig
 from speq.hw.verilog import convert_unit
 from speq.model.format import unmap
-from speq.model.number_format import FormatConfig, draft_levels
+from speq.model.number_format import SPLITS, FormatConfig, draft_levels
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import simulate
 
@@ -28,61 +27,70 @@ _WORDS = 1 << 16
 _TOGETHER = 4
 
 
-def _config() -> EngineConfig:
-    return EngineConfig(format=FormatConfig(split=int(os.environ["SPEQ_SPLIT"])))
+def _config(split: int) -> EngineConfig:
+    return EngineConfig(format=FormatConfig(split=split))
 
 
-def run(split: int) -> None:
-    """Check the unit for one split."""
-    unit = ExponentRemap(EngineConfig(format=FormatConfig(split=split)))
-    level_bits = len(unit.levels.as_value())
+def run() -> None:
+    """Check the units for all splits."""
+    ports, instances, modules = [f"input [{_TOGETHER * 16 - 1}:0] words"], [], []
     units = [(i, i // _BASES, i % _BASES) for i in range(_TOGETHER * _BASES)]
-    instances = "".join(
-        f"  unit u{i} (.word(words[{word} * 16 +: 16]), .base(5'd{base}), "
-        f".fp16(fp16[{i} * 16 +: 16]), .levels(levels[{i} * {level_bits} +: {level_bits}]));\n"
-        for i, word, base in units
-    )
-    top = (
-        f"module exponent_remap_tb (input [{_TOGETHER * 16 - 1}:0] words, "
-        f"output [{len(units) * 16 - 1}:0] fp16, "
-        f"output [{len(units) * level_bits - 1}:0] levels);\n"
-        f"{instances}endmodule\n"
-    )
-    verilog = top + convert_unit(unit, "unit", reset=False)
-    simulate(verilog, "exponent_remap_tb", __name__, environment={"SPEQ_SPLIT": str(split)})
+    for split in SPLITS:
+        unit = ExponentRemap(_config(split))
+        bits = len(unit.levels.as_value())
+        ports.append(f"output [{len(units) * 16 - 1}:0] fp16_{split}")
+        ports.append(f"output [{len(units) * bits - 1}:0] levels_{split}")
+        instances += [
+            f"  unit_{split} u{split}_{i} (.word(words[{word} * 16 +: 16]), .base(5'd{base}), "
+            f".fp16(fp16_{split}[{i} * 16 +: 16]), "
+            f".levels(levels_{split}[{i} * {bits} +: {bits}]));\n"
+            for i, word, base in units
+        ]
+        modules.append(convert_unit(unit, f"unit_{split}", reset=False))
+    top = f"module exponent_remap_tb ({', '.join(ports)});\n{''.join(instances)}endmodule\n"
+    simulate(top + "".join(modules), "exponent_remap_tb", __name__)
 
 
 @cocotb.test()
 async def every_word_and_base(dut: Any) -> None:
     """fp16 against `unmap`, levels against `draft_levels`."""
-    config = _config()
-    level_bits = LANE_BITS + config.level_shift_bits + 1
-    bits_of_word = _BASES * DRAFT_LANES * level_bits
     words = np.arange(_WORDS, dtype=np.uint16)[:, None]
-    decoded = np.empty((_WORDS, _BASES), np.uint16)
-    levels = []
+    decoded = {split: bytearray() for split in SPLITS}
+    levels: dict[int, list[int]] = {split: [] for split in SPLITS}
     for start in range(0, _WORDS, _TOGETHER):
-        together = slice(start, start + _TOGETHER)
-        dut.words.value = int.from_bytes(words[together].tobytes(), "little")
+        dut.words.value = int.from_bytes(words[start : start + _TOGETHER].tobytes(), "little")
         await Timer(1, "ns")
-        fp16 = np.frombuffer(dut.fp16.value.to_bytes(byteorder="little"), np.uint16)
-        decoded[together] = fp16.reshape(_TOGETHER, _BASES)
-        got = int(dut.levels.value)
-        levels += [got >> i * bits_of_word & (1 << bits_of_word) - 1 for i in range(_TOGETHER)]
+        for split in SPLITS:
+            fp16 = getattr(dut, f"fp16_{split}").value
+            decoded[split] += fp16.to_bytes(byteorder="little")
+            levels[split].append(int(getattr(dut, f"levels_{split}").value))
+    for split in SPLITS:
+        fp16 = np.frombuffer(decoded[split], "<u2").reshape(_WORDS, _BASES)
+        _check(split, words, fp16, levels[split])
+
+
+def _check(split: int, words: np.ndarray, decoded: np.ndarray, levels: list[int]) -> None:
+    """Compare what the units for a split gave: FP16 numbers, uint16 [words, bases], and levels, a
+    number for each cycle."""
+    config = _config(split)
     bases = np.arange(_BASES)[None]
     assert_equal_bits(
-        "ExponentRemap.fp16",
+        f"ExponentRemap.fp16, split {split}",
         expected=unmap(np.broadcast_to(words, decoded.shape), bases, config.format),
         got=decoded,
         operands={"word": words, "base": bases},
     )
+    level_bits = LANE_BITS + config.level_shift_bits + 1
+    bits_of_word = _BASES * DRAFT_LANES * level_bits
     table = [_level_bits(nibble, config) for nibble in range(16)]
     every_base = sum(1 << base * level_bits * DRAFT_LANES for base in range(_BASES))
-    for word, got in enumerate(levels):
+    for word in range(_WORDS):
+        cycle, place = divmod(word, _TOGETHER)
+        got = levels[cycle] >> place * bits_of_word & (1 << bits_of_word) - 1
         unit = sum(table[word >> 4 * i & 15] << i * level_bits for i in range(DRAFT_LANES))
         expected = unit * every_base
         assert got == expected, (
-            f"ExponentRemap.levels: cycle {word}, word {word:#06x}, expected {expected:#x}, "
+            f"ExponentRemap.levels, split {split}: word {word:#06x}, expected {expected:#x}, "
             f"got {got:#x}"
         )
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Testbench of the PE: sums of random length, mode and operands, back to back.
 
-The design under test holds many PEs side by side, each with operands of its own. A *slot* is one
-step of a PE: an operand pair, or a bubble. All slots are planned in advance; what the accumulator
-holds after each of them is known from Python's integers.
+The design under test holds PEs of several kinds side by side, as building a design takes long, and
+many of each kind, each with operands of its own. A *slot* is one step of a PE: an operand pair, or
+a bubble. All slots are planned in advance; what the accumulator holds after each of them is known
+from Python's integers.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +31,12 @@ from speq.hw.engine_config import (
     EngineConfig,
 )
 from speq.hw.verilog import convert_unit
-from speq.model.number_format import SCALE_NUMERATORS, FormatConfig, draft_levels
-from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, pack, play
+from speq.model.number_format import SCALE_NUMERATORS, SPLITS, FormatConfig, draft_levels
+from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, pack, pad, play
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
 _MAX_K = 4096
-_PES = 32
 #: Words of stimulus per PE (weight; activation and controls) and for all PEs (result bus).
 _PE_WORDS, _BUS_WORDS = 2, 2
 #: Words observed per PE: `drain_out` in two, `weight_out` in one.
@@ -103,111 +103,173 @@ class _Operands:
     exponent: np.ndarray
 
 
-def _pe(*, draft: bool, split: int) -> Pe:
-    config = EngineConfig(rows=1, cols=1, max_k=_MAX_K, format=FormatConfig(split=split))
-    return Pe(config, draft=draft)
+@dataclass(frozen=True)
+class _Kind:
+    """PEs of one kind: with draft hardware or without, how many, and the MACs in each mode that
+    they do together at least."""
+
+    draft: bool
+    split: int
+    pes: int = 8
+    macs: int = 250_000
+
+    def pe(self) -> Pe:
+        """A PE of this kind."""
+        form = FormatConfig(split=self.split)
+        config = EngineConfig(rows=1, cols=1, max_k=_MAX_K, format=form)
+        return Pe(config, draft=self.draft)
+
+
+_REFERENCE = FormatConfig().split
+_KINDS = {
+    "dual": _Kind(draft=True, split=_REFERENCE, pes=32, macs=1_000_000),
+    "fp16": _Kind(draft=False, split=_REFERENCE, pes=32, macs=1_000_000),
+} | {f"split_{split}": _Kind(draft=True, split=split) for split in SPLITS if split != _REFERENCE}
 
 
 class _Bench(wiring.Component):
-    """PEs side by side on one result bus, each with operands and controls of its own."""
+    """PEs side by side, each with operands and controls of its own; those of a kind on one result
+    bus."""
 
-    def __init__(self, pe: Pe) -> None:
-        self.pe = pe
+    def __init__(self, units: Mapping[str, Pe]) -> None:
+        self.units = units
+        kinds = [_KINDS[name] for name in units]
+        words = sum(_PE_WORDS * kind.pes + _BUS_WORDS for kind in kinds)
+        observed = sum(_OBSERVED_WORDS * kind.pes for kind in kinds)
         super().__init__(
             {
-                "stimulus": In(data.ArrayLayout(WORD_BITS, _PE_WORDS * _PES + _BUS_WORDS)),
-                "observed": Out(data.ArrayLayout(WORD_BITS, _OBSERVED_WORDS * _PES)),
+                "stimulus": In(data.ArrayLayout(WORD_BITS, words)),
+                "observed": Out(data.ArrayLayout(WORD_BITS, observed)),
             }
         )
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        words = list(self.stimulus)
-        bus = Cat(words[_PE_WORDS * _PES :])
-        for i in range(_PES):
-            m.submodules[f"pe_{i}"] = unit = Unit("pe", self.pe)
-            weight, activation = words[_PE_WORDS * i : _PE_WORDS * (i + 1)]
-            low, high, weight_out = list(self.observed)[_OBSERVED_WORDS * i :][:_OBSERVED_WORDS]
-            m.d.comb += [
-                unit.weight_in.eq(weight),
-                unit.activation.eq(activation),
-                unit.first.eq(activation[_FIRST]),
-                unit.drain.eq(activation[_DRAIN]),
-                unit.drain_in.eq(bus),
-                Cat(low, high).eq(unit.drain_out.as_unsigned()),
-                weight_out.eq(unit.weight_out),
-            ]
-            if self.pe.has_draft:
-                m.d.comb += unit.draft.eq(activation[_DRAFT : _DRAFT + 2])
+        words, results = iter(self.stimulus), iter(self.observed)
+        for name, pe in self.units.items():
+            operands = [(next(words), next(words)) for _ in range(_KINDS[name].pes)]
+            bus = Cat(next(words), next(words))
+            for i, (weight, activation) in enumerate(operands):
+                m.submodules[f"{name}_{i}"] = unit = Unit(f"pe_{name}", pe)
+                low, high, weight_out = next(results), next(results), next(results)
+                m.d.comb += [
+                    unit.weight_in.eq(weight),
+                    unit.activation.eq(activation),
+                    unit.first.eq(activation[_FIRST]),
+                    unit.drain.eq(activation[_DRAIN]),
+                    unit.drain_in.eq(bus),
+                    Cat(low, high).eq(unit.drain_out.as_unsigned()),
+                    weight_out.eq(unit.weight_out),
+                ]
+                if pe.has_draft:
+                    m.d.comb += unit.draft.eq(activation[_DRAFT : _DRAFT + 2])
         return m
 
 
-def run(*, draft: bool, split: int = 2, macs: int = 1_000_000) -> None:
-    """Check the PE, with or without draft hardware, with at least `macs` MACs in each mode."""
-    pe = _pe(draft=draft, split=split)
-    environment = {"SPEQ_SPLIT": str(split), "SPEQ_DRAFT": str(int(draft)), "SPEQ_MACS": str(macs)}
-    verilog = bench_verilog(_Bench(pe), "pe_tb")
-    verilog += convert_unit(pe, "pe", reset=False)
-    simulate(verilog, "pe_tb", __name__, environment=environment)
+def run() -> None:
+    """Check PEs with and without draft hardware, and with all splits."""
+    units = {name: kind.pe() for name, kind in _KINDS.items()}
+    verilog = bench_verilog(_Bench(units), "pe_tb")
+    modules = [convert_unit(pe, f"pe_{name}", reset=False) for name, pe in units.items()]
+    simulate(verilog + "".join(modules), "pe_tb", __name__)
 
 
 @cocotb.test()
 async def random_sums(dut: Any) -> None:
     """All accumulator bits after the last step of every sum, and after every other step."""
-    pe = _pe(draft=os.environ["SPEQ_DRAFT"] == "1", split=int(os.environ["SPEQ_SPLIT"]))
-    rng = np.random.default_rng(seed())
-    plan = _plan(rng, int(os.environ["SPEQ_MACS"]), draft=pe.has_draft)
-    dut._log.info(f"seed {seed()}, {len(plan.step):,} cycles of {_PES} PEs, MACs: {plan.macs()}")
-    operands = _operands(rng, plan, pe)
-    sums = _sums(plan, operands, pe)
-
-    slots = len(plan.step)
-    cycles = slots + pe.LATENCY
-    ends_sum = np.concatenate([plan.step[1:] == 0, np.ones((1, _PES), bool)])
-    drain = ends_sum | (rng.random(plan.step.shape) < 0.5)
-    bus = rng.integers(0, 2**WORD_BITS, (cycles, _BUS_WORDS), np.uint64)
-    bus[:, 1] &= np.uint64((1 << len(pe.drain_out) - WORD_BITS) - 1)
-    bus[rng.random(cycles) < 0.9] = 0  # a busy bus hides accumulator bits
-    observed = await play(dut, _stimulus(plan, operands, drain, bus, pe))
-    observed = observed.reshape(cycles, _PES, _OBSERVED_WORDS)
-
-    assert_equal_bits(
-        "Pe.weight_out",
-        expected=operands.weight,
-        got=observed[1 : 1 + slots, :, 2],
-        cycles=np.arange(1, 1 + slots)[:, None],
-    )
-    results = slice(pe.LATENCY, None)
-    expected = np.where(drain, sums, 0) | _integers(bus[results])[:, None]
-    # Short sums first: the report then shows all operands of a sum, and not its last ones.
-    order = np.argsort(plan.step, axis=None, kind="stable")
-    slot, place = np.divmod(order, _PES)
-    assert_equal_bits(
-        "Pe.drain_out",
-        expected=expected[slot, place],
-        got=_integers(observed[results, :, :2])[slot, place],
-        operands={
-            "PE": place,
-            "draft": plan.draft[slot, place],
-            "step of the sum": plan.step[slot, place],
-            "weight": operands.weight[slot, place],
-            "activation": operands.activation[slot, place],
-            "drain": drain[slot, place],
-            "drain_in": _integers(bus[results])[slot],
-        },
-        cycles=slot + pe.LATENCY,
-    )
+    cases = {name: _Case(kind) for name, kind in _KINDS.items()}
+    for name, case in cases.items():
+        dut._log.info(
+            f"seed {seed()}, {name}: {len(case.plan.step):,} cycles of {case.kind.pes} PEs, "
+            f"MACs: {case.plan.macs()}"
+        )
+    cycles = max(case.cycles for case in cases.values())
+    stimulus = [pad(case.stimulus(), cycles) for case in cases.values()]
+    observed = await play(dut, np.concatenate(stimulus, axis=1))
+    start = 0
+    for name, case in cases.items():
+        end = start + _OBSERVED_WORDS * case.kind.pes
+        case.check(name, observed[: case.cycles, start:end])
+        start = end
 
 
-def _plan(rng: np.random.Generator, macs: int, *, draft: bool) -> _Plan:
-    """Random sums for every PE, until there are at least `macs` MACs in each mode."""
-    slots = max(macs // _PES, 2 * _MAX_K)
+class _Case:
+    """What the PEs of a kind do."""
+
+    def __init__(self, kind: _Kind) -> None:
+        rng = np.random.default_rng(seed())
+        self.kind, self.pe = kind, kind.pe()
+        self.plan = plan = _plan(rng, kind)
+        self.operands = _operands(rng, plan, self.pe)
+        self.cycles = cycles = len(plan.step) + self.pe.LATENCY
+        ends_sum = np.concatenate([plan.step[1:] == 0, np.ones((1, kind.pes), bool)])
+        self.drain = ends_sum | (rng.random(plan.step.shape) < 0.5)
+        self.bus = bus = rng.integers(0, 2**WORD_BITS, (cycles, _BUS_WORDS), np.uint64)
+        bus[:, 1] &= np.uint64((1 << len(self.pe.drain_out) - WORD_BITS) - 1)
+        bus[rng.random(cycles) < 0.9] = 0  # a busy bus hides accumulator bits
+
+    def stimulus(self) -> np.ndarray:
+        """uint64 [cycles, words]: everything about a slot in the cycle in which the PE takes it."""
+        plan, slots, pes = self.plan, len(self.plan.step), self.kind.pes
+        stimulus = np.zeros((self.cycles, _PE_WORDS * pes + _BUS_WORDS), np.uint64)
+        weight, controls = (stimulus[:, i : _PE_WORDS * pes : _PE_WORDS] for i in range(_PE_WORDS))
+        weight[:slots] = self.operands.weight
+        multiply, scale = 1, 2
+        # The weight operand of a bubble may be a draft operand, and has to be treated as one.
+        for delay, value, position in (
+            (multiply, self.operands.activation, 0),
+            (multiply, plan.draft, _DRAFT),
+            (scale, plan.draft, _DRAFT + 1),
+            (self.pe.ACCUMULATE, plan.step == 0, _FIRST),
+            (self.pe.LATENCY, self.drain, _DRAIN),
+        ):
+            controls[delay : delay + slots] |= value.astype(np.uint64) << np.uint64(position)
+        stimulus[:, _PE_WORDS * pes :] = self.bus
+        return stimulus
+
+    def check(self, name: str, observed: np.ndarray) -> None:
+        """Compare what was observed, uint64 [cycles, words]."""
+        plan, operands, pes = self.plan, self.operands, self.kind.pes
+        slots = len(plan.step)
+        observed = observed.reshape(self.cycles, pes, _OBSERVED_WORDS)
+        assert_equal_bits(
+            f"Pe.weight_out, {name}",
+            expected=operands.weight,
+            got=observed[1 : 1 + slots, :, 2],
+            cycles=np.arange(1, 1 + slots)[:, None],
+        )
+        results = slice(self.pe.LATENCY, None)
+        sums = _sums(plan, operands, self.pe)
+        expected = np.where(self.drain, sums, 0) | _integers(self.bus[results])[:, None]
+        # Short sums first: the report then shows all operands of a sum, and not its last ones.
+        order = np.argsort(plan.step, axis=None, kind="stable")
+        slot, place = np.divmod(order, pes)
+        assert_equal_bits(
+            f"Pe.drain_out, {name}",
+            expected=expected[slot, place],
+            got=_integers(observed[results, :, :2])[slot, place],
+            operands={
+                "PE": place,
+                "draft": plan.draft[slot, place],
+                "step of the sum": plan.step[slot, place],
+                "weight": operands.weight[slot, place],
+                "activation": operands.activation[slot, place],
+                "drain": self.drain[slot, place],
+                "drain_in": _integers(self.bus[results])[slot],
+            },
+            cycles=slot + self.pe.LATENCY,
+        )
+
+
+def _plan(rng: np.random.Generator, kind: _Kind) -> _Plan:
+    """Random sums for every PE, until there are as many MACs in each mode as there should be."""
+    slots = max(kind.macs // kind.pes, 2 * _MAX_K)
     while True:
-        columns = [_plan_pe(rng, slots, pe, draft=draft) for pe in range(_PES)]
+        columns = [_plan_pe(rng, slots, pe, draft=kind.draft) for pe in range(kind.pes)]
         work, is_draft, step = (np.stack(part, axis=1) for part in zip(*columns, strict=True))
         plan = _Plan(work, is_draft, step)
         done = plan.macs()
-        if done["verify"] >= macs and (done["draft"] >= macs or not draft):
+        if done["verify"] >= kind.macs and (done["draft"] >= kind.macs or not kind.draft):
             return plan
         slots += slots // 8
 
@@ -248,7 +310,7 @@ def _operands(rng: np.random.Generator, plan: _Plan, pe: Pe) -> _Operands:
     cancel[1:] &= ~cancel[:-1]
     before = _Operands(*(np.roll(values, 1, axis=0) for values in _fields(operands)))
     operands = _choose(cancel, before, operands)
-    negate = cancel | (extreme & (np.arange(_PES) == 1))
+    negate = cancel | (extreme & (np.arange(shape[1]) == 1))
     sign_bit = weight_layout(pe.config, draft=pe.has_draft)["negative"].offset
     return _Operands(
         operands.weight ^ negate.astype(np.uint64) << np.uint64(sign_bit),
@@ -357,7 +419,7 @@ def _sums(plan: _Plan, operands: _Operands, pe: Pe) -> np.ndarray:
     limit = 1 << len(pe.drain_out) - 1
     sums = np.empty(plan.step.shape, object)
     shifts = operands.exponent - pe.config.accumulator_unit_exponent
-    for pe_index in range(_PES):
+    for pe_index in range(plan.step.shape[1]):
         total = 0
         columns = (values[:, pe_index].tolist() for values in (operands.factor, shifts, plan.step))
         for slot, (factor, shift, step) in enumerate(zip(*columns, strict=True)):
@@ -365,28 +427,6 @@ def _sums(plan: _Plan, operands: _Operands, pe: Pe) -> np.ndarray:
             assert -limit <= total < limit, f"slot {slot}, PE {pe_index}: {total:#x} overflows"
             sums[slot, pe_index] = total % (2 * limit)
     return sums
-
-
-def _stimulus(
-    plan: _Plan, operands: _Operands, drain: np.ndarray, bus: np.ndarray, pe: Pe
-) -> np.ndarray:
-    """uint64 [cycles, words]: everything about a slot in the cycle in which the PE takes it."""
-    slots = len(plan.step)
-    stimulus = np.zeros((len(bus), _PE_WORDS * _PES + _BUS_WORDS), np.uint64)
-    weight, controls = (stimulus[:, i : _PE_WORDS * _PES : _PE_WORDS] for i in range(_PE_WORDS))
-    weight[:slots] = operands.weight
-    multiply, scale = 1, 2
-    # The weight operand of a bubble may be a draft operand, and has to be treated as one.
-    for delay, value, position in (
-        (multiply, operands.activation, 0),
-        (multiply, plan.draft, _DRAFT),
-        (scale, plan.draft, _DRAFT + 1),
-        (pe.ACCUMULATE, plan.step == 0, _FIRST),
-        (pe.LATENCY, drain, _DRAIN),
-    ):
-        controls[delay : delay + slots] |= value.astype(np.uint64) << np.uint64(position)
-    stimulus[:, _PE_WORDS * _PES :] = bus
-    return stimulus
 
 
 def _integers(words: np.ndarray) -> np.ndarray:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Testbench of the rounder: halfway cases at every bit, and random sums of every magnitude.
 
-The design under test holds several rounders side by side; each takes a new sum in every cycle.
+The design under test holds rounders of several configurations side by side, as building a design
+takes long, and several of each; each takes a new sum in every cycle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import cocotb
@@ -21,41 +23,45 @@ from speq.hw.common.unit import Unit
 from speq.hw.engine_config import FP16_MAX, EngineConfig
 from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
-from speq.sim.benches.stimulus import (
-    WORD_BITS,
-    bench_verilog,
-    config_environment,
-    config_of_test,
-    play,
-)
+from speq.model.number_format import FormatConfig
+from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, pad, play
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
+_CONFIGS = {
+    "reference": EngineConfig(),
+    "narrowest": EngineConfig(draft_rows=0, max_k=1),
+    "widest": EngineConfig(format=FormatConfig(split=0), max_k=2**16),
+}
+#: Rounders of each configuration.
 _ROUNDERS = 16
 #: Words of stimulus per rounder: the sum, and above it in the last word the flags.
 _WORDS = 2
 _NAN, _HALF = 126, 127
+_RESULT_BITS = 32
 _RANDOM_SUMS = 150_000
 _FP32_SIGNIFICAND_BITS = 24
 _FP32_BIAS = 127
 
 
 class _Bench(wiring.Component):
-    """Rounders side by side."""
+    """Rounders side by side: `_ROUNDERS` of each of those given."""
 
-    def __init__(self, rounder: Rounder) -> None:
-        self.rounder = rounder
+    def __init__(self, rounders: Mapping[str, Rounder]) -> None:
+        self.rounders = rounders
+        number = _ROUNDERS * len(rounders)
         super().__init__(
             {
-                "stimulus": In(data.ArrayLayout(_WORDS * WORD_BITS, _ROUNDERS)),
-                "observed": Out(data.ArrayLayout(len(rounder.result), _ROUNDERS)),
+                "stimulus": In(data.ArrayLayout(_WORDS * WORD_BITS, number)),
+                "observed": Out(data.ArrayLayout(_RESULT_BITS, number)),
             }
         )
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        for i in range(_ROUNDERS):
-            m.submodules[f"rounder_{i}"] = unit = Unit("rounder", self.rounder)
+        units = [each for each in self.rounders.items() for _ in range(_ROUNDERS)]
+        for i, (name, rounder) in enumerate(units):
+            m.submodules[f"rounder_{i}"] = unit = Unit(name, rounder)
             stimulus = self.stimulus[i]
             m.d.comb += [
                 unit.sum.eq(stimulus),
@@ -66,46 +72,72 @@ class _Bench(wiring.Component):
         return m
 
 
-def run(config: EngineConfig) -> None:
-    """Check the rounder of a configuration."""
-    rounder = Rounder(config)
-    verilog = bench_verilog(_Bench(rounder), "rounder_tb")
-    verilog += convert_unit(rounder, "rounder", reset=False)
-    simulate(verilog, "rounder_tb", __name__, environment=config_environment(config))
+def run() -> None:
+    """Check the rounders of several configurations."""
+    rounders = {f"rounder_{name}": Rounder(config) for name, config in _CONFIGS.items()}
+    verilog = bench_verilog(_Bench(rounders), "rounder_tb")
+    modules = [convert_unit(unit, name, reset=False) for name, unit in rounders.items()]
+    simulate(verilog + "".join(modules), "rounder_tb", __name__)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What the rounders of a configuration are given; arrays [cycles, rounders]."""
+
+    config: EngineConfig
+    sums: np.ndarray
+    half: np.ndarray
+    nan: np.ndarray
 
 
 @cocotb.test()
 async def every_cycle(dut: Any) -> None:
     """Directed and random sums, each result exactly `LATENCY` cycles after its sum."""
-    config = config_of_test()
+    cases = {}
+    for name, config in _CONFIGS.items():
+        cases[name] = case = _case(config)
+        dut._log.info(f"seed {seed()}, {name}: {case.sums.size:,} sums")
+    cycles = max(len(case.sums) for case in cases.values()) + Rounder.LATENCY
+    stimulus = [pad(_stimulus(case), cycles) for case in cases.values()]
+    observed = await play(dut, np.concatenate(stimulus, axis=1))
+    results = np.split(observed.view(np.uint32), len(cases), axis=1)
+    for (name, case), got in zip(cases.items(), results, strict=True):
+        due = slice(Rounder.LATENCY, Rounder.LATENCY + len(case.sums))
+        assert_equal_bits(
+            f"Rounder.result, {name}",
+            expected=_expected(case),
+            got=got[due],
+            operands={"sum": _patterns(case), "half": case.half, "nan": case.nan},
+            cycles=np.arange(cycles)[due, None],
+        )
+
+
+def _case(config: EngineConfig) -> _Case:
+    """Sums and flags in random order, so that neighbours in time have little in common."""
     rng = np.random.default_rng(seed())
     directed = list(_directed(config))
     sums = [*directed, *directed, *_random(rng, config)]
     sums += [0] * (-len(sums) % _ROUNDERS)
     half = rng.integers(0, 2, len(sums))
     half[: len(directed)], half[len(directed) : 2 * len(directed)] = 0, 1
-    dut._log.info(f"seed {seed()}, {len(sums):,} sums, of which {2 * len(directed):,} directed")
-    # The order is random, so that neighbours in time have little in common.
     order = rng.permutation(len(sums)).reshape(-1, _ROUNDERS)
-    totals, half = np.array(sums, object)[order], half[order]
     nan = (rng.random(order.shape) < 0.02).astype(int)
+    return _Case(config, np.array(sums, object)[order], half[order], nan)
 
-    cycles = len(totals) + Rounder.LATENCY
-    flags = (nan << _NAN - WORD_BITS) | half.astype(object) << _HALF - WORD_BITS
-    patterns = totals & (1 << config.accumulator_bits) - 1
-    stimulus = np.zeros((cycles, _ROUNDERS, _WORDS), np.uint64)
-    stimulus[: len(totals), :, 0] = patterns & 2**WORD_BITS - 1
-    stimulus[: len(totals), :, 1] = patterns >> WORD_BITS | flags
-    observed = await play(dut, stimulus.reshape(cycles, -1))
-    results = observed.view(np.uint32)[Rounder.LATENCY :]
 
-    assert_equal_bits(
-        "Rounder.result",
-        expected=_expected(totals, half, nan, config.accumulator_unit_exponent),
-        got=results,
-        operands={"sum": patterns, "half": half, "nan": nan},
-        cycles=np.arange(Rounder.LATENCY, cycles)[:, None],
-    )
+def _patterns(case: _Case) -> np.ndarray:
+    """The sums in two's complement."""
+    return case.sums & (1 << case.config.accumulator_bits) - 1
+
+
+def _stimulus(case: _Case) -> np.ndarray:
+    """uint64 [cycles, words] for the rounders of a configuration."""
+    flags = (case.nan << _NAN - WORD_BITS) | case.half.astype(object) << _HALF - WORD_BITS
+    patterns = _patterns(case)
+    stimulus = np.zeros((*case.sums.shape, _WORDS), np.uint64)
+    stimulus[..., 0] = patterns & 2**WORD_BITS - 1
+    stimulus[..., 1] = patterns >> WORD_BITS | flags
+    return stimulus.reshape(len(stimulus), -1)
 
 
 def _directed(config: EngineConfig) -> Iterator[int]:
@@ -142,14 +174,13 @@ def _random(rng: np.random.Generator, config: EngineConfig) -> list[int]:
     return sums
 
 
-def _expected(
-    totals: np.ndarray, half: np.ndarray, nan: np.ndarray, unit_exponent: int
-) -> np.ndarray:
+def _expected(case: _Case) -> np.ndarray:
     """Result bits, uint32."""
-    fp32 = np.vectorize(_round_to_fp32, otypes=[np.uint32])(totals, unit_exponent)
+    unit_exponent = case.config.accumulator_unit_exponent
+    fp32 = np.vectorize(_round_to_fp32, otypes=[np.uint32])(case.sums, unit_exponent)
     fp16 = to_float16(torch.from_numpy(fp32).view(torch.float32)).view(torch.uint16).numpy()
-    fp32[nan == 1] = FP32_NAN
-    return np.where(half, np.where(nan, FP16_NAN, fp16), fp32).astype(np.uint32)
+    fp32[case.nan == 1] = FP32_NAN
+    return np.where(case.half, np.where(case.nan, FP16_NAN, fp16), fp32).astype(np.uint32)
 
 
 def _round_to_fp32(total: int, unit_exponent: int) -> int:

@@ -3,39 +3,21 @@
 
 A bench is a component with the members `stimulus` (all inputs side by side) and `observed` (all
 outputs), each a multiple of 64 bits wide: two signals to access in a cycle, however many copies of
-a unit the bench holds. A bench hands its configuration to its test in the environment.
+a unit the bench holds.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from amaranth.lib import data, wiring
 from cocotb.triggers import Timer
 
-from speq.hw.engine_config import EngineConfig
 from speq.hw.verilog import convert_unit
-from speq.model.number_format import FormatConfig
 
 WORD_BITS = 64
-
-_CONFIG = "SPEQ_CONFIG"
-
-
-def config_environment(config: EngineConfig) -> dict[str, str]:
-    """Environment variables that hand a configuration to the test."""
-    return {_CONFIG: json.dumps(asdict(config))}
-
-
-def config_of_test() -> EngineConfig:
-    """The configuration that the bench has handed to this test."""
-    values = json.loads(os.environ[_CONFIG])
-    return EngineConfig(**values | {"format": FormatConfig(**values["format"])})
 
 
 def bench_verilog(bench: wiring.Component, top: str) -> str:
@@ -76,6 +58,11 @@ async def play(dut: Any, stimulus: np.ndarray) -> np.ndarray:
         dut.clk.value = 1
         await Timer(1, "ns")
     return np.frombuffer(observed, "<u8").reshape(len(stimulus), -1)
+
+
+def pad(stimulus: np.ndarray, cycles: int) -> np.ndarray:
+    """A stimulus of so many cycles: at its end, all inputs are 0."""
+    return np.pad(stimulus, ((0, cycles - len(stimulus)), (0, 0)))
 
 
 def pack(layout: data.StructLayout, fields: Mapping[str, np.ndarray]) -> np.ndarray:
