@@ -55,11 +55,8 @@ SYSTEMS = {
         data=AxiConfig(data_bits=128, address_bits=64),
     ),
     # Words of all kinds are wider than a beat.
-    "accelerator 3x32 without a history": AcceleratorConfig(
-        EngineConfig(rows=3, cols=32),
-        weights=AxiConfig(data_bits=128),
-        data=AxiConfig(data_bits=128),
-        history=0,
+    "accelerator 3x64 without a history": AcceleratorConfig(
+        EngineConfig(rows=3, cols=64), history=0
     ),
 }
 TOPS = CONFIGS | SYSTEMS
