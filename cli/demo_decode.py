@@ -225,8 +225,9 @@ class Comparison:
         from speq.sim.compare import mismatched_bits
 
         if replace(got, logits=expected.logits, verified=expected.verified) != expected:
-            self.problems.append(f"{where}: {got}; expected {expected}")
-            self.problems.append(f"{where}: {got.proposal}; expected {expected.proposal}")
+            self.problems.append(
+                f"{where}: {got}, {got.proposal}; expected {expected}, {expected.proposal}"
+            )
         if got.verified.shape != expected.verified.shape:
             return
         a, b = (step.verified.numpy().view(np.uint32) for step in (expected, got))

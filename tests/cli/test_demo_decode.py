@@ -17,6 +17,7 @@ from speq.host.meter import PassShape, passes_of
 from speq.host.session import Session
 from speq.hw.accelerator_config import PassKind
 from speq.model.checkpoint import CheckpointError
+from speq.model.draft_tree import Origin, Proposal
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
@@ -50,7 +51,8 @@ def test_every_logit_is_the_golden_models(tmp_path):
     steps = list(session.golden(prompt, max_tokens=TOKENS, settings=settings))
     tokens = [token for step in steps for token in step.tokens]
     assert repr(model.tokenizer.decode(prompt + tokens)) in result.output
-    bits = 32 * model.config.vocab_size * (len(tokens) + 1)  # and the plain one
+    rows = sum(step.rows for step in steps) + 1  # and the plain one
+    bits = 32 * model.config.vocab_size * rows
     assert f"equal the golden model's; {bits:,} logit bits compared, 0 differ." in result.output
     walked = re.findall(r"(\w+) pass, rows (\d+), position (\d+)", result.output)
     expected = [PassShape(PassKind.VERIFY, 1, 0), *passes_of(prompt, steps, 4)]
@@ -73,7 +75,7 @@ def test_a_wrong_bit_is_named(monkeypatch):
     def flawed(*arguments: object, **options: object) -> Iterator[Step]:
         for number, step in enumerate(generate(*arguments, **options)):
             if number == 1:
-                step.logits.view(torch.int32)[0, 77] ^= 1 << 9
+                step.verified.view(torch.int32)[0, 77] ^= 1 << 9
             yield step
 
     monkeypatch.setattr("speq.host.session.generate", flawed)
@@ -90,7 +92,8 @@ def test_a_wrong_bit_is_named(monkeypatch):
 def step(tokens: list[int], **changes: object) -> Step:
     """A step whose logits are 0, 1, 2, ..."""
     logits = torch.arange(3.0 * len(tokens)).reshape(-1, 3)
-    return replace(Step(tokens, logits, 2, 1, 1, False, [0.5, 0.25]), **changes)
+    made = Step(tokens, logits, 2, 1, 1, False, [0.5, 0.25], verified=logits)
+    return replace(made, **changes)
 
 
 def test_comparison():
@@ -111,15 +114,16 @@ def test_comparison():
         step([1], drafted=1),
         step([1], accepted=0),
         step([1], margins=[0.5, 0.5]),
+        step([1], proposal=Proposal([4], [0], [Origin.GUESS])),
     ):
         [problem] = problems([step([1]), step([5])], [changed, step([6])])  # ends with the first
         assert problem.startswith("run step 1: Step(tokens=[")
     # Zeros of both signs are equal as numbers only, NaNs as bits only.
     zero, nan = (torch.tensor([[x, 1.0, 2.0]]) for x in (-0.0, float("nan")))
-    assert problems([step([1])], [step([1], logits=zero)]) == [
+    assert problems([step([1])], [step([1], verified=zero)]) == [
         "run step 1, row 0, column 0: expected 0x00000000, got 0x80000000"
     ]
-    assert not problems([step([1], logits=nan)], [step([1], logits=nan.clone())])
+    assert not problems([step([1], verified=nan)], [step([1], verified=nan.clone())])
 
 
 def test_missing_models_are_named(monkeypatch):

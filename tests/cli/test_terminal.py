@@ -172,7 +172,7 @@ def test_a_chat_on_a_terminal(checkpoint):
         terminal.wait_for("> ")
         terminal.type("hello\n")
         terminal.wait_for("5 tokens in ")
-        terminal.wait_for("draft, alternate, target")
+        terminal.wait_for("draft, alternate, guess, target")
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.end() == 0, terminal.shown
