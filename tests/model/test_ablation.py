@@ -15,6 +15,7 @@ from speq.model import ablation
 from speq.model.ablation import (
     COMPETITORS,
     DRAFTS,
+    POLICIES,
     ROWS,
     Draft,
     Materials,
@@ -72,7 +73,8 @@ def test_rows_are_complete():
     assert len({row.name for row in ROWS}) == len(ROWS)
     assert {row.draft for row in ROWS} == set(DRAFTS)
     assert sum(row.prototype[0] is not None for row in ROWS) == 10
-    assert sum(row.choices > 1 for row in ROWS) == 6
+    assert sum(row.choices > 1 for row in ROWS) == 8
+    assert {row.policy for row in ROWS} == set(POLICIES)
     assert set(COMPETITORS) <= set(SCHEMES)
 
 
@@ -206,17 +208,16 @@ def test_a_bad_draft_differs(materials, monkeypatch):
 
 
 def test_settings_are_chosen_on_calibration_texts(materials, monkeypatch):
-    chosen_on = []
-
     def watch(samples, *arguments, **options):
         chosen_on.append([sample.text for sample in samples])
         return original(samples, *arguments, **options)
 
-    original = ablation.best_settings
-    monkeypatch.setattr(ablation, "best_settings", watch)
-    run_ablation(materials, SEED, [Row("int4", "int4")], [])
     calibration = [text for _, text in materials.calibration]
-    assert chosen_on and all(texts == calibration for texts in chosen_on)
+    for policy in POLICIES:
+        chosen_on, original = [], POLICIES[policy]
+        monkeypatch.setitem(POLICIES, policy, watch)
+        run_ablation(materials, SEED, [Row("int4", "int4", policy=policy)], [])
+        assert chosen_on and all(texts == calibration for texts in chosen_on)
 
 
 def test_external_drafts_have_keys_and_values_of_their_own(materials, monkeypatch):

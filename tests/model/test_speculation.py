@@ -896,12 +896,12 @@ SAMPLED = {
 
 @pytest.mark.parametrize(("settings", "sampling"), SAMPLED.values(), ids=SAMPLED.keys())
 def test_sampled_text_has_the_targets_distribution(markov, settings, sampling):
-    counts, statistics = transitions(markov, settings, sampling, 15_000)
-    assert counts.sum() == 15_000
+    counts, statistics = transitions(markov, settings, sampling, 9_000)
+    assert counts.sum() == 9_000
     assert 0.2 < statistics.match_rate < 0.9
-    assert (statistics.alternate_hits > 300) == (settings.choices > 1)
-    assert (statistics.guess_hits > 300) == settings.policy.guesses
-    assert (statistics.free_steps > 300) == settings.policy.guesses
+    assert (statistics.alternate_hits > 150) == (settings.choices > 1)
+    assert (statistics.guess_hits > 150) == settings.policy.guesses
+    assert (statistics.free_steps > 150) == settings.policy.guesses
     assert p_value(counts, distribution(markov.target, sampling)) > LEAST_P_VALUE
 
 
@@ -1003,8 +1003,10 @@ def sampled_steps(subject, layers, settings, sampling, seed: int) -> list[Step]:
 def test_sampled_text_is_the_same_with_and_without_speculation(subject, talkative, case):
     """Tokens and logit bits, over rows, draft lengths, choices, guesses and seeds."""
     total, texts = Statistics(), set()
-    for model, several in ((subject, SETTINGS), (talkative, GUESSES)):
-        for seed, (name, settings) in enumerate(several.items()):
+    # Each case has a third of the settings, and all have guesses.
+    third = list(SETTINGS.items())[list(NOISE).index(case) :: len(NOISE)]
+    for model, several in ((subject, third), (talkative, GUESSES.items())):
+        for seed, (name, settings) in enumerate(several):
             plain = sampled_steps(model, None, settings, NOISE[case], seed)
             steps = sampled_steps(model, model.layers, settings, NOISE[case], seed)
             for step in steps:
@@ -1014,14 +1016,14 @@ def test_sampled_text_is_the_same_with_and_without_speculation(subject, talkativ
             logits = [torch.cat([s.logits for s in made]) for made in (plain, steps)]
             assert torch.equal(*map(bits, logits)), f"SPEQ_SEED={SEED}: {name}"
             texts.add(tuple(tokens[0]))
-    assert len(texts) > 8
+    assert len(texts) > 5
     # Draft and target share their noise, so that a good draft is right although it is sampled.
-    assert total.match_rate > 0.2 and total.alternate_hits and total.guess_hits
+    assert total.match_rate > 0.2 and total.guess_hits
 
 
-def test_noise_of_another_position_spoils_drafts(subject, monkeypatch):
+def test_noise_of_another_position_spoils_drafts(monkeypatch):
     """As if draft and verify passes counted positions differently: right text, fewer matches."""
-    settings, rates = Settings(choices=1), []
+    subject, settings, rates = random_subject("llama"), Settings(choices=1), []
     for shift in (0, 1):
 
         def shifted(logits, positions, sampling, seed, shift=shift):
@@ -1031,7 +1033,7 @@ def test_noise_of_another_position_spoils_drafts(subject, monkeypatch):
         monkeypatch.setattr(speculation, "perturbed", shifted)
         total = Statistics()
         # Re-ranked, so that draft passes can be told by their infinities.
-        for seed in range(6):
+        for seed in range(2):
             for step in sampled_steps(
                 subject, subject.layers, replace(settings, reranked=8), Sampling(1.5), seed
             ):
@@ -1048,13 +1050,13 @@ def test_shared_noise_has_the_targets_distribution(markov):
     settings = Settings(rows=8, draft_length=3, threshold=0.5, choices=3, policy=GUESSED)
     sampling = Sampling(0.9, top_k=5)
     counts = torch.zeros(WORDS, WORDS, dtype=torch.float64)
-    for seed in range(30):
+    for seed in range(20):
         text = [0]
         for step in generate(
             markov.model,
             [0],
             {},
-            max_tokens=300,
+            max_tokens=100,
             settings=settings,
             sampling=sampling,
             generator=torch.Generator().manual_seed(1000 * SEED + seed),
@@ -1062,5 +1064,5 @@ def test_shared_noise_has_the_targets_distribution(markov):
             text += step.tokens
         pairs = torch.tensor(text[:-1]) * WORDS + torch.tensor(text[1:])
         counts += pairs.bincount(minlength=WORDS * WORDS).reshape(WORDS, WORDS)
-    assert counts.sum() == 9000
+    assert counts.sum() == 2000
     assert p_value(counts, distribution(markov.target, sampling)) > LEAST_P_VALUE
