@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from speq.cli.options import MOST_TOKENS, Force, Group, ModelName, Split, check_model, refuse_unused
+from speq.cli.options import (
+    MOST_TOKENS,
+    Force,
+    Group,
+    ModelName,
+    Split,
+    chain_end,
+    check_model,
+    refuse_unused,
+)
 from speq.cli.progress import bars, status, with_bar
 from speq.model.aliases import ALIASES
 from speq.model.input_file import ENCODED_MODEL
@@ -207,7 +216,8 @@ def _summary(outcome: OptimisedEncoding) -> str:
     ):
         lines.append(
             f"{name + ':':<11} modelled speedup {value:.3f} on the calibration texts,\n"
-            f"{'':11} draft length {settings.length}, threshold {settings.threshold:g}"
+            f"{'':11} draft length {settings.length}, "
+            f"{chain_end(settings.threshold, settings.policy.limit)}"
         )
     return "\n".join(lines)
 

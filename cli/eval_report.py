@@ -48,6 +48,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from speq.cli.options import chain_end
 from speq.cli.tables import figure_table, show
 from speq.model.ablation import Ablation, LossyResult, RowResult
 from speq.model.checkpoint import Model
@@ -55,7 +56,7 @@ from speq.model.cycles import Engine, draft_pass, plain_pass, verify_pass
 from speq.model.evaluation import Acceptance, Costs, Curve, Estimate, Figures
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
-from speq.model.settings import COST_STEPS, Policy, Settings
+from speq.model.settings import Settings
 
 VERSION = 4
 
@@ -270,7 +271,8 @@ def number(value: float | None) -> str:
 def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) -> Table:
     """Figures by kind."""
     table = figure_table(
-        f"{name}: L = {settings.length}, {_limit(settings)}, "
+        f"{name}: L = {settings.length}, "
+        f"{chain_end(settings.threshold, settings.policy.limit)}, "
         f"{settings.choices} choices, {settings.reranked} re-ranked, {settings.rows} rows",
         *("kind", "\nmatch", "draft\n/pass", "accept\n/pass", "tokens\n/pass"),
         *("early\nexits", "alt.\nhits", "guess\nhits", "speedup\nover FP16", "with\nKV"),
@@ -313,13 +315,6 @@ def context_table(done: Study, conditions: Conditions) -> Table:
     for entry in done.contexts:
         table.add_row(f"{entry.context:,}", shown(entry.bytes), shown(entry.cycles))
     return table
-
-
-def _limit(settings: Settings) -> str:
-    """What ends a chain before its longest length."""
-    if settings.policy == Policy():
-        return f"threshold {settings.threshold:g}"
-    return f"chains end below {2 ** (-settings.policy.limit / COST_STEPS):.0%}"
 
 
 def ablation_table(rows: Sequence[RowResult]) -> Table:

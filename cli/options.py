@@ -12,6 +12,7 @@ import typer
 from speq.model.aliases import ALIASES, NOT_A_MODEL
 from speq.model.errors import CheckpointError
 from speq.model.number_format import FormatConfig
+from speq.model.settings import COST_STEPS, MAX_COST_LIMIT
 from speq.model.settings import DEFAULT_THRESHOLD as DEFAULT_THRESHOLD
 
 
@@ -88,6 +89,14 @@ SPLIT_HELP = "Exponents told apart by their top mantissa bit: 0 to 3."
 Split = Annotated[int, typer.Option(help=SPLIT_HELP)]
 GroupOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="64")]
 SplitOfEncode = Annotated[int | None, typer.Option(help="As of encode.", show_default="2")]
+
+
+def chain_end(threshold: float, limit: int) -> str:
+    """What ends a chain before its longest length: its probability, if the policy has a `limit`, or
+    else a small margin."""
+    if limit < MAX_COST_LIMIT:
+        return f"chains end below {2 ** (-limit / COST_STEPS):.0%}"
+    return f"threshold {threshold:g}"
 
 
 def chosen_format(group: int | None, split: int | None, encoded: Path | None) -> FormatConfig:

@@ -121,7 +121,7 @@ def ablation_plot(rows: Sequence[RowResult], model: str) -> Figure:
     axis.set_title(f"Ablation, {_short(model)}")
     handles = [
         Patch(color=BLUE, label="inside the FP16 weights, chain"),
-        Patch(color=GREEN, label="inside the FP16 weights, leaf alternates"),
+        Patch(color=GREEN, label="inside the FP16 weights, alternates"),
         Patch(color=ORANGE, label="external draft model"),
         Line2D([], [], color="black", marker="D", linestyle="", label="design study"),
     ]

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speq.cli.options import chain_end
 from speq.cli.report_charts import Chart, line_chart
 from speq.model.input_file import read_limited
-from speq.model.settings import COST_STEPS, MAX_COST_LIMIT
+from speq.model.settings import MAX_COST_LIMIT
 
 #: Bytes of a file that is read.
 MAX_FILE = 1 << 26
@@ -254,14 +255,6 @@ def _best(report: Mapping[str, Any]) -> str:
     return "policy" if "policy" in report["results"] else "alternates"
 
 
-def _limit(settings: Mapping[str, Any]) -> str:
-    """What ends a chain: a probability, or the threshold of a margin."""
-    limit = int(settings.get("policy", {}).get("limit", MAX_COST_LIMIT))
-    if limit < MAX_COST_LIMIT:
-        return f"chains end below {2 ** (-limit / COST_STEPS):.0%}"
-    return f"threshold {float(settings['threshold']):g}"
-
-
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The conditions of an evaluation."""
     config, settings, versions = report["model"]["config"], report["settings"], report["versions"]
@@ -277,6 +270,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     length = int(chosen["rows"]) - 1 if length is None else int(length)
     reranked = int(chosen.get("reranked", 0))  # which older reports do not have
     exact = f", {reranked} re-ranked" if reranked else ""
+    limit = int(chosen.get("policy", {}).get("limit", MAX_COST_LIMIT))
+    end = chain_end(float(chosen["threshold"]), limit)
     figures = report["results"][_best(report)]["figures"]["all"]
     return [
         (
@@ -287,7 +282,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("draft", formats + (f" ({_text(draft['encoded'])})" if draft["encoded"] else "")),
         (
             "speculation",
-            f"{int(chosen['rows'])} rows, drafts of up to {length}, {_limit(chosen)}, "
+            f"{int(chosen['rows'])} rows, drafts of up to {length}, {end}, "
             f"{int(chosen['choices'])} choices{exact}; the best on {counts[0]} calibration prompts",
         ),
         (

@@ -207,7 +207,7 @@ class AcceleratorModel:
         kind, index, position = self._pass
         committed, accepted, last_row, chain = self._step
         row = self._rows[element] if element < len(self._rows) else (0, 0, 0, Origin.CHAIN)
-        token, depth, parent, source = row
+        token, depth, parent, origin = row
         fields = {
             "PASS": {"kind": kind.value, "rows": len(self._rows), "index": index},
             "STEP": {
@@ -216,7 +216,7 @@ class AcceleratorModel:
                 "last_row": last_row,
                 "chain": chain,
             },
-            "ROW_PLACE": {"depth": depth, "parent": parent, "source": source.value},
+            "ROW_PLACE": {"depth": depth, "parent": parent, "origin": origin.value},
             "STATUS": STATES[self._state][0],
             "ERROR": self._error[0].value,
             "ERROR_ADDRESS": self._error[1],

@@ -380,7 +380,7 @@ class Driver:
         if settings.history != self.config.history:
             raise ValueError(
                 f"history is {settings.history}; this accelerator's has {self.config.history} "
-                "tokens"
+                f"tokens: take settings or an accelerator (--history) with the same"
             )
 
     def _prefill(self, tokens: Sequence[int], start: int) -> None:
@@ -595,7 +595,7 @@ class Driver:
             return Pass(kind, tokens, start)
         places = [r.fields("ROW_PLACE", row) for row in range(rows)]
         parents = [place["parent"] for place in places]
-        return Pass(kind, tokens, start, parents, [Origin(place["source"]) for place in places])
+        return Pass(kind, tokens, start, parents, [Origin(place["origin"]) for place in places])
 
     def _read_margin(self) -> float:
         """The logit margin of the draft pass that has just ended."""

@@ -23,14 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from speq.model.settings import LONGEST_MATCH, NO_GUESS, Policy
+from speq.model.settings import GAP_INDICES, LONGEST_MATCH, NO_GUESS, Policy
 
 if TYPE_CHECKING:
     import torch
 
 #: Gaps below this have index 0; from there on every half octave has an index of its own.
 _LEAST_GAP_LOG2 = -3
-_INDICES = 16
 #: A step needs no draft pass only if its guess has so many tokens.
 SHORTEST_FREE_GUESS = 3
 
@@ -125,10 +124,10 @@ def gap_index(gap: float) -> int:
     The exponent and the top bit of the significand, counted from 2^-3, as far as there are indices.
     """
     if math.isinf(gap):
-        return _INDICES - 1
+        return GAP_INDICES - 1
     significand, exponent = math.frexp(gap)
     index = 2 * (exponent - 1 - _LEAST_GAP_LOG2) + (significand >= 0.75)
-    return min(max(index, 0), _INDICES - 1) if gap else 0
+    return min(max(index, 0), GAP_INDICES - 1) if gap else 0
 
 
 def longest_match(history: Sequence[int], path: Sequence[int] = ()) -> Match | None:

@@ -17,7 +17,7 @@ and the entry `speq` of the file's metadata is a JSON object:
               all are drafted, the `sha256` of its FP16 weights, row by row, and `planes`, that of
               its arrays, one behind the other in the order above; both of little-endian numbers
     settings  "chain" and "alternates": the settings of speculation that were best on the
-              calibration texts, without and with leaf alternates; absent if there was none
+              calibration texts, without and with alternates; absent if there was none
     report    what the optimiser found, for people; absent if there was no calibration
     sha256    of this object as JSON in one line, without this entry
 

@@ -96,16 +96,15 @@ def gumbel(seed: int, position: int, count: int) -> np.ndarray:
 
 def _fraction(bits: np.ndarray) -> np.ndarray:
     """(2 bits + 1) / 2^65 of uint64 below 2^63, its first 24 bits, as float32."""
-    # The highest bit's place, by halves: `bits` moves up until its bit 62 is set.
+    # In units of 2^-65, moved up until the highest bit is set.
     zeros = np.zeros(bits.shape, np.int32)
-    shifted = bits << np.uint64(1) | np.uint64(1)  # 64 bits of which the highest is 0 or 1
+    shifted = bits << np.uint64(1) | np.uint64(1)
     for step in (32, 16, 8, 4, 2, 1):
         high = shifted >> np.uint64(64 - step) == 0
         shifted = np.where(high, shifted << np.uint64(step), shifted)
         zeros += np.where(high, step, 0).astype(np.int32)
     significand = (shifted >> np.uint64(40)).astype(np.int32)  # 24 bits, the first one set
-    # significand * 2^(-24 - zeros - 1): 64 bits of a number in units of 2^-65.
-    exponent = 126 - 1 - zeros
+    exponent = 127 - 2 - zeros  # the highest bit of 64 is 2^-2
     return ((exponent << 23) | (significand & 0x7FFFFF)).astype(np.int32).view(np.float32)
 
 

@@ -19,6 +19,7 @@ from speq.model.evaluation import Costs, Sample, speedup
 from speq.model.settings import (
     COST_STEPS,
     DEFAULT_HISTORY,
+    GAP_INDICES,
     LONGEST_MATCH,
     MAX_COST,
     NO_GUESS,
@@ -29,7 +30,6 @@ from speq.model.settings import (
 #: Costs of a chain, in sixteenths of a bit, among which the best limit is chosen: a chain ends
 #: where its probability falls below 84 % to 4 %.
 LIMITS = (4, 8, 12, 16, 20, 24, 32, 40, 56, 76)
-_INDICES = 16
 #: What is assumed before anything is counted, with the weight of one observation.
 _PRIOR, _GUESS_PRIOR = 0.5, 0.25
 
@@ -44,7 +44,7 @@ def fit_tables(samples: Sequence[Sample], history: int = DEFAULT_HISTORY) -> Pol
     """
     if not samples:
         raise ValueError("no texts to fit a policy to")
-    chain, alternates = _no_counts(_INDICES), _no_counts(_INDICES)
+    chain, alternates = _no_counts(GAP_INDICES), _no_counts(GAP_INDICES)
     guesses = _no_counts(LONGEST_MATCH)
     for sample in samples:
         _count_drafts(sample, chain, alternates)

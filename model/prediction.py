@@ -3,7 +3,7 @@
 
 The cycles of a pass are those of `speq.model.cycles`, which tests/sim/test_decoding.py compares
 with the accelerator's own counters. A chain of L tokens, each of which the target accepts with
-probability p, commits 1 + p + ... + p^L tokens per verify pass; leaf alternates and early exits,
+probability p, commits 1 + p + ... + p^L tokens per verify pass; alternates and early exits,
 which both help, are left out. L is the best one that the rows allow. The host's time is not
 counted.
 """

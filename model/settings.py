@@ -23,6 +23,8 @@ MAX_HISTORY = 1 << 16
 LONGEST_MATCH = 4
 #: Costs are -log2(probability) in parts of a bit, so many to a bit, and no larger than this.
 COST_STEPS, MAX_COST = 16, 255
+#: Logit gaps that tables of costs tell apart.
+GAP_INDICES = 16
 #: The cost of a guess that is never made.
 NO_GUESS = MAX_COST
 MAX_COST_LIMIT = (1 << 16) - 1
@@ -37,9 +39,9 @@ class Policy:
 
     Attributes
     ----------
-    chain_costs : 16 integers
+    chain_costs : `GAP_INDICES` integers
         That the draft's best token is right, by the logit margin of its pass.
-    alternate_costs : 16 integers
+    alternate_costs : `GAP_INDICES` integers
         That another of its tokens is right, by how far its logit is below the best.
     guess_costs : 4 integers
         Of each token that continues a match of 1, 2, 3 and at least 4 tokens; `NO_GUESS`: such a
@@ -56,14 +58,18 @@ class Policy:
         If a value is out of range or a table has another length.
     """
 
-    chain_costs: tuple[int, ...] = (0,) * 16
-    alternate_costs: tuple[int, ...] = tuple(range(0, 256, 16))
+    chain_costs: tuple[int, ...] = (0,) * GAP_INDICES
+    alternate_costs: tuple[int, ...] = tuple(16 * i for i in range(GAP_INDICES))
     guess_costs: tuple[int, ...] = (NO_GUESS,) * LONGEST_MATCH
     limit: int = MAX_COST_LIMIT
     guess_limit: int = 0
 
     def __post_init__(self) -> None:
-        tables = {"chain costs": 16, "alternate costs": 16, "guess costs": LONGEST_MATCH}
+        tables = {
+            "chain costs": GAP_INDICES,
+            "alternate costs": GAP_INDICES,
+            "guess costs": LONGEST_MATCH,
+        }
         for name, count in tables.items():
             field = name.replace(" ", "_")
             costs = tuple(getattr(self, field))

@@ -86,7 +86,7 @@ class NonFiniteError(ValueError):
 class KVCache:
     """Keys and values of every block, FP16, in slots that are filled in order.
 
-    A slot's number need not be its position: with leaf alternates several slots share one position.
+    A slot's number need not be its position: in a tree several slots share one position.
     Keys are stored rotated, so entries can be moved. Members: `length` (slots in use), `capacity`,
     `positions` int64 [capacity], `keys` and `values` float16 [blocks, kv_heads, capacity,
     head_dim].
@@ -127,7 +127,7 @@ class KVCache:
 
     def keep(self, start: int, slots: Sequence[int]) -> None:
         """Of the slots from `start` on, keeps only `slots`, moved to start, start + 1, ... in the
-        given order. For accepted leaf alternates. Raises ValueError if a slot is not in use."""
+        given order. For the accepted rows of a tree. Raises ValueError if a slot is not in use."""
         if not all(start <= slot < self.length for slot in slots):
             raise ValueError(f"slots {list(slots)} are not all within {start}..{self.length - 1}")
         source = torch.tensor(slots, dtype=torch.int64)

@@ -35,7 +35,8 @@ MARKS = {"draft": "{}", "alternate": "<{}>", "guess": "({})", "target": "[{}]"}
 
 
 def marked(step: speq.Step) -> str:
-    """The step's tokens: plain if drafted, in <> if an alternate, in [] if the target's own."""
+    """The step's tokens: plain if drafted, in <> if an alternate, in () if guessed, in [] if the
+    target's own."""
     names = (repr(model.tokenizer.decode([token]))[1:-1] for token in step.tokens)
     return "".join(
         MARKS[origin].format(name) for name, origin in zip(names, step.origins, strict=True)

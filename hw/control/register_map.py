@@ -409,7 +409,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             (
                 Field("depth", 0, 8, "position less PASS_POSITION"),
                 Field("parent", 8, 8, "the row that it follows; of row 0: 0"),
-                Field("source", 16, 2, "0 root or chain, 1 alternate, 2 guess"),
+                Field("origin", 16, 2, "0 root or chain, 1 alternate, 2 guess"),
             ),
             rows,
         ),

@@ -45,8 +45,8 @@ _FIRST_COST = Fp32Gap.LATENCY + 3
 _SHORTEST_FREE_GUESS = 3
 
 
-class Source(enum.Enum, shape=2):
-    """Where a row's token is from, with the values of ROW_PLACE.source."""
+class Origin(enum.Enum, shape=2):
+    """Where a row's token is from, with the values of ROW_PLACE.origin."""
 
     CHAIN = 0
     ALTERNATE = 1
@@ -112,7 +112,7 @@ class SpeculationController(wiring.Component):
        then the lowest position or row. No row is deeper than tokens left - 1.
     4. Verify: one pass. Row 0 is the root, row i + 1 chain position i, behind them the others in
        the order of their choice. `row_place` has each row's position less that of the root, the row
-       that it follows, and its source.
+       that it follows, and its origin.
     5. Accept: from row 0 on, the row's best token is committed. The lowest row that follows this
        one and has that token is next, until there is none.
     6. Commit: every such token goes to the ring in memory and to the history, and when all are
@@ -268,7 +268,7 @@ class SpeculationController(wiring.Component):
                 self.row_token[i].eq(r.tokens[i]),
                 self.row_place[i].depth.eq(r.depths[i]),
                 self.row_place[i].parent.eq(r.parents[i]),
-                self.row_place[i].source.eq(r.sources[i]),
+                self.row_place[i].origin.eq(r.origins[i]),
             ]
 
     def _write_ring(self, m: Module, r: _Registers) -> None:
@@ -330,7 +330,7 @@ class SpeculationController(wiring.Component):
                 *(register.eq(0) for register in (r.row, r.place, r.rank)),
                 *(register.eq(0) for register in (r.chain, r.cost, r.stop, r.accepted)),
                 *(register.eq(0) for register in (r.alternates, r.alternate_hit, r.guess_hits)),
-                *(register.eq(0) for register in (r.committed, *r.counts, *r.sources, *r.offers)),
+                *(register.eq(0) for register in (r.committed, *r.counts, *r.origins, *r.offers)),
                 *(depth.eq(i) for i, depth in enumerate(r.depths)),
                 *(parent.eq(max(0, i - 1)) for i, parent in enumerate(r.parents)),
                 r.is_free.eq(0),
@@ -522,7 +522,7 @@ class SpeculationController(wiring.Component):
             if matcher is not None:
                 is_cheapest = found & (~r.has_guess | (least.key <= r.guess.key))
             with m.If(is_cheapest):
-                r.add_row(m, Source.ALTERNATE, parent=least_place, depth=depth)
+                r.add_row(m, Origin.ALTERNATE, parent=least_place, depth=depth)
                 m.d.sync += [
                     r.tokens[r.used].eq(least.token),
                     count.eq(count + 1),
@@ -561,7 +561,7 @@ class SpeculationController(wiring.Component):
         """A row for the cheapest guess, which then offers the token behind it."""
         following = (r.guess.next + 1)[: len(r.guess.next)]
         depth = r.depths[r.guess_row] + 1
-        r.add_row(m, Source.GUESS, parent=r.guess_row, depth=depth)
+        r.add_row(m, Origin.GUESS, parent=r.guess_row, depth=depth)
         m.d.sync += [
             r.offers[r.guess_row].eq(0),
             r.key.eq(r.guess.key),
@@ -645,16 +645,16 @@ class SpeculationController(wiring.Component):
                 m.next = "MATCH"
         with m.State("MATCH"):
             candidate = r.candidate[: len(r.row)]
-            source = r.sources[candidate]
+            origin = r.origins[candidate]
             m.d.sync += r.candidate.eq(r.candidate + 1)
             with m.If(r.candidate == r.used):
                 m.next = "DRAIN"
             with m.Elif((r.tokens[candidate] == r.root) & (r.parents[candidate] == r.row)):
                 m.d.sync += [
                     r.row.eq(candidate),
-                    r.accepted.eq(r.accepted + (source == Source.CHAIN)),
-                    r.alternate_hit.eq(r.alternate_hit | (source == Source.ALTERNATE)),
-                    r.guess_hits.eq(r.guess_hits + (source == Source.GUESS)),
+                    r.accepted.eq(r.accepted + (origin == Origin.CHAIN)),
+                    r.alternate_hit.eq(r.alternate_hit | (origin == Origin.ALTERNATE)),
+                    r.guess_hits.eq(r.guess_hits + (origin == Origin.GUESS)),
                 ]
                 m.next = "READ"
 
@@ -727,7 +727,7 @@ class _Registers:
         self.tokens = registers(TOKEN_BITS, "token", rows)
         self.depths = registers(_COUNT_BITS, "depth", rows)
         self.parents = registers(config.engine.row_bits, "parent", rows)
-        self.sources = registers(Shape.cast(Source), "source", rows)
+        self.origins = registers(Shape.cast(Origin), "origin", rows)
         # The step: tokens that are left behind the target's own, largest depth, the chain and its
         # cost, rows that have their tokens, those left, alternates by chain position.
         self.left = register(values["token_limit"], "left")
@@ -782,12 +782,12 @@ class _Registers:
         self.set_pass(m, PassKind.DRAFT, 1, self.position + self.chain)
         m.next = "PASS"
 
-    def add_row(self, m: Module, source: Source, parent: Signal, depth: Value) -> None:
+    def add_row(self, m: Module, origin: Origin, parent: Signal, depth: Value) -> None:
         """Take the next free row; its token comes extra."""
         m.d.sync += [
             self.depths[self.used].eq(depth),
             self.parents[self.used].eq(parent),
-            self.sources[self.used].eq(source),
+            self.origins[self.used].eq(origin),
             self.depth.eq(depth),
             self.used.eq(self.used + 1),
             self.free.eq(self.free - 1),

@@ -75,7 +75,7 @@ class Pass:
     position: int
     index: int = 0
     tokens: list[int] | None = None
-    places: list[tuple[int, int, int]] = field(default_factory=list)  # depth, parent, source
+    places: list[tuple[int, int, int]] = field(default_factory=list)  # depth, parent, origin
     ranking: list[int] = field(default_factory=list)
 
 
@@ -489,7 +489,7 @@ class Bench:
         self.check("pass registers", got, registers)
         self.check("pass index", expected.index, status.index)
         rows = self.decoded(out, "row_place")
-        places = [(rows[i].depth, rows[i].parent, rows[i].source) for i in range(expected.rows)]
+        places = [(rows[i].depth, rows[i].parent, rows[i].origin) for i in range(expected.rows)]
         self.check("row places", expected.places, places)
         if expected.tokens is not None:
             tokens = self.decoded(out, "row_token")
