@@ -27,7 +27,7 @@ behind u is a sequence of single FP32 operations as in `speq.model.vector_ops`:
 
 What finite resolution leaves: if every G is within d of the exact one, then so is every difference
 of two, and each probability is moved by a factor within e^(2 d): the total variation distance from
-exact sampling is at most (e^(2 d) - 1) / 2, about d, whatever the vocabulary. d is 3.2e-6 at most,
+exact sampling is at most (e^(2 d) - 1) / 2, about d, whatever the vocabulary. d is 2.0e-6 at most,
 where G is largest (tests/model/test_gumbel.py measures it); the resolution of U adds 2^-64 a token,
 1.5e-14 for 262,144 of them.
 """
