@@ -111,15 +111,15 @@ INVERSE = Parabolas(
     shift1=16,
     shift2=12,
 )
-#: 1 / sqrt(1 + x) and 1 / sqrt(2 + 2 x), to 24 bits.
+#: 1 / sqrt(1 + x) and 1 / sqrt(2 + 2 x), of the same shape.
 ROOTS = tuple(
     Parabolas(
         function,
-        index_bits=6,
-        bits=17,
+        index_bits=7,
+        bits=16,
         value_bits=26,
-        drop=5,
-        shift1=17,
+        drop=4,
+        shift1=16,
         shift2=12,
     )
     for function in (lambda x: 1 / (1 + x).sqrt(), lambda x: 1 / (2 + 2 * x).sqrt())

@@ -18,8 +18,8 @@ This file is a specification that hardware implements (`speq.hw.vector`). Its ru
   undefined.
 
 Maximum errors, measured against float64 by tests/model/test_vector_ops.py: exponential 2^-18 and
-sigmoid 2^-16 of the exact value, as their results are rounded to FP16's 11 bits; reciprocal 1.4 and
-rsqrt 2.0 ulp (spacings of FP32 at the exact result).
+sigmoid 2^-16 of the exact value, as their results are rounded to FP16's 11 bits; reciprocal and
+rsqrt 1.4 ulp (spacings of FP32 at the exact result).
 
 Elementary functions are of NumPy arrays, float32, as NumPy takes a third of PyTorch's time to start
 an operation, and most have few elements; what a pass calls takes and gives tensors.
