@@ -46,6 +46,14 @@ class Parabolas:
         for name, values in zip(("c0", "c1", "c2"), zip(*rows, strict=True), strict=True):
             object.__setattr__(self, name, values)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All parameters but the function."""
+        return (
+            *(self.index_bits, self.bits, self.value_bits),
+            *(self.drop, self.shift1, self.shift2),
+        )
+
     def _coefficients(self, i: int) -> tuple[int, int, int]:
         size = Decimal(1) / (1 << self.index_bits)
         start = size * i
@@ -81,6 +89,10 @@ class Parabolas:
         return self.c0[i] - self._fall(g, self.c1[i], self.c2[i])
 
 
+#: log2(e) and its fraction bits, and those of what an exponential is the power of two of.
+LOG2_E = 0x1715476
+LOG2_E_BITS = 24
+LOGARITHM_BITS = 20
 #: 2^-x, for exponentials.
 POWER = Parabolas(
     lambda x: Decimal(2) ** -x,

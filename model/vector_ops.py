@@ -36,15 +36,19 @@ import numpy as np
 import torch
 
 from speq.model.arith import to_float16
-from speq.model.function_tables import INVERSE, POWER, ROOTS, SIGMOID, Parabolas
+from speq.model.function_tables import (
+    INVERSE,
+    LOG2_E,
+    LOG2_E_BITS,
+    LOGARITHM_BITS,
+    POWER,
+    ROOTS,
+    SIGMOID,
+    Parabolas,
+)
 
 #: Partial sums of `row_sum`.
 PARTIAL_SUMS = 64
-#: log2(e) and its fraction bits.
-LOG2_E = 0x1715476
-LOG2_E_BITS = 24
-#: Fraction bits of what an exponential is the power of two of.
-LOGARITHM_BITS = 20
 _HALF_PI_PARTS = (  # 33 bits, the next 33 bits, the rest: pi/2 to 119 bits; fdlibm e_rem_pio2
     1.57079632673412561417,
     6.07710050630396597660e-11,

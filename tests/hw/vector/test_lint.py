@@ -9,9 +9,16 @@ import pytest
 
 from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
+from speq.hw.vector.reciprocal import Reciprocal
+from speq.hw.vector.sigmoid import Sigmoid
 from tests.hw.verilog_tools import lint, write_unit
 
-UNITS = {"fp32_adder": Fp32Adder, "fp32_multiplier": Fp32Multiplier}
+UNITS = {
+    "fp32_adder": Fp32Adder,
+    "fp32_multiplier": Fp32Multiplier,
+    "reciprocal_unit": Reciprocal,
+    "sigmoid_unit": Sigmoid,  # a module must not be called as its port
+}
 
 
 @pytest.mark.parametrize("name", UNITS)
