@@ -7,11 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
+from speq.hw.vector.fp32_maximum import Fp32Maximum
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
+from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from tests.hw.verilog_tools import lint, write_unit
 
-UNITS = {"fp32_adder": Fp32Adder, "fp32_multiplier": Fp32Multiplier}
+UNITS = {
+    "fp16_to_fp32": Fp16ToFp32,
+    "fp32_adder": Fp32Adder,
+    "fp32_maximum": Fp32Maximum,
+    "fp32_multiplier": Fp32Multiplier,
+    "fp32_to_fp16": Fp32ToFp16,
+}
 
 
 @pytest.mark.parametrize("name", UNITS)
