@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ieee754 import (
+    FP16_BIAS,
+    FP16_FRACTION,
     FP16_NAN,
     FP32_BIAS,
     FP32_FRACTION,
     FP32_NAN,
-    fp16_rounded,
-    fp16_significand,
 )
 from speq.hw.engine_config import EngineConfig
+
+_DROPPED = FP32_FRACTION - FP16_FRACTION
+#: FP32 exponent field of FP16's smallest normal exponent (field 1), less one.
+_EXPONENT_REBIAS = FP32_BIAS - FP16_BIAS
 
 
 class Rounder(wiring.Component):
@@ -95,7 +99,7 @@ class Rounder(wiring.Component):
 
         # Stage 4: on to FP16 if asked.
         nan, half = flags
-        fp16 = Mux(nan, FP16_NAN, fp16_rounded(m, fp32[31], *fp16_significand(m, fp32)))
+        fp16 = Mux(nan, FP16_NAN, _fp32_to_fp16(m, fp32))
         result = Signal(32, reset_less=True)
         m.d.sync += result.eq(Mux(half, fp16, Mux(nan, FP32_NAN, fp32)))
         m.d.comb += self.result.eq(result)
@@ -125,3 +129,27 @@ def _normalize(m: Module, value: Value, fill: Value) -> tuple[Value, Value]:
         value = shifted
         count.append(empty)
     return Cat(*reversed(count)), value
+
+
+def _fp32_to_fp16(m: Module, fp32: Value) -> Value:
+    """Round a finite FP32 value that is not subnormal to FP16."""
+    sign, exponent, fraction = fp32[31], fp32[23:31], fp32[:23]
+    # Below FP16's normal range the significand is shifted right until its exponent fits.
+    subnormal = exponent <= _EXPONENT_REBIAS
+    distance = Signal(range(FP16_FRACTION + 3))
+    excess = _EXPONENT_REBIAS + 1 - exponent
+    largest = FP16_FRACTION + 2  # everything is behind the rounding bit
+    m.d.comb += distance.eq(Mux(subnormal, Mux(excess > largest, largest, excess), 0))
+    significand = Cat(Const(0, largest), fraction, exponent != 0)
+    shifted = Signal(len(significand))
+    m.d.comb += shifted.eq(significand >> distance)
+    kept = shifted[largest + _DROPPED :]
+    guard = shifted[largest + _DROPPED - 1]
+    sticky = shifted[: largest + _DROPPED - 1].any()
+    up = guard & (sticky | kept[0])
+    # Normal: the hidden bit in `kept` adds the last 1 to the exponent.
+    field = Mux(subnormal, 0, exponent - _EXPONENT_REBIAS - 1)[:8]
+    rounded = Signal(FP16_FRACTION + 8)
+    m.d.comb += rounded.eq((field << FP16_FRACTION) + kept + up)
+    overflow = rounded >= 31 << FP16_FRACTION
+    return Cat(Mux(overflow, 31 << FP16_FRACTION, rounded)[:15], sign)

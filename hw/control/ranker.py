@@ -9,9 +9,11 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
-from speq.hw.common.ieee754 import order_key
 from speq.hw.common.logic import any_of
 from speq.hw.common.ram import Ram
+
+#: The order key of minus infinity.
+_LEAST = 0x007F_FFFF
 
 
 def rank_start_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -25,6 +27,18 @@ def rank_start_layout(config: AcceleratorConfig) -> data.StructLayout:
             "keep": 1,
         }
     )
+
+
+def order_key(logit: Value) -> Value:
+    """32 bits that, as unsigned numbers, are ordered as the FP32 numbers `logit` are.
+
+    NaN counts as minus infinity, and both zeros are equal.
+    """
+    magnitude, negative = logit[:31], logit[31]
+    is_nan = magnitude[23:].all() & magnitude[:23].any()
+    below = Cat(~magnitude, Const(0, 1))
+    above = Cat(magnitude, Const(1, 1))
+    return Mux(is_nan, _LEAST, Mux(negative & magnitude.any(), below, above))
 
 
 class Ranker(wiring.Component):

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from amaranth.hdl import Elaboratable, Module, Mux
-from amaranth.lib import wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.common.ieee754 import order_key
+from speq.hw.common.ieee754 import FP32, is_infinite, is_nan
 from speq.hw.common.logic import pipeline_stage
 
 
@@ -32,7 +32,18 @@ class Fp32Maximum(wiring.Component):
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        larger = order_key(self.b) > order_key(self.a)
+        a, b = data.View(FP32, self.a), data.View(FP32, self.b)
+        a_magnitude, b_magnitude = self.a[:31], self.b[:31]
+        both_zero = ~(a_magnitude.any() | b_magnitude.any())
+        farther, nearer = a_magnitude < b_magnitude, b_magnitude < a_magnitude
+        larger = Mux(
+            a.negative,
+            Mux(b.negative, nearer, ~both_zero),
+            ~b.negative & farther,
+        )
+        # Only minus infinity is not larger than what a NaN counts as.
+        least = b.negative & is_infinite(b)
+        larger = ~is_nan(b) & Mux(is_nan(a), ~least, larger)
         (maximum,) = pipeline_stage(m, 1, maximum=Mux(larger, self.b, self.a))
         m.d.comb += self.maximum.eq(maximum)
         return m
