@@ -1,56 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a pass computes outside the array, to the bit: norms, RoPE, softmax, activations.
 
-This file is a specification that hardware can implement. Its rules:
+This file is a specification that hardware implements (`speq.hw.vector`). Its rules:
 
 - Every step is one FP32 addition, subtraction or multiplication, elementwise, rounded to nearest
   even, subnormals included; no step is fused with another. Comparisons, maxima, sign and exponent
-  changes are exact. There is no division and no call of a mathematical library: `exp`, `reciprocal`
-  and `rsqrt` are given below by range reduction, a table or polynomial, and Newton steps.
-- Sums over a row have one fixed order (`tree_sum`) or are exact (`softmax_weights`). So the bits of
+  changes are exact. There is no division and no call of a mathematical library: `exponential`,
+  `sigmoid`, `reciprocal` and `rsqrt` are a few steps in integers, with the tables of
+  `speq.model.function_tables`.
+- Sums over a row have one fixed order (`row_sum`) or are exact (`softmax_weights`). So the bits of
   a row depend on that row alone, never on which other rows share the pass, nor on the tensor's
-  layout.
+  layout, nor on how many elements the hardware takes at a time.
 - The residual stream stays outside the array and is FP32. Values are rounded to FP16 exactly where
   they enter the array: normalised activations, rotated queries and keys, values, softmax weights,
   attention outputs and gated FFN activations.
 - NaN stays NaN and becomes 0x7e00 where it enters the array; the payload of an FP32 NaN is
   undefined.
 
-Maximum errors, measured against float64 by tests/model/test_vector_ops.py (1 ulp = spacing of FP32
-at the exact result): exp 1.0, reciprocal 1.25, rsqrt 1.25, sigmoid 2.7, SiLU 4.0 ulp.
+Maximum errors, measured against float64 by tests/model/test_vector_ops.py: exponential 2^-18 and
+sigmoid 2^-16 of the exact value, as their results are rounded to FP16's 11 bits; reciprocal and
+rsqrt 1.4 ulp (spacings of FP32 at the exact result).
 
 Elementary functions are of NumPy arrays, float32, as NumPy takes a third of PyTorch's time to start
 an operation, and most have few elements; what a pass calls takes and gives tensors.
 
-Constant tables (the seeds of the Newton steps, the rotary sines and cosines) are not computed by
-the hardware but loaded into it; they are computed here by algorithms as explicit as the rest.
+Constant tables (those of the functions, the rotary sines and cosines) are not computed by the
+hardware but loaded into it; they are computed here by algorithms as explicit as the rest.
 """
 
 import math
 from decimal import Context, Decimal
+from functools import cache
 
 import numpy as np
 import torch
 
 from speq.model.arith import to_float16
-
-_LOG2_E = 1.44269504088896341
-_LN2_HIGH = 0.693359375  # 9 significant bits: times an integer below 2^15 it is exact
-_LN2_LOW = -2.12194440e-4
-_EXP_POLYNOMIAL = (  # (e^r - 1 - r) / r^2 for |r| <= ln(2)/2, highest power first; Cephes expf
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
+from speq.model.function_tables import (
+    INVERSE,
+    LOG2_E,
+    LOG2_E_BITS,
+    LOGARITHM_BITS,
+    POWER,
+    ROOTS,
+    SIGMOID,
+    Parabolas,
 )
+
+#: Partial sums of `row_sum`.
+PARTIAL_SUMS = 64
 _HALF_PI_PARTS = (  # 33 bits, the next 33 bits, the rest: pi/2 to 119 bits; fdlibm e_rem_pio2
     1.57079632673412561417,
     6.07710050630396597660e-11,
     2.02226624879595063154e-21,
 )
-_ROUND_FP32 = 1.5 * 2.0**23  # adding and subtracting it rounds to an integer, to nearest even
 _ROUND_FP64 = 1.5 * 2.0**52
 
 
@@ -58,82 +61,113 @@ _ROUND_FP64 = 1.5 * 2.0**52
 _quiet = np.errstate(all="ignore")
 
 
-def _seed_table(root: bool) -> np.ndarray:
-    """Newton seeds, 8 fraction bits each: 1/c, or 1/sqrt(c), at the centres c of the intervals that
-    the top six mantissa bits tell apart: [1, 2) in 64 intervals, for the root also [2, 4) in 64."""
-    seeds = []
-    for i in range(128 if root else 64):
-        centre = (129 + 2 * (i % 64)) << (i // 64)  # in units of 1/128
-        square = (1 << 25 if root else 1 << 32) // centre  # (256/sqrt(c))^2 * 4 or (256/c) * 2^17
-        seeds.append((math.isqrt(square) + 1) // 2 if root else (square + (1 << 16)) >> 17)
-    return np.array(seeds, np.float32) / 256
+class _Table:
+    """Tables of `speq.model.function_tables` as arrays, one behind the other."""
+
+    def __init__(self, *parts: Parabolas) -> None:
+        self._shape = parts[0]
+        rows = (sum((getattr(part, name) for part in parts), ()) for name in ("c0", "c1", "c2"))
+        self._c0, self._c1, self._c2 = (np.array(row, np.int64) for row in rows)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Values of fractions int64."""
+        shape = self._shape
+        i, g = x >> shape.bits, x & (1 << shape.bits) - 1
+        slope = self._c1[i] - ((g >> shape.drop) * self._c2[i] >> shape.shift2)
+        return self._c0[i] - (g * slope >> shape.shift1)
 
 
-_RECIPROCAL_SEEDS = _seed_table(root=False)
-_RSQRT_SEEDS = _seed_table(root=True)
+@cache
+def _values(table: Parabolas) -> np.ndarray:
+    """All values of a table, int32: for many elements it is faster to look them up."""
+    fractions = np.arange(1 << table.index_bits + table.bits, dtype=np.int64)
+    return _Table(table)(fractions).astype(np.int32)
 
 
-def _power_of_two(exponent: np.ndarray) -> np.ndarray:
-    """2^exponent as float32, for int32 exponents -126..127: the exponent field, no arithmetic."""
-    return ((exponent + 127) << 23).view(np.float32)
+_inverse, _inverse_root = _Table(INVERSE), _Table(*ROOTS)
+_FRACTION = 0x7FFFFF
+_FIRST_24_BITS = ~((1 << 29) - 1)  # of a float64's significand
 
 
-def tree_sum(x: np.ndarray) -> np.ndarray:
-    """Sum over the last dimension, float32 [..., N] -> [...]. The row is padded with +0 to a power
-    of two and the upper half is added to the lower half until one element is left."""
+def row_sum(x: np.ndarray) -> np.ndarray:
+    """Sum over the last dimension, float32 [..., N] -> [...].
+
+    Partial sum j, of 64, is 0 + x[j] + x[j + 64] + x[j + 128] + ..., in this order; then the upper
+    half of the partial sums is added to the lower half until one is left.
+    """
     n = x.shape[-1]
-    width = 1 << (n - 1).bit_length()
-    padded = np.zeros((*x.shape[:-1], width), np.float32)
-    padded[..., :n] = x
+    padded = np.zeros((*x.shape[:-1], -(-n // PARTIAL_SUMS), PARTIAL_SUMS), np.float32)
+    padded.reshape(*x.shape[:-1], -1)[..., :n] = x
+    sums = padded[..., 0, :]
+    for i in range(1, padded.shape[-2]):
+        sums = sums + padded[..., i, :]
+    width = PARTIAL_SUMS
     while width > 1:
         width //= 2
-        padded = padded[..., :width] + padded[..., width:]
-    return padded[..., 0]
+        sums = sums[..., :width] + sums[..., width:]
+    return sums[..., 0]
 
 
-def exp(x: np.ndarray) -> np.ndarray:
-    """e^x in float32, any shape. x = n ln 2 + r with n the integer nearest to x / ln 2 and ln 2 in
-    two parts; a polynomial of degree 7 in r; then 2^n in two exact factors, so that only a
-    subnormal or infinite result is rounded again. Exact at -inf (0), 0 (1) and +inf."""
-    # Beyond these the result is 0 or infinite anyway.
-    x = np.minimum(np.maximum(x, np.float32(-104.0)), np.float32(89.0))
-    n = (x * _LOG2_E + _ROUND_FP32) - _ROUND_FP32
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = np.full_like(r, _EXP_POLYNOMIAL[0])
-    for coefficient in _EXP_POLYNOMIAL[1:]:
-        p = p * r + coefficient
-    y = (p * (r * r) + r) + 1.0
-    n = np.where(np.isnan(n), 0.0, n).astype(np.int32)
-    half = n >> 1
-    return (y * _power_of_two(half)) * _power_of_two(n - half)
+def _halvings(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """e^-|x| as int32 p 2^-n, p in units of 2^-POWER.value_bits and in [1/2, 1].
+
+    n + f is |x| log2(e) in fixed point: the product with LOG2_E, cut off behind 20 fraction bits.
+    p is 2^-f. |x| from 128 on counts as 128 or more: the result is below 2^-126 anyway.
+    """
+    # The product is exact: it has at most 49 bits.
+    product = np.abs(x).astype(np.float64) * (LOG2_E * 2.0 ** (LOGARITHM_BITS - LOG2_E_BITS))
+    logarithm = np.where(product < 1 << 28, product, 1 << 28).astype(np.int32)
+    p = _values(POWER).take(logarithm & (1 << LOGARITHM_BITS) - 1)
+    return p, logarithm >> LOGARITHM_BITS
+
+
+def _scaled(y: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """y 2^-n, float32 for float32 y > 0 and int32 n; +0 where it is below 2^-126."""
+    bits = y.view(np.int32) - (n << 23)
+    return np.where(bits >= 1 << 23, bits, 0).view(np.float32)
+
+
+def exponential(x: np.ndarray) -> np.ndarray:
+    """e^-|x| in float32, any shape, to POWER.value_bits bits; 0 where that is below 2^-126, and
+    for NaN."""
+    p, n = _halvings(x)
+    return _scaled(p.astype(np.float32), n + POWER.value_bits)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^-x) in float32; 0 where that is below 2^-126, NaN for NaN.
+
+    With e^-|x| = p 2^-n as in `exponential`: 1 + p 2^-n, cut off behind 20 fraction bits, and its
+    reciprocal r from the table SIGMOID; for x < 0 (and -0) r p 2^-n, of p the first 18 bits (19 if
+    p is 1) and of the product the first 24.
+    """
+    p, n = _halvings(x)
+    extra = POWER.value_bits - LOGARITHM_BITS
+    t = p >> np.minimum(n + extra, 31)
+    r = _values(SIGMOID).take(t & (1 << LOGARITHM_BITS) - 1)
+    r = np.where(t >> LOGARITHM_BITS, 1 << SIGMOID.value_bits - 1, r)
+    product = r.astype(np.float64) * (p >> POWER.value_bits - 18)
+    product = (product.view(np.int64) & _FIRST_24_BITS).view(np.float64).astype(np.float32)
+    below = _scaled(product, n + 36)
+    y = np.where(np.signbit(x), below, r.astype(np.float32) * np.float32(2.0**-18))
+    return np.where(np.isnan(x), x, y)
 
 
 def reciprocal(x: np.ndarray) -> np.ndarray:
     """1/x in float32 for x from 2^-125 to below 2^126; +inf gives 0, NaN NaN. With m in [1, 2) the
-    mantissa of x: a seed of 8 bits from the top six mantissa bits, then twice y += y * (1 - m *
-    y)."""
+    mantissa of x: 1/m from the table INVERSE, rounded to 24 bits (halves up)."""
     bits = x.view(np.int32)
-    m = ((bits & 0x007FFFFF) | 0x3F800000).view(np.float32)
-    y = _RECIPROCAL_SEEDS[(bits >> 17) & 63]
-    for _ in range(2):
-        y = y + y * (1.0 - m * y)
-    y = y * _power_of_two(127 - np.minimum(np.maximum(bits >> 23 & 255, 2), 252))
-    return _limits(x, y)
+    y = _inverse((bits & _FRACTION).astype(np.int64)) + 2 >> 2
+    return _limits(x, _scaled(y.astype(np.float32), (bits >> 23) - (127 - 24)))
 
 
 def rsqrt(x: np.ndarray) -> np.ndarray:
     """1/sqrt(x) in float32 for normal x > 0; +inf gives 0, NaN NaN. With x = m * 4^n, m in [1, 4):
-    a seed of 8 bits from n's parity and the top six mantissa bits, then twice y += (y / 2) * (1 -
-    (m * y) * y)."""
+    1/sqrt(m) from the tables ROOTS, rounded to 24 bits (halves up)."""
     bits = x.view(np.int32)
-    exponent = (bits >> 23 & 255) - 127
-    odd = exponent & 1
-    m = ((bits & 0x007FFFFF) | ((127 + odd) << 23)).view(np.float32)
-    y = _RSQRT_SEEDS[(odd << 6) | (bits >> 17) & 63]
-    for _ in range(2):
-        y = y + (0.5 * y) * (1.0 - (m * y) * y)
-    y = y * _power_of_two(-((exponent - odd) >> 1))
-    return _limits(x, y)
+    exponent = (bits >> 23) - 127
+    y = _inverse_root(((bits & _FRACTION) + ((exponent & 1) << 23)).astype(np.int64)) + 2 >> 2
+    return _limits(x, _scaled(y.astype(np.float32), (exponent >> 1) + 24))
 
 
 def _limits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -141,43 +175,38 @@ def _limits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(x), y, np.where(np.isinf(x), np.float32(0.0), x))
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-x) in float32: with t = e^-|x|, the reciprocal of 1 + t, times t if x < 0."""
-    t = exp(-np.abs(x))
-    return np.where(x < 0, t, np.float32(1.0)) * reciprocal(1.0 + t)
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    """x * sigmoid(x), float32."""
-    return x * sigmoid(x)
-
-
-def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """GELU in its tanh form, float32: 0.5 x (1 + tanh(u)) = x * sigmoid(2u) with
-    2u = 2 sqrt(2/pi) * (x + 0.044715 x^3)."""
-    cube = (x * x) * x
-    return x * sigmoid((x + 0.044715 * cube) * (2.0 * math.sqrt(2.0 / math.pi)))
-
-
 def _half(y: np.ndarray) -> torch.Tensor:
     """float32 values as the array takes them."""
     return to_float16(torch.from_numpy(y))
 
 
+#: The tanh form of GELU is x sigmoid(2u) with 2u = 2 sqrt(2/pi) (x + 0.044715 x^3).
+GELU_LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
+GELU_CUBIC = GELU_LINEAR * 0.044715
+
+
 @_quiet
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(gate) * up, float32 [T, F] -> float16; activation is "silu" or "gelu_tanh"."""
-    function = {"silu": silu, "gelu_tanh": gelu_tanh}[activation]
-    return _half(function(gate.numpy()) * up.numpy())
+    """activation(gate) * up, float32 [T, F] -> float16, as (gate * up) * sigmoid(z): z is the gate
+    for "silu", (GELU_CUBIC * (gate * gate) + GELU_LINEAR) * gate for "gelu_tanh".
+
+    Raises ValueError for any other activation.
+    """
+    x = z = gate.numpy()
+    if activation == "gelu_tanh":
+        z = (x * x * np.float32(GELU_CUBIC) + np.float32(GELU_LINEAR)) * x
+    elif activation != "silu":
+        raise ValueError(f"activation {activation!r} is neither silu nor gelu_tanh")
+    return _half((x * up.numpy()) * sigmoid(z))
 
 
 @_quiet
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last dimension in float32: (x * rsqrt(mean(x^2) + eps)) * weight, the mean
-    being `tree_sum` times the FP32 nearest to 1/N. x float32 [..., N], weight float16 [N]."""
+    being `row_sum` times the FP32 nearest to 1/N. x float32 [..., N], weight float16 [N]."""
     values = x.numpy()
-    mean = tree_sum(values * values) * (1.0 / values.shape[-1])
-    scale = rsqrt(np.asarray(mean + eps))[..., None]
+    mean = row_sum(values * values) * np.float32(1.0 / values.shape[-1])
+    scale = rsqrt(np.asarray(mean + np.float32(eps)))[..., None]
     return torch.from_numpy((values * scale) * weight.numpy().astype(np.float32))
 
 
@@ -243,7 +272,7 @@ def softmax_weights(
     """Softmax in the form that the array wants: unnormalised weights and what to divide by.
 
     scores float32 [..., S] are the query-key products, allowed bool [..., S] the positions that a
-    row attends to, at least one. weights[j] = FP16(exp(scale * scores[j] - max)), max over the
+    row attends to, at least one. weights[j] = FP16(e^(scale * scores[j] - max)), max over the
     allowed positions, 0 elsewhere; denominators [...] = their sum. The array multiplies the weights
     with the values and `normalize` divides the result. FP16 weights are integers times 2^-24, so
     their sum is exact (in FP64, for S below 2^29) and rounded once: it is the array's own product
@@ -253,7 +282,7 @@ def softmax_weights(
     seen = allowed.numpy()
     scaled = np.where(seen, scores.numpy() * scale, np.float32(-math.inf))
     largest = scaled.max(axis=-1, keepdims=True)
-    weights = _half(np.where(seen, exp(scaled - largest), np.float32(0.0)))
+    weights = _half(np.where(seen, exponential(scaled - largest), np.float32(0.0)))
     sums = weights.numpy().sum(axis=-1, dtype=np.float64).astype(np.float32)
     return weights, torch.from_numpy(np.asarray(sums))
 

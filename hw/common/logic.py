@@ -38,6 +38,15 @@ def pipeline_stage(m: Module, number: int, **values: ValueLike) -> tuple[Signal,
     return tuple(registers)
 
 
+def delayed(m: Module, value: Value, cycles: int) -> Value:
+    """`value` so many cycles later, in registers without a reset."""
+    for _ in range(cycles):
+        register = Signal(value.shape(), reset_less=True)
+        m.d.sync += register.eq(value)
+        value = register
+    return value
+
+
 def leading_zeros(value: Value) -> Value:
     """Number of zeros above the highest one, and `len(value)` if there is no one: a tree of
     logarithmic depth."""

@@ -64,13 +64,15 @@ def subject(request) -> SimpleNamespace:
 
 
 def check_greedy(model: Model, text: Text) -> KVCache:
-    """Every token is the exact model's choice, but for near ties; returns its cache."""
+    """Every token is the exact model's choice, but for near ties, of which there are few; returns
+    its cache."""
     tokens = [*text.prompt, *text.tokens[:-1]]
     cache = KVCache(model.config, len(tokens) + LENGTH)
     rows = forward(model, tokens, cache)[len(text.prompt) - 1 :]
     chosen = rows.gather(1, torch.tensor(text.tokens)[:, None])[:, 0]
     assert (rows.amax(dim=1) - chosen < CLOSE).all()
-    assert (rows.argmax(dim=1) == torch.tensor(text.tokens)).sum() >= 0.9 * len(text.tokens)
+    ties = int((rows.argmax(dim=1) != torch.tensor(text.tokens)).sum())
+    assert ties <= math.ceil(0.1 * len(text.tokens))
     return cache
 
 

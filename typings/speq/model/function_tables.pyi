@@ -1,0 +1,1 @@
+from model.function_tables import *
