@@ -7,17 +7,19 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.common.ieee754 import (
+    FP16_BIAS,
+    FP16_FRACTION,
+    FP16_NAN,
+    FP32_BIAS,
+    FP32_FRACTION,
+    FP32_NAN,
+)
 from speq.hw.engine_config import EngineConfig
 
-FP32_NAN = 0x7FC00000
-FP16_NAN = 0x7E00
-
-_FP32_FRACTION = 23
-_FP32_BIAS = 127
-_FP16_FRACTION = 10
-_DROPPED = _FP32_FRACTION - _FP16_FRACTION
+_DROPPED = FP32_FRACTION - FP16_FRACTION
 #: FP32 exponent field of FP16's smallest normal exponent (field 1), less one.
-_EXPONENT_REBIAS = _FP32_BIAS - 15
+_EXPONENT_REBIAS = FP32_BIAS - FP16_BIAS
 
 
 class Rounder(wiring.Component):
@@ -70,10 +72,10 @@ class Rounder(wiring.Component):
         negative = total[-1]
         zeros, aligned = _normalize(m, total ^ negative.replicate(bits), negative)
         exponent = Signal(8, reset_less=True)
-        significand = Signal(_FP32_FRACTION + 1, reset_less=True)
+        significand = Signal(FP32_FRACTION + 1, reset_less=True)
         up = Signal(reset_less=True)
         negative_2 = Signal(reset_less=True)
-        highest = _FP32_BIAS + self.config.accumulator_unit_exponent + bits - 1
+        highest = FP32_BIAS + self.config.accumulator_unit_exponent + bits - 1
         split = bits - len(significand)
         kept, guard, rest = aligned[split:], aligned[split - 1], aligned[: split - 1]
         odd = kept[0]
@@ -134,9 +136,9 @@ def _fp32_to_fp16(m: Module, fp32: Value) -> Value:
     sign, exponent, fraction = fp32[31], fp32[23:31], fp32[:23]
     # Below FP16's normal range the significand is shifted right until its exponent fits.
     subnormal = exponent <= _EXPONENT_REBIAS
-    distance = Signal(range(_FP16_FRACTION + 3))
+    distance = Signal(range(FP16_FRACTION + 3))
     excess = _EXPONENT_REBIAS + 1 - exponent
-    largest = _FP16_FRACTION + 2  # everything is behind the rounding bit
+    largest = FP16_FRACTION + 2  # everything is behind the rounding bit
     m.d.comb += distance.eq(Mux(subnormal, Mux(excess > largest, largest, excess), 0))
     significand = Cat(Const(0, largest), fraction, exponent != 0)
     shifted = Signal(len(significand))
@@ -147,7 +149,7 @@ def _fp32_to_fp16(m: Module, fp32: Value) -> Value:
     up = guard & (sticky | kept[0])
     # Normal: the hidden bit in `kept` adds the last 1 to the exponent.
     field = Mux(subnormal, 0, exponent - _EXPONENT_REBIAS - 1)[:8]
-    rounded = Signal(_FP16_FRACTION + 8)
-    m.d.comb += rounded.eq((field << _FP16_FRACTION) + kept + up)
-    overflow = rounded >= 31 << _FP16_FRACTION
-    return Cat(Mux(overflow, 31 << _FP16_FRACTION, rounded)[:15], sign)
+    rounded = Signal(FP16_FRACTION + 8)
+    m.d.comb += rounded.eq((field << FP16_FRACTION) + kept + up)
+    overflow = rounded >= 31 << FP16_FRACTION
+    return Cat(Mux(overflow, 31 << FP16_FRACTION, rounded)[:15], sign)

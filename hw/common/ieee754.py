@@ -14,7 +14,14 @@ FP32_INFINITY = 0x7F800000
 #: The one NaN that is ever a result: quiet, positive, without payload.
 FP32_NAN = 0x7FC00000
 
+FP16_FRACTION = 10
+FP16_BIAS = 15
+FP16_SPECIAL = 31
+FP16_INFINITY = 0x7C00
+FP16_NAN = 0x7E00
+
 FP32 = data.StructLayout({"fraction": FP32_FRACTION, "exponent": 8, "negative": 1})
+FP16 = data.StructLayout({"fraction": FP16_FRACTION, "exponent": 5, "negative": 1})
 
 
 def effective_exponent(number: data.View) -> Value:

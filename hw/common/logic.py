@@ -8,6 +8,9 @@ from functools import partial
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, ValueLike
 
+#: Bits of a piece of an incrementer.
+_PIECE = 8
+
 
 def ceil_div(value: Value, divisor: int) -> Value:
     """value / divisor, rounded up; the divisor is a power of two."""
@@ -74,3 +77,14 @@ def shift_right_sticky(value: Value, amount: Value) -> Value:
         lost = value[: distance + 1].any()
         value = Mux(shifts, Cat(lost, value[distance + 1 :]), value)
     return value
+
+
+def incremented(value: Value, carry: Value) -> Value:
+    """``value + carry`` without its own carry, in pieces that each wait only for whether the bits
+    below are all ones."""
+    pieces = []
+    for low in range(0, len(value), _PIECE):
+        piece = value[low : low + _PIECE]
+        pieces.append(Mux(carry, (piece + 1)[: len(piece)], piece))
+        carry = carry & piece.all()
+    return Cat(*pieces)

@@ -17,7 +17,7 @@ from speq.hw.common.ieee754 import (
     is_nan,
     significand,
 )
-from speq.hw.common.logic import leading_zeros, pipeline_stage, shift_right_sticky
+from speq.hw.common.logic import incremented, leading_zeros, pipeline_stage, shift_right_sticky
 
 _SIGNIFICAND = FP32_FRACTION + 1
 _EXTRA = 3  # guard, round and sticky bit behind the last bit of a significand
@@ -77,10 +77,11 @@ class Fp32Adder(wiring.Component):
         extended = Cat(Const(0, _EXTRA), small)
         near = shift_right_sticky(extended, distance[:_SHIFT_BITS])
         far = distance[_SHIFT_BITS:].any()
-        aligned, large, exponent, negative, subtracts, nan, infinite = pipeline_stage(
+        aligned = Mux(far, small.any(), near)
+        addend, large, exponent, negative, subtracts, nan, infinite = pipeline_stage(
             m,
             2,
-            aligned=Mux(far, small.any(), near),
+            addend=aligned ^ subtracts.replicate(len(aligned)),
             large=large,
             exponent=exponent,
             negative=negative,
@@ -90,42 +91,59 @@ class Fp32Adder(wiring.Component):
         )
 
         # Stage 3: magnitudes added or subtracted; the lowest bit is the subtraction's carry.
-        addend = aligned ^ subtracts.replicate(len(aligned))
         extended = Cat(subtracts, Const(0, _EXTRA), large) + Cat(subtracts, addend)
         carry = extended[-1] & ~subtracts
         total = Cat(extended[1:-1], carry)
-        total, zeros, exponent, negative, subtracts, nan, infinite = pipeline_stage(
-            m,
-            3,
-            total=total,
-            zeros=leading_zeros(total),
-            exponent=exponent,
-            negative=negative,
-            subtracts=subtracts,
-            nan=nan,
-            infinite=infinite,
+        # The leading one is to move to the top, in two steps, but not farther than the exponent
+        # allows. The first step is by whole bytes: those at the top without a one, before that in
+        # which the exponent ends it.
+        tops = (total[_SUM - 8 * (byte + 1) :][:8] for byte in range(3))
+        ends = [top.any() | (exponent[3:] == byte) for byte, top in enumerate(tops)]
+        total, empty_bytes, end_byte, end, highest, negative, subtracts, nan, infinite = (
+            pipeline_stage(
+                m,
+                3,
+                total=total,
+                empty_bytes=leading_zeros(Cat(*reversed(ends))),
+                end_byte=exponent[3:5],
+                end=Mux(exponent[5:].any(), 0, Const(0x80, 8) >> exponent[:3]),
+                highest=(exponent + 1)[: len(exponent)],
+                negative=negative,
+                subtracts=subtracts,
+                nan=nan,
+                infinite=infinite,
+            )
         )
 
-        # Stage 4: the leading one to the top, where it is the carry's, as far as the exponent
-        # allows.
-        subnormal = exponent < zeros
-        shift = Mux(subnormal, exponent, zeros)[: len(zeros)]
-        empty = zeros == _SUM
-        value, exponent, negative, nan, infinite = pipeline_stage(
+        # Stage 4: the second step, by single bits, but for the last. At the top, the carry's place,
+        # the exponent is one higher.
+        moved = (total << Cat(Const(0, 3), empty_bytes))[:_SUM]
+        end = end & (end_byte == empty_bytes).replicate(len(end))
+        zeros = leading_zeros(moved[-8:] | end)[:3]
+        value, zeros, exponent, negative, nan, infinite = pipeline_stage(
             m,
             4,
-            value=(total << shift)[:_SUM],
-            exponent=Mux(subnormal | empty, 0, (exponent + 1 - zeros)[: len(exponent)]),
-            negative=negative & ~(subtracts & empty),
+            value=(moved << Cat(Const(0, 1), zeros[1:]))[:_SUM],
+            zeros=zeros,
+            exponent=Cat(highest[:3], (highest[3:] - empty_bytes)[:5]),
+            negative=negative & ~(subtracts & ~total.any()),
             nan=nan,
             infinite=infinite,
         )
 
-        # Stage 5: round. A carry out of the fraction moves on into the exponent, up to infinity.
-        kept, guard, rest = value[_EXTRA + 1 :], value[_EXTRA], value[:_EXTRA]
-        up = guard & (rest.any() | kept[0])
-        rounded = (Cat(kept[:-1], exponent) + up)[:31]
-        magnitude = Mux(infinite | exponent.all(), FP32_INFINITY, rounded)[:31]
+        # Stage 5: the last bit, and round. Without a one at the top, the number is zero or
+        # subnormal. A carry out of the fraction moves on into the exponent, up to infinity.
+        value = Mux(zeros[0], Cat(Const(0, 1), value[:-1]), value)
+        normal = value[-1]
+        fraction, guard, rest = value[_EXTRA + 1 : -1], value[_EXTRA], value[:_EXTRA]
+        up = guard & (rest.any() | fraction[0])
+        carry = up & fraction.all()
+        above, exponent = (exponent + 1 - zeros)[:8], (exponent - zeros)[:8]
+        magnitude = Cat(
+            incremented(fraction, up), Mux(normal, Mux(carry, above, exponent), carry)[:8]
+        )
+        overflow = infinite | normal & exponent.all()
+        magnitude = Mux(overflow, FP32_INFINITY, magnitude)[:31]
         (total,) = pipeline_stage(m, 5, sum=Mux(nan, FP32_NAN, Cat(magnitude, negative)))
         m.d.comb += self.sum.eq(total)
         return m

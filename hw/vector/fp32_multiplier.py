@@ -19,7 +19,7 @@ from speq.hw.common.ieee754 import (
     is_nan,
     significand,
 )
-from speq.hw.common.logic import leading_zeros, pipeline_stage, shift_right_sticky
+from speq.hw.common.logic import incremented, leading_zeros, pipeline_stage, shift_right_sticky
 
 _HALF = (FP32_FRACTION + 1) // 2
 #: Zeros above the highest one of a significand: at most these, or it is zero.
@@ -42,7 +42,7 @@ class Fp32Multiplier(wiring.Component):
     product : Out(32)
     """
 
-    LATENCY = 4
+    LATENCY = 5
 
     def __init__(self) -> None:
         super().__init__({"a": In(32), "b": In(32), "product": Out(32)})
@@ -51,62 +51,83 @@ class Fp32Multiplier(wiring.Component):
         m = Module()
         a, b = (data.View(FP32, operand) for operand in (self.a, self.b))
 
-        # Stage 1: partial products of halves, which multipliers of FPGAs take. A subnormal operand
-        # has zeros at its top; of two, the product is next to nothing in any case.
+        # Stage 1: significands, and the zeros at the top of a subnormal one. If both are subnormal,
+        # the product is next to nothing in any case.
         significands = significand(a), significand(b)
-        (a_low, a_high), (b_low, b_high) = ((s[:_HALF], s[_HALF:]) for s in significands)
+        a_exponent, b_exponent = effective_exponent(a), effective_exponent(b)
         a_zero, b_zero = ~self.a[:31].any(), ~self.b[:31].any()
-        low, middle, other_middle, high, zeros, exponent, negative, nan, infinite = pipeline_stage(
+        a_significand, b_significand, zeros, exponent, negative, nan, infinite = pipeline_stage(
             m,
             1,
-            low=a_low * b_low,
-            middle=a_low * b_high,
-            other_middle=a_high * b_low,
-            high=a_high * b_high,
+            a_significand=significands[0],
+            b_significand=significands[1],
             zeros=leading_zeros(Mux(a.exponent == 0, *significands)),
-            exponent=effective_exponent(a) + effective_exponent(b),
+            # One more than the sum of both, by way of a carry.
+            exponent=(Cat(Const(1, 1), a_exponent) + Cat(Const(1, 1), b_exponent))[1:],
             negative=a.negative ^ b.negative,
             nan=is_nan(a) | is_nan(b) | is_infinite(a) & b_zero | a_zero & is_infinite(b),
             infinite=a.exponent.all() | b.exponent.all(),
         )
 
-        # Stage 2: the product, from 1 to below 4 if its exponent is right, and how it is placed:
-        # without the zeros of a subnormal operand, but with those of a subnormal result.
-        true_exponent = exponent - FP32_BIAS - zeros
-        small = (true_exponent < 0) | (zeros > _MOST_ZEROS)
-        down = Mux(true_exponent < 0, _MOST_ZEROS + FP32_BIAS - exponent, _MOST_ZEROS - zeros)[:8]
-        exponent = Mux(small, 0, true_exponent)[: len(exponent)]
-        product, shift, exponent, negative, nan, infinite = pipeline_stage(
+        # Stage 2: partial products of halves, which the multipliers of FPGAs take. The product is
+        # from 1 to below 4 if its exponent is right; how it is placed: without the zeros of a
+        # subnormal operand, but with those of a subnormal result.
+        a_low, a_high = a_significand[:_HALF], a_significand[_HALF:]
+        b_low, b_high = b_significand[:_HALF], b_significand[_HALF:]
+        field = exponent - Cat(zeros, Const(FP32_BIAS + 1 >> len(zeros), 8 - len(zeros)))
+        below = field < 0
+        down = Mux(below, _MOST_ZEROS + FP32_BIAS + 1 - exponent, _MOST_ZEROS - zeros)[:8]
+        low, middle, other_middle, high, shift, exponent, negative, nan, infinite = pipeline_stage(
             m,
             2,
-            product=(Cat(low, high) + ((middle + other_middle) << _HALF))[: 4 * _HALF],
+            low=a_low * b_low,
+            middle=a_low * b_high,
+            other_middle=a_high * b_low,
+            high=a_high * b_high,
             shift=down[:6] | down[6:].any().replicate(6),
-            exponent=exponent,
+            exponent=Mux(below | (zeros > _MOST_ZEROS), 0, field)[: len(exponent)],
             negative=negative,
             nan=nan,
             infinite=infinite,
         )
 
-        # Stage 3: place it.
-        value, exponent, negative, nan, infinite = pipeline_stage(
+        # Stage 3: the product.
+        product, shift, exponent, negative, nan, infinite = pipeline_stage(
             m,
             3,
-            value=shift_right_sticky(Cat(Const(0, 2), product), shift)[:_WINDOW],
+            product=(Cat(low, high) + ((middle + other_middle) << _HALF))[: 4 * _HALF],
+            shift=shift,
             exponent=exponent,
             negative=negative,
             nan=nan,
             infinite=infinite | (exponent >= FP32_SPECIAL),
         )
 
-        # Stage 4: normalise the last place, unless the result is subnormal, and round. A carry out
-        # of the fraction moves on into the exponent, up to infinity.
-        doubled = value[-1]  # from 2 to below 4
-        kept = Mux(doubled | (exponent == 0), value, Cat(Const(0, 1), value[:-1]))
-        fraction, guard, rest = kept[3:-1], kept[2], kept[:2]
-        up = guard & (rest.any() | fraction[0])
-        rounded = (Cat(fraction, exponent) + Cat(up, Const(0, FP32_FRACTION - 1), doubled))[:31]
-        infinite = infinite | (exponent == FP32_SPECIAL - 1) & doubled
-        magnitude = Mux(infinite, FP32_INFINITY, rounded)[:31]
-        (product,) = pipeline_stage(m, 4, product=Mux(nan, FP32_NAN, Cat(magnitude, negative)))
+        # Stage 4: place it.
+        value, subnormal, largest, exponent, negative, nan, infinite = pipeline_stage(
+            m,
+            4,
+            value=shift_right_sticky(Cat(Const(0, 2), product), shift)[:_WINDOW],
+            subnormal=exponent == 0,
+            largest=exponent == FP32_SPECIAL - 1,
+            exponent=exponent[:8],
+            negative=negative,
+            nan=nan,
+            infinite=infinite,
+        )
+
+        # Stage 5: round, with the significand one place lower if the product is below 2, unless the
+        # result is subnormal. No product is so close to 4 that it becomes 4.
+        upper, last, guard, rest = value[3:], value[2], value[1], value[0]
+        high = value[-1] | subnormal
+        last_up = guard & (rest | last)
+        up = Mux(high, last & (guard | rest | upper[0]), last & last_up)
+        rounded = incremented(upper, up)
+        carry = rounded[-1]
+        fraction = Mux(carry | subnormal, rounded[:-1], Cat(last ^ last_up, rounded[:-2]))
+        exponent = Mux(carry, exponent + 1, exponent)[:8]
+        infinite = infinite | carry & largest
+        magnitude = Mux(infinite, FP32_INFINITY, Cat(fraction, exponent))
+        (product,) = pipeline_stage(m, 5, product=Mux(nan, FP32_NAN, Cat(magnitude, negative)))
         m.d.comb += self.product.eq(product)
         return m

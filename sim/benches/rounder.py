@@ -18,7 +18,8 @@ from amaranth.hdl import Elaboratable, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.array.rounder import FP16_NAN, FP32_NAN, Rounder
+from speq.hw.array.rounder import Rounder
+from speq.hw.common.ieee754 import FP16_NAN, FP32_NAN
 from speq.hw.common.unit import Unit
 from speq.hw.engine_config import FP16_MAX, EngineConfig
 from speq.hw.verilog import convert_unit

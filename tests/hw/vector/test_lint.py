@@ -7,15 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
+from speq.hw.vector.fp32_maximum import Fp32Maximum
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
+from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.sigmoid import Sigmoid
 from tests.hw.verilog_tools import lint, write_unit
 
 UNITS = {
+    "fp16_to_fp32": Fp16ToFp32,
     "fp32_adder": Fp32Adder,
+    "fp32_maximum": Fp32Maximum,
     "fp32_multiplier": Fp32Multiplier,
+    "fp32_to_fp16": Fp32ToFp16,
     "reciprocal_unit": Reciprocal,
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
 }

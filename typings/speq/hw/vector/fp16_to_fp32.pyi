@@ -1,0 +1,1 @@
+from hw.vector.fp16_to_fp32 import *

@@ -1,0 +1,1 @@
+from hw.vector.fp32_to_fp16 import *

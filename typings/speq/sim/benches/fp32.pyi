@@ -1,1 +1,0 @@
-from sim.benches.fp32 import *
