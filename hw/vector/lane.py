@@ -7,7 +7,7 @@ from amaranth.hdl import Elaboratable, Module, Mux, unsigned
 from amaranth.lib import enum, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.common.logic import delayed
+from speq.hw.common.logic import delayed, pipeline_stage
 from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.vector.sigmoid import Sigmoid
@@ -37,9 +37,9 @@ LATENCIES = {
     LaneOperation.ADD_SCALED: Fp32Multiplier.LATENCY + Fp32Adder.LATENCY,
     LaneOperation.ROTATE: Fp32Multiplier.LATENCY + Fp32Adder.LATENCY,
     LaneOperation.EXPONENTIAL: (
-        Fp32Multiplier.LATENCY + Fp32Adder.LATENCY + Sigmoid.EXPONENTIAL_LATENCY
+        Fp32Multiplier.LATENCY + Fp32Adder.LATENCY + 1 + Sigmoid.EXPONENTIAL_LATENCY
     ),
-    LaneOperation.GATE: Sigmoid.LATENCY + Fp32Multiplier.LATENCY,
+    LaneOperation.GATE: 1 + Sigmoid.LATENCY + Fp32Multiplier.LATENCY,
 }
 
 
@@ -75,7 +75,9 @@ class Lane(wiring.Component):
         exponential = self.operation == LaneOperation.EXPONENTIAL
         product = first.product
         late_b = delayed(m, self.b, Fp32Multiplier.LATENCY)
-        late_product = delayed(m, product, Sigmoid.LATENCY - Fp32Multiplier.LATENCY)
+        late_product = delayed(m, product, 1 + Sigmoid.LATENCY - Fp32Multiplier.LATENCY)
+        # The functions begin with a multiplication.
+        (argument,) = pipeline_stage(m, 1, argument=Mux(exponential, adder.sum, self.y))
         m.d.comb += [
             first.a.eq(self.x),
             first.b.eq(self.a),
@@ -84,7 +86,7 @@ class Lane(wiring.Component):
             adder.a.eq(product),
             adder.b.eq(Mux(rotates, second.product, late_b)),
             adder.subtract.eq(Mux(rotates, self.subtract, exponential)),
-            functions.x.eq(Mux(exponential, adder.sum, self.y)),
+            functions.x.eq(argument),
         ]
         with m.Switch(self.operation):
             with m.Case(LaneOperation.SCALE):

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator's units one by one, for tools that look at each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from amaranth.lib import wiring
+
+from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.array.exponent_remap import ExponentRemap
+from speq.hw.array.pe import Pe
+from speq.hw.array.rounder import Rounder
+from speq.hw.control.candidate_tiles import CandidateTiles
+from speq.hw.control.fp32_gap import Fp32Gap
+from speq.hw.control.ngram_matcher import NgramMatcher
+from speq.hw.control.program_walker import ProgramWalker
+from speq.hw.control.ranker import Ranker
+from speq.hw.control.register_file import RegisterFile
+from speq.hw.control.run_control import RunControl
+from speq.hw.control.speculation_controller import SpeculationController
+from speq.hw.memory.activation_reader import ActivationReader
+from speq.hw.memory.group_reader import GroupReader
+from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.memory_writer import MemoryWriter
+from speq.hw.memory.ranking_writer import RankingWriter
+from speq.hw.memory.read_arbiter import ReadArbiter
+from speq.hw.memory.result_writer import ResultWriter
+from speq.hw.memory.weight_reader import WeightReader
+from speq.hw.memory.write_mux import WriteMux
+from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
+from speq.hw.vector.fp32_adder import Fp32Adder
+from speq.hw.vector.fp32_maximum import Fp32Maximum
+from speq.hw.vector.fp32_multiplier import Fp32Multiplier
+from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
+from speq.hw.vector.lane import Lane
+from speq.hw.vector.reciprocal import Reciprocal
+from speq.hw.vector.row_maximum import RowMaximum
+from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.weight_sum import WeightSum
+
+#: Lanes of the vector unit's reductions.
+_LANES = 8
+#: Masters that share a port.
+_MASTERS = 3
+
+
+def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]]:
+    """What makes each unit, by name, from the array outwards.
+
+    Units that are no more than a few others connected are not among them.
+    """
+    engine = config.engine
+    array: dict[str, Callable[[], wiring.Component]] = {
+        "exponent_remap": lambda: ExponentRemap(engine),
+        "pe_dual": lambda: Pe(engine, draft=True),
+        "pe_fp16": lambda: Pe(engine, draft=False),
+        "rounder": lambda: Rounder(engine),
+    }
+    memory: dict[str, Callable[[], wiring.Component]] = {
+        "weight_reader": lambda: WeightReader(config),
+        "group_reader": lambda: GroupReader(config),
+        "activation_reader": lambda: ActivationReader(config),
+        "memory_reader": lambda: MemoryReader(config.data),
+        "read_arbiter": lambda: ReadArbiter(config.data, _MASTERS),
+        "result_writer": lambda: ResultWriter(config),
+        "ranking_writer": lambda: RankingWriter(config),
+        "write_mux": lambda: WriteMux(config.data, _MASTERS),
+        "memory_writer": lambda: MemoryWriter(config.data),
+    }
+    control: dict[str, Callable[[], wiring.Component]] = {
+        "register_file": lambda: RegisterFile(config),
+        "run_control": lambda: RunControl(config),
+        "program_walker": lambda: ProgramWalker(config),
+        "candidate_tiles": lambda: CandidateTiles(config),
+        "ranker": lambda: Ranker(config),
+        "speculation_controller": lambda: SpeculationController(config),
+        "fp32_gap": Fp32Gap,
+    }
+    if config.history:
+        control["ngram_matcher"] = lambda: NgramMatcher(config)
+    vector: dict[str, Callable[[], wiring.Component]] = {
+        "fp32_adder": Fp32Adder,
+        "fp32_multiplier": Fp32Multiplier,
+        "fp32_maximum": Fp32Maximum,
+        "fp32_to_fp16": Fp32ToFp16,
+        "fp16_to_fp32": Fp16ToFp32,
+        "sigmoid": Sigmoid,
+        "reciprocal": Reciprocal,
+        "lane": Lane,
+        "row_maximum": lambda: RowMaximum(_LANES),
+        "weight_sum": lambda: WeightSum(_LANES, engine.max_k),
+    }
+    return array | memory | control | vector
