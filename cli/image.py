@@ -143,7 +143,10 @@ def run(
         if file and encoded:
             tensors = tensors_for(loaded, file, encoded, decode=False)
         else:
-            tensors = encode_linears(loaded, accelerator.engine.format, track=with_passing_bar)
+            engine = accelerator.engine
+            tensors = encode_linears(
+                loaded, engine.format, columns=engine.cols, track=with_passing_bar
+            )
         capacity = None
         if context is not None:
             capacity = min(context, loaded.config.context) + accelerator.engine.rows

@@ -130,6 +130,7 @@ class Image:
     relocations: tuple[int, ...] = field(repr=False)
     content: Callable[[Part], np.ndarray] = field(repr=False)
     source: str = "the image"
+    _checked: list[Model] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def config(self) -> AcceleratorConfig:
@@ -194,6 +195,9 @@ class Image:
         Raises what `check_model` does.
         """
         self.check_model(model)
+        return self._encoded(model)
+
+    def _encoded(self, model: Model) -> dict[str, EncodedTensor]:
         planes: dict[str, list[np.ndarray]] = {name: [] for name in self.encoded_names}
         for part in self.parts:
             if part.name in planes and part.kind.is_given:
@@ -205,7 +209,10 @@ class Image:
         }
 
     def check_model(self, model: Model) -> None:
-        """Raises ValueError unless it is of this model, and made as this version would make it."""
+        """Raises ValueError unless it is of this model, made as this version would make it, and has
+        the model's weights bit for bit."""
+        if any(checked is model for checked in self._checked):
+            return
         if self.digest != model.digest:
             raise ValueError(
                 f"{self.source} is of {self.name}, whose weights are not those of {model.name}: "
@@ -225,6 +232,22 @@ class Image:
                 same = self.content(part).tobytes() == expected
         if not same:
             raise ValueError(f"{self.source} is not as this version makes it: {AGAIN}")
+        self._check_weights(model)
+        self._checked.append(model)
+
+    def _check_weights(self, model: Model) -> None:
+        """Raises ValueError, naming the layer, unless all weights are the model's."""
+        tensors = self._encoded(model)
+        wrong = [name for name, tensor in tensors.items() if not _decodes(tensor, model, name)]
+        for part in self.parts:
+            if part.kind is Kind.PLAIN_WEIGHTS:
+                expected = _bytes(_plain(model, part.name, self.config))
+                if not np.array_equal(self.content(part), expected):
+                    wrong.append(part.name)
+        if wrong:
+            raise ValueError(
+                f"{self.source}: {wrong[0]} does not decode to the weights of {model.name}: {AGAIN}"
+            )
 
     def check_board(self, board: Board) -> None:
         """Raises ValueError, naming what differs, unless it is for the accelerator on a board."""
@@ -337,10 +360,9 @@ def model_image(
 
     @lru_cache(maxsize=1)
     def planes(name: str) -> dict[Kind, np.ndarray]:
-        weight = model.linear_weight(name).contiguous()
         if name not in encoded:
-            return {Kind.PLAIN_WEIGHTS: tiled(weight.numpy().view(np.uint16), config.engine.cols)}
-        if not torch.equal(encoded[name].decode().view(torch.int16), weight.view(torch.int16)):
+            return {Kind.PLAIN_WEIGHTS: _plain(model, name, config)}
+        if not _decodes(encoded[name], model, name):
             raise ValueError(f"{name} does not decode to the weights of {model.name}")
         kinds = (Kind.DRAFT_PLANE, Kind.RESIDUAL_PLANE, Kind.GROUP_BYTES)
         return dict(zip(kinds, weight_planes(encoded[name], config), strict=True))
@@ -349,7 +371,7 @@ def model_image(
         if part.kind is Kind.PROGRAM:
             program = layout.program_content(_PASS_KINDS[part.name], settings.reranked)
             return np.frombuffer(program, np.uint8)
-        return _little_endian(planes(part.name)[part.kind])
+        return _bytes(planes(part.name)[part.kind])
 
     return Image(
         name=_stored_name(model.name),
@@ -368,8 +390,20 @@ def _members(plan: _Plan) -> dict[str, Any]:
     return {f.name: getattr(plan, f.name) for f in fields(plan)}
 
 
-def _little_endian(array: np.ndarray) -> np.ndarray:
-    """The bytes of numbers, uint8 [size]."""
+def _plain(model: Model, name: str, config: AcceleratorConfig) -> np.ndarray:
+    """The words of a layer that is not encoded."""
+    weight = model.linear_weight(name).contiguous()
+    return tiled(weight.numpy().view(np.uint16), config.engine.cols)
+
+
+def _decodes(tensor: EncodedTensor, model: Model, name: str) -> bool:
+    """Whether a tensor decodes to a model's weights, bit for bit."""
+    weight = model.linear_weight(name).contiguous()
+    return torch.equal(tensor.decode().view(torch.int16), weight.view(torch.int16))
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """The bytes of numbers, little-endian, uint8 [size]."""
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return np.ascontiguousarray(little).reshape(-1).view(np.uint8)
 

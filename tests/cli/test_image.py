@@ -197,6 +197,11 @@ def test_what_is_refused(
     ):
         made = speq_command(*arguments)
         assert made.code == 1 and message in made.err[-1], made.err
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    made = speq_command(*generate, "--backend", "rtl", "--max-tokens", 2)
+    assert made.code == 1 and "the program of verify is damaged" in made.err[-1]
     assert accelerator == []
 
 

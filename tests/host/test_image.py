@@ -20,7 +20,7 @@ from speq.host.accelerator_model import AcceleratorModel
 from speq.host.board import Board
 from speq.host.image import Action, Image, model_image
 from speq.host.image_file import read_image, write_image
-from speq.host.layout import Region
+from speq.host.layout import Kind, Region
 from speq.host.registers import Registers
 from speq.host.session import Session, memory_size
 from speq.hw.accelerator_config import AcceleratorConfig
@@ -43,6 +43,8 @@ CONFIGS = {
         history=0,
     ),
 }
+#: Kinds of regions with weights.
+WEIGHTS = (Kind.PLAIN_WEIGHTS, Kind.DRAFT_PLANE, Kind.RESIDUAL_PLANE, Kind.GROUP_BYTES)
 #: Settings of the first, all different from the defaults.
 SETTINGS = Settings(4, 2, 0.1, 3, 2, GUESSING)
 
@@ -517,6 +519,26 @@ def test_programs_of_another_version_are_refused(images, tmp_path):
     path = tmp_path / "other.image"
     write_image(path, replace(image, content=other))
     assert_refused(path, made, "is not as this version makes it: make it again")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_weights_are_refused(images, tmp_path, name):
+    """A file that is intact and names the right model, but holds a weight that is another one."""
+    made = images[name]
+    image = read_image(made.path)
+    path = tmp_path / "other.image"
+    kinds = {part.kind: part for part in image.parts if part.kind in WEIGHTS}
+    assert len(kinds) == (3 if name == "4x8" else 4)
+    for changed_part in kinds.values():
+
+        def other(part, changed_part=changed_part):
+            content = image.content(part).copy()
+            if part == changed_part:
+                content[0] ^= 1
+            return content
+
+        write_image(path, replace(image, content=other))
+        assert_refused(path, made, f"{changed_part.name} does not decode to the weights of random")
 
 
 def test_what_a_driver_needs_of_a_board_is_enough(images):
