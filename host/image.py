@@ -275,8 +275,8 @@ class Image:
     def load(self, board: Board, base: int = 0) -> None:
         """Write all that is given to a board's memory behind a load address.
 
-        Nothing has been written if this raises ValueError: it is for another accelerator, or the
-        address is not possible.
+        Nothing has been written if this raises ValueError because it is for another accelerator,
+        or because of the address. What `content` raises may come later.
         """
         self.check_board(board)
         if base % self.alignment:
@@ -298,8 +298,9 @@ class Image:
         """A part's content with the load address added where it belongs."""
         words = content.view("<u8").copy()
         offsets = np.array(self.relocations, np.uint64)
-        first, last = np.searchsorted(offsets, (part.start, part.start + part.size))
-        words[(offsets[first:last] - part.start) // _ADDRESS] += np.uint64(base)
+        ends = np.array((part.start, part.start + part.size), np.uint64)
+        first, last = np.searchsorted(offsets, ends)
+        words[(offsets[first:last] - ends[0]) // _ADDRESS] += np.uint64(base)
         return words.view(np.uint8)
 
     def write_registers(self, board: Board, base: int = 0) -> None:

@@ -34,7 +34,7 @@ _REGION = struct.Struct("<II3Q32s")
 _REGISTER = struct.Struct("<IIQ")
 _RELOCATION = struct.Struct("<Q")
 _CHECKED = 16  # the header's checksum is over all from here on
-_MAX_HEADER = 1 << 26  # bytes; a model of 1,024 blocks has 4 MB
+_MAX_HEADER = 1 << 26  # bytes; that of SmolLM2's has 78,000
 _ADDRESS = 8  # bytes of what is relocated
 _COPY = f"copy it again, or {AGAIN}"
 

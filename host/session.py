@@ -103,7 +103,8 @@ class Session:
     ValueError
         If the model does not fit the accelerator, or the encoding is not one that it can read or
         does not decode to the model's weights bit for bit. The golden model never reads weights
-        from the encoding, and does not compare them.
+        from the encoding, and does not compare them. If the image is not of this model or not for
+        this accelerator.
     """
 
     def __init__(
