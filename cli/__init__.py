@@ -24,6 +24,7 @@ from speq.cli import (
     encode,
     evaluate,
     generate,
+    image,
     inspect,
     predict,
     report,
@@ -74,6 +75,7 @@ def common(
 app.command("verilog", epilog=presets_help())(verilog.run)
 app.command("encode")(encode.run)
 app.command("verify-file")(verify_file.run)
+app.command("image", epilog=presets_help())(image.run)
 app.command("demo")(demo.run)
 app.command("demo-decode")(demo_decode.run)
 app.command("generate")(generate.run)

@@ -19,6 +19,7 @@ from speq.cli.simulation import interruptible, simulated_board
 from speq.model.number_format import FormatConfig
 
 if TYPE_CHECKING:
+    from speq.host.image import Image
     from speq.model.checkpoint import Model
     from speq.model.encoded_file import EncodedModel
     from speq.model.format import EncodedTensor
@@ -68,6 +69,8 @@ class Request:
         Columns of the simulated array.
     chat : bool
         There are several turns, which may fill the model's context.
+    image : Path, optional
+        File of `speq image`, which says `cols` and what is encoded.
     """
 
     model: str
@@ -80,6 +83,7 @@ class Request:
     number_format: FormatConfig
     cols: int
     chat: bool
+    image: Path | None = None
 
     @property
     def speculative(self) -> bool:
@@ -131,6 +135,11 @@ def chosen_settings(file: EncodedModel | None, **options: float | None) -> Setti
     return replace(base, **given)
 
 
+def changed(settings: Settings, **options: float | None) -> Settings:
+    """Settings but for what the options say. Raises ValueError if a value is out of range."""
+    return replace(settings, **{name: v for name, v in options.items() if v is not None})
+
+
 class Decoder:
     """A model that is ready to decode; a context manager.
 
@@ -141,6 +150,8 @@ class Decoder:
     file : EncodedModel, optional
         The content of `request.encoded`.
     settings : Settings
+    image : Image, optional
+        The content of `request.image`.
     prompt : sequence of int
         The first one. It is found to be too long before anything takes long.
 
@@ -157,18 +168,32 @@ class Decoder:
         file: EncodedModel | None,
         settings: Settings,
         prompt: Sequence[int],
+        image: Image | None = None,
     ) -> None:
+        from speq.host.checks import check_capacity
         from speq.host.session import Session
         from speq.model.evaluation import encoded_costs
         from speq.model.speculation import token_limit
 
         self._request, self._settings = request, settings
-        token_limit(model, prompt, request.max_tokens)
-        tensors = encoded_tensors(request, model, file)
+        limit = token_limit(model, prompt, request.max_tokens)
+        if image:
+            tensors = image.encoded(model)
+            try:
+                check_capacity(image.capacity, len(prompt), limit, settings.rows)
+            except ValueError as error:
+                remedy = "make the image with a larger --context, or give a smaller --max-tokens"
+                raise ValueError(f"{image.source}: {error}: {remedy}") from error
+        else:
+            tensors = encoded_tensors(request, model, file)
         self.costs = (
             encoded_costs(model.config, tensors, settings.reranked).relative if tensors else None
         )
         self._board: SimulatedBoard | None = None
+        if image:
+            self._board = simulated_board(model, tensors, image.config, image.capacity)
+            self._session = Session(model, board=self._board, image=image)
+            return
         capacity = None
         if request.rtl:
             self._board, capacity = rtl_board(request, model, tensors, settings.rows, prompt)
@@ -258,6 +283,7 @@ class Decoder:
                 "sampling": request.sampling and asdict(request.sampling),
                 "array": array if request.rtl else None,
                 "encoded": request.encoded and str(request.encoded),
+                "image": request.image and str(request.image),
             },
             "seed": request.seed,
         }

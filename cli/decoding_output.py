@@ -10,7 +10,7 @@ With `--json` standard output gets an object for each prompt, in one line each, 
     settings      of speculation (rows, draft_length, threshold, choices, reranked, policy,
                   history), max_tokens, sampling (temperature, top_k, top_p, min_p and sampler; null
                   if greedy), array (rows and cols of the RTL; null in the golden model), encoded
-                  (the file, or null), raw, chat, system
+                  and image (the files, or null), raw, chat, system
     seed          of everything random
     prompt_ids    the prompt's tokens
     known         how many of them the KV cache still held, from the turns before

@@ -13,6 +13,7 @@ the same ones, with every cycle counted. In a chat the KV cache is kept from tur
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from speq.cli.decoding import (
     Decoding,
     Request,
     Sampler,
+    changed,
     chosen_sampling,
     chosen_settings,
 )
@@ -87,6 +89,10 @@ def run(
     encoded: Annotated[
         Path | None, typer.Option(help="The model as speq encode has written it.")
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="With rtl: what to load, as speq image has written it, in its array."),
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(help="Rows of the array: tokens in a verify pass.", show_default="8"),
@@ -136,6 +142,17 @@ def run(
         raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
     if not rtl and cols is not None:
         raise ValueError("--cols is of the simulated array: give --backend rtl")
+    if image is not None:
+        if not rtl:
+            raise ValueError("--image is for the simulated accelerator: give --backend rtl")
+        refuse_unused(
+            "with --image, which says what is encoded and for which array",
+            encoded=encoded,
+            rows=rows,
+            cols=cols,
+            group=group,
+            split=split,
+        )
     if raw:
         refuse_unused("with --raw, which has no chat format", system=system)
     given = {
@@ -149,6 +166,7 @@ def run(
         refuse_unused(
             "with --mode fp16",
             encoded=encoded,
+            image=image,
             draft_length=draft_length,
             threshold=threshold,
             choices=choices,
@@ -169,19 +187,26 @@ def run(
         number_format=chosen_format(group, split, encoded),
         cols=DEFAULT_COLS if cols is None else cols,
         chat=chat,
+        image=image,
     )
-    if encoded is None:
+    if encoded is None and image is None:
         chosen_settings(None, **given)
     if rtl:
         check_array(Settings().rows if rows is None else rows, request.cols)
     first = given_prompt(prompt, prompt_file, chat)
     check_model(model)
     # These load torch: the options are right by now, as far as they can be known to be.
+    from speq.host.image_file import read_image
     from speq.model.encoded_file import read_encoded
     from speq.model.loaders import load_model
 
     file = read_encoded(encoded) if encoded else None
-    settings = chosen_settings(file, **given)
+    loaded_image = read_image(image) if image else None
+    if loaded_image:
+        settings = changed(loaded_image.settings, **given)
+        request = replace(request, cols=loaded_image.config.engine.cols)
+    else:
+        settings = chosen_settings(file, **given)
     loaded = load_model(model)
     conversation = Conversation(loaded, system=system, raw=raw, chat=chat)
     said = turns(first) if chat else iter([first or ""])
@@ -190,7 +215,7 @@ def run(
         return
     ids = conversation.ask(turn)
     detail(f"{settings}; sampling: {sampling}; seed {seed}; prompt of {len(ids)} tokens")
-    with Decoder(request, loaded, file, settings, ids) as decoder:
+    with Decoder(request, loaded, file, settings, ids, loaded_image) as decoder:
         if json_output:
             conditions = decoder.conditions()
             conditions["settings"] |= {"raw": raw, "chat": chat, "system": system}

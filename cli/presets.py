@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named configurations of the accelerator for `speq verilog`."""
+"""Named configurations of the accelerator for `speq verilog` and `speq image`."""
 
 from __future__ import annotations
 

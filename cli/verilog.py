@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,60 +21,73 @@ if TYPE_CHECKING:
 _MAX_DESCRIPTION = 1 << 20  # bytes
 
 
+# The options that are a configuration.
+Description = Annotated[
+    Path | None,
+    typer.Option(
+        help="A description that speq verilog has written (.json): the same once more, but for "
+        "what other options say."
+    ),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        help="A named configuration (see below), but for what other options say.",
+        autocompletion=complete_preset,
+    ),
+]
+ArrayRows = Annotated[int | None, typer.Option(help=ROWS_HELP, show_default="8")]
+ArrayCols = Annotated[int | None, typer.Option(help=COLS_HELP, show_default="16")]
+DraftRows = Annotated[int | None, typer.Option(help="Rows that can also draft.", show_default="1")]
+MaxK = Annotated[
+    int | None,
+    typer.Option(help="Longest dot product that the engine stores.", show_default="2048"),
+]
+ArrayGroup = Annotated[int | None, typer.Option(help=GROUP_HELP, show_default="64")]
+ArraySplit = Annotated[int | None, typer.Option(help=SPLIT_HELP, show_default="2")]
+WeightsBits = Annotated[
+    int | None,
+    typer.Option(help="Data width of the weights port.", show_default="16 per column"),
+]
+DataBits = Annotated[
+    int | None,
+    typer.Option(help="Data width of the data port.", show_default="16 per column"),
+]
+AddressBits = Annotated[
+    int | None, typer.Option(help="Bits of an address in memory.", show_default="40")
+]
+Choices = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that a ranking names: 4 or 8, most choices of a position and most that "
+        "are re-ranked.",
+        show_default="8",
+    ),
+]
+History = Annotated[
+    int | None,
+    typer.Option(
+        help="Last tokens that guesses are looked for in: a power of two, 8 to 65536, or 0, none.",
+        show_default="2048",
+    ),
+]
+
+
 def run(
     output: Annotated[Path, typer.Option("-o", "--output", help="The Verilog file to write.")],
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="A description that this command has written (.json): the same once more, but for "
-            "what other options say."
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="A named configuration (see below), but for what other options say.",
-            autocompletion=complete_preset,
-        ),
-    ] = None,
-    rows: Annotated[int | None, typer.Option(help=ROWS_HELP, show_default="8")] = None,
-    cols: Annotated[int | None, typer.Option(help=COLS_HELP, show_default="16")] = None,
-    draft_rows: Annotated[
-        int | None, typer.Option(help="Rows that can also draft.", show_default="1")
-    ] = None,
-    max_k: Annotated[
-        int | None,
-        typer.Option(help="Longest dot product that the engine stores.", show_default="2048"),
-    ] = None,
-    group: Annotated[int | None, typer.Option(help=GROUP_HELP, show_default="64")] = None,
-    split: Annotated[int | None, typer.Option(help=SPLIT_HELP, show_default="2")] = None,
-    weights_bits: Annotated[
-        int | None,
-        typer.Option(help="Data width of the weights port.", show_default="16 per column"),
-    ] = None,
-    data_bits: Annotated[
-        int | None,
-        typer.Option(help="Data width of the data port.", show_default="16 per column"),
-    ] = None,
-    address_bits: Annotated[
-        int | None, typer.Option(help="Bits of an address in memory.", show_default="40")
-    ] = None,
-    choices: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens that a ranking names: 4 or 8, most choices of a position and most that "
-            "are re-ranked.",
-            show_default="8",
-        ),
-    ] = None,
-    history: Annotated[
-        int | None,
-        typer.Option(
-            help="Last tokens that guesses are looked for in: a power of two, 8 to 65536, or 0, "
-            "none.",
-            show_default="2048",
-        ),
-    ] = None,
+    config: Description = None,
+    preset: PresetName = None,
+    rows: ArrayRows = None,
+    cols: ArrayCols = None,
+    draft_rows: DraftRows = None,
+    max_k: MaxK = None,
+    group: ArrayGroup = None,
+    split: ArraySplit = None,
+    weights_bits: WeightsBits = None,
+    data_bits: DataBits = None,
+    address_bits: AddressBits = None,
+    choices: Choices = None,
+    history: History = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
@@ -94,22 +108,36 @@ def run(
         "choices": choices,
         "history": history,
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    base = None
-    if config is not None:
-        if preset is not None:
-            raise ValueError("--config and --preset exclude each other")
-        base = read_configuration(config)
-    elif preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
-        given = PRESETS[preset].options | given
+    base, given = starting_point(config, preset, given)
     from speq.hw.verilog import write_verilog
 
     chosen = configuration(base, engine, given)
     detail(f"configuration: {chosen}")
     for path in write_verilog(chosen, output, force=force):
         print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def starting_point(
+    config: Path | None, preset: str | None, options: Mapping[str, int | None]
+) -> tuple[AcceleratorConfig | EngineConfig | None, dict[str, int]]:
+    """The configuration of a description, if there is one, and what is given by name, by a preset
+    too.
+
+    Raises
+    ------
+    ValueError, OSError
+        If there is no such preset, or both, or the description cannot be read.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if config is not None:
+        if preset is not None:
+            raise ValueError("--config and --preset exclude each other")
+        return read_configuration(config), given
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        given = PRESETS[preset].options | given
+    return None, given
 
 
 def read_configuration(path: Path) -> AcceleratorConfig | EngineConfig:

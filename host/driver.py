@@ -10,7 +10,6 @@ for it. So all bits are the golden model's.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,23 +18,27 @@ import numpy as np
 import torch
 
 from speq.host.board import Board
+from speq.host.checks import check_capacity, check_settings
+from speq.host.image import Image, model_image
 from speq.host.kv_entries import KVEntries
 from speq.host.layout import (
     RING_LOG2,
-    MemoryLayout,
     Region,
     activation_words,
     draft_activation_words,
     host_argument,
     ranking_bytes,
     results_bytes,
-    tiled,
     unpack_batches,
     unpack_results,
-    weight_planes,
 )
-from speq.host.registers import Registers, read_configuration
-from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
+from speq.host.registers import (
+    ALL_INTERRUPTS,
+    Registers,
+    read_configuration,
+    speculation_words,
+)
+from speq.hw.accelerator_config import ErrorCode, PassKind
 from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
@@ -47,7 +50,7 @@ from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.draft_tree import Origin, Proposal
 from speq.model.format import EncodedTensor
-from speq.model.settings import NO_GUESS, Policy, Settings
+from speq.model.settings import Settings
 from speq.model.speculation import (
     Step,
     committed_step,
@@ -71,7 +74,6 @@ from speq.model.transformer import (
 
 #: What a `NonFiniteError` calls passes.
 _PASS_NAMES = {PassKind.SINGLE: "prompt", PassKind.DRAFT: "draft", PassKind.VERIFY: "verify"}
-_ALL_INTERRUPTS = 0b111
 #: Times that STATUS is read before an accelerator counts as unable to stop.
 _STOP_READS = 100_000
 
@@ -89,46 +91,6 @@ class AcceleratorError(OSError):
     def __init__(self, code: ErrorCode, address: int) -> None:
         super().__init__(f"accelerator: {code.name} at {address:#x}: {ERRORS[code]}")
         self.code, self.address = code, address
-
-
-def default_capacity(config: AcceleratorConfig, model: ModelConfig) -> int:
-    """Entries of a KV cache for the model's whole context, or as many as the accelerator allows."""
-    return min(model.context + config.engine.rows, config.engine.max_k)
-
-
-def check_model(model: Model) -> None:
-    """Raises ValueError if the model has something that the accelerator cannot do."""
-    if "head.bias" in model.weights:
-        raise ValueError("the head has a bias, which the accelerator's ranking cannot take")
-
-
-def check_encoded(config: AcceleratorConfig, encoded: Mapping[str, EncodedTensor]) -> None:
-    """Raises ValueError, naming the tensor, if the accelerator cannot take an encoded tensor."""
-    expected = config.engine.format
-    for name, tensor in encoded.items():
-        if tensor.drafted_outputs is not None and name != "head":
-            raise ValueError(
-                f"{name} drafts only part of its outputs, which the accelerator does for the head "
-                "alone: encode the model again"
-            )
-        if tensor.config != expected:
-            raise ValueError(
-                f"{name} has group {tensor.config.group} and split {tensor.config.split}, which "
-                f"the accelerator cannot read; it has {expected.group} and {expected.split}: "
-                f"encode the model with --group {expected.group} --split {expected.split}"
-            )
-
-
-def memory_layout(
-    config: AcceleratorConfig,
-    model: ModelConfig,
-    encoded: Mapping[str, EncodedTensor],
-    capacity: int,
-    base: int = 0,
-) -> MemoryLayout:
-    """The memory of a model with these encoded layers; arguments and errors of `MemoryLayout`."""
-    drafted = encoded["head"].drafted_outputs if "head" in encoded else None
-    return MemoryLayout(config, model, encoded, capacity, base, drafted_outputs=drafted)
 
 
 @dataclass(frozen=True)
@@ -178,6 +140,8 @@ class Driver:
         Entries of the KV cache; `default_capacity` when not given.
     memory : Region, optional
         What it may use of the board's memory; from 0 on when not given.
+    image : Image, optional
+        What to load, in place of `encoded` and `capacity`.
     patience : int, optional
         Cycles without an interrupt after which the accelerator counts as hanging.
 
@@ -193,7 +157,8 @@ class Driver:
     ------
     ValueError
         If the model does not fit the accelerator, or the encoding is not one that it can read or
-        does not decode to the model's weights bit for bit.
+        does not decode to the model's weights bit for bit; if the image is not of this model or
+        for this accelerator. Before anything of an image is written.
     """
 
     def __init__(
@@ -204,6 +169,7 @@ class Driver:
         *,
         capacity: int | None = None,
         memory: Region | None = None,
+        image: Image | None = None,
         patience: int | None = None,
     ) -> None:
         self._board, self._model, self._patience = board, model, patience
@@ -211,74 +177,39 @@ class Driver:
         self.verify_logits: torch.Tensor | None = None
         self.config = config = read_configuration(board)
         self.registers = Registers(board, config)
-        encoded = encoded or {}
-        check_encoded(config, encoded)
-        check_model(model)
-        if capacity is None:
-            capacity = default_capacity(config, model.config)
+        if image is None:
+            image = model_image(config, model, encoded, capacity=capacity)
+        elif encoded is not None or capacity is not None:
+            raise ValueError("an image says what is encoded and how many entries the KV cache has")
+        else:
+            image.check_board(board)
+            image.check_model(model)
         start, stop = memory or Region(0, 1 << config.address_bits)
-        self.layout = layout = memory_layout(config, model.config, encoded, capacity, start)
+        self.layout = layout = image.layout(model.config, start)
         if start + layout.size > stop:
             raise ValueError(f"the model needs {layout.size} bytes of memory, not {stop - start}")
-        self._drafts = bool(encoded)
-        self._capacity = capacity
-        self._tables = rotary_tables(model, torch.arange(capacity))
+        self._drafts = bool(image.encoded_names)
+        self._capacity = image.capacity
+        self._tables = rotary_tables(model, torch.arange(image.capacity))
         self._kv = KVEntries(board, layout)
         self._text: list[int] = []  # whose entries are the first ones in it
-        self._write_weights(encoded)
-        self._reranked = 0  # in the program of draft passes
-        for kind in PassKind:
-            self._write_program(kind)
+        self._reranked = image.reranked  # in the program of draft passes
         self._margins: list[float] = []
         self._current = _NO_PASS
         self._operands: tuple[torch.Tensor, ...] = ()  # [T, ...], of the stage under way
         self._stop()
-        self._set_up()
+        image.load(board, start)
+        image.write_registers(board, start)
 
     # Setting up.
 
-    def _write_weights(self, encoded: Mapping[str, EncodedTensor]) -> None:
-        for name, place in self.layout.weights.items():
-            weight = self._model.linear_weight(name).contiguous()
-            if place.encoded:
-                decoded = encoded[name].decode()
-                if not torch.equal(decoded.view(torch.int16), weight.view(torch.int16)):
-                    raise ValueError(f"{name} does not decode to the weights of {self._model.name}")
-                planes = weight_planes(encoded[name], self.config)
-                for address, plane in zip(
-                    (place.plane, place.residual, place.groups), planes, strict=True
-                ):
-                    self._board.write(address, plane)
-            else:
-                self._board.write(
-                    place.plane, tiled(weight.numpy().view(np.uint16), self.config.engine.cols)
-                )
-
-    def _write_program(self, kind: PassKind) -> None:
-        program = self.layout.program(kind, self._reranked)
-        content = b"".join(descriptor.pack() for descriptor in program)
-        self._board.write(self.layout.programs[kind], content)
-
-    def _set_program_length(self) -> None:
-        """Of the longest program, so that what is fetched ahead in it ends with it."""
-        lengths = [len(self.layout.program(kind, self._reranked)) for kind in PassKind]
-        self.registers["PROGRAM_LENGTH"] = max(lengths)
-
-    def _set_up(self) -> None:
-        """Write the registers that are the same for all runs."""
-        layout, r = self.layout, self.registers
-        for direction, region in (("READ", layout.read), ("WRITE", layout.write)):
-            r[f"{direction}_BASE"] = region.start
-            r[f"{direction}_LIMIT"] = region.stop - 1
-        names = {PassKind.SINGLE: "PASS", PassKind.DRAFT: "DRAFT", PassKind.VERIFY: "VERIFY"}
-        for kind, name in names.items():
-            r[f"{name}_PROGRAM"] = layout.programs[kind]
-        self._set_program_length()
-        r["HOST_TIMEOUT"] = 0
-        r["RING"] = layout.ring
-        r["RING_LOG2"] = RING_LOG2
-        r["IRQ_ENABLE"] = _ALL_INTERRUPTS
-        r["PASS_ROWS"] = r["CHOICES"] = r["TOKEN_LIMIT"] = 1
+    def _write_draft_program(self, reranked: int) -> None:
+        """The one that re-ranks so many tokens."""
+        self._reranked = reranked
+        program = self.layout.program_content(PassKind.DRAFT, reranked)
+        self._board.write(self.layout.programs[PassKind.DRAFT], program)
+        # Of the longest program, so that what is fetched ahead in it ends with it.
+        self.registers["PROGRAM_LENGTH"] = self.layout.longest_program(reranked)
 
     def counters(self) -> dict[str, int]:
         """All performance counters; between runs, or while the accelerator waits for the host."""
@@ -333,14 +264,9 @@ class Driver:
         """
         rows = self.config.engine.rows
         settings = settings or Settings(rows)
-        self._check_settings(settings)
+        check_settings(self.config, settings)
         limit = token_limit(self._model, prompt, max_tokens)
-        needed = len(prompt) + max(0, limit) + rows - 2  # the last verify pass starts at - 2
-        if needed > self._capacity:
-            raise ValueError(
-                f"{len(prompt)} tokens of prompt and {limit} more need a KV cache of {needed} "
-                f"entries; this one has {self._capacity}"
-            )
+        check_capacity(self._capacity, len(prompt), limit, rows)
         if limit < 1:
             return
         known = self.known(prompt) if resume else 0
@@ -358,30 +284,6 @@ class Driver:
         """How many of the prompt's tokens, of which the last is never one, a run that resumes finds
         in the KV cache."""
         return shared_prefix(self._text, prompt[:-1])
-
-    def _check_settings(self, settings: Settings) -> None:
-        rows = self.config.engine.rows
-        if settings.rows != rows:
-            raise ValueError(f"rows is {settings.rows}; this accelerator's array has {rows}")
-        most = self.config.choices
-        if settings.choices > most:
-            raise ValueError(f"choices is {settings.choices}; this accelerator ranks 1 to {most}")
-        if settings.reranked > most:
-            raise ValueError(
-                f"reranked is {settings.reranked}; this accelerator ranks 0 (none) to {most}"
-            )
-        if not settings.policy.guesses:
-            return
-        if not self.config.history:
-            raise ValueError(
-                "the policy guesses, but this accelerator has no history; take one whose guess "
-                f"costs are {NO_GUESS}"
-            )
-        if settings.history != self.config.history:
-            raise ValueError(
-                f"history is {settings.history}; this accelerator's has {self.config.history} "
-                f"tokens: take settings or an accelerator (--history) with the same"
-            )
 
     def _prefill(self, tokens: Sequence[int], start: int) -> None:
         """Fill the KV cache from entry `start` on."""
@@ -413,13 +315,9 @@ class Driver:
         r["RUN"] = 1
         r["POSITION"] = len(prompt) - 1
         r["ROOT"] = root = prompt[-1]
-        r["THRESHOLD"] = threshold_bits(settings.threshold)
-        r["CHOICES"] = settings.offered
-        self._write_policy(settings.policy, prompt)
+        self._write_settings(settings, prompt)
         if settings.reranked != self._reranked:
-            self._reranked = settings.reranked
-            self._write_program(PassKind.DRAFT)
-            self._set_program_length()
+            self._write_draft_program(settings.reranked)
         longest = length = settings.length if self._drafts else 0
         chain: list[int] = []  # what is left of that of a verify pass that was not finite
         left, number, repeated = limit, 1, False
@@ -460,18 +358,18 @@ class Driver:
                 length = longest
                 written = self._begin(length, left)
 
-    def _write_policy(self, policy: Policy, prompt: Sequence[int]) -> None:
-        """The tables of costs, and the history if anything is looked for in it."""
+    def _write_settings(self, settings: Settings, prompt: Sequence[int]) -> None:
+        """How to speculate, and the history if anything is looked for in it."""
         r = self.registers
-        r.write_costs("CHAIN_COSTS", policy.chain_costs)
-        r.write_costs("ALTERNATE_COSTS", policy.alternate_costs)
-        r["COST_LIMIT"] = policy.limit
+        for name, value in speculation_words(self.config, settings).items():
+            if isinstance(value, tuple):
+                r.write_costs(name, value)
+            else:
+                r[name] = value
         if not self.config.history:
             return
-        r.write_costs("GUESS_COSTS", policy.guess_costs)
-        r["GUESS_LIMIT"] = policy.guess_limit
         r["HISTORY_LENGTH"] = 0
-        if policy.guesses:
+        if settings.policy.guesses:
             for token in prompt[-self.config.history :]:
                 r["HISTORY"] = token
 
@@ -519,7 +417,7 @@ class Driver:
     # Talking to the accelerator.
 
     def _start(self) -> None:
-        self.registers["IRQ_STATUS"] = _ALL_INTERRUPTS
+        self.registers["IRQ_STATUS"] = ALL_INTERRUPTS
         self.registers.command("start")
 
     def _answer(self, name: str) -> None:
@@ -722,16 +620,6 @@ def _next_request(
         return steps.send(answer)
     except StopIteration:
         return None
-
-
-def threshold_bits(threshold: float) -> int:
-    """The smallest FP32 number that is at least `threshold`, as bits: FP32 margins are below one if
-    and only if they are below the other."""
-    with np.errstate(over="ignore"):
-        rounded = np.float32(threshold)
-    if float(rounded) < threshold:  # NumPy would compare in FP32
-        rounded = np.nextafter(rounded, np.float32(np.inf))
-    return struct.unpack("<I", struct.pack("<f", rounded))[0]
 
 
 def attention_masks(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speq.host.driver import check_model
+from speq.host.checks import check_model
 from speq.host.layout import MemoryLayout, exceeded_limits
 from speq.host.meter import cycle_engine
 from speq.hw.accelerator_config import AcceleratorConfig

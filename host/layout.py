@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ from speq.model.schedule import (
 
 #: log2 of the tokens in the ring: more than any array commits in a step.
 RING_LOG2 = 8
+#: What the programs are called.
+PROGRAM_NAMES = {PassKind.SINGLE: "single", PassKind.DRAFT: "draft", PassKind.VERIFY: "verify"}
 
 _MAX_SHARING = 255  # what the descriptor's field holds
 _WORD = 2  # bytes of a weight word, of an FP16 number
@@ -167,6 +170,47 @@ class Region(NamedTuple):
     stop: int
 
 
+class Kind(Enum):
+    """What a part of the memory holds. The numbers are those of image files (docs/image.md)."""
+
+    PLAIN_WEIGHTS = 1
+    DRAFT_PLANE = 2
+    RESIDUAL_PLANE = 3
+    GROUP_BYTES = 4
+    KEYS = 5
+    VALUES = 6
+    ACTIVATIONS = 7
+    DRAFT_ACTIVATIONS = 8
+    PROGRAM = 9
+    RANKING = 10
+    RING = 11
+    RESULTS = 12
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it holds something before the first run; all else is written by then or later."""
+        return self in _GIVEN
+
+
+_GIVEN = (
+    Kind.PLAIN_WEIGHTS,
+    Kind.DRAFT_PLANE,
+    Kind.RESIDUAL_PLANE,
+    Kind.GROUP_BYTES,
+    Kind.PROGRAM,
+)
+
+
+class Part(NamedTuple):
+    """A part of the memory: of weights with the name of their linear layer, of a program with that
+    of its kind of pass, else without a name."""
+
+    kind: Kind
+    name: str
+    start: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Weights:
     """A linear layer [o, k] in memory: with `encoded`, draft plane, residual plane and group bytes;
@@ -200,7 +244,8 @@ class MemoryLayout:
     capacity : int
         Entries of the KV cache.
     base : int
-        First byte to use, a multiple of the configuration's alignment.
+        First byte to use, a multiple of the configuration's alignment. Distances from it are the
+        same for every base.
     drafted_outputs : int, optional
         Draft passes compute only the first so many outputs of an encoded head; all when not given.
 
@@ -214,6 +259,8 @@ class MemoryLayout:
         [block][kv_head][tile of C dimensions][capacity][C].
     programs : address by PassKind
     activations, draft_activations, results, ranking, ring : int
+    parts : list of Part
+        All of these, by rising address.
 
     Raises
     ------
@@ -239,38 +286,43 @@ class MemoryLayout:
             raise ValueError(str(excesses[0]))
         if base % config.alignment:
             raise ValueError(f"base is {base:#x}; expected a multiple of {config.alignment}")
-        self._end = base
+        self.parts: list[Part] = []
+        self._base = self._end = base
         # Whole bursts: those that are cut at both ends hide less of the memory's latency.
         self._alignment = max(
             config.alignment, config.weights.burst_beats * config.weights.beat_bytes
         )
         drafted = {"head": drafted_outputs} if drafted_outputs and "head" in encoded else {}
         self.weights = {
-            name: self._place(o, k, name in encoded, drafted.get(name, o))
+            name: self._place(name, o, k, name in encoded, drafted.get(name, o))
             for name, (o, k) in linear_shapes(model).items()
         }
         entries = model.blocks * model.kv_heads * self.capacity * _WORD
-        self.keys = self._take(entries * model.head_dim)
-        self.values = self._take(entries * round_up(model.head_dim, engine.cols))
+        self.keys = self._take(Kind.KEYS, entries * model.head_dim)
+        self.values = self._take(Kind.VALUES, entries * round_up(model.head_dim, engine.cols))
         longest = max(weights.k for weights in self.weights.values())
         self.activations = self._take(
+            Kind.ACTIVATIONS,
             max(
                 activation_count(longest, config) * config.activation_bytes,
                 model.kv_heads * self.attention_stride(self.capacity),
                 model.kv_heads * self.attention_stride(model.head_dim),
-            )
+            ),
         )
         self.draft_activations = self._take(
-            activation_count(ceil_div(longest, DRAFT_LANES), config) * config.activation_bytes
+            Kind.DRAFT_ACTIVATIONS,
+            activation_count(ceil_div(longest, DRAFT_LANES), config) * config.activation_bytes,
         )
-        self.programs: dict[PassKind, int] = {}
-        for kind in PassKind:
-            self.programs[kind] = self._take(0)
-            self._take(DESCRIPTOR_BYTES * self._program_length(kind))
+        self.programs: dict[PassKind, int] = {
+            kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
+            for kind in PassKind
+        }
         self.read = Region(base, self._end)
-        self.ranking = self._take(engine.rows * ranking_bytes(config))
-        self.ring = self._take(4 << RING_LOG2)
-        self.results = self._take(max(map(self._results_size, self.stages(PassKind.VERIFY))))
+        self.ranking = self._take(Kind.RANKING, engine.rows * ranking_bytes(config))
+        self.ring = self._take(Kind.RING, 4 << RING_LOG2)
+        self.results = self._take(
+            Kind.RESULTS, max(map(self._results_size, self.stages(PassKind.VERIFY)))
+        )
         self.write = Region(self.read.stop, self._end)
         if self._end > 1 << config.address_bits:
             raise ValueError(
@@ -292,22 +344,25 @@ class MemoryLayout:
         """Tiles of a head's values."""
         return ceil_div(self.model.head_dim, self.config.engine.cols)
 
-    def _take(self, size: int) -> int:
+    def _take(self, kind: Kind, size: int, name: str = "") -> int:
         """The address of so many more bytes."""
-        address = round_up(self._end, self._alignment)
+        address = self._base + round_up(self._end - self._base, self._alignment)
         self._end = round_up(address + size, self.config.alignment)
+        self.parts.append(Part(kind, name, address, size))
         return address
 
-    def _place(self, o: int, k: int, encoded: bool, drafted: int) -> Weights:
+    def _place(self, name: str, o: int, k: int, encoded: bool, drafted: int) -> Weights:
         config = self.config
         number_format, cols = config.engine.format, config.engine.cols
         tiles = ceil_div(o, cols)
         if not encoded:
-            return Weights(o, k, False, drafted, self._take(tiles * k * cols * _WORD))
+            size = tiles * k * cols * _WORD
+            return Weights(o, k, False, drafted, self._take(Kind.PLAIN_WEIGHTS, size, name))
         groups = round_up(ceil_div(k, number_format.group) * cols, config.data.beat_bytes)
-        plane = self._take(tiles * draft_words(k) * cols * _WORD)
-        residual = self._take(tiles * residual_words(k) * cols * _WORD)
-        return Weights(o, k, True, drafted, plane, residual, self._take(tiles * groups))
+        plane = self._take(Kind.DRAFT_PLANE, tiles * draft_words(k) * cols * _WORD, name)
+        residual = self._take(Kind.RESIDUAL_PLANE, tiles * residual_words(k) * cols * _WORD, name)
+        group_bytes = self._take(Kind.GROUP_BYTES, tiles * groups, name)
+        return Weights(o, k, True, drafted, plane, residual, group_bytes)
 
     def _result_size(self, name: str) -> int:
         engine = self.config.engine
@@ -370,6 +425,16 @@ class MemoryLayout:
         encoded head exactly."""
         return [descriptor for descriptor, _ in self._named_program(kind, reranked)]
 
+    def program_content(self, kind: PassKind, reranked: int = 0) -> bytes:
+        """The program of a pass as it lies in memory, with zeros behind it up to the end of its
+        part."""
+        content = b"".join(descriptor.pack() for descriptor in self.program(kind, reranked))
+        return content.ljust(self._program_size(kind), b"\0")
+
+    def longest_program(self, reranked: int = 0) -> int:
+        """Descriptors of the longest program."""
+        return max(len(self.program(kind, reranked)) for kind in PassKind)
+
     def product_at(self, kind: PassKind, address: int) -> str:
         """The name of the product whose descriptor is at an address of a pass's program: a linear
         layer's, or an attention's as in "block.3.scores" and "block.3.values".
@@ -398,13 +463,14 @@ class MemoryLayout:
             program.append((self._rerank(reranked), name))
         return [*program, (Descriptor(DescriptorKind.END), "")]
 
-    def _program_length(self, kind: PassKind) -> int:
-        """Most descriptors of a program, RERANK and END included."""
+    def _program_size(self, kind: PassKind) -> int:
+        """Most bytes of a program, RERANK and END included."""
         products = (
             len(stage.names) if isinstance(stage, Linears) else self.model.kv_heads
             for stage in self.stages(kind)
         )
-        return self.host_turns(kind) + sum(products) + 1 + (kind is PassKind.DRAFT)
+        length = self.host_turns(kind) + sum(products) + 1 + (kind is PassKind.DRAFT)
+        return DESCRIPTOR_BYTES * length
 
     def _product_names(self, stage: Stage) -> list[str]:
         """The names of a stage's products."""
@@ -549,3 +615,24 @@ def weight_planes(
     planes = (tensor.draft_plane, tensor.residual_plane, tensor.group_bytes)
     draft, residual, groups = (retile(plane, o, cols) for plane in planes)
     return draft, residual, padded_groups(groups, config)
+
+
+def encoded_tensor(
+    name: str, weights: Weights, planes: Sequence[np.ndarray], config: AcceleratorConfig
+) -> EncodedTensor:
+    """The inverse of `weight_planes`: an encoded tensor, tiled for the array, whose draft plane,
+    residual plane and group bytes, uint8 [bytes] each, are as they lie in memory."""
+    cols = config.engine.cols
+    draft, residual = (plane.view("<u2") for plane in planes[:2])
+    tiles = ceil_div(weights.o, cols)
+    groups = ceil_div(weights.k, config.engine.format.group) * cols
+    return EncodedTensor(
+        name,
+        (weights.o, weights.k),
+        config.engine.format,
+        cols,
+        draft.reshape(tiles, -1, cols),
+        residual.reshape(tiles, -1, cols),
+        planes[2].reshape(tiles, -1)[:, :groups].reshape(tiles, -1, cols),
+        drafted_outputs=None if weights.drafted == weights.o else weights.drafted,
+    )

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from speq.hw.control.register_map import Register, constants, registers
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.model.number_format import DRAFT_BITS, FormatConfig
+from speq.model.settings import Settings
+
+#: All interrupts, in IRQ_ENABLE and IRQ_STATUS.
+ALL_INTERRUPTS = 0b111
 
 
 class Registers:
@@ -51,14 +56,18 @@ class Registers:
 
     def write_costs(self, name: str, costs: Sequence[int]) -> None:
         """Write a table of costs, a byte each, to a register or an array of registers."""
-        words = np.array(costs, np.uint8).view("<u4").tolist()
-        for offset, word in zip(self._registers[name].offsets, words, strict=True):
+        for offset, word in zip(self._registers[name].offsets, cost_words(costs), strict=True):
             self._board.write_register(offset, word)
 
     def command(self, name: str) -> None:
         """Write one bit of CONTROL."""
         register = self._registers["CONTROL"]
         self["CONTROL"] = register.pack({f.name: int(f.name == name) for f in register.fields})
+
+
+def cost_words(costs: Sequence[int]) -> list[int]:
+    """A table of costs, a byte each, as the words of its registers."""
+    return np.array(costs, np.uint8).view("<u4").tolist()
 
 
 def split(register: Register, content: int) -> dict[str, int]:
@@ -74,15 +83,24 @@ def read_configuration(board: Board) -> AcceleratorConfig:
     ValueError
         If it is none, or one that this driver does not know.
     """
-    r = Registers(board)
-    expected = constants(AcceleratorConfig())
+    return configuration(Registers(board).__getitem__)
+
+
+def configuration(read: Callable[[str], int]) -> AcceleratorConfig:
+    """The configuration that the constant registers tell, whose contents `read` gives by name.
+
+    Raises ValueError as `read_configuration` does.
+    """
+    expected = constant_words(AcceleratorConfig())
     for name in ("ID", "VERSION"):
-        if r[name] != expected[name]:
+        if (value := read(name)) != expected[name]:
             raise ValueError(
-                f"register {name} is {r[name]:#010x}; expected {expected[name]:#010x}: no "
+                f"register {name} is {value:#010x}; expected {expected[name]:#010x}: no "
                 "accelerator that this driver knows"
             )
-    array, number_format, bus = (r.fields(name) for name in ("ARRAY", "FORMAT", "BUS"))
+    r = {name: read(name) for name in expected}
+    known = {register.name: register for register in registers(AcceleratorConfig())}
+    array, number_format, bus = (split(known[name], r[name]) for name in ("ARRAY", "FORMAT", "BUS"))
     if number_format.pop("width") != DRAFT_BITS:
         raise ValueError(f"FORMAT is {r['FORMAT']:#x}: no draft weights of {DRAFT_BITS} bits")
     address_bits = r["ADDRESS_BITS"]
@@ -100,3 +118,38 @@ def read_configuration(board: Board) -> AcceleratorConfig:
             f"{config.activation_bytes}"
         )
     return config
+
+
+def constant_words(config: AcceleratorConfig) -> dict[str, int]:
+    """The contents of the registers that never change, by name."""
+    known = {register.name: register for register in registers(config)}
+    return {name: known[name].pack(value) for name, value in constants(config).items()}
+
+
+def speculation_words(
+    config: AcceleratorConfig, settings: Settings
+) -> dict[str, int | tuple[int, ...]]:
+    """What the registers of speculation hold for these settings, by name: numbers, and tables of
+    costs. DRAFT_LENGTH, which changes during a run, is left out; so is what a history is for, if
+    the accelerator has none."""
+    policy = settings.policy
+    words: dict[str, int | tuple[int, ...]] = {
+        "THRESHOLD": threshold_bits(settings.threshold),
+        "CHOICES": settings.offered,
+        "COST_LIMIT": policy.limit,
+        "CHAIN_COSTS": policy.chain_costs,
+        "ALTERNATE_COSTS": policy.alternate_costs,
+    }
+    if config.history:
+        words |= {"GUESS_LIMIT": policy.guess_limit, "GUESS_COSTS": policy.guess_costs}
+    return words
+
+
+def threshold_bits(threshold: float) -> int:
+    """The smallest FP32 number that is at least `threshold`, as bits: FP32 margins are below one if
+    and only if they are below the other."""
+    with np.errstate(over="ignore"):
+        rounded = np.float32(threshold)
+    if float(rounded) < threshold:  # NumPy would compare in FP32
+        rounded = np.nextafter(rounded, np.float32(np.inf))
+    return struct.unpack("<I", struct.pack("<f", rounded))[0]

@@ -10,7 +10,9 @@ from functools import cached_property
 import torch
 
 from speq.host.board import Board
-from speq.host.driver import Driver, check_encoded, check_model, memory_layout
+from speq.host.checks import check_encoded, check_model, memory_layout
+from speq.host.driver import Driver
+from speq.host.image import Image
 from speq.host.layout import Region
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
@@ -88,6 +90,9 @@ class Session:
     capacity, memory : int, Region, optional
         Entries of the KV cache on the board, and what the session may use of its memory, as of
         `Driver`.
+    image : Image, optional
+        What is loaded onto the board, in place of `encoded` and `capacity`; golden decoding takes
+        the encoded layers from it.
 
     Attributes
     ----------
@@ -98,7 +103,8 @@ class Session:
     ValueError
         If the model does not fit the accelerator, or the encoding is not one that it can read or
         does not decode to the model's weights bit for bit. The golden model never reads weights
-        from the encoding, and does not compare them.
+        from the encoding, and does not compare them. If the image is not of this model or not for
+        this accelerator.
     """
 
     def __init__(
@@ -109,16 +115,20 @@ class Session:
         *,
         capacity: int | None = None,
         memory: Region | None = None,
+        image: Image | None = None,
     ) -> None:
-        self.model, self.encoded, self.board = model, encoded or {}, board
+        self.model, self.board = model, board
         self._text = TextCache(model.config)
         self._driver: Driver | None = None
-        if board is not None:
-            try:
-                self._driver = Driver(board, model, self.encoded, capacity=capacity, memory=memory)
-            except BaseException:
-                board.close()
-                raise
+        try:
+            if board is not None:
+                self._driver = Driver(
+                    board, model, encoded, capacity=capacity, memory=memory, image=image
+                )
+            self.encoded = image.encoded(model) if image else encoded or {}
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Session:
         return self

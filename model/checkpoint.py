@@ -22,6 +22,7 @@ rows of its q and k projections reordered when it is loaded (`unpermute_rope`), 
 of the attention scores, because a dot product over head_dim is exact and has no order.
 """
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -172,6 +173,16 @@ class Model:
         if name == "head" and self.config.tied_head:
             return self.weights["embedding"]
         return self.weights[name]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the weights: of each the name, a line break and the bits, row by row and
+        little-endian, in the order of `tensor_shapes`."""
+        digest = hashlib.sha256()
+        for name, _ in tensor_shapes(self.config):
+            digest.update(f"{name}\n".encode())
+            digest.update(self.weights[name].contiguous().numpy().astype("<f2", copy=False).data)
+        return digest.digest()
 
     @cached_property
     def operands(self) -> dict[str, WeightOperand]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 #: Regular expression of how an encoded model begins (`speq.model.encoded_file`).
 ENCODED_MODEL = rb'(?s).{8}\{"__metadata__":\{"speq":'
+#: Regular expression of how an image of the accelerator's memory begins (`speq.host.image`).
+IMAGE = rb"SPEQIMG\0"
 _log = logging.getLogger(__name__)
 
 

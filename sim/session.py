@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import speq.hw
-from speq.host.driver import default_capacity
+from speq.host.checks import default_capacity
 from speq.host.session import Session, memory_size
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog import generate_top

@@ -87,7 +87,7 @@ def test_installed_command_lists_its_commands() -> None:
         [Path(sys.executable).with_name("speq"), "--help"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    for command in ("verilog", "encode", "verify-file", "demo", "generate", "eval", "bench"):
+    for command in ("verilog", "encode", "verify-file", "image", "generate", "eval", "bench"):
         assert f" {command} " in result.stdout
 
 

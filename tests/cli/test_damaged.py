@@ -101,7 +101,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("command", ["golden", "rtl", "eval", "verify-file"])
+@pytest.mark.parametrize("command", ["golden", "rtl", "eval", "image", "verify-file"])
 def test_damaged_encoded_files_say_nothing(
     speq_command: Speq,
     checkpoint: Path,
@@ -122,6 +122,7 @@ def test_damaged_encoded_files_say_nothing(
         "golden": generate,
         "rtl": (*generate, "--backend", "rtl"),
         "eval": ("eval", checkpoint, "--encoded", encoded, "-o", encoded.parent / "eval"),
+        "image": ("image", checkpoint, "--encoded", encoded, "-o", encoded.parent / "x.image"),
         "verify-file": ("verify-file", encoded),
     }[command]
     result = speq_command(*arguments)
@@ -300,6 +301,8 @@ def test_what_is_no_regular_file_is_not_read(
         (other, ("eval", checkpoint, "-o", tmp_path / "out", "--prompts", other)),
         (other, ("encode", checkpoint, "-o", tmp_path / "out", "--prompts", other)),
         (other, ("verify-file", other)),
+        (other, ("image", "--info", other)),
+        (other, ("generate", checkpoint, "--prompt=a", "--backend=rtl", "--image", other)),
     ]
     for path, arguments in cases:
         replaced(path, kind)

@@ -82,6 +82,7 @@ WRITERS = {
     "e.v": ("verilog", "--engine", *SMALL, "-o", "e.v"),
     "x.safetensors": ("encode", "tiny", "--fixed", "-o", "x.safetensors"),
     "o.safetensors": ("encode", "tiny", "-o", "o.safetensors"),
+    "x.image": ("image", "tiny", "-o", "x.image"),
     "bench.json": ("bench", "--only", "verify", "--json", "bench.json"),
     "report.json": ("eval", "tiny", "-o", "."),
     "speedup.svg": ("eval", "tiny", "-o", "."),

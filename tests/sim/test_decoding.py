@@ -10,6 +10,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from speq.host.image import model_image
+from speq.host.image_file import read_image, write_image
+from speq.host.layout import Region
 from speq.host.meter import Meter, cycle_engine
 from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
@@ -25,7 +28,7 @@ from speq.model.loaders import load_model
 from speq.model.number_format import FormatConfig, draft_words
 from speq.model.schedule import Linears, pass_schedule, stages
 from speq.model.speculation import Settings, Statistics, Step, generate
-from speq.sim.session import simulated_session
+from speq.sim.session import board_for, simulated_session
 from speq.sim.simulated_board import CHANNELS
 from tests.host.decoding import (
     COUNTED,
@@ -77,6 +80,22 @@ def check_counters(session: Session, steps: list[Step]) -> Statistics:
     counted = {name: counters[counter] for name, counter in COUNTED.items()}
     assert counted == {name: getattr(statistics, name) for name in COUNTED}
     return statistics
+
+
+def test_an_image_file_behind_a_high_address(tmp_path):
+    """All bits, from a file, with addresses of 40 bits and bursts that are cut at both ends."""
+    model = drafted_model("llama", SEED)
+    path = tmp_path / "model.image"
+    settings = Settings(4, threshold=0.25, reranked=4)
+    write_image(path, model_image(FEW, model, encode_linears(model), settings=settings))
+    image, base = read_image(path), (1 << 39) + 3 * FEW.alignment
+    memory = Region(base, base + image.size)
+    board = board_for(
+        model, image.encoded(model), FEW, capacity=image.capacity, base=base, latency=LATENCY
+    )
+    with Session(model, board=board, memory=memory, image=image) as session:
+        steps = check(session, random_tokens(model.config, 6, SEED), image.settings)
+        assert check_counters(session, steps).draft_passes
 
 
 # `tiny` on 8 x 16 PEs.

@@ -1,0 +1,1 @@
+from host.image_file import *
