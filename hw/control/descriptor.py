@@ -19,7 +19,7 @@ FP32 or FP16.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
@@ -227,7 +227,7 @@ class Descriptor:
         if self.tokens and self.candidates:
             raise ValueError("a descriptor has either tokens or candidates")
         word = 0
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             offset, width = _PLACES[_MEMBERS.get(name, name)]
             number = int(getattr(value, "value", value))
             if not 0 <= number < 1 << width:
