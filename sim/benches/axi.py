@@ -164,15 +164,18 @@ class Responder:
             ports[f"axi__{self.CHANNEL}{name}"] for name in ("valid", "ready", *self.FIELDS)
         )
         self.fields = dict(zip(self.FIELDS, fields, strict=True))
+        self.gives = False
         self.valid.value = 0
 
     def step(self, cycle: int) -> None:
         """After the edge that begins a cycle."""
         self.accept(cycle)
         assert int(self.ready.value), f"cycle {cycle}: channel {self.CHANNEL} is not ready"
-        give = self.answers and bool(self.pending) and self.pending[0][0] <= cycle + 1
-        self.valid.value = give
-        if give:
+        gave = self.gives
+        self.gives = self.answers and bool(self.pending) and self.pending[0][0] <= cycle + 1
+        if self.gives != gave:
+            self.valid.value = self.gives
+        if self.gives:
             for name, value in self.pending.popleft()[1].items():
                 self.fields[name].value = value
 

@@ -41,6 +41,7 @@ class Source:
 
     def step(self, cycle: int) -> None:
         """After the edge that begins a cycle."""
+        was_offered = self.offered
         if self.offered and int(self.ready.value):
             self.queue.popleft()
             self.taken.append(cycle)
@@ -48,7 +49,8 @@ class Source:
         if not self.offered and self.queue and self.rng.random() >= self.pause:
             self.payload.value = self.queue[0]
             self.offered = True
-        self.valid.value = self.offered
+        if self.offered != was_offered:
+            self.valid.value = self.offered
 
     def is_done(self, cycle: int) -> bool:
         """Whether everything was taken before this cycle."""
@@ -102,8 +104,9 @@ class Sink:
             if self.is_ready:
                 self.items.append(payload)
                 self.cycles.append(cycle)
-        self.is_ready = self.rng.random() >= self.pause
-        self.ready.value = self.is_ready
+        was_ready, self.is_ready = self.is_ready, self.rng.random() >= self.pause
+        if self.is_ready != was_ready:
+            self.ready.value = self.is_ready
 
     def forget_offer(self) -> None:
         """Allow what is on offer to be withdrawn, as a clear does."""
