@@ -17,9 +17,9 @@ This file is a specification that hardware implements (`speq.hw.vector`). Its ru
 - NaN stays NaN and becomes 0x7e00 where it enters the array; the payload of an FP32 NaN is
   undefined.
 
-Maximum errors, measured against float64 by tests/model/test_vector_ops.py: exponential 2^-18 and
-sigmoid 2^-16 of the exact value, as their results are rounded to FP16's 11 bits; reciprocal and
-rsqrt 1.4 ulp (spacings of FP32 at the exact result).
+Maximum errors, measured against float64 by tests/model/test_vector_ops.py: reciprocal and rsqrt 1.4
+ulp (spacings of FP32 at the exact result); exponential and sigmoid 2^-14 + |x| 2^-17 of the exact
+value, as their results are rounded to FP16's 11 bits.
 
 Elementary functions are of NumPy arrays, float32, as NumPy takes a third of PyTorch's time to start
 an operation, and most have few elements; what a pass calls takes and gives tensors.
@@ -41,10 +41,11 @@ from speq.model.function_tables import (
     LOG2_E,
     LOG2_E_BITS,
     LOGARITHM_BITS,
+    LOGARITHM_SIGNIFICAND,
     POWER,
     ROOTS,
     SIGMOID,
-    Parabolas,
+    FunctionTable,
 )
 
 #: Partial sums of `row_sum`.
@@ -64,7 +65,7 @@ _quiet = np.errstate(all="ignore")
 class _Table:
     """Tables of `speq.model.function_tables` as arrays, one behind the other."""
 
-    def __init__(self, *parts: Parabolas) -> None:
+    def __init__(self, *parts: FunctionTable) -> None:
         self._shape = parts[0]
         rows = (sum((getattr(part, name) for part in parts), ()) for name in ("c0", "c1", "c2"))
         self._c0, self._c1, self._c2 = (np.array(row, np.int64) for row in rows)
@@ -73,12 +74,14 @@ class _Table:
         """Values of fractions int64."""
         shape = self._shape
         i, g = x >> shape.bits, x & (1 << shape.bits) - 1
-        slope = self._c1[i] - ((g >> shape.drop) * self._c2[i] >> shape.shift2)
+        slope = self._c1[i]
+        if shape.drop is not None:
+            slope = slope - ((g >> shape.drop) * self._c2[i] >> shape.shift2)
         return self._c0[i] - (g * slope >> shape.shift1)
 
 
 @cache
-def _values(table: Parabolas) -> np.ndarray:
+def _values(table: FunctionTable) -> np.ndarray:
     """All values of a table, int32: for many elements it is faster to look them up."""
     fractions = np.arange(1 << table.index_bits + table.bits, dtype=np.int64)
     return _Table(table)(fractions).astype(np.int32)
@@ -87,6 +90,7 @@ def _values(table: Parabolas) -> np.ndarray:
 _inverse, _inverse_root = _Table(INVERSE), _Table(*ROOTS)
 _FRACTION = 0x7FFFFF
 _FIRST_24_BITS = ~((1 << 29) - 1)  # of a float64's significand
+_LOGARITHM_MASK = 0x7FFFFFFF & ~((1 << 24 - LOGARITHM_SIGNIFICAND) - 1)  # no sign
 
 
 def row_sum(x: np.ndarray) -> np.ndarray:
@@ -111,12 +115,14 @@ def row_sum(x: np.ndarray) -> np.ndarray:
 def _halvings(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """e^-|x| as int32 p 2^-n, p in units of 2^-POWER.value_bits and in [1/2, 1].
 
-    n + f is |x| log2(e) in fixed point: the product with LOG2_E, cut off behind 20 fraction bits.
-    p is 2^-f. |x| from 128 on counts as 128 or more: the result is below 2^-126 anyway.
+    n + f is |x| log2(e) in fixed point: the product of the first 18 bits of |x| with LOG2_E, cut
+    off behind 16 fraction bits. p is 2^-f. |x| from 128 on counts as 128 or more: the result is
+    below 2^-126 anyway.
     """
-    # The product is exact: it has at most 49 bits.
-    product = np.abs(x).astype(np.float64) * (LOG2_E * 2.0 ** (LOGARITHM_BITS - LOG2_E_BITS))
-    logarithm = np.where(product < 1 << 28, product, 1 << 28).astype(np.int32)
+    cut = (x.view(np.int32) & _LOGARITHM_MASK).view(np.float32)
+    # The product is exact: it has at most 36 bits.
+    product = cut.astype(np.float64) * (LOG2_E * 2.0 ** (LOGARITHM_BITS - LOG2_E_BITS))
+    logarithm = np.where(product < 1 << 24, product, 1 << 24).astype(np.int32)
     p = _values(POWER).take(logarithm & (1 << LOGARITHM_BITS) - 1)
     return p, logarithm >> LOGARITHM_BITS
 
@@ -137,19 +143,18 @@ def exponential(x: np.ndarray) -> np.ndarray:
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + e^-x) in float32; 0 where that is below 2^-126, NaN for NaN.
 
-    With e^-|x| = p 2^-n as in `exponential`: 1 + p 2^-n, cut off behind 20 fraction bits, and its
-    reciprocal r from the table SIGMOID; for x < 0 (and -0) r p 2^-n, of p the first 18 bits (19 if
-    p is 1) and of the product the first 24.
+    With e^-|x| = p 2^-n as in `exponential`: 1 + p 2^-n, cut off behind 16 fraction bits, and its
+    reciprocal r from the table SIGMOID; for x < 0 (and -0) r p 2^-n, of whose product the first 24
+    bits count.
     """
     p, n = _halvings(x)
-    extra = POWER.value_bits - LOGARITHM_BITS
-    t = p >> np.minimum(n + extra, 31)
+    t = p >> np.minimum(n + (POWER.value_bits - LOGARITHM_BITS), 31)
     r = _values(SIGMOID).take(t & (1 << LOGARITHM_BITS) - 1)
     r = np.where(t >> LOGARITHM_BITS, 1 << SIGMOID.value_bits - 1, r)
-    product = r.astype(np.float64) * (p >> POWER.value_bits - 18)
+    product = r.astype(np.float64) * p
     product = (product.view(np.int64) & _FIRST_24_BITS).view(np.float64).astype(np.float32)
-    below = _scaled(product, n + 36)
-    y = np.where(np.signbit(x), below, r.astype(np.float32) * np.float32(2.0**-18))
+    below = _scaled(product, n + (POWER.value_bits + SIGMOID.value_bits))
+    y = np.where(np.signbit(x), below, r.astype(np.float32) * np.float32(0.5**SIGMOID.value_bits))
     return np.where(np.isnan(x), x, y)
 
 

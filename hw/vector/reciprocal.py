@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ieee754 import FP32, FP32_BIAS, FP32_NAN, is_infinite, is_nan
 from speq.hw.common.logic import delayed, pipeline_stage
-from speq.hw.vector.parabola import Parabola
+from speq.hw.vector.function_unit import FunctionUnit
 from speq.model.function_tables import INVERSE, ROOTS
 
 _EXTRA = INVERSE.value_bits - 24  # bits that are rounded away
@@ -30,29 +30,29 @@ class Reciprocal(wiring.Component):
     result : Out(32)
     """
 
-    LATENCY = Parabola.LATENCY + 1
+    LATENCY = 5
 
     def __init__(self) -> None:
         super().__init__({"x": In(32), "root": In(1), "result": Out(32)})
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        m.submodules.parabola = parabola = Parabola([INVERSE, *ROOTS])
+        m.submodules.function = function = FunctionUnit([INVERSE, *ROOTS])
         x = data.View(FP32, self.x)
         exponent = x.exponent - FP32_BIAS
         odd = exponent[0]
         m.d.comb += [
-            parabola.fraction.eq(x.fraction),
-            parabola.table.eq(Mux(self.root, Mux(odd, 2, 1), 0)),
+            function.fraction.eq(x.fraction),
+            function.table.eq(Mux(self.root, Mux(odd, 2, 1), 0)),
         ]
         # The exponent field of results just below a power of two.
         field = FP32_BIAS - 1 - Mux(self.root, exponent >> 1, exponent)
         field, nan, infinite = (
-            delayed(m, value, Parabola.LATENCY) for value in (field[:8], is_nan(x), is_infinite(x))
+            delayed(m, value, function.latency) for value in (field[:8], is_nan(x), is_infinite(x))
         )
 
         # Rounded to 24 bits, halves up; what is 1 has the next exponent.
-        value = parabola.value
+        value = function.value
         rounded = (value[_EXTRA:] + value[_EXTRA - 1])[: len(value) - _EXTRA]
         one = rounded[-1]
         finite = Cat(Mux(one, 0, rounded[:-2]), (field + one)[:8])

@@ -17,7 +17,7 @@ import torch
 
 from speq.model import vector_ops
 from speq.model.arith import to_float16, verify_gemm
-from speq.model.function_tables import INVERSE, POWER, ROOTS, SIGMOID, Parabolas
+from speq.model.function_tables import INVERSE, POWER, ROOTS, SIGMOID, FunctionTable
 from speq.model.vector_ops import (
     gated,
     normalize,
@@ -81,10 +81,12 @@ def uniform(generator: torch.Generator, low: float, high: float, count: int = 50
 # The errors that the module's docstring states.
 
 
-@pytest.mark.parametrize("low", [-87.3, -17.0, -1.0, -1e-3])
-def test_exponential_error(generator, low):
-    x = uniform(generator, low, -low)
-    assert relative_error(exponential(x), (-x.to(torch.float64).abs()).exp()) <= 2.0**-18
+@pytest.mark.parametrize("limit", [87.3, 17.0, 8.0, 1.0, 1e-3])
+def test_exponential_error(generator, limit):
+    """The error grows with |x|, of which only 18 bits count."""
+    x = uniform(generator, -limit, limit)
+    bound = 2.0**-14 + limit * 2.0**-17
+    assert relative_error(exponential(x), (-x.to(torch.float64).abs()).exp()) <= bound
 
 
 def test_reciprocal_error():
@@ -99,35 +101,36 @@ def test_rsqrt_error():
         assert largest_error(rsqrt(x), x.to(torch.float64) ** -0.5) <= 1.4
 
 
-@pytest.mark.parametrize("limit", [87.0, 17.0, 1.0])
+@pytest.mark.parametrize("limit", [87.0, 17.0, 8.0, 1.0])
 def test_sigmoid_error(generator, limit):
     x = uniform(generator, -limit, limit)
-    assert relative_error(sigmoid(x), torch.sigmoid(x.to(torch.float64))) <= 2.0**-16
+    bound = 2.0**-14 + limit * 2.0**-17
+    assert relative_error(sigmoid(x), torch.sigmoid(x.to(torch.float64))) <= bound
 
 
 def test_activations_error(generator):
-    """Half an ulp of FP16 is 2^-11 at most; the sigmoid may add 2^-16."""
-    x, up = uniform(generator, -20.0, 20.0), uniform(generator, 0.5, 2.0)
+    """Half an ulp of FP16 is 2^-11 at most; the sigmoid may add 2^-13."""
+    x, up = uniform(generator, -8.0, 20.0), uniform(generator, 0.5, 2.0)
     exact = torch.nn.functional.silu(x.to(torch.float64)) * up
     error = (gated(x, up, "silu") - exact).abs()
-    assert (error <= exact.abs() * (2.0**-11 + 2.0**-16) + 2.0**-25).all()
+    assert (error <= exact.abs() * (2.0**-11 + 2.0**-13) + 2.0**-25).all()
     exact = torch.nn.functional.gelu(x.to(torch.float64), approximate="tanh") * up
     error = (gated(x, up, "gelu_tanh") - exact).abs()
-    assert (error <= exact.abs() * (2.0**-11 + 2.0**-15) + 2.0**-25).all()
+    assert (error <= exact.abs() * (2.0**-11 + 2.0**-11) + 2.0**-20).all()
 
 
 @pytest.mark.parametrize(
     ("table", "function", "bound"),
     [
-        (POWER, lambda x: 2.0**-x, 2.0**-19),
-        (SIGMOID, lambda x: 1 / (1 + x), 2.0**-17),
+        (POWER, lambda x: 2.0**-x, 2.0**-15),
+        (SIGMOID, lambda x: 1 / (1 + x), 2.0**-15),
         (INVERSE, lambda x: 1 / (1 + x), 2.0**-24),
         (ROOTS[0], lambda x: (1 + x) ** -0.5, 2.0**-24),
         (ROOTS[1], lambda x: (2 + 2 * x) ** -0.5, 2.0**-24),
     ],
     ids=["power", "sigmoid", "inverse", "root", "root of double"],
 )
-def test_tables_error(table: Parabolas, function, bound):
+def test_tables_error(table: FunctionTable, function, bound):
     """Every value of a table, and that all intermediate numbers have the bits that they should."""
     fraction_bits = table.index_bits + table.bits
     values = vector_ops._values(table)
@@ -191,14 +194,15 @@ def pattern(value: softfloatpy.Float32) -> int:
 
 
 def slow_power(x: float) -> tuple[int, int]:
-    """e^-|x| as p and n with p 2^-n in units of 2^-22."""
-    log2_e = 24204406  # log2(e) 2^24
-    assert abs(log2_e / 2**24 - math.log2(math.e)) < 2.0**-25
-    logarithm = math.floor(Fraction(abs(x)) * log2_e / 16)  # exact until here
-    n, f = divmod(logarithm, 2**20)
-    i, g = divmod(f, 2**15)
-    slope = POWER.c1[i] - (g // 32) * POWER.c2[i] // 1024
-    return POWER.c0[i] - g * slope // 2**14, n
+    """e^-|x| as p and n with p 2^-n in units of 2^-17."""
+    log2_e = 189097  # log2(e) 2^17
+    assert abs(log2_e / 2**17 - math.log2(math.e)) < 2.0**-18
+    exponent = math.frexp(x)[1] - 18
+    cut = math.floor(Fraction(abs(x)) / Fraction(2) ** exponent) * Fraction(2) ** exponent
+    logarithm = math.floor(cut * log2_e / 2)  # exact until here
+    n, f = divmod(logarithm, 2**16)
+    i, g = divmod(f, 2**10)
+    return POWER.c0[i] - g * POWER.c1[i] // 2**10, n
 
 
 def slow_float32(significand: int, exponent: int) -> float:
@@ -210,23 +214,19 @@ def slow_float32(significand: int, exponent: int) -> float:
 
 def slow_exponential(x: float) -> float:
     p, n = slow_power(x)
-    return slow_float32(p, -22 - n)
+    return slow_float32(p, -17 - n)
 
 
 def slow_sigmoid(x: float) -> float:
     p, n = slow_power(x)
-    t = p // 2 ** (n + 2)  # in units of 2^-20
-    i, g = divmod(t, 2**15)
-    if i == 32:
-        r = 2**17
-    else:
-        slope = SIGMOID.c1[i] - (g // 64) * SIGMOID.c2[i] // 1024
-        r = SIGMOID.c0[i] - g * slope // 2**18
+    t = p // 2 ** (n + 1)  # in units of 2^-16
+    i, g = divmod(t, 2**9)
+    r = 2**16 if i == 128 else SIGMOID.c0[i] - g * SIGMOID.c1[i] // 2**10
     if math.copysign(1.0, x) > 0:
-        return r / 2**18
-    product = r * (p // 16)
+        return r / 2**17
+    product = r * p
     cut = product.bit_length() - 24
-    return slow_float32(product >> cut, cut - 36 - n)
+    return slow_float32(product >> cut, cut - 34 - n)
 
 
 def slow_reciprocal(x: float) -> float:

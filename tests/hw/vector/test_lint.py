@@ -13,8 +13,11 @@ from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_maximum import Fp32Maximum
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
+from speq.hw.vector.lane import Lane
 from speq.hw.vector.reciprocal import Reciprocal
+from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.weight_sum import WeightSum
 from tests.hw.verilog_tools import lint, write_unit
 
 UNITS = {
@@ -24,7 +27,10 @@ UNITS = {
     "fp32_maximum": Fp32Maximum,
     "fp32_multiplier": Fp32Multiplier,
     "fp32_to_fp16": Fp32ToFp16,
+    "lane": Lane,
     "reciprocal_unit": Reciprocal,
+    "row_maximum": lambda: RowMaximum(8),
+    "weight_sum": lambda: WeightSum(8, 2048),
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
 }
 

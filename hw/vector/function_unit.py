@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A function from a table of parabolas."""
+"""A function from a table of lines or parabolas."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.logic import pipeline_stage
-from speq.model.function_tables import Parabolas
+from speq.model.function_tables import FunctionTable
 
 
-class Parabola(wiring.Component):
+class FunctionUnit(wiring.Component):
     """A function of a fraction by `speq.model.function_tables`, to the bit.
 
     Formula: ``value = tables[table].value(fraction)``.
 
-    Latency `LATENCY` cycles, a fraction per cycle, no flow control. Two multipliers: of as many
-    bits as `drop` leaves of a fraction behind its index with the second coefficients, and of all
-    these bits with the slope.
+    Latency `latency` cycles (3 for lines, 4 for parabolas), a fraction per cycle, no flow control.
 
     Parameters
     ----------
-    tables : sequence of Parabolas
+    tables : sequence of FunctionTable
         One or more of one shape.
 
     Members
@@ -33,20 +31,12 @@ class Parabola(wiring.Component):
     table : In(range(len(tables)))
     value : Out(value_bits + 1)
         In units of 2^-value_bits.
-
-    Raises
-    ------
-    ValueError
-        If the tables' shapes differ.
     """
 
-    LATENCY = 4
-
-    def __init__(self, tables: Sequence[Parabolas]) -> None:
-        if len({table.shape for table in tables}) != 1:
-            raise ValueError("tables have different shapes; expected one or more of the same")
+    def __init__(self, tables: Sequence[FunctionTable]) -> None:
         self.tables = tables
         shape = tables[0]
+        self.latency = 3 if shape.drop is None else 4
         super().__init__(
             {
                 "fraction": In(shape.index_bits + shape.bits),
@@ -59,27 +49,26 @@ class Parabola(wiring.Component):
         m = Module()
         shape = self.tables[0]
 
-        # Stage 1: coefficients.
+        # Coefficients.
         address = self.fraction[shape.bits :]
         if len(self.tables) > 1:
             address = Cat(address, self.table)
-        c0, c1, c2, g = pipeline_stage(
+        c0, slope, g = pipeline_stage(
             m,
             1,
             c0=self._coefficients("c0")[address],
-            c1=self._coefficients("c1")[address],
-            c2=self._coefficients("c2")[address],
+            slope=self._coefficients("c1")[address],
             g=self.fraction[: shape.bits],
         )
+        if shape.drop is not None:
+            # The slope where g is; it stays positive.
+            (c2,) = pipeline_stage(m, 1, c2=self._coefficients("c2")[address])
+            bend = (g[shape.drop :] * c2) >> shape.shift2
+            slope = (slope - bend)[: len(slope)]
+            c0, slope, g = pipeline_stage(m, 2, c0=c0, slope=slope, g=g)
 
-        # Stage 2: the slope, which stays positive.
-        bend = (g[shape.drop :] * c2) >> shape.shift2
-        c0, slope, g = pipeline_stage(m, 2, c0=c0, slope=(c1 - bend)[: len(c1)], g=g)
-
-        # Stage 3: how far the value falls.
+        # How far the value falls, and the value.
         c0, fall = pipeline_stage(m, 3, c0=c0, fall=(g * slope) >> shape.shift1)
-
-        # Stage 4: the value.
         (value,) = pipeline_stage(m, 4, value=(c0 - fall)[: len(self.value)])
         m.d.comb += self.value.eq(value)
         return m

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The largest number of a row."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Elaboratable, Module, Mux, Value
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.common.ieee754 import FP32, is_nan
+from speq.hw.common.logic import pipeline_stage
+from speq.hw.engine_config import check_power_of_two
+from speq.hw.vector.fp32_maximum import Fp32Maximum
+
+_LEAST = 0xFF800000  # minus infinity
+
+
+class RowMaximum(wiring.Component):
+    """The largest of a row's FP32 numbers, as the softmax needs it.
+
+    Formula: ``maximum = max of the numbers since `first` that count``, minus infinity if there is
+    none; NaN counts as minus infinity, and of both zeros either may be it.
+
+    Latency `latency` cycles from a word to the maximum with it; a word per cycle, no flow control.
+    Words without `valid` change nothing.
+
+    Parameters
+    ----------
+    lanes : int
+        Numbers of a word, a power of two from 4 to 64.
+
+    Members
+    -------
+    valid : In(1)
+    first : In(1)
+        With `valid`: a new row begins.
+    counts : In(lanes)
+        The numbers that count.
+    numbers : In(ArrayLayout(32, lanes))
+    maximum : Out(32)
+
+    Raises
+    ------
+    ValueError
+        If `lanes` is out of its range.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        check_power_of_two("lanes", lanes, 4, 64)
+        self.lanes = lanes
+        #: Cycles: a level of the tree each, and the comparison with what was there.
+        self.latency = 2 + (lanes - 1).bit_length()
+        super().__init__(
+            {
+                "valid": In(1),
+                "first": In(1),
+                "counts": In(lanes),
+                "numbers": In(data.ArrayLayout(32, lanes)),
+                "maximum": Out(32),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        masked = [
+            Mux(counts & ~is_nan(data.View(FP32, number)), number, _LEAST)
+            for counts, number in zip(self.counts, self.numbers, strict=True)
+        ]
+        numbers: list[Value] = list(
+            pipeline_stage(m, 0, **{f"number_{i}": v for i, v in enumerate(masked)})
+        )
+        flags = pipeline_stage(m, 0, valid=self.valid, first=self.first)
+        level = 0
+        while len(numbers) > 1:
+            level += 1
+            numbers = [
+                _larger(m, f"maximum_{level}_{i}", a, b)
+                for i, (a, b) in enumerate(zip(numbers[::2], numbers[1::2], strict=True))
+            ]
+            flags = pipeline_stage(m, level, valid=flags[0], first=flags[1])
+        valid, first = flags
+        m.submodules.running = running = Fp32Maximum()
+        m.d.comb += [
+            running.a.eq(Mux(first & valid, _LEAST, running.maximum)),
+            running.b.eq(Mux(valid, numbers[0], _LEAST)),
+            self.maximum.eq(running.maximum),
+        ]
+        return m
+
+
+def _larger(m: Module, name: str, a: Value, b: Value) -> Value:
+    """The larger of two numbers, a cycle later."""
+    m.submodules[name] = unit = Fp32Maximum()
+    m.d.comb += [unit.a.eq(a), unit.b.eq(b)]
+    return unit.maximum

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact sum of a row of softmax weights."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.common.ieee754 import FP32_BIAS, FP32_FRACTION
+from speq.hw.common.logic import incremented, leading_zeros, pipeline_stage
+from speq.hw.engine_config import FP16_BITS, check_power_of_two, check_range
+
+#: Softmax weights are FP16 numbers from 0 to 1, integers times 2^-24.
+_UNIT_EXPONENT = -24
+_WEIGHT_BITS = 1 - _UNIT_EXPONENT
+_FP16_FRACTION = 10
+
+
+class WeightSum(wiring.Component):
+    """The sum of softmax weights, exact and rounded once, as `vector_ops.softmax_weights` has it.
+
+    Formula: ``total = fp32(sum of the weights since `first`)``.
+
+    Latency `latency` cycles from a word to the total with it; a word per cycle, no flow control.
+    Words without `valid` change nothing.
+
+    Parameters
+    ----------
+    lanes : int
+        Weights of a word, a power of two from 4 to 64.
+    max_count : int
+        Most weights of a row.
+
+    Members
+    -------
+    valid : In(1)
+    first : In(1)
+        With `valid`: a new row begins.
+    weights : In(ArrayLayout(16, lanes))
+        FP16, from 0 to 1.
+    total : Out(32)
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of its range.
+    """
+
+    def __init__(self, lanes: int, max_count: int) -> None:
+        check_power_of_two("lanes", lanes, 4, 64)
+        check_range("max_count", max_count, 1, 2**16)
+        self.lanes = lanes
+        self.max_count = max_count
+        #: Cycles: integers, a level of the tree each, the sum, its leading zeros, and the rounding.
+        self.latency = 5 + (lanes - 1).bit_length()
+        super().__init__(
+            {
+                "valid": In(1),
+                "first": In(1),
+                "weights": In(data.ArrayLayout(FP16_BITS, lanes)),
+                "total": Out(32),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        values: list[Value] = [_integer(weight) for weight in self.weights]
+        level = 1
+        flags = pipeline_stage(m, level, valid=self.valid, first=self.first)
+        values = list(pipeline_stage(m, level, **{f"weight_{i}": v for i, v in enumerate(values)}))
+        while len(values) > 1:
+            level += 1
+            sums = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
+            values = list(pipeline_stage(m, level, **{f"sum_{i}": v for i, v in enumerate(sums)}))
+            flags = pipeline_stage(m, level, valid=flags[0], first=flags[1])
+        valid, first = flags
+
+        total = Signal(_WEIGHT_BITS + (self.max_count - 1).bit_length(), reset_less=True)
+        with m.If(valid):
+            m.d.sync += total.eq(Mux(first, 0, total) + values[0])
+
+        # To FP32: the leading one to the top, and rounded to nearest even.
+        bits = len(total)
+        integer, zeros = pipeline_stage(m, level + 2, integer=total, zeros=leading_zeros(total))
+        (aligned, zeros) = pipeline_stage(
+            m, level + 3, aligned=(integer << zeros)[:bits], zeros=zeros
+        )
+        kept, rest = aligned[bits - FP32_FRACTION - 1 :], aligned[: bits - FP32_FRACTION - 1]
+        guard, sticky = rest[-1], rest[:-1].any()
+        field = (FP32_BIAS + _UNIT_EXPONENT + bits - 1 - zeros)[:8]
+        rounded = incremented(Cat(kept[:-1], field), guard & (sticky | kept[0]))
+        (result,) = pipeline_stage(
+            m, level + 4, result=Mux(aligned[-1], Cat(rounded, Const(0, 1)), 0)
+        )
+        m.d.comb += self.total.eq(result)
+        return m
+
+
+def _integer(weight: Value) -> Value:
+    """A weight in units of 2^-24."""
+    fraction, exponent = weight[:_FP16_FRACTION], weight[_FP16_FRACTION:-1]
+    significand = Cat(fraction, exponent != 0)
+    return (significand << Mux(exponent == 0, 0, exponent - 1)[:4])[:_WEIGHT_BITS]

@@ -1,0 +1,1 @@
+from hw.vector.function_unit import *
