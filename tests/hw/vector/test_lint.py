@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_maximum import Fp32Maximum
@@ -20,6 +21,7 @@ from speq.hw.vector.weight_sum import WeightSum
 from tests.hw.verilog_tools import lint, write_unit
 
 UNITS = {
+    "block_quantizer": lambda: BlockQuantizer(16, 64),
     "fp16_to_fp32": Fp16ToFp32,
     "fp32_adder": Fp32Adder,
     "fp32_maximum": Fp32Maximum,
