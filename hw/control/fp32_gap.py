@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-FP32_INFINITY = 0x7F800000
+from speq.hw.common.ieee754 import FP32, FP32_INFINITY, effective_exponent, significand
 
 _EXPONENT_BITS = 8
 _SPECIAL = 2**_EXPONENT_BITS - 1  # exponent of infinities and NaNs
@@ -16,8 +16,6 @@ _EXTRA = 3  # guard, round and sticky bit behind the last fraction bit
 _SUM_BITS = 1 + 24 + _EXTRA
 #: By how many bits each stage may shift the leading one up.
 _SHIFTS = (16, 8, 4, 2, 1)
-
-_FP32 = data.StructLayout({"fraction": 23, "exponent": _EXPONENT_BITS, "negative": 1})
 
 
 class Fp32Gap(wiring.Component):
@@ -52,14 +50,14 @@ class Fp32Gap(wiring.Component):
 
         # Stage 1: which operand has the larger magnitude.
         swapped = register(self.best[:31] < self.other[:31], "swapped")
-        best = data.View(_FP32, register(self.best, "best_1"))
-        other = data.View(_FP32, register(self.other, "other_1"))
+        best = data.View(FP32, register(self.best, "best_1"))
+        other = data.View(FP32, register(self.other, "other_1"))
 
         # Stage 2: its exponent, and how far this is above the other's.
-        large_exponent = Mux(swapped, _effective_exponent(other), _effective_exponent(best))
-        small_exponent = Mux(swapped, _effective_exponent(best), _effective_exponent(other))
-        large = register(Mux(swapped, _significand(other), _significand(best)), "large_2")
-        small = register(Mux(swapped, _significand(best), _significand(other)), "small_2")
+        large_exponent = Mux(swapped, effective_exponent(other), effective_exponent(best))
+        small_exponent = Mux(swapped, effective_exponent(best), effective_exponent(other))
+        large = register(Mux(swapped, significand(other), significand(best)), "large_2")
+        small = register(Mux(swapped, significand(best), significand(other)), "small_2")
         exponent = register(large_exponent, "exponent_2")
         distance = register((large_exponent - small_exponent)[:_EXPONENT_BITS], "distance")
         adds = register(best.negative != other.negative, "adds_2")
@@ -107,16 +105,6 @@ class Fp32Gap(wiring.Component):
         gap = Mux(special | (exponent == _SPECIAL), FP32_INFINITY, kept + up)
         m.d.comb += self.gap.eq(register(gap[:32], "gap_12"))
         return m
-
-
-def _effective_exponent(number: data.View) -> Value:
-    """The exponent field; 1 for subnormal numbers, whose exponent it is."""
-    return number.exponent | (number.exponent == 0)
-
-
-def _significand(number: data.View) -> Value:
-    """The 24 bits with the hidden one."""
-    return Cat(number.fraction, number.exponent != 0)
 
 
 def _shifted(value: Value, exponent: Value, amount: int) -> tuple[Value, Value]:

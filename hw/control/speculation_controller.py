@@ -21,8 +21,9 @@ from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig, PassKind, pass_layout
+from speq.hw.common.ieee754 import FP32_INFINITY
 from speq.hw.common.ram import Ram
-from speq.hw.control.fp32_gap import FP32_INFINITY, Fp32Gap
+from speq.hw.control.fp32_gap import Fp32Gap
 from speq.hw.control.ngram_matcher import NgramMatcher
 from speq.hw.control.register_file import status_layout, values_layout
 from speq.hw.control.register_map import GAP_COSTS, MAX_RING_LOG2

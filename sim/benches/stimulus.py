@@ -4,20 +4,28 @@
 A bench is a component with the members `stimulus` (all inputs side by side) and `observed` (all
 outputs), each a multiple of 64 bits wide: two signals to access in a cycle, however many copies of
 a unit the bench holds.
+
+`bench_verilog` and `play` set and read these in each cycle from Python; `file_bench_verilog` and
+`play_files` leave it to the simulator, which is many times faster, for millions of operands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from amaranth.lib import data, wiring
+from cocotb.clock import Clock
 from cocotb.triggers import Timer
 
 from speq.hw.verilog import convert_unit
 
 WORD_BITS = 64
+#: What `file_bench_verilog`'s module reads and writes, in the folder that it runs in.
+_STIMULUS_FILE = Path("stimulus.bin")
+_OBSERVED_FILE = Path("observed.bin")
 
 
 def bench_verilog(bench: wiring.Component, top: str) -> str:
@@ -58,6 +66,52 @@ async def play(dut: Any, stimulus: np.ndarray) -> np.ndarray:
         dut.clk.value = 1
         await Timer(1, "ns")
     return np.frombuffer(observed, "<u8").reshape(len(stimulus), -1)
+
+
+def file_bench_verilog(bench: wiring.Component, top: str) -> str:
+    """Verilog of a bench and, around it, the module `top`, which `play_files` runs.
+
+    While `run` is 1 it reads a row of stimulus at each falling edge of `clk` and writes the outputs
+    at each rising one.
+    """
+    inputs, outputs = (len(port.as_value()) for port in (bench.stimulus, bench.observed))
+    return (
+        f"""\
+module {top} (input clk, input run);
+  integer source, sink, count;
+  reg [{inputs - 1}:0] stimulus;
+  wire [{outputs - 1}:0] observed;
+  bench bench (.clk(clk), .stimulus(stimulus), .observed(observed));
+  always @(posedge run) begin
+    source = $fopen("{_STIMULUS_FILE}", "rb");
+    sink = $fopen("{_OBSERVED_FILE}", "wb");
+  end
+  always @(negedge run) begin
+    $fclose(source);
+    $fclose(sink);
+  end
+  always @(negedge clk) if (run) count = $fread(stimulus, source);
+  always @(posedge clk) if (run) $fwrite(sink, "%u", observed);
+endmodule
+"""
+    ) + convert_unit(bench, "bench", reset=False)
+
+
+async def play_files(dut: Any, stimulus: np.ndarray) -> np.ndarray:
+    """As `play`, for the top module of `file_bench_verilog`."""
+    # The simulator fills a vector from its highest byte on.
+    _STIMULUS_FILE.write_bytes(stimulus[:, ::-1].astype(">u8").tobytes())
+    dut.clk.value, dut.run.value = 1, 0
+    await Timer(1, "ns")
+    dut.run.value = 1
+    clock = Clock(dut.clk, 2, "ns", impl="gpi")
+    clock.start(start_high=False)
+    # Half a cycle more than the last edge that counts.
+    await Timer(2 * len(stimulus), "ns")
+    clock.stop()
+    dut.run.value = 0
+    await Timer(1, "ns")
+    return np.fromfile(_OBSERVED_FILE, "<u8").reshape(len(stimulus), -1)
 
 
 def pad(stimulus: np.ndarray, cycles: int) -> np.ndarray:

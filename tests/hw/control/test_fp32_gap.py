@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
-from speq.hw.control.fp32_gap import FP32_INFINITY, Fp32Gap
+from speq.hw.common.ieee754 import FP32_INFINITY
+from speq.hw.control.fp32_gap import Fp32Gap
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed
 

@@ -1,0 +1,1 @@
+from hw.common.ieee754 import *

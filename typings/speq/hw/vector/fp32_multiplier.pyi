@@ -1,0 +1,1 @@
+from hw.vector.fp32_multiplier import *
