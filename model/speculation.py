@@ -331,13 +331,14 @@ def draft(
     start, token = cache.length, history[-1]
     choices, distributions, gaps = [], [], []
     while len(choices) < min(settings.length, most):
+        scores = partial(noise, positions=[start + 1 + len(choices)]) if noise else None
         try:
-            passed = forward(model, [token], cache, draft=layers, reranked=settings.reranked)
+            logits = forward(
+                *(model, [token], cache), draft=layers, reranked=settings.reranked, scores=scores
+            )
         except NonFiniteError:
             break
-        if noise is not None:
-            passed = noise(passed, [start + 1 + len(choices)])
-        logits = passed[0]
+        logits = (scores(logits) if scores else logits)[0]
         tokens, q = propose(logits, settings.offered, sampling, generator)
         gaps.append(ranked_gaps(logits, max(2, settings.offered)))
         choices.append(tokens)

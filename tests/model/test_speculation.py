@@ -248,6 +248,23 @@ def test_drafts_are_ranked_by_exact_logits(subject, count, monkeypatch):
     assert bool(better) == (count > 1)
 
 
+def test_sampled_drafts_are_ranked_with_their_noise(subject):
+    """Those whose logits are computed exactly are the best with noise, not the likeliest."""
+    model, prompt = subject.model, subject.prompts[0]
+    noise = 3 * torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(SEED))
+
+    def logits_of(**options):
+        cache = KVCache(model.config, len(prompt))
+        return forward(model, prompt, cache, draft=subject.layers, **options)
+
+    own = logits_of()
+    ranked_by_noise = logits_of(reranked=3, scores=lambda logits: logits + noise)
+    for row, drafted in zip(ranked_by_noise, own, strict=True):
+        best = ranked(drafted + noise, 3)
+        assert set((row > -math.inf).nonzero()[:, 0].tolist()) == set(best.tolist())
+    assert not torch.equal(ranked_by_noise > -math.inf, logits_of(reranked=3) > -math.inf)
+
+
 def test_plain_decoding_needs_no_draft_model(subject):
     prompt = subject.prompts[1]
     expected, expected_logits = reference(subject, 1)
