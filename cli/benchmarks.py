@@ -23,12 +23,16 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog import write_verilog
 from speq.model.arith import quantize_activations, verify_gemm
 from speq.model.checkpoint import CheckpointError
-from speq.model.encoding import encode_linears, linear_weights
+from speq.model.encoded_file import read_encoded
+from speq.model.encoding import encode_linears, linear_weights, tensors_for
+from speq.model.evaluation import encoded_costs
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
 from speq.model.loaders import load_model, smollm2_path
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings
+from speq.model.prompts import first_of_each, shipped_prompts
+from speq.model.settings import SAMPLERS
+from speq.model.speculation import Sampling, Settings, Statistics
 from speq.sim.benches.gemm_engine import Gemm, run_gemms
 from speq.sim.session import board_for
 
@@ -55,10 +59,13 @@ class BenchSettings:
         Seed of everything random.
     liberty : Path or None
         Standard-cell library to measure areas with.
+    encoded : Path or None
+        SmolLM2's file of `speq encode`, to compare samplers with.
     """
 
     seed: int
     liberty: Path | None = None
+    encoded: Path | None = None
 
 
 class Skipped(Exception):
@@ -215,6 +222,43 @@ def accelerator(settings: BenchSettings) -> list[Figure]:
         Figure("simulation of the accelerator", speed, "cycles/s", 20_000, False, note),
         Figure("decoding in simulation", rate, "tokens/s", 1, False, note),
     ]
+
+
+def samplers(settings: BenchSettings) -> list[Figure]:
+    """Sampled decoding of the golden model with either sampler at three temperatures."""
+    if settings.encoded is None:
+        raise Skipped("it needs SmolLM2's file of speq encode: --encoded FILE")
+    per_kind, tokens = 4, 24
+    model, file = load_model("smollm2"), read_encoded(settings.encoded)
+    encoded = tensors_for(model, file, settings.encoded)
+    chosen = file.settings["alternates"]
+    costs = encoded_costs(model.config, encoded, chosen.reranked).relative
+    kinds = first_of_each(shipped_prompts("evaluation"), per_kind)
+    texts = [text for kind in kinds.values() for text in kind]
+    prompts = [model.tokenizer.encode_chat(text) for text in texts]
+    figures = []
+    with Session(model, encoded) as session:
+        for temperature in (0.3, 0.7, 1.0):
+            note = f"SmolLM2, {len(prompts)} prompts, {tokens} tokens, T = {temperature}"
+            for sampler in SAMPLERS:
+                total = Statistics()
+                for number, prompt in enumerate(prompts):
+                    generator = torch.Generator().manual_seed(settings.seed + number)
+                    for step in session.golden(
+                        prompt,
+                        max_tokens=tokens,
+                        settings=chosen,
+                        sampling=Sampling(temperature, sampler=sampler),
+                        generator=generator,
+                        stop_ids=model.tokenizer.stop_ids,
+                    ):
+                        total.add(step)
+                figures += [
+                    Figure(f"{sampler}, acceptance", 100 * total.match_rate, "%", note=note),
+                    Figure(f"{sampler}, verify pass", total.tokens_per_pass, "tokens", note=note),
+                    Figure(f"{sampler}, modelled speedup", total.speedup(*costs), "", note=note),
+                ]
+    return figures
 
 
 def area(settings: BenchSettings) -> list[Figure]:

@@ -47,7 +47,7 @@ from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.draft_tree import Origin, Proposal
 from speq.model.format import EncodedTensor
-from speq.model.settings import NO_GUESS, Policy, Settings
+from speq.model.settings import NO_GUESS, Policy, Sampling, Settings
 from speq.model.speculation import (
     Step,
     committed_step,
@@ -163,7 +163,7 @@ _NO_PASS = Pass(PassKind.SINGLE, [], 0)
 
 
 class Driver:
-    """A model on an accelerator: decodes like `speq.model.speculation.generate`, greedily.
+    """A model on an accelerator: decodes like `speq.model.speculation.generate`.
 
     One run at a time. All memory in `memory` belongs to it.
 
@@ -301,9 +301,11 @@ class Driver:
         max_tokens: int,
         settings: Settings | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        sampling: Sampling | None = None,
+        seed: int = 0,
         resume: bool = False,
     ) -> Generator[Step, None, None]:
-        """Decode greedily behind `prompt` and yield every committed step.
+        """Decode behind `prompt` and yield every committed step.
 
         A run that ends with NONFINITE in a pass that plain decoding would not make is followed by
         another, which repeats the step as `speq.model.speculation.generate` does.
@@ -318,6 +320,10 @@ class Driver:
         settings : Settings, optional
             Its rows must be the accelerator's; a draft length of 0 decodes plainly.
         stop_ids : token ids after which decoding ends
+        sampling : Sampling, optional
+            Greedy decoding when not given. Only what `Sampling.check_accelerated` allows.
+        seed : int
+            Of sampling, 64 bits.
         resume : bool
             Take what the KV cache holds of the prompt's beginning from earlier runs.
 
@@ -334,6 +340,8 @@ class Driver:
         rows = self.config.engine.rows
         settings = settings or Settings(rows)
         self._check_settings(settings)
+        if sampling is not None:
+            sampling.check_accelerated()
         limit = token_limit(self._model, prompt, max_tokens)
         needed = len(prompt) + max(0, limit) + rows - 2  # the last verify pass starts at - 2
         if needed > self._capacity:
@@ -349,6 +357,7 @@ class Driver:
             self._prefill(prompt[known:-1], known)
             self._text += prompt[known:-1]
             self.registers.command("clear_counters")
+            self._write_sampling(sampling, seed)
             yield from self._decode(prompt, limit, settings, stop_ids)
         except BaseException:
             self._abort()
@@ -410,7 +419,6 @@ class Driver:
         self, prompt: Sequence[int], limit: int, settings: Settings, stop_ids: frozenset[int]
     ) -> Generator[Step, None, None]:
         r = self.registers
-        r["RUN"] = 1
         r["POSITION"] = len(prompt) - 1
         r["ROOT"] = root = prompt[-1]
         r["THRESHOLD"] = threshold_bits(settings.threshold)
@@ -459,6 +467,14 @@ class Driver:
                 self._expect("IDLE")
                 length = longest
                 written = self._begin(length, left)
+
+    def _write_sampling(self, sampling: Sampling | None, seed: int) -> None:
+        """What a run is that decodes."""
+        r = self.registers
+        r["RUN"] = {"speculate": 1, "sample": sampling is not None}
+        if sampling is not None:
+            r["SCALE"] = int(np.float32(1.0 / sampling.temperature).view(np.uint32))
+            r["SEED"] = seed
 
     def _write_policy(self, policy: Policy, prompt: Sequence[int]) -> None:
         """The tables of costs, and the history if anything is looked for in it."""

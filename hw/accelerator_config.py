@@ -16,6 +16,10 @@ from speq.hw.memory.axi import AxiConfig
 TOKEN_BITS = 24
 
 _MIN_COLS = 4
+#: Inputs of the smallest head for which sampled decoding takes no cycle more than greedy decoding.
+_HEAD_K = 512
+#: Cycles that a beat of logits is in the pipeline of the noise and in the ranker, at least.
+_BEAT_CYCLES = 16
 _CHOICES = (4, 8)
 _HISTORIES = tuple(1 << i for i in range(3, 17))
 
@@ -143,6 +147,22 @@ class AcceleratorConfig:
     def history_bits(self) -> int:
         """Bits of a place in the history."""
         return (self.history - 1).bit_length()
+
+    @property
+    def noise_lanes(self) -> int:
+        """Columns whose noise comes at once: so many that a tile's logits are perturbed and ranked
+        in the time of its product, if this has `_HEAD_K` inputs or more."""
+        rows, cols = self.engine.rows, self.engine.cols
+        lanes = 1
+        while lanes < cols // 4 and rows * (cols // lanes + _BEAT_CYCLES) > _HEAD_K:
+            lanes *= 2
+        return lanes
+
+    @property
+    def noise_rounds(self) -> int:
+        """Rounds of each lane's generator, 1, 2 or 5: as few as keep up with such a product."""
+        needed = self.engine.rows * self.engine.cols / (self.noise_lanes * _HEAD_K)
+        return next((rounds for rounds in (1, 2) if rounds / 5 >= needed), 5)
 
     @property
     def job_layout(self) -> data.StructLayout:

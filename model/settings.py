@@ -212,3 +212,16 @@ class Sampling:
             raise ValueError(f"min-p is {self.min_p}; expected a number from 0 to 1")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler is {self.sampler!r:.40}; expected {' or '.join(SAMPLERS)}")
+
+    def check_accelerated(self) -> None:
+        """Raises ValueError if the accelerator cannot sample so."""
+        if self.sampler != "gumbel":
+            raise ValueError(
+                f"the accelerator samples with the sampler gumbel; {self.sampler} is the golden "
+                "model's"
+            )
+        if self.top_k or self.top_p < 1 or self.min_p:
+            raise ValueError(
+                "the accelerator samples from all tokens: top-k, top-p and min-p are the golden "
+                "model's"
+            )

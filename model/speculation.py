@@ -193,17 +193,23 @@ def perturbed(
         Truncation leaves -infinity for all other tokens. A NaN counts as minus infinity.
     positions : of the token that each row chooses
 
-    The quotient is one FP32 multiplication with the FP32 nearest to 1 / T, the sum one addition.
+    The scale of `with_noise` is the FP32 number nearest to 1 / T.
     """
-    rows = []
-    for row, position in zip(logits.split(1), positions, strict=True):
-        scaled = row[0].numpy() * np.float32(1.0 / sampling.temperature)
-        scaled = scaled + gumbel(seed, position, len(scaled))
-        if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-            # One row at a time, so that no bit depends on which others are in the pass.
-            scaled[distribution(row, sampling)[0].numpy() == 0] = -math.inf
-        rows.append(torch.from_numpy(scaled))
-    return torch.stack(rows)
+    scores = with_noise(logits, positions, np.float32(1.0 / sampling.temperature), seed)
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        # One row at a time, so that no bit depends on which others are in the pass.
+        for row, score in zip(logits.split(1), scores, strict=True):
+            score[distribution(row, sampling)[0] == 0] = -math.inf
+    return scores
+
+
+def with_noise(
+    logits: torch.Tensor, positions: Sequence[int], scale: np.float32, seed: int
+) -> torch.Tensor:
+    """Logits [N, V] times `scale`, plus the noise of the tokens at each row's position, float32:
+    one multiplication and one addition."""
+    noise = np.stack([gumbel(seed, position, logits.shape[1]) for position in positions])
+    return torch.from_numpy(logits.numpy() * scale + noise)
 
 
 #: `perturbed` of logits and positions.

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator's RTL samples the golden model's tokens and bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from speq.host.session import Session
+from speq.hw.engine_config import EngineConfig
+from speq.model.encoding import encode_linears
+from speq.model.loaders import load_model
+from speq.model.settings import Sampling
+from speq.model.speculation import Settings
+from speq.sim.session import simulated_session
+from tests.host.decoding import GUESSING, SEED, check, system
+
+CAPACITY = 300
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Session]:
+    """The model on 8 x 16 PEs, whose simulation other tests build as well."""
+    model = load_model("tiny")
+    config = system(EngineConfig())
+    with simulated_session(
+        model, encode_linears(model), config, capacity=CAPACITY, latency=16
+    ) as session:
+        yield session
+
+
+def sample(
+    session: Session, settings: Settings, temperature: float, seed: int, tokens: int
+) -> list:
+    """Decode and compare with the golden model; the tokens."""
+    steps = check(
+        session,
+        session.model.tokenizer.encode("Once upon a time"),
+        settings,
+        max_tokens=tokens,
+        sampling=Sampling(temperature),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return [token for step in steps for token in step.tokens]
+
+
+def test_steps_are_the_golden_models(tiny):
+    """A chain with alternates, re-ranked drafts and guesses, and plain decoding: one text."""
+    texts = [
+        sample(tiny, settings, 0.8, SEED + 2**63, 16)
+        for settings in (
+            Settings(8, 7, 1.0),
+            Settings(8, 5, 0.5, choices=3, reranked=8, policy=GUESSING),
+            Settings(8, 0),
+        )
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.slow
+def test_500_tokens(tiny):
+    """Of every temperature and several draft lengths and choices."""
+    total = 0
+    for seed, (temperature, length, choices) in enumerate(
+        ((0.3, 7, 4), (0.8, 7, 4), (1.0, 3, 2), (1.5, 1, 1), (0.7, 5, 3))
+    ):
+        settings = Settings(8, length, 0.5, choices=choices, reranked=8 * (seed % 2))
+        total += len(sample(tiny, settings, temperature, SEED + seed, 120))
+    assert total >= 500
