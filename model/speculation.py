@@ -177,9 +177,22 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         p = torch.where(before < sampling.top_p, p, 0.0)
         p = p / p.sum(dim=-1, keepdim=True)
     if sampling.min_p > 0:
-        p = torch.where(p < sampling.min_p * p[:, :1], 0.0, p)
+        p = torch.where(likely(logits.to(torch.float32), sampling).gather(-1, order), p, 0.0)
         p = p / p.sum(dim=-1, keepdim=True)
     return torch.zeros_like(p).scatter_(-1, order, p)
+
+
+def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Which of logits float32 [N, V] min-p leaves, bool [N, V]: those whose probability is at least
+    `min_p` times the largest one, which is to say, that are not below the largest logit plus
+    T ln(min_p). This is one FP32 addition of the FP32 number nearest to T ln(min_p)."""
+    return above_cutoff(logits, sampling.cutoff)
+
+
+def above_cutoff(logits: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """Which of logits float32 [N, V] are at least the row's largest plus an FP32 number; no NaN."""
+    logits = torch.where(logits.isnan(), -math.inf, logits)
+    return logits >= logits.amax(dim=-1, keepdim=True) + cutoff
 
 
 def perturbed(
@@ -196,7 +209,9 @@ def perturbed(
     The scale of `with_noise` is the FP32 number nearest to 1 / T.
     """
     scores = with_noise(logits, positions, np.float32(1.0 / sampling.temperature), seed)
-    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+    if sampling.min_p:
+        scores[~likely(logits, sampling)] = -math.inf
+    if sampling.top_k or sampling.top_p < 1:
         # One row at a time, so that no bit depends on which others are in the pass.
         for row, score in zip(logits.split(1), scores, strict=True):
             score[distribution(row, sampling)[0] == 0] = -math.inf
@@ -346,6 +361,9 @@ def draft(
             break
         logits = (scores(logits) if scores else logits)[0]
         tokens, q = propose(logits, settings.offered, sampling, generator)
+        if noise is not None:
+            # What truncation or re-ranking has left out cannot be chosen.
+            tokens = [token for token in tokens if logits[token] > -math.inf] or tokens[:1]
         gaps.append(ranked_gaps(logits, max(2, settings.offered)))
         choices.append(tokens)
         if q is not None:
