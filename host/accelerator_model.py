@@ -44,7 +44,7 @@ from speq.model.draft_tree import Origin, Proposal, chain_ends, free_proposal, g
 from speq.model.format import EncodedTensor
 from speq.model.number_format import draft_words, residual_words
 from speq.model.settings import Policy
-from speq.model.speculation import accept, ranked_gaps, with_noise
+from speq.model.speculation import above_cutoff, accept, ranked_gaps, with_noise
 from speq.model.vector_ops import ranked
 
 _PRODUCTS = (
@@ -491,9 +491,12 @@ class AcceleratorModel:
         written, (_, _, start) = self._written, self._pass
         if not written["RUN"] & 2:
             return logits
-        scale = np.uint32(written["SCALE"]).view(np.float32)
+        scale, cutoff = np.array([written["SCALE"], written["CUTOFF"]], np.uint32).view(np.float32)
         positions = [start + depth + 1 for _, depth, _, _ in self._rows[: len(logits)]]
-        return with_noise(logits, positions, scale, written["SEED"])
+        scores = with_noise(logits, positions, scale, written["SEED"])
+        if written["RUN"] & 4:
+            scores[~above_cutoff(logits, float(cutoff))] = -math.inf
+        return scores
 
     def _best(self, row: int) -> torch.Tensor:
         """Indices of a row's ranking, the best first."""

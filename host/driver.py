@@ -471,9 +471,12 @@ class Driver:
     def _write_sampling(self, sampling: Sampling | None, seed: int) -> None:
         """What a run is that decodes."""
         r = self.registers
-        r["RUN"] = {"speculate": 1, "sample": sampling is not None}
-        if sampling is not None:
+        if sampling is None:
+            r["RUN"] = {"speculate": 1, "sample": 0, "truncate": 0}
+        else:
+            r["RUN"] = {"speculate": 1, "sample": 1, "truncate": sampling.min_p > 0}
             r["SCALE"] = int(np.float32(1.0 / sampling.temperature).view(np.uint32))
+            r["CUTOFF"] = int(np.float32(sampling.cutoff).view(np.uint32))
             r["SEED"] = seed
 
     def _write_policy(self, policy: Policy, prompt: Sequence[int]) -> None:

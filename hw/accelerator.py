@@ -117,7 +117,11 @@ class Accelerator(wiring.Component):
             walker.rank_idle.eq(datapath.rank_idle),
             walker.rank_entries.eq(datapath.rank_entries),  # of row 0 while a pass is under way
             datapath.rank_row.eq(speculation.row),
-            datapath.sample.eq(values.run.sample),
+            walker.sample.eq(values.run.sample),
+            walker.truncate.eq(values.run.truncate),
+            datapath.sample.eq(walker.perturbs),
+            datapath.truncate.eq(values.run.truncate),
+            datapath.cutoff.eq(values.cutoff),
             datapath.scale.eq(values.scale),
             datapath.seed.eq(values.seed),
             speculation.entries.eq(datapath.rank_entries),

@@ -144,6 +144,11 @@ class AcceleratorConfig:
         return TOKEN_BITS - (self.engine.cols - 1).bit_length()
 
     @property
+    def tiles_bits(self) -> int:
+        """Bits of the number of a product's tiles."""
+        return (-(-self.engine.max_o // self.engine.cols)).bit_length()
+
+    @property
     def history_bits(self) -> int:
         """Bits of a place in the history."""
         return (self.history - 1).bit_length()
@@ -174,7 +179,7 @@ class AcceleratorConfig:
         (draft: ceil(k / 4)) of `activation_bytes`. Results go to `results` as [tile][token][column]
         in FP32 (FP16 if `half`); with `discard` they are not written. With `rank` they are ranked:
         those in `columns`, as outputs of the tiles from number `tile` on, with `keep` beside what
-        has been ranked before.
+        has been ranked before, and with `perturb` as sampled decoding does.
         """
         engine, address = self.engine, self.address_bits
         return data.StructLayout(
@@ -186,6 +191,7 @@ class AcceleratorConfig:
                 "half": 1,
                 "discard": 1,
                 "rank": 1,
+                "perturb": 1,
                 "keep": 1,
                 "tile": self.tile_number_bits,
                 "columns": engine.cols,

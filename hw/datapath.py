@@ -38,8 +38,8 @@ from speq.hw.sampling.perturber import Perturber
 _JOBS = 8
 _RESULTS, _RANKING, _RING = range(3)
 _LABEL = data.StructLayout({"kind": 4, "mode": 2})
-#: Members of `Perturber` that come from registers.
-_SAMPLING = ("sample", "scale", "seed", "positions")
+#: Members of `Perturber` that say whether and how results are perturbed.
+_SAMPLING = ("sample", "truncate", "scale", "cutoff", "seed", "positions")
 
 
 def _queued_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -81,7 +81,7 @@ class Datapath(wiring.Component):
         Kind and address of the descriptor that the job is from.
     rank_command, rank_idle
         Transfers of the last ranking to memory, and whether none is under way.
-    sample : In(1), scale, seed, positions : In
+    sample, truncate : In(1), scale, cutoff, seed, positions : In
         Whether results are perturbed before they are ranked, and how (`Perturber`).
     rank_row : In, rank_entries : Out
         The last ranking, for reading.
@@ -199,6 +199,7 @@ class Datapath(wiring.Component):
         m.submodules.perturber = resettable(self._perturber)
         wiring.connect(m, results.ranked, self._perturber.results)
         wiring.connect(m, self._perturber.perturbed, ranker.results)
+        wiring.connect(m, self._perturber.rank_start, ranker.start)
         m.d.comb += [getattr(self._perturber, name).eq(getattr(self, name)) for name in _SAMPLING]
         wiring.connect(m, results.write_command, mux.sources[_RESULTS].command)
         wiring.connect(m, results.write_data, mux.sources[_RESULTS].data)
@@ -216,7 +217,14 @@ class Datapath(wiring.Component):
             writer.clear.eq(drop),
             mux.done_in.eq(writer.done),
             self.ring_done.eq(mux.sources[_RING].done),
-            ranker.row.eq(Mux(ranking.busy, ranking.row, self.rank_row)),
+            ranker.row.eq(
+                Mux(
+                    self._perturber.loading,
+                    self._perturber.row,
+                    Mux(ranking.busy, ranking.row, self.rank_row),
+                )
+            ),
+            self._perturber.largest.eq(ranker.entries[0].logit),
             ranking.entries.eq(ranker.entries),
             self.rank_entries.eq(ranker.entries),
         ]
@@ -235,8 +243,7 @@ class Datapath(wiring.Component):
             (groups.command, job.mode != Mode.BYPASS, {"tiles": tiles}),
             (activations.command, Const(1), {"address": job.activations}),
             (results.command, Const(1), {"tiles": tiles, "address": job.results}),
-            (self._ranker.start, job.rank, {}),
-            (self._perturber.start, job.rank & self.sample, {"tiles": tiles}),
+            (self._perturber.start, job.rank, {"tiles": tiles}),
         )
         layout = _queued_layout(config)
         labels = SyncFIFO(width=layout.size, depth=_JOBS)

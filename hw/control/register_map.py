@@ -296,10 +296,11 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             0x080,
             "rw",
             "what a run is",
-            bits=2,
+            bits=3,
             fields=(
                 Field("speculate", 0, 1, "0: one pass of PASS_PROGRAM, 1: decode"),
                 Field("sample", 1, 1, "rank logits times SCALE plus noise instead of logits"),
+                Field("truncate", 2, 1, "with sample: rank no logits below the cut-off"),
             ),
         ),
         Register("PASS_ROWS", 0x084, "rw", "rows of a single pass, 1 to R", bits=8),
@@ -404,6 +405,12 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
     )
     sampling = (
         Register("SCALE", _SAMPLING, "rw", "FP32: what logits are multiplied by, 1 / temperature"),
+        Register(
+            "CUTOFF",
+            _SAMPLING + 4,
+            "rw",
+            "FP32, added to a row's largest logit: the cut-off, T ln(min-p)",
+        ),
         Register("SEED", _SAMPLING + 8, "rw", "seed of the noise", bits=64),
     )
     arrays = (

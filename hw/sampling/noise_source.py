@@ -22,12 +22,11 @@ _DEPTHS = {1: 16, 2: 32, 5: 64}
 
 def noise_start_layout(config: AcceleratorConfig) -> data.StructLayout:
     """A product whose results need noise: its rows, its tiles, and the number of the first."""
-    engine = config.engine
     return data.StructLayout(
         {
-            "tokens": engine.token_bits,
+            "tokens": config.engine.token_bits,
             "tile": config.tile_number_bits,
-            "tiles": (-(-engine.max_o // engine.cols)).bit_length(),
+            "tiles": config.tiles_bits,
         }
     )
 

@@ -12,17 +12,18 @@ from typing import Any
 
 import cocotb
 import numpy as np
-from amaranth.hdl import Elaboratable, Module, ResetInserter
-from amaranth.lib import wiring
+from amaranth.hdl import Array, Elaboratable, Module, ResetInserter
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.ram import RAM_VERILOG
+from speq.hw.control.ranker import rank_start_layout
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
-from speq.hw.sampling.noise_source import NoiseSource, noise_start_layout
-from speq.hw.sampling.perturber import Perturber
+from speq.hw.sampling.noise_source import NoiseSource
+from speq.hw.sampling.perturber import Perturber, perturber_start_layout
 from speq.hw.verilog import convert_unit
 from speq.model.gumbel import philox, transform
 from speq.sim.benches.streams import Sink, Source
@@ -44,29 +45,34 @@ def _system(rows: int, cols: int) -> AcceleratorConfig:
 _CONFIGS = (_system(2, 4), _system(8, 16), _system(9, 32), _system(12, 64))
 
 
-class _Resettable(wiring.Component):
-    """A perturber that can be cleared."""
+class _Ranked(wiring.Component):
+    """A perturber that can be cleared, behind a ranking with these largest logits."""
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.unit = Perturber(config)
-        super().__init__(dict(self.unit.signature.members) | {"clear": In(1)})
+        members = dict(self.unit.signature.members)
+        for name in ("loading", "row", "largest"):
+            del members[name]
+        members |= {"clear": In(1), "logits": In(data.ArrayLayout(32, config.engine.rows))}
+        super().__init__(members)
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        m.submodules.unit = ResetInserter(self.clear)(self.unit)
-        for name, member in self.unit.signature.members.items():
-            outer, inner = getattr(self, name), getattr(self.unit, name)
-            if member.is_signature:
-                streams = (wiring.flipped(outer), inner)
-                wiring.connect(m, *(streams if name != "perturbed" else reversed(streams)))
-            else:
-                m.d.comb += inner.eq(outer)
+        unit = self.unit
+        m.submodules.unit = ResetInserter(self.clear)(unit)
+        m.d.sync += unit.largest.eq(Array(self.logits)[unit.row])
+        for name in ("sample", "truncate", "scale", "cutoff", "seed", "positions"):
+            m.d.comb += getattr(unit, name).eq(getattr(self, name))
+        for name in ("start", "results"):
+            wiring.connect(m, wiring.flipped(getattr(self, name)), getattr(unit, name))
+        for name in ("rank_start", "perturbed"):
+            wiring.connect(m, getattr(unit, name), wiring.flipped(getattr(self, name)))
         return m
 
 
 def run() -> None:
     """Check perturbers of several configurations."""
-    units = {f"u{i}": _Resettable(config) for i, config in enumerate(_CONFIGS)}
+    units = {f"u{i}": _Ranked(config) for i, config in enumerate(_CONFIGS)}
     simulate(convert_unit(SideBySide(units), _TOP) + RAM_VERILOG, _TOP, __name__)
 
 
@@ -94,11 +100,15 @@ class _World(World):
         self.starts = Source(self.ports, "start", self.rng)
         self.results = Source(self.ports, "results", self.rng)
         self.sink = Sink(self.ports, "perturbed", self.rng)
-        for end in (self.starts, self.results, self.sink):
+        self.rank_starts = Sink(self.ports, "rank_start", self.rng)
+        ends = (self.starts, self.results, self.sink, self.rank_starts)
+        for end in ends:
             end.pause = self.pause
-        return [self.starts.step, self.results.step, self.sink.step]
+        return [end.step for end in ends]
 
-    def begin(self, tokens: int, tiles: int, *, sample: bool = True) -> list[int]:
+    def begin(
+        self, tokens: int, tiles: int, *, sample: bool = True, truncate: bool = False
+    ) -> list[int]:
         """Set the registers, queue a product, and say what is to come out."""
         config, rng = self.config, self.rng
         cols, rows = config.engine.cols, config.engine.rows
@@ -111,23 +121,35 @@ class _World(World):
         self.ports["seed"].value = key
         self.ports["scale"].value = int(scale.view(np.uint32))
         self.ports["sample"].value = sample
+        self.ports["truncate"].value = truncate
+        cutoff = np.float32(rng.choice([0, -0.1, -3.7, -100]))
+        largest = np.float32(rng.normal(5, 5, rows))
+        cutoffs = largest + cutoff
+        self.ports["cutoff"].value = int(cutoff.view(np.uint32))
+        words = largest.view(np.uint32).tolist()
+        self.ports["logits"].value = sum(word << 32 * i for i, word in enumerate(words))
         packed = sum(int(position) << 32 * i for i, position in enumerate(positions))
         self.ports["positions"].value = packed
-        if sample:
-            fields = {"tokens": tokens, "tile": tile, "tiles": tiles}
-            self.starts.queue.append(noise_start_layout(config).const(fields).as_bits())
+        fields = {"tokens": tokens, "tile": tile, "keep": 0, "columns": int(rng.integers(2**4))}
+        self.rank_start = rank_start_layout(config).const(fields).as_bits()
+        start = perturber_start_layout(config).const(fields | {"tiles": tiles})
+        self.starts.queue.append(start.as_bits())
         expected = []
         for i in range(tiles):
             ids = (tile + i) * cols + np.arange(cols)
             for row in range(tokens):
                 logits = rng.normal(0, 10, cols).astype(np.float32)
                 logits[rng.random(cols) < 0.05] = rng.choice(np.float32([0, -0.0, 1e-40, 3e38]))
+                logits[rng.random(cols) < 0.05] = cutoffs[row]
                 others = {
                     "strobe": int(rng.integers(1, 2**cols)) if cols < 63 else 2**cols - 1,
                     "row": row,
                     "last": i == tiles - 1 and row == tokens - 1,
                 }
                 self.results.queue.append(self._beat(logits, others))
+                if sample and truncate:
+                    bits = (logits >= cutoffs[row]).tolist()
+                    others["strobe"] &= sum(bit << i for i, bit in enumerate(bits))
                 if sample:
                     with np.errstate(over="ignore"):
                         logits = logits * scale + _noise(key, int(positions[row]), ids)
@@ -145,6 +167,7 @@ class _World(World):
             lambda: len(self.sink.items) - first == len(expected) and not self.results.queue,
         )
         self.sink.check(expected, first)
+        assert self.rank_starts.items[-1] == self.rank_start
 
 
 def _noise(key: int, position: int, ids: np.ndarray) -> np.ndarray:
@@ -165,7 +188,8 @@ async def products(dut: Any, index: int, pause: float) -> None:
     for number in range(_PRODUCTS):
         first = len(world.sink.items)
         tokens = int(rng.integers(1, world.config.engine.rows + 1))
-        expected = world.begin(tokens, int(rng.integers(1, 6)), sample=number % 5 != 3)
+        modes = {"sample": number % 5 != 3, "truncate": number % 3 != 0}
+        expected = world.begin(tokens, int(rng.integers(1, 6)), **modes)
         if number % 4 == 2:
             await world.step(int(rng.integers(1, 150)))
             world.starts.withdraw()
@@ -174,6 +198,7 @@ async def products(dut: Any, index: int, pause: float) -> None:
             await world.step(1)
             world.ports["clear"].value = 0
             world.sink.forget_offer()
+            world.rank_starts.forget_offer()
             continue
         await world.finish(expected, first)
 

@@ -484,7 +484,7 @@ def test_requests_that_the_accelerator_cannot_serve(speq_generate, accelerator):
     for options, message in (
         (
             ("--backend", "rtl", "--temperature", 1, "--top-k", 5),
-            "the accelerator samples from all",
+            "samples with temperature and min-p",
         ),
         (("--backend", "rtl", "--temperature", 1, "--sampler", "rsd"), "the sampler gumbel"),
         (("--cols", 8), "--cols is of the simulated array: give --backend rtl"),

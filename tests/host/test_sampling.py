@@ -39,19 +39,19 @@ def llama() -> Session:
     return Session(model, encoded, AcceleratorModel(config, size))
 
 
-def sampled(temperature: float, seed: int) -> dict[str, object]:
+def sampled(temperature: float, seed: int, min_p: float = 0.0) -> dict[str, object]:
     """Options of a run."""
     generator = torch.Generator().manual_seed(seed)
-    return {"sampling": Sampling(temperature), "generator": generator}
+    return {"sampling": Sampling(temperature, min_p=min_p), "generator": generator}
 
 
 def test_steps_are_the_golden_models(llama):
     """One text for a seed, whatever the drafts; greedy decoding in between is as ever."""
-    for temperature, seed in ((0.3, 0), (0.9, 2**64 - 1), (1.5, SEED + 2**32)):
+    for temperature, seed, min_p in ((0.3, 0, 0.0), (0.9, 2**64 - 1, 0.3), (1.5, 2**32, 0.02)):
         prompt = random_tokens(llama.model.config, 5, SEED)
         texts = set()
         for settings in SETTINGS:
-            steps = check(llama, prompt, settings, **sampled(temperature, seed))
+            steps = check(llama, prompt, settings, **sampled(temperature, seed, min_p))
             tokens = [token for step in steps for token in step.tokens]
             texts.add(tuple(tokens))
         assert len(texts) == 1
@@ -82,8 +82,8 @@ def test_wrong_noise_is_found(llama, monkeypatch, wrong):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 3}, "the accelerator samples from all tokens"),
-        ({"top_p": 0.9}, "the accelerator samples from all tokens"),
+        ({"top_k": 3}, "the accelerator samples with temperature and min-p"),
+        ({"top_p": 0.9}, "the accelerator samples with temperature and min-p"),
         ({"sampler": "rsd"}, "the accelerator samples with the sampler gumbel; rsd is"),
     ],
 )
