@@ -51,7 +51,14 @@ from speq.model.checkpoint import Model, ModelConfig
 from speq.model.draft_tree import Origin, Proposal, chain_ends, free_proposal, grow
 from speq.model.gumbel import gumbel
 from speq.model.settings import Sampling, Settings
-from speq.model.transformer import DraftLinear, KVCache, NonFiniteError, forward, prefill
+from speq.model.transformer import (
+    DraftLinear,
+    KVCache,
+    NonFiniteError,
+    Scores,
+    forward,
+    prefill,
+)
 from speq.model.vector_ops import ranked
 
 #: Seeds have 64 bits.
@@ -352,7 +359,7 @@ def draft(
     start, token = cache.length, history[-1]
     choices, distributions, gaps = [], [], []
     while len(choices) < min(settings.length, most):
-        scores = partial(noise, positions=[start + 1 + len(choices)]) if noise else None
+        scores = None if noise is None else _scores(noise, start + 1 + len(choices))
         try:
             logits = forward(
                 *(model, [token], cache), draft=layers, reranked=settings.reranked, scores=scores
@@ -375,6 +382,11 @@ def draft(
     proposal = grow(settings.policy, history, choices, gaps, settings.rows, most)
     proposal.distributions = distributions
     return proposal
+
+
+def _scores(noise: Noise, position: int) -> Scores:
+    """What the token at a position is chosen by, of logits [1, V]."""
+    return lambda logits: noise(logits, [position])
 
 
 def ranked_gaps(logits: torch.Tensor, count: int) -> list[float]:

@@ -123,12 +123,12 @@ class _World(World):
         self.ports["sample"].value = sample
         self.ports["truncate"].value = truncate
         cutoff = np.float32(rng.choice([0, -0.1, -3.7, -100]))
-        largest = np.float32(rng.normal(5, 5, rows))
+        largest = rng.normal(5, 5, rows).astype(np.float32)
         cutoffs = largest + cutoff
         self.ports["cutoff"].value = int(cutoff.view(np.uint32))
         words = largest.view(np.uint32).tolist()
         self.ports["logits"].value = sum(word << 32 * i for i, word in enumerate(words))
-        packed = sum(int(position) << 32 * i for i, position in enumerate(positions))
+        packed = sum(position << 32 * i for i, position in enumerate(positions.tolist()))
         self.ports["positions"].value = packed
         fields = {"tokens": tokens, "tile": tile, "keep": 0, "columns": int(rng.integers(2**4))}
         self.rank_start = rank_start_layout(config).const(fields).as_bits()
@@ -139,7 +139,7 @@ class _World(World):
             ids = (tile + i) * cols + np.arange(cols)
             for row in range(tokens):
                 logits = rng.normal(0, 10, cols).astype(np.float32)
-                logits[rng.random(cols) < 0.05] = rng.choice(np.float32([0, -0.0, 1e-40, 3e38]))
+                logits[rng.random(cols) < 0.05] = rng.choice([0, -0.0, 1e-40, 3e38])
                 logits[rng.random(cols) < 0.05] = cutoffs[row]
                 others = {
                     "strobe": int(rng.integers(1, 2**cols)) if cols < 63 else 2**cols - 1,

@@ -1051,16 +1051,17 @@ def test_a_cutoff_is_one_addition():
     sampling = Sampling(0.7, min_p=0.05)
     offset = np.float32(0.7 * math.log(0.05))
     assert np.float32(sampling.cutoff) == offset and Sampling().cutoff == -math.inf
-    for largest in np.float32([3.1, -20.0, 1e4, 1e-3]):
+    for value in (3.1, -20.0, 1e4, 1e-3):
+        largest = np.float32(value)
         least = largest + offset
         row = [np.nextafter(least, np.float32(-np.inf)), least, largest, np.float32(-np.inf)]
         logits = torch.tensor(np.float32(row))[None]
         scores = speculation.perturbed(logits, [5], sampling, 3)[0]
         assert (scores > -math.inf).tolist() == [False, True, True, False]
         assert (distribution(logits, sampling)[0] > 0).tolist() == [False, True, True, False]
-    # The others' scores are as ever.
-    plain = speculation.perturbed(logits, [5], replace(sampling, min_p=0.0), 3)[0]
-    assert torch.equal(scores[1:3], plain[1:3])
+        # The others' scores are as ever.
+        plain = speculation.perturbed(logits, [5], replace(sampling, min_p=0.0), 3)[0]
+        assert torch.equal(scores[1:3], plain[1:3])
 
 
 def test_noise_of_another_position_spoils_drafts(monkeypatch):
