@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from speq.cli.benchmarks import Figure
 
 #: The benchmarks, functions of `speq.cli.benchmarks`, in the order in which they run.
-NAMES = ("codec", "verify", "verilog", "simulation", "accelerator", "samplers", "area")
+NAMES = (
+    "codec",
+    "verify",
+    "verilog",
+    "simulation",
+    "accelerator",
+    "samplers",
+    "area",
+    "sampling_area",
+)
 _REPORT = rb'\{\s*"seed": \d+,\s*"machine": '
 
 
@@ -55,7 +64,7 @@ def run(
     from speq.hw.common.files import replacing
 
     names = chosen_names(only)
-    if liberty is not None and "area" in names:
+    if liberty is not None and {"area", "sampling_area"} & set(names):
         liberty.open("rb").close()
     if encoded is not None and "samplers" in names:
         encoded.open("rb").close()
