@@ -16,7 +16,8 @@ from speq.hw.memory.axi import AxiConfig
 TOKEN_BITS = 24
 
 _MIN_COLS = 4
-#: Inputs of the smallest head for which sampled decoding takes no cycle more than greedy decoding.
+#: Inputs of the smallest head whose results never wait for noise, so that only the ranking of the
+#: last tile takes longer than in greedy decoding.
 _HEAD_K = 512
 #: Cycles that a beat of logits is in the pipeline of the noise and in the ranker, at least.
 _BEAT_CYCLES = 16
