@@ -179,7 +179,7 @@ def _started(
     else:
         session = Session(model, encoded.tensors if encoded else None)
     if session.board is not None and sampling is not None:
-        raise ValueError("an accelerator decodes greedily: sample with a session without a board")
+        sampling.check_accelerated()
     tokenizer = session.model.tokenizer
     if not isinstance(prompt, str):
         ids = list(prompt)
@@ -191,12 +191,9 @@ def _started(
     def chunks() -> Iterator[Chunk]:
         text, count = TextStream(tokenizer, ids), 0
         options = {"max_tokens": max_tokens, "settings": settings, "stop_ids": tokenizer.stop_ids}
-        if sampling is None:
-            steps = session.generate(ids, **options)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            steps = session.golden(ids, **options, sampling=sampling, generator=generator)
-        for step in steps:
+        if sampling is not None:
+            options |= {"sampling": sampling, "generator": torch.Generator().manual_seed(seed)}
+        for step in session.generate(ids, **options):
             count += len(step.tokens)
             pieces = [text.push(token) for token in step.tokens]
             if count == limit or step.tokens[-1] in tokenizer.stop_ids:  # the last one

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from speq.cli.benchmarks import Figure
 
 #: The benchmarks, functions of `speq.cli.benchmarks`, in the order in which they run.
-NAMES = ("codec", "verify", "verilog", "simulation", "accelerator", "area")
+NAMES = (
+    "codec",
+    "verify",
+    "verilog",
+    "simulation",
+    "accelerator",
+    "samplers",
+    "area",
+    "sampling_area",
+)
 _REPORT = rb'\{\s*"seed": \d+,\s*"machine": '
 
 
@@ -46,20 +55,25 @@ def run(
         Path | None,
         typer.Option(envvar="LIBERTY", help="Standard-cell library (.lib, .lib.gz) for areas."),
     ] = None,
+    encoded: Annotated[
+        Path | None, typer.Option(help="SmolLM2's file of speq encode, to compare samplers.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Measure speeds and sizes and compare them with their targets."""
     from speq.hw.common.files import replacing
 
     names = chosen_names(only)
-    if liberty is not None and "area" in names:
+    if liberty is not None and {"area", "sampling_area"} & set(names):
         liberty.open("rb").close()
+    if encoded is not None and "samplers" in names:
+        encoded.open("rb").close()
     writing = replacing(json_file, _REPORT, force=force) if json_file else nullcontext()
     with writing as temporary:
         # This loads torch: options and output are right by now.
         from speq.cli import benchmarks
 
-        settings = benchmarks.BenchSettings(seed, liberty)
+        settings = benchmarks.BenchSettings(seed, liberty, encoded)
         figures: list[Figure] = []
         skipped: dict[str, str] = {}
         with status() as say:

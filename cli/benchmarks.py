@@ -20,15 +20,24 @@ from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.host.session import Session
 from speq.hw import EngineConfig
 from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.array.array import array_modules
+from speq.hw.sampling.gumbel_transform import GumbelTransform
+from speq.hw.sampling.philox import Philox
+from speq.hw.vector.fp32_adder import Fp32Adder
+from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.verilog import write_verilog
 from speq.model.arith import quantize_activations, verify_gemm
 from speq.model.checkpoint import CheckpointError
-from speq.model.encoding import encode_linears, linear_weights
+from speq.model.encoded_file import read_encoded
+from speq.model.encoding import encode_linears, linear_weights, tensors_for
+from speq.model.evaluation import encoded_costs
 from speq.model.format import EncodedTensor
 from speq.model.format import encode as encode_tensor
 from speq.model.loaders import load_model, smollm2_path
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Settings
+from speq.model.prompts import first_of_each, shipped_prompts
+from speq.model.settings import SAMPLERS
+from speq.model.speculation import Sampling, Settings, Statistics
 from speq.sim.benches.gemm_engine import Gemm, run_gemms
 from speq.sim.session import board_for
 
@@ -55,10 +64,13 @@ class BenchSettings:
         Seed of everything random.
     liberty : Path or None
         Standard-cell library to measure areas with.
+    encoded : Path or None
+        SmolLM2's file of `speq encode`, to compare samplers with.
     """
 
     seed: int
     liberty: Path | None = None
+    encoded: Path | None = None
 
 
 class Skipped(Exception):
@@ -217,12 +229,49 @@ def accelerator(settings: BenchSettings) -> list[Figure]:
     ]
 
 
+def samplers(settings: BenchSettings) -> list[Figure]:
+    """Sampled decoding of the golden model with either sampler at three temperatures."""
+    if settings.encoded is None:
+        raise Skipped("it needs SmolLM2's file of speq encode: --encoded FILE")
+    per_kind, tokens = 4, 24
+    model, file = load_model("smollm2"), read_encoded(settings.encoded)
+    encoded = tensors_for(model, file, settings.encoded)
+    chosen = file.settings["alternates"]
+    costs = encoded_costs(model.config, encoded, chosen.reranked).relative
+    kinds = first_of_each(shipped_prompts("evaluation"), per_kind)
+    texts = [text for kind in kinds.values() for text in kind]
+    prompts = [model.tokenizer.encode_chat(text) for text in texts]
+    figures = []
+    with Session(model, encoded) as session:
+        for temperature in (0.3, 0.7, 1.0):
+            note = f"SmolLM2, {len(prompts)} prompts, {tokens} tokens, T = {temperature}"
+            for sampler in SAMPLERS:
+                total = Statistics()
+                for number, prompt in enumerate(prompts):
+                    generator = torch.Generator().manual_seed(settings.seed + number)
+                    for step in session.golden(
+                        prompt,
+                        max_tokens=tokens,
+                        settings=chosen,
+                        sampling=Sampling(temperature, sampler=sampler),
+                        generator=generator,
+                        stop_ids=model.tokenizer.stop_ids,
+                    ):
+                        total.add(step)
+                figures += [
+                    Figure(f"{sampler}, acceptance", 100 * total.match_rate, "%", note=note),
+                    Figure(f"{sampler}, verify pass", total.tokens_per_pass, "tokens", note=note),
+                    Figure(f"{sampler}, modelled speedup", total.speedup(*costs), "", note=note),
+                ]
+    return figures
+
+
 def area(settings: BenchSettings) -> list[Figure]:
     """Synthesise the array's units and compare them with an FP16-only array's."""
     if settings.liberty is None:
         raise Skipped("it needs a standard-cell library: --liberty FILE, or LIBERTY=FILE")
     config = EngineConfig()
-    areas = unit_areas(config, settings.liberty)
+    areas = unit_areas(array_modules(config), settings.liberty)
     note = f"synthesised with {settings.liberty.name}"
     figures = [Figure(f"area of {name}", value, "um2", note=note) for name, value in areas.items()]
     pe, column = 100 * pe_overhead(areas), 100 * column_overhead(areas, config)
@@ -234,4 +283,24 @@ def area(settings: BenchSettings) -> list[Figure]:
         *figures,
         Figure("dual-mode PE, extra area", pe, "%", 30, True, "against the FP16-only PE"),
         Figure("array, extra area", column, "%", 5, True, extra),
+    ]
+
+
+def sampling_area(settings: BenchSettings) -> list[Figure]:
+    """Synthesise the units of which the noise has one for each lane."""
+    if settings.liberty is None:
+        raise Skipped("it needs a standard-cell library: --liberty FILE, or LIBERTY=FILE")
+    units = {
+        "random bits, 1 round in hardware": Philox(1),
+        "random bits, 2 rounds in hardware": Philox(2),
+        "noise from random bits": GumbelTransform(),
+        "FP32 multiplier": Fp32Multiplier(),
+        "FP32 adder": Fp32Adder(),
+    }
+    modules = {f"unit_{number}": unit for number, unit in enumerate(units.values())}
+    areas = unit_areas(modules, settings.liberty)
+    note = f"sampling, one lane, synthesised with {settings.liberty.name}"
+    return [
+        Figure(f"area of {name}", value, "um2", note=note)
+        for name, value in zip(units, areas.values(), strict=True)
     ]

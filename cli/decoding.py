@@ -255,12 +255,12 @@ class Decoder:
             "stop_ids": session.model.tokenizer.stop_ids,
             "resume": True,
         }
-        if request.sampling is None:
-            return session.generate(prompt, **options)
-        import torch
+        if request.sampling is not None:
+            import torch
 
-        generator = torch.Generator().manual_seed(request.seed)
-        return session.golden(prompt, **options, sampling=request.sampling, generator=generator)
+            options["sampling"] = request.sampling
+            options["generator"] = torch.Generator().manual_seed(request.seed)
+        return session.generate(prompt, **options)
 
     def _reason(self, reply: Reply) -> str:
         """Why decoding has come to an end."""

@@ -139,7 +139,7 @@ def run(
     speculative, rtl = mode is Decoding.SPEQ, backend is Backend.RTL
     sampling = chosen_sampling(temperature, top_k, top_p, min_p, sampler)
     if rtl and sampling is not None:
-        raise ValueError("the accelerator decodes greedily: --temperature needs --backend golden")
+        sampling.check_accelerated()
     if not rtl and cols is not None:
         raise ValueError("--cols is of the simulated array: give --backend rtl")
     if image is not None:

@@ -44,7 +44,7 @@ from speq.model.draft_tree import Origin, Proposal, chain_ends, free_proposal, g
 from speq.model.format import EncodedTensor
 from speq.model.number_format import draft_words, residual_words
 from speq.model.settings import Policy
-from speq.model.speculation import accept, ranked_gaps
+from speq.model.speculation import above_cutoff, accept, ranked_gaps, with_noise
 from speq.model.vector_ops import ranked
 
 _PRODUCTS = (
@@ -263,7 +263,7 @@ class AcceleratorModel:
         self._check_registers()
         self._ring_index = 0
         written = self._written
-        if written["RUN"]:
+        if written["RUN"] & 1:
             yield from self._decode()
         else:
             rows = [(0, i, max(0, i - 1), Origin.CHAIN) for i in range(written["PASS_ROWS"])]
@@ -272,7 +272,7 @@ class AcceleratorModel:
     def _check_registers(self) -> None:
         """Refuse values that are impossible for this kind of run; the first register counts."""
         engine, written = self.config.engine, self._written
-        decodes = bool(written["RUN"])
+        decodes = bool(written["RUN"] & 1)
         rows = engine.rows if decodes else written["PASS_ROWS"]
         limits = {"POSITION": (0, engine.max_k - rows)}
         regions = ("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT")
@@ -302,7 +302,7 @@ class AcceleratorModel:
             raise _Fault(ErrorCode.BAD_REGISTER, min(offsets))
 
     def _decode(self) -> _Run:
-        """Greedy speculative decoding, as in `speq.model.speculation.generate`."""
+        """Speculative decoding, as in `speq.model.speculation.generate`."""
         written = self._written
         committed = 0
         while committed < written["TOKEN_LIMIT"]:
@@ -423,7 +423,8 @@ class AcceleratorModel:
                 case DescriptorKind.ATTENTION:
                     self._attend(fields, address, len(rows), position + len(rows))
                 case DescriptorKind.ARGMAX:
-                    self._logits = self._multiply(self._product(fields, len(rows)), address)
+                    logits = self._multiply(self._product(fields, len(rows)), address)
+                    self._logits = self._perturbed(logits)
                     if fields["extra"]:
                         self._write_ranking(fields["extra"], len(self._logits))
                 case DescriptorKind.RERANK:
@@ -483,7 +484,19 @@ class AcceleratorModel:
             for index in candidates:
                 if index // engine.cols == tile:
                     exact[0, index] = y[0, index % engine.cols]
-        self._logits = exact
+        self._logits = self._perturbed(exact)
+
+    def _perturbed(self, logits: torch.Tensor) -> torch.Tensor:
+        """What rows are ranked by, from their logits [T, o]."""
+        written, (_, _, start) = self._written, self._pass
+        if not written["RUN"] & 2:
+            return logits
+        scale, cutoff = np.array([written["SCALE"], written["CUTOFF"]], np.uint32).view(np.float32)
+        positions = [start + depth + 1 for _, depth, _, _ in self._rows[: len(logits)]]
+        scores = with_noise(logits, positions, scale, written["SEED"])
+        if written["RUN"] & 4:
+            scores[~above_cutoff(logits, float(cutoff))] = -math.inf
+        return scores
 
     def _best(self, row: int) -> torch.Tensor:
         """Indices of a row's ranking, the best first."""

@@ -50,7 +50,7 @@ from speq.model.arith import quantize_activations
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.draft_tree import Origin, Proposal
 from speq.model.format import EncodedTensor
-from speq.model.settings import Settings
+from speq.model.settings import Sampling, Settings
 from speq.model.speculation import (
     Step,
     committed_step,
@@ -125,7 +125,7 @@ _NO_PASS = Pass(PassKind.SINGLE, [], 0)
 
 
 class Driver:
-    """A model on an accelerator: decodes like `speq.model.speculation.generate`, greedily.
+    """A model on an accelerator: decodes like `speq.model.speculation.generate`.
 
     One run at a time. All memory in `memory` belongs to it.
 
@@ -232,9 +232,11 @@ class Driver:
         max_tokens: int,
         settings: Settings | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        sampling: Sampling | None = None,
+        seed: int = 0,
         resume: bool = False,
     ) -> Generator[Step, None, None]:
-        """Decode greedily behind `prompt` and yield every committed step.
+        """Decode behind `prompt` and yield every committed step.
 
         A run that ends with NONFINITE in a pass that plain decoding would not make is followed by
         another, which repeats the step as `speq.model.speculation.generate` does.
@@ -249,6 +251,10 @@ class Driver:
         settings : Settings, optional
             Its rows must be the accelerator's; a draft length of 0 decodes plainly.
         stop_ids : token ids after which decoding ends
+        sampling : Sampling, optional
+            Greedy decoding when not given. Only what `Sampling.check_accelerated` allows.
+        seed : int
+            Of sampling, 64 bits.
         resume : bool
             Take what the KV cache holds of the prompt's beginning from earlier runs.
 
@@ -265,6 +271,8 @@ class Driver:
         rows = self.config.engine.rows
         settings = settings or Settings(rows)
         check_settings(self.config, settings)
+        if sampling is not None:
+            sampling.check_accelerated()
         limit = token_limit(self._model, prompt, max_tokens)
         check_capacity(self._capacity, len(prompt), limit, rows)
         if limit < 1:
@@ -275,6 +283,7 @@ class Driver:
             self._prefill(prompt[known:-1], known)
             self._text += prompt[known:-1]
             self.registers.command("clear_counters")
+            self._write_sampling(sampling, seed)
             yield from self._decode(prompt, limit, settings, stop_ids)
         except BaseException:
             self._abort()
@@ -312,7 +321,6 @@ class Driver:
         self, prompt: Sequence[int], limit: int, settings: Settings, stop_ids: frozenset[int]
     ) -> Generator[Step, None, None]:
         r = self.registers
-        r["RUN"] = 1
         r["POSITION"] = len(prompt) - 1
         r["ROOT"] = root = prompt[-1]
         self._write_settings(settings, prompt)
@@ -357,6 +365,17 @@ class Driver:
                 self._expect("IDLE")
                 length = longest
                 written = self._begin(length, left)
+
+    def _write_sampling(self, sampling: Sampling | None, seed: int) -> None:
+        """What a run is that decodes."""
+        r = self.registers
+        if sampling is None:
+            r["RUN"] = {"speculate": 1, "sample": 0, "truncate": 0}
+        else:
+            r["RUN"] = {"speculate": 1, "sample": 1, "truncate": sampling.min_p > 0}
+            r["SCALE"] = int(np.float32(1.0 / sampling.temperature).view(np.uint32))
+            r["CUTOFF"] = int(np.float32(sampling.cutoff).view(np.uint32))
+            r["SEED"] = seed
 
     def _write_settings(self, settings: Settings, prompt: Sequence[int]) -> None:
         """How to speculate, and the history if anything is looked for in it."""

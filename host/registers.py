@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class Registers:
         """The fields of a register."""
         return split(self._registers[name], self.element(name, index))
 
-    def __setitem__(self, name: str, value: int) -> None:
+    def __setitem__(self, name: str, value: int | Mapping[str, int]) -> None:
         register = self._registers[name]
         content = register.pack(value)
         for i, offset in enumerate(register.offsets):

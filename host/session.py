@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
-from speq.model.speculation import Sampling, Settings, Step, TextCache, generate
+from speq.model.speculation import MAX_SEED, Sampling, Settings, Step, TextCache, generate
 from speq.model.transformer import DraftLinear, prepare_draft_linears
 
 # Up to here a longer dot product costs a simulation nothing worth another build.
@@ -160,18 +161,30 @@ class Session:
         max_tokens: int,
         settings: Settings | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
         resume: bool = False,
     ) -> Generator[Step, None, None]:
-        """Decode greedily behind `prompt`, on the board if there is one: `Driver.generate`, or
-        `golden`, which yields the same steps.
+        """Decode behind `prompt`, on the board if there is one: `Driver.generate`, or `golden`,
+        which yields the same steps. Of the generator a board takes the seed.
 
         With `resume`, only those of the prompt's tokens are computed that the KV cache does not
         hold from the run before (see `known`), as in a conversation; the steps are the same.
         """
-        decode = self.golden if self._driver is None else self._driver.generate
-        return decode(
-            prompt, max_tokens=max_tokens, settings=settings, stop_ids=stop_ids, resume=resume
-        )
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "settings": settings,
+            "stop_ids": stop_ids,
+            "sampling": sampling,
+            "resume": resume,
+        }
+        if self._driver is None:
+            return self.golden(prompt, **options, generator=generator)
+        if generator is not None:
+            options["seed"] = generator.initial_seed() & MAX_SEED
+        elif sampling is not None:
+            raise ValueError("sampled decoding needs a generator")
+        return self._driver.generate(prompt, **options)
 
     def known(self, prompt: Sequence[int]) -> int:
         """How many of a prompt's first tokens a run of `generate` with `resume` would find in the

@@ -117,6 +117,13 @@ class Accelerator(wiring.Component):
             walker.rank_idle.eq(datapath.rank_idle),
             walker.rank_entries.eq(datapath.rank_entries),  # of row 0 while a pass is under way
             datapath.rank_row.eq(speculation.row),
+            walker.sample.eq(values.run.sample),
+            walker.truncate.eq(values.run.truncate),
+            datapath.sample.eq(walker.perturbs),
+            datapath.truncate.eq(values.run.truncate),
+            datapath.cutoff.eq(values.cutoff),
+            datapath.scale.eq(values.scale),
+            datapath.seed.eq(values.seed),
             speculation.entries.eq(datapath.rank_entries),
             speculation.write_done.eq(datapath.ring_done),
             datapath.read_base.eq(values.read_base),
@@ -126,6 +133,9 @@ class Accelerator(wiring.Component):
             datapath.clear.eq(control.clear),
             control.drained.eq(datapath.drained & ~walker.busy),
         ]
+        # The token that a row chooses is the one behind it.
+        for position, place in zip(datapath.positions, speculation.row_place, strict=True):
+            m.d.sync += position.eq(speculation.pass_position + place.depth + 1)
         with m.Switch(speculation.passes.payload.kind):
             for kind, program in (
                 (PassKind.SINGLE, values.pass_program),

@@ -16,6 +16,11 @@ from speq.hw.memory.axi import AxiConfig
 TOKEN_BITS = 24
 
 _MIN_COLS = 4
+#: Inputs of the smallest head whose results never wait for noise, so that only the ranking of the
+#: last tile takes longer than in greedy decoding.
+_HEAD_K = 512
+#: Cycles that a beat of logits is in the pipeline of the noise and in the ranker, at least.
+_BEAT_CYCLES = 16
 _CHOICES = (4, 8)
 _HISTORIES = tuple(1 << i for i in range(3, 17))
 
@@ -140,9 +145,30 @@ class AcceleratorConfig:
         return TOKEN_BITS - (self.engine.cols - 1).bit_length()
 
     @property
+    def tiles_bits(self) -> int:
+        """Bits of the number of a product's tiles."""
+        return (-(-self.engine.max_o // self.engine.cols)).bit_length()
+
+    @property
     def history_bits(self) -> int:
         """Bits of a place in the history."""
         return (self.history - 1).bit_length()
+
+    @property
+    def noise_lanes(self) -> int:
+        """Columns whose noise comes at once: so many that a tile's logits are perturbed and ranked
+        in the time of its product, if this has `_HEAD_K` inputs or more."""
+        rows, cols = self.engine.rows, self.engine.cols
+        lanes = 1
+        while lanes < cols // 4 and rows * (cols // lanes + _BEAT_CYCLES) > _HEAD_K:
+            lanes *= 2
+        return lanes
+
+    @property
+    def noise_rounds(self) -> int:
+        """Rounds of each lane's generator, 1, 2 or 5: as few as keep up with such a product."""
+        needed = self.engine.rows * self.engine.cols / (self.noise_lanes * _HEAD_K)
+        return next((rounds for rounds in (1, 2) if rounds / 5 >= needed), 5)
 
     @property
     def job_layout(self) -> data.StructLayout:
@@ -154,7 +180,7 @@ class AcceleratorConfig:
         (draft: ceil(k / 4)) of `activation_bytes`. Results go to `results` as [tile][token][column]
         in FP32 (FP16 if `half`); with `discard` they are not written. With `rank` they are ranked:
         those in `columns`, as outputs of the tiles from number `tile` on, with `keep` beside what
-        has been ranked before.
+        has been ranked before, and with `perturb` as sampled decoding does.
         """
         engine, address = self.engine, self.address_bits
         return data.StructLayout(
@@ -166,6 +192,7 @@ class AcceleratorConfig:
                 "half": 1,
                 "discard": 1,
                 "rank": 1,
+                "perturb": 1,
                 "keep": 1,
                 "tile": self.tile_number_bits,
                 "columns": engine.cols,

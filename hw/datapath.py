@@ -32,11 +32,14 @@ from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.write_mux import WriteMux
+from speq.hw.sampling.perturber import Perturber
 
 #: Jobs that are taken before the first of them has finished.
 _JOBS = 8
 _RESULTS, _RANKING, _RING = range(3)
 _LABEL = data.StructLayout({"kind": 4, "mode": 2})
+#: Members of `Perturber` that say whether and how results are perturbed.
+_SAMPLING = ("sample", "truncate", "scale", "cutoff", "seed", "positions")
 
 
 def _queued_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -78,6 +81,8 @@ class Datapath(wiring.Component):
         Kind and address of the descriptor that the job is from.
     rank_command, rank_idle
         Transfers of the last ranking to memory, and whether none is under way.
+    sample, truncate : In(1), scale, cutoff, seed, positions : In
+        Whether results are perturbed before they are ranked, and how (`Perturber`).
     rank_row : In, rank_entries : Out
         The last ranking, for reading.
     ring_command, ring_data, ring_done
@@ -102,6 +107,7 @@ class Datapath(wiring.Component):
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         address = config.address_bits
+        self._perturber = perturber = Perturber(config)
         super().__init__(
             {
                 "weights_axi": Out(config.weights.read_signature),
@@ -113,6 +119,7 @@ class Datapath(wiring.Component):
                 "descriptor": In(address),
                 "rank_command": In(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": Out(1),
+                **{name: perturber.signature.members[name] for name in _SAMPLING},
                 "rank_row": In(config.engine.row_bits),
                 "rank_entries": Out(config.ranking_layout),
                 "ring_command": In(stream.Signature(config.data.command_layout)),
@@ -189,7 +196,11 @@ class Datapath(wiring.Component):
         ranking = RankingWriter(config)
         m.submodules.ranking_writer = resettable(ranking)
         wiring.connect(m, self.engine.results, results.results)
-        wiring.connect(m, results.ranked, ranker.results)
+        m.submodules.perturber = resettable(self._perturber)
+        wiring.connect(m, results.ranked, self._perturber.results)
+        wiring.connect(m, self._perturber.perturbed, ranker.results)
+        wiring.connect(m, self._perturber.rank_start, ranker.start)
+        m.d.comb += [getattr(self._perturber, name).eq(getattr(self, name)) for name in _SAMPLING]
         wiring.connect(m, results.write_command, mux.sources[_RESULTS].command)
         wiring.connect(m, results.write_data, mux.sources[_RESULTS].data)
         wiring.connect(m, ranking.write_command, mux.sources[_RANKING].command)
@@ -206,7 +217,14 @@ class Datapath(wiring.Component):
             writer.clear.eq(drop),
             mux.done_in.eq(writer.done),
             self.ring_done.eq(mux.sources[_RING].done),
-            ranker.row.eq(Mux(ranking.busy, ranking.row, self.rank_row)),
+            ranker.row.eq(
+                Mux(
+                    self._perturber.loading,
+                    self._perturber.row,
+                    Mux(ranking.busy, ranking.row, self.rank_row),
+                )
+            ),
+            self._perturber.largest.eq(ranker.entries[0].logit),
             ranking.entries.eq(ranker.entries),
             self.rank_entries.eq(ranker.entries),
         ]
@@ -225,7 +243,7 @@ class Datapath(wiring.Component):
             (groups.command, job.mode != Mode.BYPASS, {"tiles": tiles}),
             (activations.command, Const(1), {"address": job.activations}),
             (results.command, Const(1), {"tiles": tiles, "address": job.results}),
-            (self._ranker.start, job.rank, {}),
+            (self._perturber.start, job.rank, {"tiles": tiles}),
         )
         layout = _queued_layout(config)
         labels = SyncFIFO(width=layout.size, depth=_JOBS)

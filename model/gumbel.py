@@ -17,50 +17,63 @@ The bits are those of Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As
               the second: 64 bits
 
 U = (2 u + 1) / 2^65 is uniform and neither 0 nor 1; its resolution near 0 is that of 2^-65. Then
-E = -ln(1 - U) is exponential and G = -ln(E). Large G, which decide, come from small U. Everything
-behind u is a sequence of single FP32 operations as in `speq.model.vector_ops`:
+G = -ln(-ln(1 - U)). Large G, which decide, come from small U. Everything behind u is integers, in
+units of 2^-24 up to the last step, as a small pipeline computes them:
 
-    x         the smaller one of U and 1 - U, its first 24 bits
-    E         if U < 1/2: 2 atanh(x / (2 - x)), else -ln(x)
-    ln(x)     with x = m 2^n, m in [sqrt(1/2), sqrt(2)): n ln 2 + 2 atanh((m - 1) / (m + 1))
-    atanh(s)  s times a polynomial in s^2; quotients by `reciprocal`
+    x      2 v + 1 with v the smaller one of u and 2^64 - 1 - u
+    y      -ln(x / 2^65): with x = m 2^n, m in [1, 2), it is (65 - n) ln 2 - ln m
+    small  u < 2^63: G = y - c(x / 2^65), where c(u) = ln(-ln(1 - u) / u)
+    large  else: y itself is exponential; with y = m 2^n, G = -n ln 2 - ln m
+    noise  G rounded to a multiple of 2^-18, halves up: with |G| < 46 an FP32 number
+
+ln m and c are looked up: 64 polynomials of degree 2 each (`speq.model.noise_format`), of the first
+22 bits of m's fraction and of 2 U.
 
 What finite resolution leaves: if every G is within d of the exact one, then so is every difference
-of two, and each probability is moved by a factor within e^(2 d): the total variation distance from
-exact sampling is at most (e^(2 d) - 1) / 2, about d, whatever the vocabulary. d is 2.0e-6 at most,
-where G is largest (tests/model/test_gumbel.py measures it); the resolution of U adds 2^-64 a token,
-1.5e-14 for 262,144 of them.
+of two to within 2 d, and each probability is moved by a factor within e^(2 d): the total variation
+distance from exact sampling is at most (e^(2 d) - 1) / 2, about d, whatever the vocabulary. d is
+2.3e-6 at most (tests/model/test_gumbel.py measures it); 1.9e-6 of it is the last step. The
+resolution of U adds 2^-64 a token, 1.5e-14 for 262,144 of them.
 """
 
 from __future__ import annotations
 
-import math
+from functools import cache
 
 import numpy as np
 
-from speq.model.vector_ops import reciprocal
+from speq.model.noise_format import (
+    FRACTION_BITS,
+    KEY_STEPS,
+    LN_2,
+    MULTIPLIERS,
+    NOISE_FRACTION_BITS,
+    PLACE_BITS,
+    ROUNDS,
+    SEGMENT_BITS,
+    correction_table,
+    logarithm_table,
+)
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
 _WORD = 0xFFFFFFFF
-
-_SQRT_2 = np.float32(math.sqrt(2.0))
-_LN2_HIGH = np.float32(0.693359375)  # 9 significant bits: times an exponent it is exact
-_LN2_LOW = np.float32(-2.12194440e-4)
-_ATANH = tuple(np.float32(1.0 / n) for n in (13, 11, 9, 7, 5, 3, 1))  # of s^12, s^10, ... s^0
+_DOUBLE_FRACTION_BITS, _DOUBLE_BIAS = 52, 1023
+#: Those of 64 bits that it holds whatever they are.
+_HELD = 0xFFFF_FFFF_FFFF_F800
+_ARGUMENT_BITS = SEGMENT_BITS + PLACE_BITS
+#: Tokens whose noise is computed at once: what lies between the steps stays in the cache.
+_CHUNK = 8192
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Philox4x32-10: four random words, uint32 [..., 4], for each counter uint32 [..., 4]."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        left, right = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
+    for _ in range(ROUNDS):
+        left, right = c0 * np.uint64(MULTIPLIERS[0]), c2 * np.uint64(MULTIPLIERS[1])
         c0 = (right >> np.uint64(32)) ^ c1 ^ np.uint64(k0)
         c2 = (left >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
         c1, c3 = right & np.uint64(_WORD), left & np.uint64(_WORD)
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+        k0, k1 = (k0 + KEY_STEPS[0]) & _WORD, (k1 + KEY_STEPS[1]) & _WORD
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
@@ -73,12 +86,21 @@ def random_bits(seed: int, position: int, count: int) -> np.ndarray:
     return (words[:, 0] << np.uint64(32) | words[:, 1])[:count]
 
 
-def exponential(bits: np.ndarray) -> np.ndarray:
-    """Exponential variables, float32, of bits uint64 of the same shape."""
-    is_large = (bits >> np.uint64(63)).astype(bool)  # U is at least 1/2
-    x = _fraction(np.where(is_large, ~bits, bits))
-    small = _doubled_atanh(x * reciprocal(np.float32(2.0) - x))
-    return np.where(is_large, -log(x), small)
+def transform(bits: np.ndarray) -> np.ndarray:
+    """The noise G, float32, of bits uint64 of the same shape."""
+    is_large = bits >> np.uint64(63) != 0
+    x = np.where(is_large, ~bits, bits) << np.uint64(1) | np.uint64(1)
+    # Truncated to what a float64 holds; that has the leading one and the fraction apart.
+    held = np.where(x >> np.uint64(_DOUBLE_FRACTION_BITS + 1), x & np.uint64(_HELD), x)
+    exponent, fraction = _leading_one(held)
+    y = (65 - exponent) * LN_2 - _looked_up(fraction)
+    exponent, fraction = _leading_one(y)
+    doubled = (x >> np.uint64(64 - _ARGUMENT_BITS)).astype(np.int64)
+    argument = np.where(is_large, fraction, doubled | 1 << _ARGUMENT_BITS)
+    noise = np.where(is_large, (FRACTION_BITS - exponent) * LN_2, y) - _looked_up(argument)
+    dropped = FRACTION_BITS - NOISE_FRACTION_BITS
+    noise = (noise + (1 << dropped - 1)) >> dropped
+    return noise.astype(np.float32) * np.float32(2.0**-NOISE_FRACTION_BITS)
 
 
 def gumbel(seed: int, position: int, count: int) -> np.ndarray:
@@ -91,38 +113,30 @@ def gumbel(seed: int, position: int, count: int) -> np.ndarray:
     position : int
         Tokens before the one that is chosen, below 2^32.
     """
-    return -log(exponential(random_bits(seed, position, count)))
+    bits = random_bits(seed, position, count)
+    noise = np.empty(count, np.float32)
+    for first in range(0, count, _CHUNK):
+        part = slice(first, first + _CHUNK)
+        noise[part] = transform(bits[part])
+    return noise
 
 
-def _fraction(bits: np.ndarray) -> np.ndarray:
-    """(2 bits + 1) / 2^65 of uint64 below 2^63, its first 24 bits, as float32."""
-    # In units of 2^-65, moved up until the highest bit is set.
-    zeros = np.zeros(bits.shape, np.int32)
-    shifted = bits << np.uint64(1) | np.uint64(1)
-    for step in (32, 16, 8, 4, 2, 1):
-        high = shifted >> np.uint64(64 - step) == 0
-        shifted = np.where(high, shifted << np.uint64(step), shifted)
-        zeros += np.where(high, step, 0).astype(np.int32)
-    significand = (shifted >> np.uint64(40)).astype(np.int32)  # 24 bits, the first one set
-    exponent = 127 - 2 - zeros  # the highest bit of 64 is 2^-2
-    return ((exponent << 23) | (significand & 0x7FFFFF)).astype(np.int32).view(np.float32)
+def _leading_one(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The place of the leading one of positive integers that float64 holds exactly, and the first
+    bits behind it, as many as the tables take: int64 each."""
+    double = x.astype(np.float64).view(np.int64)
+    fraction = double >> _DOUBLE_FRACTION_BITS - _ARGUMENT_BITS & (1 << _ARGUMENT_BITS) - 1
+    return (double >> _DOUBLE_FRACTION_BITS) - _DOUBLE_BIAS, fraction
 
 
-def log(x: np.ndarray) -> np.ndarray:
-    """Natural logarithm of positive normal float32."""
-    bits = x.view(np.int32)
-    m = ((bits & 0x7FFFFF) | 0x3F800000).view(np.float32)
-    above = m >= _SQRT_2
-    m = np.where(above, m * np.float32(0.5), m)
-    n = ((bits >> 23) - 127 + above).astype(np.float32)
-    s = (m - np.float32(1.0)) * reciprocal(m + np.float32(1.0))
-    return n * _LN2_HIGH + (_doubled_atanh(s) + n * _LN2_LOW)
+@cache
+def _coefficients() -> np.ndarray:
+    """Both tables, that of the logarithm first, int64 [3, 2 * segments]."""
+    return np.array(logarithm_table() + correction_table(), np.int64).T.copy()
 
 
-def _doubled_atanh(s: np.ndarray) -> np.ndarray:
-    """2 atanh(s), float32, for |s| of at most 1/3."""
-    square = s * s
-    p = np.full_like(s, _ATANH[0])
-    for coefficient in _ATANH[1:]:
-        p = p * square + coefficient
-    return (s + s) * p
+def _looked_up(argument: np.ndarray) -> np.ndarray:
+    """The polynomial of the argument's part at its place in it, int64."""
+    segment, place = argument >> PLACE_BITS, argument & (1 << PLACE_BITS) - 1
+    c0, c1, c2 = (each.take(segment) for each in _coefficients())
+    return c0 + ((c1 + (c2 * place >> PLACE_BITS)) * place >> PLACE_BITS)

@@ -4,6 +4,8 @@ options of a command have their answer at once."""
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass
 
 #: Logit margin below which drafting stops where nothing has chosen a better one.
@@ -163,6 +165,11 @@ class Settings:
         return min(self.choices, self.reranked or self.choices)
 
 
+def _fp32(x: float) -> float:
+    """The FP32 number nearest to one that is not too large for it."""
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
 #: Ways to sample: the largest of logits and noise that depends on seed, position and token
 #: (`speq.model.gumbel`), or acceptance of drafted tokens by recursive rejection.
 SAMPLERS = ("gumbel", "rsd")
@@ -212,3 +219,23 @@ class Sampling:
             raise ValueError(f"min-p is {self.min_p}; expected a number from 0 to 1")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler is {self.sampler!r:.40}; expected {' or '.join(SAMPLERS)}")
+
+    @property
+    def cutoff(self) -> float:
+        """How far a logit may be from the largest one, a negative FP32 number or 0: T ln(min_p)."""
+        if not self.min_p:
+            return -math.inf
+        return _fp32(self.temperature * math.log(self.min_p))
+
+    def check_accelerated(self) -> None:
+        """Raises ValueError if the accelerator cannot sample so."""
+        if self.sampler != "gumbel":
+            raise ValueError(
+                f"the accelerator samples with the sampler gumbel; {self.sampler} is the golden "
+                "model's"
+            )
+        if self.top_k or self.top_p < 1:
+            raise ValueError(
+                "the accelerator samples with temperature and min-p; top-k and top-p are the "
+                "golden model's"
+            )

@@ -51,7 +51,14 @@ from speq.model.checkpoint import Model, ModelConfig
 from speq.model.draft_tree import Origin, Proposal, chain_ends, free_proposal, grow
 from speq.model.gumbel import gumbel
 from speq.model.settings import Sampling, Settings
-from speq.model.transformer import DraftLinear, KVCache, NonFiniteError, forward, prefill
+from speq.model.transformer import (
+    DraftLinear,
+    KVCache,
+    NonFiniteError,
+    Scores,
+    forward,
+    prefill,
+)
 from speq.model.vector_ops import ranked
 
 #: Seeds have 64 bits.
@@ -177,9 +184,22 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         p = torch.where(before < sampling.top_p, p, 0.0)
         p = p / p.sum(dim=-1, keepdim=True)
     if sampling.min_p > 0:
-        p = torch.where(p < sampling.min_p * p[:, :1], 0.0, p)
+        p = torch.where(likely(logits.to(torch.float32), sampling).gather(-1, order), p, 0.0)
         p = p / p.sum(dim=-1, keepdim=True)
     return torch.zeros_like(p).scatter_(-1, order, p)
+
+
+def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Which of logits float32 [N, V] min-p leaves, bool [N, V]: those whose probability is at least
+    `min_p` times the largest one, which is to say, that are not below the largest logit plus
+    T ln(min_p). This is one FP32 addition of the FP32 number nearest to T ln(min_p)."""
+    return above_cutoff(logits, sampling.cutoff)
+
+
+def above_cutoff(logits: torch.Tensor, cutoff: float) -> torch.Tensor:
+    """Which of logits float32 [N, V] are at least the row's largest plus an FP32 number; no NaN."""
+    logits = torch.where(logits.isnan(), -math.inf, logits)
+    return logits >= logits.amax(dim=-1, keepdim=True) + cutoff
 
 
 def perturbed(
@@ -193,17 +213,25 @@ def perturbed(
         Truncation leaves -infinity for all other tokens. A NaN counts as minus infinity.
     positions : of the token that each row chooses
 
-    The quotient is one FP32 multiplication with the FP32 nearest to 1 / T, the sum one addition.
+    The scale of `with_noise` is the FP32 number nearest to 1 / T.
     """
-    rows = []
-    for row, position in zip(logits.split(1), positions, strict=True):
-        scaled = row[0].numpy() * np.float32(1.0 / sampling.temperature)
-        scaled = scaled + gumbel(seed, position, len(scaled))
-        if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-            # One row at a time, so that no bit depends on which others are in the pass.
-            scaled[distribution(row, sampling)[0].numpy() == 0] = -math.inf
-        rows.append(torch.from_numpy(scaled))
-    return torch.stack(rows)
+    scores = with_noise(logits, positions, np.float32(1.0 / sampling.temperature), seed)
+    if sampling.min_p:
+        scores[~likely(logits, sampling)] = -math.inf
+    if sampling.top_k or sampling.top_p < 1:
+        # One row at a time, so that no bit depends on which others are in the pass.
+        for row, score in zip(logits.split(1), scores, strict=True):
+            score[distribution(row, sampling)[0] == 0] = -math.inf
+    return scores
+
+
+def with_noise(
+    logits: torch.Tensor, positions: Sequence[int], scale: np.float32, seed: int
+) -> torch.Tensor:
+    """Logits [N, V] times `scale`, plus the noise of the tokens at each row's position, float32:
+    one multiplication and one addition."""
+    noise = np.stack([gumbel(seed, position, logits.shape[1]) for position in positions])
+    return torch.from_numpy(logits.numpy() * scale + noise)
 
 
 #: `perturbed` of logits and positions.
@@ -331,14 +359,18 @@ def draft(
     start, token = cache.length, history[-1]
     choices, distributions, gaps = [], [], []
     while len(choices) < min(settings.length, most):
+        scores = None if noise is None else _scores(noise, start + 1 + len(choices))
         try:
-            passed = forward(model, [token], cache, draft=layers, reranked=settings.reranked)
+            logits = forward(
+                *(model, [token], cache), draft=layers, reranked=settings.reranked, scores=scores
+            )
         except NonFiniteError:
             break
-        if noise is not None:
-            passed = noise(passed, [start + 1 + len(choices)])
-        logits = passed[0]
+        logits = (scores(logits) if scores else logits)[0]
         tokens, q = propose(logits, settings.offered, sampling, generator)
+        if noise is not None:
+            # What truncation or re-ranking has left out cannot be chosen.
+            tokens = [token for token in tokens if logits[token] > -math.inf] or tokens[:1]
         gaps.append(ranked_gaps(logits, max(2, settings.offered)))
         choices.append(tokens)
         if q is not None:
@@ -350,6 +382,11 @@ def draft(
     proposal = grow(settings.policy, history, choices, gaps, settings.rows, most)
     proposal.distributions = distributions
     return proposal
+
+
+def _scores(noise: Noise, position: int) -> Scores:
+    """What the token at a position is chosen by, of logits [1, V]."""
+    return lambda logits: noise(logits, [position])
 
 
 def ranked_gaps(logits: torch.Tensor, count: int) -> list[float]:

@@ -172,8 +172,18 @@ def prepare_draft_linear(tensor: EncodedTensor) -> DraftLinear:
     return DraftLinear(prepare_draft(tensor), tensor.config.group, tensor.shape[0])
 
 
-def rerank(x: torch.Tensor, logits: torch.Tensor, head: torch.Tensor, count: int) -> torch.Tensor:
-    """Logits float32 [T, V] of which the `count` largest of each row are replaced by the exact ones
+#: What the tokens of a pass are ranked by, from its logits float32 [T, V], of the same shape.
+Scores = Callable[[torch.Tensor], torch.Tensor]
+
+
+def rerank(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    head: torch.Tensor,
+    count: int,
+    scores: Scores | None = None,
+) -> torch.Tensor:
+    """Logits float32 [T, V] of which the `count` best of each row are replaced by the exact ones
     and all others by -infinity.
 
     Parameters
@@ -185,9 +195,11 @@ def rerank(x: torch.Tensor, logits: torch.Tensor, head: torch.Tensor, count: int
     head : torch.float16 [V, K]
     count : int
         If fewer are larger than -infinity, only those.
+    scores : optional
+        What the best are those of; the logits themselves when not given.
     """
     exact = torch.full_like(logits, -math.inf)
-    for row, drafted in enumerate(logits):
+    for row, drafted in enumerate(logits if scores is None else scores(logits)):
         best = ranked(drafted, count)
         best = best[drafted[best] > -math.inf]
         exact[row, best] = verify_gemm(x[row : row + 1], head[best])[0]
@@ -203,6 +215,7 @@ def forward(
     mask: torch.Tensor | None = None,
     draft: Mapping[str, DraftLinear] | None = None,
     reranked: int = 0,
+    scores: Scores | None = None,
     logit_rows: slice = slice(None),
     capture: Capture | None = None,
 ) -> torch.Tensor:
@@ -221,6 +234,7 @@ def forward(
         Makes it a draft pass: these linear layers use draft numerics, all others verify numerics.
     reranked : of a draft pass, how many of a row's best logits are computed exactly, from the FP16
         head; all others are then -infinity. 0: the draft head's own logits.
+    scores : what the best of these are found by, as of `rerank`
     logit_rows : slice of the rows whose logits are wanted; the head is the largest layer.
     capture : called with (name of linear layer, its float16 input [T, K]) in the order of the pass.
 
@@ -237,7 +251,8 @@ def forward(
     kind = "verify" if draft is None else "draft"
     schedule = pass_schedule(model.config)
     return _run_pass(
-        model, kind, schedule, arguments, cache, draft or {}, reranked, logit_rows, capture
+        *(model, kind, schedule, arguments, cache, draft or {}),
+        *(reranked, scores, logit_rows, capture),
     )
 
 
@@ -268,6 +283,7 @@ def _run_pass(
     cache: KVCache,
     draft: Mapping[str, DraftLinear] | None = None,
     reranked: int = 0,
+    scores: Scores | None = None,
     logit_rows: slice = slice(None),
     capture: Capture | None = None,
 ) -> torch.Tensor:
@@ -304,7 +320,7 @@ def _run_pass(
             return y
         y = layer.pad(y)
         if name == "head" and reranked:
-            y = rerank(x, y, model.linear_weight(name), reranked)
+            y = rerank(x, y, model.linear_weight(name), reranked, scores)
             check(name, torch.where(y == -math.inf, 0.0, y))
         return y
 

@@ -22,7 +22,11 @@ FOLDERS = {"api": "speq"} | {name: f"speq.{name}" for name in ("hw", "model", "h
 #: What each folder may import beside itself: folders, or single modules.
 ALLOWED = {
     "api": {"speq.hw", "speq.model", "speq.host", "speq.sim"},
-    "hw": {"speq.model.number_format", "speq.model.function_tables"},
+    "hw": {
+        "speq.model.number_format",
+        "speq.model.function_tables",
+        "speq.model.noise_format",
+    },
     "model": set(),
     "host": {"speq.hw", "speq.model"},
     "sim": {"speq.hw", "speq.model", "speq.host"},

@@ -21,7 +21,7 @@ from speq.model.number_format import DRAFT_BITS
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
 #: Of this map: major version in the upper half, minor in the lower.
-VERSION = 0x0001_0003
+VERSION = 0x0001_0004
 #: Bits of a register's address.
 ADDRESS_BITS = 12
 #: Largest value of RING_LOG2.
@@ -30,6 +30,7 @@ MAX_RING_LOG2 = 24
 GAP_COSTS, COSTS_PER_REGISTER = 16, 4
 
 _COUNTERS = 0x100
+_SAMPLING = 0x300
 _ROW_TOKENS = 0x400
 _ROW_PLACES = 0x600
 
@@ -297,8 +298,12 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             0x080,
             "rw",
             "what a run is",
-            bits=1,
-            fields=(Field("speculate", 0, 1, "0: one pass of PASS_PROGRAM, 1: decode"),),
+            bits=3,
+            fields=(
+                Field("speculate", 0, 1, "0: one pass of PASS_PROGRAM, 1: decode"),
+                Field("sample", 1, 1, "rank logits times SCALE plus noise instead of logits"),
+                Field("truncate", 2, 1, "with sample: rank no logits below the cut-off"),
+            ),
         ),
         Register("PASS_ROWS", 0x084, "rw", "rows of a single pass, 1 to R", bits=8),
         Register(
@@ -400,6 +405,16 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         Register(name, _COUNTERS + 8 * i, "ro", about, bits=64)
         for i, (name, about) in enumerate(COUNTERS.items())
     )
+    sampling = (
+        Register("SCALE", _SAMPLING, "rw", "FP32: what logits are multiplied by, 1 / temperature"),
+        Register(
+            "CUTOFF",
+            _SAMPLING + 4,
+            "rw",
+            "FP32, added to a row's largest logit: the cut-off, T ln(min-p)",
+        ),
+        Register("SEED", _SAMPLING + 8, "rw", "seed of the noise", bits=64),
+    )
     arrays = (
         Register("ROW_TOKEN", _ROW_TOKENS, "ro", "token of each row of the pass", 24, count=rows),
         Register(
@@ -416,4 +431,4 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             rows,
         ),
     )
-    return (*plain, *policy, *counters, *arrays)
+    return (*plain, *policy, *counters, *sampling, *arrays)

@@ -450,6 +450,14 @@ def test_bench_prints_and_stores_the_figures(
         assert ("yes" if figure["met"] else "no") in row.split()
 
 
+def test_samplers_are_compared_where_there_is_an_encoded_file(speq_command: Speq) -> None:
+    result = speq_command("bench", "--only", "samplers")
+    assert result.code == 0
+    assert "samplers is skipped: it needs SmolLM2's file of speq encode" in result.out
+    result = speq_command("bench", "--only", "samplers", "--encoded", "absent.safetensors")
+    assert result.code == 1 and "absent.safetensors" in result.err[0]
+
+
 def test_codec_bench_labels_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> Path:
         raise benchmarks.CheckpointError("not installed")

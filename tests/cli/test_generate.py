@@ -482,7 +482,11 @@ def test_figures_of_the_accelerator():
 
 def test_requests_that_the_accelerator_cannot_serve(speq_generate, accelerator):
     for options, message in (
-        (("--backend", "rtl", "--temperature", 1), "the accelerator decodes greedily"),
+        (
+            ("--backend", "rtl", "--temperature", 1, "--top-k", 5),
+            "samples with temperature and min-p",
+        ),
+        (("--backend", "rtl", "--temperature", 1, "--sampler", "rsd"), "the sampler gumbel"),
         (("--cols", 8), "--cols is of the simulated array: give --backend rtl"),
         (("--backend", "rtl", "--cols", 12), "cols is 12"),
         (("--backend", "rtl", "--choices", 9), "choices is 9; this accelerator ranks 1 to 8"),

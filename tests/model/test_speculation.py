@@ -14,6 +14,7 @@ import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,6 +247,23 @@ def test_drafts_are_ranked_by_exact_logits(subject, count, monkeypatch):
         assert {i: v for i, v in enumerate(logits.tolist()) if v > -math.inf} == exact
         better += max(exact, key=lambda i: (exact[i], -i)) != best[0]
     assert bool(better) == (count > 1)
+
+
+def test_sampled_drafts_are_ranked_with_their_noise(subject):
+    """Those whose logits are computed exactly are the best with noise, not the likeliest."""
+    model, prompt = subject.model, subject.prompts[0]
+    noise = 3 * torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(SEED))
+
+    def logits_of(**options):
+        cache = KVCache(model.config, len(prompt))
+        return forward(model, prompt, cache, draft=subject.layers, **options)
+
+    own = logits_of()
+    ranked_by_noise = logits_of(reranked=3, scores=lambda logits: logits + noise)
+    for row, drafted in zip(ranked_by_noise, own, strict=True):
+        best = ranked(drafted + noise, 3)
+        assert set((row > -math.inf).nonzero()[:, 0].tolist()) == set(best.tolist())
+    assert not torch.equal(ranked_by_noise > -math.inf, logits_of(reranked=3) > -math.inf)
 
 
 def test_plain_decoding_needs_no_draft_model(subject):
@@ -638,6 +656,7 @@ def slow_distribution(logits: list[float], sampling: Sampling) -> list[float]:
         kept.append(weight)
         if sum(kept) >= sampling.top_p * total:
             break
+    kept = [weight for weight in kept if weight >= sampling.min_p * kept[0]]
     p = [0.0] * len(logits)
     for i, weight in zip(order, kept, strict=False):
         p[i] = weight / sum(kept)
@@ -645,9 +664,15 @@ def slow_distribution(logits: list[float], sampling: Sampling) -> list[float]:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.7), (5, 0.6), (99, 0.01)])
-def test_distribution_against_a_slow_one(temperature, top_k, top_p):
-    sampling = Sampling(temperature, top_k, top_p)
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        *((0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.7, 0.0), (5, 0.6, 0.0), (99, 0.01, 0.0)),
+        *((0, 1.0, 0.1), (0, 1.0, 1.0), (4, 0.9, 0.3)),
+    ],
+)
+def test_distribution_against_a_slow_one(temperature, top_k, top_p, min_p):
+    sampling = Sampling(temperature, top_k, top_p, min_p)
     logits = torch.randn(20, 12, generator=generator()) * 2
     logits[10:] = logits[10:].round()  # ties
     logits[3, 4], logits[3, 5] = -math.inf, math.nan
@@ -1019,6 +1044,24 @@ def test_sampled_text_is_the_same_with_and_without_speculation(subject, talkativ
     assert len(texts) > 5
     # Draft and target share their noise, so that a good draft is right although it is sampled.
     assert total.match_rate > 0.2 and total.guess_hits
+
+
+def test_a_cutoff_is_one_addition():
+    """Logits that are as far below the largest as T ln(min_p) says, in FP32, are the last ones."""
+    sampling = Sampling(0.7, min_p=0.05)
+    offset = np.float32(0.7 * math.log(0.05))
+    assert np.float32(sampling.cutoff) == offset and Sampling().cutoff == -math.inf
+    for value in (3.1, -20.0, 1e4, 1e-3):
+        largest = np.float32(value)
+        least = largest + offset
+        row = [np.nextafter(least, np.float32(-np.inf)), least, largest, np.float32(-np.inf)]
+        logits = torch.tensor(np.float32(row))[None]
+        scores = speculation.perturbed(logits, [5], sampling, 3)[0]
+        assert (scores > -math.inf).tolist() == [False, True, True, False]
+        assert (distribution(logits, sampling)[0] > 0).tolist() == [False, True, True, False]
+        # The others' scores are as ever.
+        plain = speculation.perturbed(logits, [5], replace(sampling, min_p=0.0), 3)[0]
+        assert torch.equal(scores[1:3], plain[1:3])
 
 
 def test_noise_of_another_position_spoils_drafts(monkeypatch):

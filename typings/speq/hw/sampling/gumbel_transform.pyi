@@ -1,0 +1,1 @@
+from hw.sampling.gumbel_transform import *

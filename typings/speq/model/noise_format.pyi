@@ -1,0 +1,1 @@
+from model.noise_format import *

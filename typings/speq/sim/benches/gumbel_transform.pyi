@@ -1,0 +1,1 @@
+from sim.benches.gumbel_transform import *
