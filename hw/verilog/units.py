@@ -28,6 +28,11 @@ from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.write_mux import WriteMux
+from speq.hw.sampling.gumbel_transform import GumbelTransform
+from speq.hw.sampling.noise_source import NoiseSource
+from speq.hw.sampling.perturber import Perturber
+from speq.hw.sampling.philox import Philox
+from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_maximum import Fp32Maximum
@@ -79,6 +84,12 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
     }
     if config.history:
         control["ngram_matcher"] = lambda: NgramMatcher(config)
+    sampling: dict[str, Callable[[], wiring.Component]] = {
+        "philox": lambda: Philox(config.noise_rounds),
+        "gumbel_transform": GumbelTransform,
+        "noise_source": lambda: NoiseSource(config),
+        "perturber": lambda: Perturber(config),
+    }
     vector: dict[str, Callable[[], wiring.Component]] = {
         "fp32_adder": Fp32Adder,
         "fp32_multiplier": Fp32Multiplier,
@@ -89,6 +100,7 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "reciprocal": Reciprocal,
         "lane": Lane,
         "row_maximum": lambda: RowMaximum(_LANES),
+        "block_quantizer": lambda: BlockQuantizer(_LANES, engine.format.group),
         "weight_sum": lambda: WeightSum(_LANES, engine.max_k),
     }
-    return array | memory | control | vector
+    return array | memory | control | sampling | vector
