@@ -281,9 +281,10 @@ def _shuffled(rng: np.random.Generator, operands: np.ndarray) -> np.ndarray:
 
 def _words(operands: np.ndarray) -> np.ndarray:
     """uint64 [cycles, copies] of operands uint32 [cycles, copies, number]."""
-    return sum(
-        operands[..., i].astype(np.uint64) << np.uint64(32 * i) for i in range(operands.shape[-1])
-    )
+    words = np.zeros(operands.shape[:-1], np.uint64)
+    for i in range(operands.shape[-1]):
+        words |= operands[..., i].astype(np.uint64) << np.uint64(_OPERAND_BITS * i)
+    return words
 
 
 def _with_exponents(numbers: np.ndarray, exponents: np.ndarray) -> np.ndarray:
