@@ -18,7 +18,7 @@ class FunctionUnit(wiring.Component):
 
     Formula: ``value = tables[table].value(fraction)``.
 
-    Latency `latency` cycles (3 for lines, 4 for parabolas), a fraction per cycle, no flow control.
+    Latency `latency` cycles (3 for lines, 7 for parabolas), a fraction per cycle, no flow control.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class FunctionUnit(wiring.Component):
     def __init__(self, tables: Sequence[FunctionTable]) -> None:
         self.tables = tables
         shape = tables[0]
-        self.latency = 3 if shape.drop is None else 4
+        self.latency = 3 if shape.drop is None else 7
         super().__init__(
             {
                 "fraction": In(shape.index_bits + shape.bits),
@@ -61,15 +61,24 @@ class FunctionUnit(wiring.Component):
             g=self.fraction[: shape.bits],
         )
         if shape.drop is not None:
-            # The slope where g is; it stays positive.
+            # A large table becomes block RAM in an FPGA, which leaves no time for anything else.
             (c2,) = pipeline_stage(m, 1, c2=self._coefficients("c2")[address])
+            c0, slope, c2, g = pipeline_stage(m, 2, c0=c0, slope=slope, c2=c2, g=g)
+            # The slope where g is; it stays positive.
             bend = (g[shape.drop :] * c2) >> shape.shift2
+            c0, slope, bend, g = pipeline_stage(m, 3, c0=c0, slope=slope, bend=bend, g=g)
             slope = (slope - bend)[: len(slope)]
-            c0, slope, g = pipeline_stage(m, 2, c0=c0, slope=slope, g=g)
+            c0, slope, g = pipeline_stage(m, 4, c0=c0, slope=slope, g=g)
+            # The wide product in two parts.
+            half = len(slope) // 2
+            c0, low, high = pipeline_stage(m, 5, c0=c0, low=g * slope[:half], high=g * slope[half:])
+            product = low + (high << half)
+        else:
+            product = g * slope
 
         # How far the value falls, and the value.
-        c0, fall = pipeline_stage(m, 3, c0=c0, fall=(g * slope) >> shape.shift1)
-        (value,) = pipeline_stage(m, 4, value=(c0 - fall)[: len(self.value)])
+        c0, fall = pipeline_stage(m, self.latency - 1, c0=c0, fall=product >> shape.shift1)
+        (value,) = pipeline_stage(m, self.latency, value=(c0 - fall)[: len(self.value)])
         m.d.comb += self.value.eq(value)
         return m
 

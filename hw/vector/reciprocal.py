@@ -8,7 +8,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ieee754 import FP32, FP32_BIAS, FP32_NAN, is_infinite, is_nan
-from speq.hw.common.logic import delayed, pipeline_stage
+from speq.hw.common.logic import delayed, incremented, pipeline_stage
 from speq.hw.vector.function_unit import FunctionUnit
 from speq.model.function_tables import INVERSE, ROOTS
 
@@ -30,7 +30,7 @@ class Reciprocal(wiring.Component):
     result : Out(32)
     """
 
-    LATENCY = 5
+    LATENCY = 9
 
     def __init__(self) -> None:
         super().__init__({"x": In(32), "root": In(1), "result": Out(32)})
@@ -48,12 +48,17 @@ class Reciprocal(wiring.Component):
         # The exponent field of results just below a power of two.
         field = FP32_BIAS - 1 - Mux(self.root, exponent >> 1, exponent)
         field, nan, infinite = (
-            delayed(m, value, function.latency) for value in (field[:8], is_nan(x), is_infinite(x))
+            delayed(m, value, function.latency + 1)
+            for value in (field[:8], is_nan(x), is_infinite(x))
         )
 
         # Rounded to 24 bits, halves up; what is 1 has the next exponent.
         value = function.value
-        rounded = (value[_EXTRA:] + value[_EXTRA - 1])[: len(value) - _EXTRA]
+        (rounded,) = pipeline_stage(
+            m,
+            self.LATENCY - 1,
+            rounded=incremented(value[_EXTRA:], value[_EXTRA - 1]),
+        )
         one = rounded[-1]
         finite = Cat(Mux(one, 0, rounded[:-2]), (field + one)[:8])
         (result,) = pipeline_stage(

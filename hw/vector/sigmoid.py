@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.common.ieee754 import FP32, FP32_BIAS, FP32_FRACTION, FP32_NAN, is_nan, significand
+from speq.hw.common.ieee754 import FP32, FP32_BIAS, FP32_FRACTION, FP32_NAN, is_nan
 from speq.hw.common.logic import delayed, pipeline_stage
 from speq.hw.vector.function_unit import FunctionUnit
 from speq.model.function_tables import (
@@ -39,7 +39,7 @@ class Sigmoid(wiring.Component):
     """
 
     EXPONENTIAL_LATENCY = 6
-    LATENCY = 11
+    LATENCY = 12
 
     def __init__(self) -> None:
         super().__init__({"x": In(32), "exponential": Out(32), "sigmoid": Out(32)})
@@ -50,11 +50,12 @@ class Sigmoid(wiring.Component):
         m.submodules.inverse = inverse = FunctionUnit([SIGMOID])
         x = data.View(FP32, self.x)
 
-        # Stage 1: |x| log2(e).
+        # Stage 1: |x| log2(e). Subnormal numbers, whose hidden bit is wrong here, are too small to
+        # leave anything of it.
         product, exponent, negative, nan = pipeline_stage(
             m,
             1,
-            product=significand(x)[-LOGARITHM_SIGNIFICAND:] * LOG2_E,
+            product=Cat(x.fraction, Const(1, 1))[-LOGARITHM_SIGNIFICAND:] * LOG2_E,
             exponent=x.exponent,
             negative=x.negative,
             nan=is_nan(x),
@@ -86,43 +87,47 @@ class Sigmoid(wiring.Component):
         # Stage 6: the exponential; 1 + e^-|x| without the 1.
         one = p[-1]
         fraction = Cat(Const(0, FP32_FRACTION - POWER.value_bits + 1), p[: POWER.value_bits - 1])
+        # The sigmoid is r = 1 / (1 + t) times e^-|x| if x is negative, otherwise times 1. If t is
+        # 1, whose fraction is that of 0, r is twice as large as it should be.
+        halves = one & (n == 0)
+        factor = Mux(halves, 1 << POWER.value_bits - 1, Mux(negative, p, 1 << POWER.value_bits))
         shift = n + (POWER.value_bits - LOGARITHM_BITS)
-        t, exponential, p, n, negative, nan = pipeline_stage(
+        t, exponential, factor, n, nan = pipeline_stage(
             m,
             6,
-            t=Mux(shift < len(p), p >> shift[:5], 0)[: LOGARITHM_BITS + 1],
+            t=Mux(shift < len(p), p >> shift[:5], 0)[:LOGARITHM_BITS],
             exponential=_scaled(Mux(one, 0, fraction), FP32_BIAS - 1 + one, n),
-            p=p,
-            n=n,
-            negative=negative,
+            factor=factor[: len(p)],
+            n=Mux(negative, n, 0),
             nan=nan,
         )
         m.d.comb += self.exponential.eq(exponential)
 
-        # Stages 7 to 9: r = 1 / (1 + t), which is 1/2 if t is 1.
-        m.d.comb += inverse.fraction.eq(t[:LOGARITHM_BITS])
-        is_one, p, n, negative, nan = (
-            delayed(m, value, inverse.latency) for value in (t[-1], p, n, negative, nan)
-        )
-        r = Mux(is_one, 1 << SIGMOID.value_bits - 1, inverse.value)
+        # Stages 7 to 9: r.
+        m.d.comb += inverse.fraction.eq(t)
+        factor, n, nan = (delayed(m, value, inverse.latency) for value in (factor, n, nan))
 
-        # Stage 10: times e^-|x| if x is negative, otherwise times 1.
-        product, n, nan = pipeline_stage(
+        # Stages 10 and 11: the product, first in two parts.
+        half = len(factor) // 2
+        low, high, n, nan = pipeline_stage(
             m,
             10,
-            product=(r * Mux(negative, p, 1 << POWER.value_bits))[:_PRODUCT_BITS],
-            n=Mux(negative, n, 0),
+            low=inverse.value * factor[:half],
+            high=inverse.value * factor[half:],
+            n=n,
             nan=nan,
         )
+        product = (low + (high << half))[:_PRODUCT_BITS]
+        product, n, nan = pipeline_stage(m, 11, product=product, n=n, nan=nan)
 
-        # Stage 11: the product is from 1/4 to 1; its first 24 bits.
+        # Stage 12: the product is from 1/4 to 1; its first 24 bits.
         tops = [Cat(product)[: _PRODUCT_BITS - i] for i in range(3)]
         fractions = [top[-1 - FP32_FRACTION : -1] for top in tops]
         whole, half = (top[-1] for top in tops[:2])
         fraction = Mux(whole, fractions[0], Mux(half, fractions[1], fractions[2]))
         exponent = FP32_BIAS - 2 + Mux(whole, 2, half)
         (sigmoid,) = pipeline_stage(
-            m, 11, sigmoid=Mux(nan, FP32_NAN, _scaled(fraction, exponent, n))
+            m, 12, sigmoid=Mux(nan, FP32_NAN, _scaled(fraction, exponent, n))
         )
         m.d.comb += self.sigmoid.eq(sigmoid)
         return m
@@ -131,5 +136,4 @@ class Sigmoid(wiring.Component):
 def _scaled(fraction: Value, exponent: Value, halvings: Value) -> Value:
     """The FP32 number of a fraction and an exponent field, halved so often; 0 if it would be
     subnormal."""
-    field = exponent - halvings
-    return Mux(field > 0, Cat(fraction, field[:8]), 0)
+    return Mux(halvings < exponent, Cat(fraction, (exponent - halvings)[:8]), 0)

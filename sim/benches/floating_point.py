@@ -283,7 +283,7 @@ def _words(operands: np.ndarray) -> np.ndarray:
     """uint64 [cycles, copies] of operands uint32 [cycles, copies, number]."""
     words = np.zeros(operands.shape[:-1], np.uint64)
     for i in range(operands.shape[-1]):
-        words |= operands[..., i].astype(np.uint64) << np.uint64(32 * i)
+        words |= operands[..., i].astype(np.uint64) << np.uint64(_OPERAND_BITS * i)
     return words
 
 
