@@ -90,6 +90,7 @@ simulator-tools:
 	  echo "error: $$tool is missing: install it with the system's package manager" >&2; exit 1; }; done
 
 # torch comes first and alone, so that an index with a CPU build decides which build it is.
+# pip would compile all modules on one core: that comes afterwards, on all of them.
 # The unfinished mark outlives an interruption; the next run then starts from an empty venv.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { \
@@ -101,9 +102,10 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@rm -f $(STAMP); touch $(UNFINISHED)
 	@echo "installing the packages pinned in constraints.txt (minutes on a first run)"
-	@{ $(PY) -m pip install -q -c constraints.txt torch setuptools && \
-	   $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'; } || { rm -f $(UNFINISHED); \
+	@{ $(PY) -m pip install -q -c constraints.txt --no-compile torch setuptools && \
+	   $(PY) -m pip install -q -c constraints.txt --no-compile --no-build-isolation -e '.[dev]'; } || { rm -f $(UNFINISHED); \
 	  echo "error: installing packages failed (see above): a first set-up needs a package index" >&2; exit 1; }
+	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # some modules are for other versions of Python
 	@rm -f $(UNFINISHED); echo "$(CURDIR)" > $(STAMP)
 
 # What others compute with, which only `make check-models` needs.
