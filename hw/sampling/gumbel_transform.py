@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from amaranth.hdl import Array, Cat, Const, Elaboratable, Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
@@ -70,10 +72,9 @@ class GumbelTransform(wiring.Component):
             )
 
         # Stages 6 to 11: y = (65 - n) ln 2 - ln m.
-        exponent_parts = [
-            Const((count + 2) * LN_2, _MOST_PLACE + 1) for count in range(_RANDOM_BITS)
-        ]
-        base = Array(exponent_parts)[zeros]  # faster than a product
+        exponent_parts = [(count + 2) * LN_2 for count in range(_RANDOM_BITS)]
+        # A table is faster than a product.
+        base = _looked_up(m, exponent_parts, _MOST_PLACE + 1, zeros)
         y = _difference(m, 6, base, logarithm_table(), x[:_ARGUMENT_BITS])
         for stage in range(6, 12):
             doubled, is_large = pipeline_stage(m, stage, doubled=doubled, is_large=is_large)
@@ -94,6 +95,7 @@ class GumbelTransform(wiring.Component):
         )
 
         # Stages 13 to 18: G.
+        (base,) = pipeline_stage(m, 13, base=base)
         tables = logarithm_table() + correction_table()
         g = _difference(m, 13, base, tables, argument)
 
@@ -116,19 +118,26 @@ class GumbelTransform(wiring.Component):
 
 
 def _difference(m: Module, stage: int, base: Value, table: Table, argument: Value) -> Value:
-    """`base` less the polynomial of the argument's part at its place in it, six stages later."""
+    """`base`, which comes a stage later, less the polynomial of the argument's part at its place in
+    it, six stages later."""
     segment, place = argument[PLACE_BITS:], argument[:PLACE_BITS]
-    c0, c1, c2 = (
-        Array(Const(value, shape) for value in column)[segment]
-        for column, shape in zip(
-            zip(*table, strict=True), (FRACTION_BITS, 18, signed(12)), strict=True
-        )
-    )
+    widths = (FRACTION_BITS, 18, 12)
+    words = [
+        c0 | c1 << widths[0] | (c2 & (1 << widths[2]) - 1) << sum(widths[:2])
+        for c0, c1, c2 in table
+    ]
+    word = _looked_up(m, words, sum(widths), segment)
+    (place,) = pipeline_stage(m, stage, place=place)
     # An FPGA's block RAM gives its word late in the cycle.
-    for number in (stage, stage + 1):
-        c0, c1, c2, place, base = pipeline_stage(
-            m, number, c0=c0, c1=c1, c2=c2, place=place, base=base
-        )
+    c0, c1, c2, place, base = pipeline_stage(
+        m,
+        stage + 1,
+        c0=word[: widths[0]],
+        c1=word[widths[0] :][: widths[1]],
+        c2=word[-widths[2] :].as_signed(),
+        place=place,
+        base=base,
+    )
     square, c1, place, base = pipeline_stage(
         m, stage + 2, square=c2 * place, c1=c1, place=place, base=base - c0
     )
@@ -140,3 +149,17 @@ def _difference(m: Module, stage: int, base: Value, table: Table, argument: Valu
         m, stage + 5, difference=(base - (linear >> PLACE_BITS))[: len(Const(0, _SUM))].as_signed()
     )
     return difference
+
+
+def _looked_up(m: Module, values: Sequence[int], width: int, index: Value) -> Value:
+    """The value at an index in the next cycle, `width` bits. Bits that are the same in all of them
+    are not in the table: Yosys loses the driver of a ROM of which not all bits are registered."""
+    differs = [bit for bit in range(width) if len({value >> bit & 1 for value in values}) > 1]
+    table = Array(
+        Const(sum((value >> bit & 1) << i for i, bit in enumerate(differs)), len(differs))
+        for value in values
+    )
+    word = Signal(len(differs), reset_less=True)
+    m.d.sync += word.eq(table[index])
+    varying = dict(zip(differs, word, strict=True))
+    return Cat(varying.get(bit, Const(values[0] >> bit & 1, 1)) for bit in range(width))
