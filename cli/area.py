@@ -10,12 +10,10 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
-from amaranth.lib import wiring
-
 from speq.hw import EngineConfig
+from speq.hw.array.array import array_modules
 from speq.hw.verilog import convert_unit
 from speq.model.input_file import check_regular
 
@@ -26,12 +24,12 @@ _REPORT = "report.txt"
 MAX_LIBRARY = 1 << 30
 
 
-def unit_areas(units: Mapping[str, wiring.Component], liberty: Path) -> dict[str, float]:
-    """Areas of units by the name of their Verilog module.
+def unit_areas(config: EngineConfig, liberty: Path) -> dict[str, float]:
+    """Areas of the array's units by the name of their Verilog module.
 
     Parameters
     ----------
-    units : without memories in them, by the same names
+    config : EngineConfig
     liberty : Path
         Library in Liberty format, also compressed as .gz.
 
@@ -54,7 +52,7 @@ def unit_areas(units: Mapping[str, wiring.Component], liberty: Path) -> dict[str
         # It reads the library even where there are no flip-flops: a broken one shows at once.
         _run(yosys, folder, f"dfflibmap -liberty {CELLS}", f"{liberty}: Yosys fails on it")
         areas = {}
-        for module, unit in units.items():
+        for module, unit in array_modules(config).items():
             (folder / "unit.v").write_text(convert_unit(unit, module, reset=False))
             script = (
                 f"read_verilog unit.v; synth -flatten -top {module}; "

@@ -32,7 +32,6 @@ NAMES = (
     "accelerator",
     "samplers",
     "area",
-    "sampling_area",
 )
 _REPORT = rb'\{\s*"seed": \d+,\s*"machine": '
 
@@ -64,7 +63,7 @@ def run(
     from speq.hw.common.files import replacing
 
     names = chosen_names(only)
-    if liberty is not None and {"area", "sampling_area"} & set(names):
+    if liberty is not None and "area" in names:
         liberty.open("rb").close()
     if encoded is not None and "samplers" in names:
         encoded.open("rb").close()

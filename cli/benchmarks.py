@@ -20,11 +20,6 @@ from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.host.session import Session
 from speq.hw import EngineConfig
 from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.array.array import array_modules
-from speq.hw.sampling.gumbel_transform import GumbelTransform
-from speq.hw.sampling.philox import Philox
-from speq.hw.vector.fp32_adder import Fp32Adder
-from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.verilog import write_verilog
 from speq.model.arith import quantize_activations, verify_gemm
 from speq.model.checkpoint import CheckpointError
@@ -233,7 +228,7 @@ def samplers(settings: BenchSettings) -> list[Figure]:
     """Sampled decoding of the golden model with either sampler at three temperatures."""
     if settings.encoded is None:
         raise Skipped("it needs SmolLM2's file of speq encode: --encoded FILE")
-    per_kind, tokens = 4, 24
+    per_kind, tokens = 4, 16
     model, file = load_model("smollm2"), read_encoded(settings.encoded)
     encoded = tensors_for(model, file, settings.encoded)
     chosen = file.settings["alternates"]
@@ -271,7 +266,7 @@ def area(settings: BenchSettings) -> list[Figure]:
     if settings.liberty is None:
         raise Skipped("it needs a standard-cell library: --liberty FILE, or LIBERTY=FILE")
     config = EngineConfig()
-    areas = unit_areas(array_modules(config), settings.liberty)
+    areas = unit_areas(config, settings.liberty)
     note = f"synthesised with {settings.liberty.name}"
     figures = [Figure(f"area of {name}", value, "um2", note=note) for name, value in areas.items()]
     pe, column = 100 * pe_overhead(areas), 100 * column_overhead(areas, config)
@@ -283,24 +278,4 @@ def area(settings: BenchSettings) -> list[Figure]:
         *figures,
         Figure("dual-mode PE, extra area", pe, "%", 30, True, "against the FP16-only PE"),
         Figure("array, extra area", column, "%", 5, True, extra),
-    ]
-
-
-def sampling_area(settings: BenchSettings) -> list[Figure]:
-    """Synthesise the units of which the noise has one for each lane."""
-    if settings.liberty is None:
-        raise Skipped("it needs a standard-cell library: --liberty FILE, or LIBERTY=FILE")
-    units = {
-        "random bits, 1 round in hardware": Philox(1),
-        "random bits, 2 rounds in hardware": Philox(2),
-        "noise from random bits": GumbelTransform(),
-        "FP32 multiplier": Fp32Multiplier(),
-        "FP32 adder": Fp32Adder(),
-    }
-    modules = {f"unit_{number}": unit for number, unit in enumerate(units.values())}
-    areas = unit_areas(modules, settings.liberty)
-    note = f"sampling, one lane, synthesised with {settings.liberty.name}"
-    return [
-        Figure(f"area of {name}", value, "um2", note=note)
-        for name, value in zip(units, areas.values(), strict=True)
     ]

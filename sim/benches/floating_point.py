@@ -44,7 +44,7 @@ from speq.sim.runner import seed, simulate
 _COPIES = 16
 _OPERAND_BITS = _RESULT_BITS = 32
 #: Random operands or pairs for each kind, beyond the directed ones.
-_RANDOM = 4_500_000
+_RANDOM, _FEWER = 4_500_000, 400_000
 #: Results that are compared with SoftFloat's, evenly spaced, unless all are.
 _SOFTFLOAT_SAMPLE = 50_000
 _SOFTFLOAT = "SPEQ_BENCH_SOFTFLOAT"
@@ -148,7 +148,7 @@ def _soft_to_fp32(a: int) -> int:
 def _close_pairs(rng: np.random.Generator) -> np.ndarray:
     """Every pair of exponents, and random pairs of numbers whose exponents are at most a
     significand apart; some differ in a few bits only."""
-    a = _random_numbers(rng, _RANDOM)
+    a = _random_numbers(rng, _count())
     exponents = (a >> FP32_FRACTION & 255).astype(int)
     distance = np.rint(rng.normal(0, 8, len(a))).astype(int)
     b = _with_exponents(_random_numbers(rng, len(a)), exponents + distance)
@@ -160,7 +160,7 @@ def _close_pairs(rng: np.random.Generator) -> np.ndarray:
 def _any_pairs(rng: np.random.Generator) -> np.ndarray:
     """Every pair of exponents, and random pairs of numbers whose product has any exponent, one
     around the smallest or the largest more often."""
-    a, b = _random_numbers(rng, _RANDOM), _random_numbers(rng, _RANDOM)
+    a, b = _random_numbers(rng, _count()), _random_numbers(rng, _count())
     limit = np.where(rng.random(len(a)) < 0.8, FP32_BIAS - 12, FP32_BIAS + 255)
     field = limit + np.rint(rng.normal(0, 12, len(a))).astype(int)
     aimed = _with_exponents(b, field - (a >> FP32_FRACTION & 255).astype(int))
@@ -175,7 +175,7 @@ def _around_fp16(rng: np.random.Generator) -> np.ndarray:
     )
     exponents = np.arange(256, dtype=np.uint32)[:, None] << FP32_FRACTION
     directed = (exponents | fractions.ravel()).ravel()
-    a = _random_numbers(rng, _RANDOM)
+    a = _random_numbers(rng, _count())
     low = FP32_BIAS - FP16_BIAS - 13
     near = _with_exponents(a, rng.integers(low, FP32_BIAS + FP16_BIAS + 3, len(a)))
     a = np.where(rng.random(len(a)) < 0.9, near, a)
@@ -225,8 +225,14 @@ class _Bench(wiring.Component):
         return m
 
 
+def _count() -> int:
+    """Random operands of a unit."""
+    return _RANDOM if os.environ[_SOFTFLOAT] == "1" else _FEWER
+
+
 def run(*, softfloat: bool = False) -> None:
-    """Check the units; with `softfloat` compare every result with SoftFloat's."""
+    """Check the units; with `softfloat` compare ten times as many random operands, and every result
+    with SoftFloat's as well."""
     verilog = file_bench_verilog(_Bench(), "floating_point_tb")
     modules = [convert_unit(kind.unit, kind.name, reset=False) for kind in _KINDS]
     environment = {_SOFTFLOAT: str(int(softfloat))}

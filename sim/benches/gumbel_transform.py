@@ -20,13 +20,13 @@ from speq.hw.sampling.gumbel_transform import GumbelTransform
 from speq.hw.verilog import convert_unit
 from speq.model.gumbel import transform
 from speq.model.noise_format import SEGMENTS
-from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, play
+from speq.sim.benches.stimulus import WORD_BITS, file_bench_verilog, play_files
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
 #: Transforms side by side: accesses to signals are what a simulation's time goes to.
-_TRANSFORMS = 64
-_CYCLES = 8000
+_TRANSFORMS = 16
+_CYCLES = 32_000
 
 
 class _Transforms(wiring.Component):
@@ -52,7 +52,7 @@ class _Transforms(wiring.Component):
 def run() -> None:
     """Check the transform."""
     unit = GumbelTransform()
-    verilog = bench_verilog(_Transforms(unit), "transform_tb")
+    verilog = file_bench_verilog(_Transforms(unit), "transform_tb")
     verilog += convert_unit(unit, "gumbel_transform", reset=False)
     simulate(verilog, "transform_tb", __name__)
 
@@ -63,7 +63,7 @@ async def every_value(dut: Any) -> None:
     bits = _bits(np.random.default_rng(seed()))
     dut._log.info(f"seed {seed()}: {bits.size:,} values")
     idle = np.zeros((GumbelTransform.LATENCY, _TRANSFORMS), np.uint64)
-    observed = await play(dut, np.concatenate([bits, idle]))
+    observed = await play_files(dut, np.concatenate([bits, idle]))
     got = observed.view(np.uint32)[GumbelTransform.LATENCY :]
     assert_equal_bits(
         "GumbelTransform.noise",

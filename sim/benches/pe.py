@@ -32,7 +32,7 @@ from speq.hw.engine_config import (
 )
 from speq.hw.verilog import convert_unit
 from speq.model.number_format import SCALE_NUMERATORS, SPLITS, FormatConfig, draft_levels
-from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, pack, pad, play
+from speq.sim.benches.stimulus import WORD_BITS, file_bench_verilog, pack, pad, play_files
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
@@ -169,7 +169,7 @@ class _Bench(wiring.Component):
 def run() -> None:
     """Check PEs with and without draft hardware, and with all splits."""
     units = {name: kind.pe() for name, kind in _KINDS.items()}
-    verilog = bench_verilog(_Bench(units), "pe_tb")
+    verilog = file_bench_verilog(_Bench(units), "pe_tb")
     modules = [convert_unit(pe, f"pe_{name}", reset=False) for name, pe in units.items()]
     simulate(verilog + "".join(modules), "pe_tb", __name__)
 
@@ -185,7 +185,7 @@ async def random_sums(dut: Any) -> None:
         )
     cycles = max(case.cycles for case in cases.values())
     stimulus = [pad(case.stimulus(), cycles) for case in cases.values()]
-    observed = await play(dut, np.concatenate(stimulus, axis=1))
+    observed = await play_files(dut, np.concatenate(stimulus, axis=1))
     start = 0
     for name, case in cases.items():
         end = start + _OBSERVED_WORDS * case.kind.pes

@@ -25,7 +25,7 @@ from speq.hw.engine_config import FP16_MAX, EngineConfig
 from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
 from speq.model.number_format import FormatConfig
-from speq.sim.benches.stimulus import WORD_BITS, bench_verilog, pad, play
+from speq.sim.benches.stimulus import WORD_BITS, file_bench_verilog, pad, play_files
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
@@ -76,7 +76,7 @@ class _Bench(wiring.Component):
 def run() -> None:
     """Check the rounders of several configurations."""
     rounders = {f"rounder_{name}": Rounder(config) for name, config in _CONFIGS.items()}
-    verilog = bench_verilog(_Bench(rounders), "rounder_tb")
+    verilog = file_bench_verilog(_Bench(rounders), "rounder_tb")
     modules = [convert_unit(unit, name, reset=False) for name, unit in rounders.items()]
     simulate(verilog + "".join(modules), "rounder_tb", __name__)
 
@@ -100,7 +100,7 @@ async def every_cycle(dut: Any) -> None:
         dut._log.info(f"seed {seed()}, {name}: {case.sums.size:,} sums")
     cycles = max(len(case.sums) for case in cases.values()) + Rounder.LATENCY
     stimulus = [pad(_stimulus(case), cycles) for case in cases.values()]
-    observed = await play(dut, np.concatenate(stimulus, axis=1))
+    observed = await play_files(dut, np.concatenate(stimulus, axis=1))
     results = np.split(observed.view(np.uint32), len(cases), axis=1)
     for (name, case), got in zip(cases.items(), results, strict=True):
         due = slice(Rounder.LATENCY, Rounder.LATENCY + len(case.sums))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Testbench of exponential, sigmoid, reciprocal and root: every exponent, and millions of numbers.
+"""Testbench of exponential, sigmoid, reciprocal and root: every exponent, and many numbers.
 
 The design under test holds copies of the units side by side, each with a new number in every cycle.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import cocotb
@@ -25,10 +26,12 @@ from speq.sim.benches.stimulus import WORD_BITS, file_bench_verilog, pad, play_f
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
-_COPIES = 16
+_COPIES = 4
 _RESULTS = 3
 _RESULT_BITS = 32
-_RANDOM = 5_000_000
+#: Random numbers for each unit, of the thorough check and of the ordinary one.
+_RANDOM, _FEWER = 5_000_000, 500_000
+_THOROUGH = "SPEQ_BENCH_THOROUGH"
 _ONES = (1 << FP32_FRACTION) - 1
 _UNITS = {"sigmoid": Sigmoid(), "reciprocal": Reciprocal()}
 
@@ -62,21 +65,23 @@ class _Bench(wiring.Component):
         return m
 
 
-def run() -> None:
-    """Check the units."""
+def run(*, thorough: bool = False) -> None:
+    """Check the units, with `thorough` with ten times as many random numbers."""
     verilog = file_bench_verilog(_Bench(), "vector_functions_tb")
     modules = [convert_unit(unit, name, reset=False) for name, unit in _UNITS.items()]
-    simulate(verilog + "".join(modules), "vector_functions_tb", __name__)
+    environment = {_THOROUGH: str(int(thorough))}
+    simulate(verilog + "".join(modules), "vector_functions_tb", __name__, environment=environment)
 
 
 @cocotb.test()
 async def every_cycle(dut: Any) -> None:
     """Directed and random numbers, each result exactly as many cycles later as the unit says."""
     rng = np.random.default_rng(seed())
-    x, positive, root = _cycles(rng, _any_numbers(rng), _positive_numbers(rng))
+    count = _RANDOM if os.environ[_THOROUGH] == "1" else _FEWER
+    x, positive, root = _cycles(rng, _any_numbers(rng, count), _positive_numbers(rng, count))
     dut._log.info(f"seed {seed()}: {x.size:,} numbers")
     words = x.astype(np.uint64) | positive.astype(np.uint64) << np.uint64(32)
-    flags = np.packbits(root, axis=1, bitorder="little").view(np.uint16).astype(np.uint64)
+    flags = np.packbits(root, axis=1, bitorder="little").astype(np.uint64)
     stimulus = np.concatenate([words, flags], axis=1)
     observed = await play_files(dut, pad(stimulus, len(stimulus) + Sigmoid.LATENCY))
     results = observed.view(np.uint32).reshape(len(observed), _COPIES, _RESULTS)
@@ -101,20 +106,20 @@ async def every_cycle(dut: Any) -> None:
         )
 
 
-def _any_numbers(rng: np.random.Generator) -> np.ndarray:
+def _any_numbers(rng: np.random.Generator, count: int) -> np.ndarray:
     """FP32 patterns, uint32: corners of all exponents, random ones of which most are of the
     magnitudes that matter to an exponential, and those around each multiple of ln 2."""
     corners = np.concatenate([_corners(np.arange(256)), _corners(np.arange(256)) | 1 << 31])
-    patterns = rng.integers(0, 1 << 32, _RANDOM, np.uint32)
-    exponents = np.uint32(127 - 24) + rng.integers(0, 32, _RANDOM, np.uint32)
+    patterns = rng.integers(0, 1 << 32, count, np.uint32)
+    exponents = np.uint32(127 - 24) + rng.integers(0, 32, count, np.uint32)
     likely = patterns & ~np.uint32(255 << FP32_FRACTION) | exponents << np.uint32(FP32_FRACTION)
     multiples = (np.arange(1, 200)[:, None] * np.log(2.0)).astype(np.float32).view(np.uint32)
     near = (multiples + np.arange(-20, 20)).astype(np.uint32).ravel()
-    random = np.where(rng.random(_RANDOM) < 0.9, likely, patterns)
+    random = np.where(rng.random(count) < 0.9, likely, patterns)
     return np.concatenate([corners, near, near | 1 << 31, random]).astype(np.uint32)
 
 
-def _positive_numbers(rng: np.random.Generator) -> np.ndarray:
+def _positive_numbers(rng: np.random.Generator, count: int) -> np.ndarray:
     """FP32 patterns, uint32, for which both functions are defined: positive, from 2^-125 to below
     2^126, infinite or NaN; corners, both ends of each interval of the tables, and random ones."""
     exponents = np.arange(2, 127 + 126)
@@ -122,7 +127,7 @@ def _positive_numbers(rng: np.random.Generator) -> np.ndarray:
     ends = np.concatenate([ends, ends - 1]) & np.uint32(_ONES)
     octaves = (np.array([127, 128], np.uint32) << np.uint32(FP32_FRACTION))[:, None] | ends
     special = np.array([FP32_INFINITY, FP32_NAN, FP32_INFINITY + 1], np.uint32)
-    random = rng.integers(2 << FP32_FRACTION, 253 << FP32_FRACTION, _RANDOM, np.uint32)
+    random = rng.integers(2 << FP32_FRACTION, 253 << FP32_FRACTION, count, np.uint32)
     return np.concatenate([special, _corners(exponents), octaves.ravel(), random])
 
 
@@ -135,8 +140,8 @@ def _corners(exponents: np.ndarray) -> np.ndarray:
 def _cycles(rng: np.random.Generator, *patterns: np.ndarray) -> tuple[np.ndarray, ...]:
     """The patterns, uint32 [cycles, copies], in random order, so that neighbours in time have
     little in common, and as many random bits."""
-    count = min(map(len, patterns)) // _COPIES * _COPIES
+    length = min(map(len, patterns)) // _COPIES * _COPIES
     # The directed ones come first and must all be there.
-    shuffled = (each[:count][rng.permutation(count)] for each in patterns)
-    bits = rng.integers(0, 2, count).astype(bool)
+    shuffled = (each[:length][rng.permutation(length)] for each in patterns)
+    bits = rng.integers(0, 2, length).astype(bool)
     return tuple(each.reshape(-1, _COPIES) for each in (*shuffled, bits))

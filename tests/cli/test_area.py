@@ -18,7 +18,6 @@ import pytest
 import speq.cli
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
 from speq.hw import EngineConfig
-from speq.hw.array.array import array_modules
 
 CONFIG = EngineConfig(rows=2, cols=1, max_k=16)
 AREAS = {
@@ -68,7 +67,7 @@ def test_areas_are_sums_of_cells(tmp_path: Path) -> None:
     liberty = tmp_path / "tiny.lib.gz"
     text = library(dict.fromkeys(GATES, 1) | {"flop": 100_000})
     liberty.write_bytes(gzip.compress(text.encode()))
-    areas = unit_areas(array_modules(CONFIG), liberty)
+    areas = unit_areas(CONFIG, liberty)
     flops = {unit: area // 100_000 for unit, area in areas.items()}
     assert flops["speq_exponent_remap"] == 0
     assert flops["speq_pe_fp16"] >= CONFIG.accumulator_bits + 17  # and a weight
@@ -82,7 +81,7 @@ def test_a_library_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     liberty = tmp_path / "bomb.lib.gz"
     liberty.write_bytes(gzip.compress(bytes(1 << 25)))
     with pytest.raises(ValueError, match=r"bomb\.lib\.gz has more than 4,194,304 bytes"):
-        unit_areas(array_modules(CONFIG), liberty)
+        unit_areas(CONFIG, liberty)
 
 
 def test_overheads() -> None:
@@ -144,7 +143,7 @@ def test_a_broken_library_shows_before_the_units_are_written(
     for text in ("cell (", ""):
         (tmp_path / "broken.lib").write_text(text)
         with pytest.raises(ValueError, match=r"broken\.lib: Yosys fails on it: (ERROR|exit code)"):
-            unit_areas(array_modules(CONFIG), tmp_path / "broken.lib")
+            unit_areas(CONFIG, tmp_path / "broken.lib")
 
 
 def test_a_library_that_is_missing_is_named(bench: Bench, tmp_path: Path) -> None:

@@ -314,11 +314,10 @@ def test_what_is_no_regular_file_is_not_read(
 def test_special_files_are_no_cell_libraries(tmp_path: Path, time_limit: None) -> None:
     from speq.cli.area import unit_areas
     from speq.hw import EngineConfig
-    from speq.hw.array.array import array_modules
 
     replaced(tmp_path / "x.lib", "device")
     with pytest.raises(OSError, match="not a regular file"):
-        unit_areas(array_modules(EngineConfig()), tmp_path / "x.lib")
+        unit_areas(EngineConfig(), tmp_path / "x.lib")
 
 
 @pytest.mark.parametrize(

