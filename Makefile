@@ -28,7 +28,7 @@ ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo demo-smollm2 verilog sim test slow check-models lint typings bench timing tiny clean simulator-tools smollm2
+.PHONY: help setup demo demo-smollm2 verilog sim test slow check-models style lint typings bench timing tiny clean simulator-tools smollm2
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -54,8 +54,11 @@ verilog: $(STAMP)  ## write the accelerator's Verilog, register maps, core and t
 sim: simulator-tools $(STAMP)  ## run the RTL regression (cocotb on Verilator)
 	@$(PY) -m pytest tests/hw tests/host tests/sim -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test: simulator-tools lint  ## check style and types, then run the tests, golden model and RTL
-	@$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+# Types are checked meanwhile, as that takes one core a while.
+test: simulator-tools style  ## check style and types and run the tests, golden model and RTL
+	@mkdir -p $(BUILD); $(PY) -m basedpyright >$(BUILD)/types.txt 2>&1 & types=$$!; \
+	$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); tests=$$?; \
+	wait $$types || { cat $(BUILD)/types.txt; exit 1; }; exit $$tests
 
 slow: $(STAMP) smollm2  ## run the slow sweeps that `make test` leaves out
 	@$(PY) -m pytest -m slow -s $(PYTEST_ARGS)
@@ -63,9 +66,11 @@ slow: $(STAMP) smollm2  ## run the slow sweeps that `make test` leaves out
 check-models: $(ORACLE) smollm2  ## compare loaders, golden model and tokenizers with transformers and gguf (minutes)
 	@$(PY) -m tests.oracle.check_models
 
-lint: $(STAMP)  ## check style and formatting with ruff, types with basedpyright
+style: $(STAMP)
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
+
+lint: style  ## check style and formatting with ruff, types with basedpyright
 	@$(PY) -m basedpyright
 
 typings: $(STAMP)  ## tell the type checker and editors of modules that were added, moved or removed

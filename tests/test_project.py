@@ -194,12 +194,25 @@ def test_finished_environment_is_used_as_it_is(tree: Path) -> None:
     assert "pip" not in plan
 
 
-def test_tests_begin_with_lint(tree: Path) -> None:
+@pytest.mark.parametrize("wrong", ["ruff check", "ruff format", "basedpyright", "pytest", None])
+def test_tests_include_lint(tree: Path, wrong: str | None) -> None:
+    """`make test` fails if one of them does, and says what the type checker has to say."""
     pretend_installed(tree)
-    plan = run_make(tree, "--dry-run", "test").stdout
-    lint = run_make(tree, "--dry-run", "lint").stdout
-    assert lint.strip() and lint in plan
-    assert plan.index(lint) < plan.index("-m pytest")
+    python = tree / ".venv/bin/python"
+    python.unlink()
+    python.write_text(f'#!/bin/sh\necho "ran $*"\ncase "$*" in *"{wrong}"*) exit 1;; esac\n')
+    python.chmod(0o755)
+    result = run_make(tree, "test")
+    assert (result.returncode == 0) == (wrong is None)
+    assert "ran -m ruff check" in result.stdout
+    if wrong is None or wrong == "pytest":
+        assert "ran -m ruff format --check" in result.stdout
+        assert "ran -m pytest" in result.stdout
+        assert "ran -m basedpyright" in (tree / "build/types.txt").read_text()
+    elif wrong == "basedpyright":
+        assert "ran -m basedpyright" in result.stdout
+    else:
+        assert "ran -m pytest" not in result.stdout
 
 
 def test_every_module_has_a_stub() -> None:
