@@ -151,7 +151,11 @@ class Ecp5Tools(_Folder):
     def measure(self, name: str, unit: wiring.Component) -> Timing:
         """As of `Tools`."""
         self.write_verilog(unit)
-        script = "read_verilog unit.v; synth_ecp5 -top unit -json unit.json"
+        # Without the purge, ABC's results cannot be put back for some units (Yosys 0.70).
+        script = (
+            "read_verilog unit.v; synth_ecp5 -top unit -run begin:map_luts; opt_clean -purge; "
+            "synth_ecp5 -top unit -run map_luts: -json unit.json"
+        )
         self.run(name, self._yosys, "-q", "-p", script)
         self.run(
             *(name, self._nextpnr, *_DEVICE, "--out-of-context", "--quiet"),

@@ -58,19 +58,29 @@ def run(
     tools = synthesis.CellTools(liberty) if liberty else synthesis.Ecp5Tools()
     writing = replacing(json_file, _REPORT, force=force) if json_file else nullcontext()
     timings: list[Timing] = []
+    failed: list[str] = []
     with writing as temporary, tools, status() as say:
         for name in names:
             say(f"{name}: synthesis, placement, routing" if not liberty else f"{name}: synthesis")
-            timings.append(tools.measure(name, makers[name]()))
+            try:
+                timings.append(tools.measure(name, makers[name]()))
+            except ValueError as error:
+                if len(names) == 1:
+                    raise
+                failed.append(str(error))  # the others' figures are not lost
         if temporary is not None:
             report = {
                 "technology": tools.technology,
                 "rows": rows,
                 "cols": cols,
                 "units": [timing.as_json() for timing in timings],
+                "failed": failed,
             }
             temporary.write_text(json.dumps(report, indent=2) + "\n")
-    show(f"speq timing: {rows} x {cols}, {tools.technology}", "", table(timings))
+    if timings:
+        show(f"speq timing: {rows} x {cols}, {tools.technology}", "", table(timings))
+    if failed:
+        raise ValueError("; ".join(failed))
     if len(timings) == 1:
         show("", "critical path:", *(f"  {step}" for step in timings[0].steps()))
 

@@ -17,7 +17,14 @@ from amaranth.hdl import Elaboratable
 from amaranth.lib import wiring
 
 import speq.hw
-from speq.cli.synthesis import cell_timing, ecp5_timing, signal_name
+from speq.cli.synthesis import (
+    CellTools,
+    Timing,
+    _Folder,
+    cell_timing,
+    ecp5_timing,
+    signal_name,
+)
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog.units import units
 
@@ -132,6 +139,33 @@ def test_a_unit_on_an_ecp5(speq_command: Command, tmp_path: Path) -> None:
     (unit,) = json.loads(report.read_text())["units"]
     assert 50 < unit["mhz"] < 500 and unit["levels"] >= 3 and unit["sizes"]["LUT"] > 30
     assert unit["path"][-1][1] == unit["delay"]
+
+
+def test_a_unit_that_fails_does_not_lose_the_others(
+    speq_command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure(self: CellTools, name: str, unit: object) -> Timing:
+        if name == "sigmoid":
+            raise ValueError("sigmoid: yosys fails: out of ideas")
+        return Timing(name, 2.0, 3, [("a", 0.5), ("b", 2.0)], {"area": 7.0})
+
+    def begin(self: CellTools, liberty: Path) -> None:
+        self.technology = "cells"
+        _Folder.__init__(self)
+
+    monkeypatch.setattr(Elaboratable, "_MustUse__silence", True)  # they are not elaborated
+    monkeypatch.setattr(CellTools, "measure", measure)
+    monkeypatch.setattr(CellTools, "__init__", begin)
+    report = tmp_path / "timing.json"
+    arguments = ("--unit", "sigmoid", "--unit", "fp32_gap", "--liberty", "x.lib", "--json", report)
+    result = speq_command("timing", *arguments)
+    assert result.code == 1
+    assert result.err == ["speq: error: sigmoid: yosys fails: out of ideas"]
+    assert "500" in result.out and "a to b" in result.out
+    written = json.loads(report.read_text())
+    assert [unit["unit"] for unit in written["units"]] == ["fp32_gap"]
+    assert written["failed"] == ["sigmoid: yosys fails: out of ideas"]
+    gc.collect()
 
 
 def test_what_is_not_there_is_named(
