@@ -84,7 +84,7 @@ def run(
     ] = 0.0,
     sampler: Annotated[
         Sampler,
-        typer.Option(help="gumbel: the same text with any drafts; rsd: more drafts accepted."),
+        typer.Option(help="gumbel: the same text with any drafts; rsd: recursive rejection."),
     ] = Sampler.GUMBEL,
     encoded: Annotated[
         Path | None, typer.Option(help="The model as speq encode has written it.")

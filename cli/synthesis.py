@@ -181,14 +181,16 @@ def ecp5_timing(unit: str, report: dict) -> Timing:
     for segment in paths[0] if paths else ():
         time += segment["delay"]
         levels += segment["type"] == "logic"
-        if segment["type"] != "routing":
-            path.append((signal_name(segment["to"]["cell"]), round(time, 3)))
+        name = signal_name(segment["to"]["cell"])
+        if segment["type"] != "routing" and not name.startswith("$"):
+            path.append((name, round(time, 3)))
     return Timing(unit, round(time, 3), levels, path, sizes)
 
 
 def signal_name(cell: str) -> str:
-    """The signal in the source that Yosys has named a cell of the ECP5 after."""
-    return _CELL_SUFFIX.sub("", cell)
+    """The signal in the source that Yosys has named a cell of the ECP5 after; one without a name
+    there begins with "$"."""
+    return _CELL_SUFFIX.sub("", cell).lstrip("\\")
 
 
 class CellTools(_Folder):

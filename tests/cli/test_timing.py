@@ -66,6 +66,7 @@ def test_signals_are_named_as_in_the_source() -> None:
         "reader.fifo.level_LUT4_A_1": "reader.fifo.level",
         "sum_CCU2C_S0": "sum",
         "value": "value",
+        "\\$11_TRELLIS_FF_Q": "$11",
     }
     assert {cell: signal_name(cell) for cell in names} == names
 
