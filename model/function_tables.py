@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Context, Decimal, localcontext
+from functools import partial
 
 _CONTEXT = Context(prec=40)
 _CHECKED = 8  # parts of an interval at whose ends the error is looked at
@@ -108,26 +109,13 @@ SIGMOID = FunctionTable(
     value_bits=17,
     shift1=10,
 )
-#: 1 / (1 + x), to FP32's 24 bits.
-INVERSE = FunctionTable(
-    lambda x: 1 / (1 + x),
-    index_bits=7,
-    bits=16,
-    value_bits=26,
-    shift1=16,
-    drop=4,
-    shift2=12,
+_to_24_bits = partial(
+    FunctionTable, index_bits=7, bits=16, value_bits=26, shift1=16, drop=4, shift2=12
 )
-#: 1 / sqrt(1 + x) and 1 / sqrt(2 + 2 x), of the same shape.
-ROOTS = tuple(
-    FunctionTable(
-        function,
-        index_bits=7,
-        bits=16,
-        value_bits=26,
-        shift1=16,
-        drop=4,
-        shift2=12,
-    )
-    for function in (lambda x: 1 / (1 + x).sqrt(), lambda x: 1 / (2 + 2 * x).sqrt())
+#: 1 / (1 + x), to FP32's 24 bits.
+INVERSE = _to_24_bits(lambda x: 1 / (1 + x))
+#: 1 / sqrt(1 + x) and 1 / sqrt(2 + 2 x), to as many.
+ROOTS = (
+    _to_24_bits(lambda x: 1 / (1 + x).sqrt()),
+    _to_24_bits(lambda x: 1 / (2 + 2 * x).sqrt()),
 )

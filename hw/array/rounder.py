@@ -15,6 +15,7 @@ from speq.hw.common.ieee754 import (
     FP32_FRACTION,
     FP32_NAN,
 )
+from speq.hw.common.logic import delayed
 from speq.hw.engine_config import EngineConfig
 
 _DROPPED = FP32_FRACTION - FP16_FRACTION
@@ -63,8 +64,8 @@ class Rounder(wiring.Component):
         bits = self.config.accumulator_bits
 
         # Stage 1: take the sum from the column's bus.
-        total = _registers(m, self.sum, 1)
-        flags = _registers(m, Cat(self.nan, self.half), self.LATENCY - 1)
+        total = delayed(m, self.sum, 1)
+        flags = delayed(m, Cat(self.nan, self.half), self.LATENCY - 1)
 
         # Stage 2: move the leading one to the top. The magnitude of a negative sum x is ~x + 1;
         # the 1 is left to the rounding, so that no adder as wide as the sum is needed, and ones
@@ -104,15 +105,6 @@ class Rounder(wiring.Component):
         m.d.sync += result.eq(Mux(half, fp16, Mux(nan, FP32_NAN, fp32)))
         m.d.comb += self.result.eq(result)
         return m
-
-
-def _registers(m: Module, value: Value, count: int) -> Value:
-    """`value` delayed by `count` cycles."""
-    for _ in range(count):
-        register = Signal(len(value), reset_less=True)
-        m.d.sync += register.eq(value)
-        value = register
-    return value
 
 
 def _normalize(m: Module, value: Value, fill: Value) -> tuple[Value, Value]:

@@ -7,14 +7,13 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.common.ieee754 import FP32_BIAS, FP32_FRACTION
+from speq.hw.common.ieee754 import FP16, FP32_BIAS, FP32_FRACTION, significand
 from speq.hw.common.logic import incremented, leading_zeros, pipeline_stage
 from speq.hw.engine_config import FP16_BITS, check_power_of_two, check_range
 
 #: Softmax weights are FP16 numbers from 0 to 1, integers times 2^-24.
 _UNIT_EXPONENT = -24
 _WEIGHT_BITS = 1 - _UNIT_EXPONENT
-_FP16_FRACTION = 10
 
 
 class WeightSum(wiring.Component):
@@ -99,6 +98,6 @@ class WeightSum(wiring.Component):
 
 def _integer(weight: Value) -> Value:
     """A weight in units of 2^-24."""
-    fraction, exponent = weight[:_FP16_FRACTION], weight[_FP16_FRACTION:-1]
-    significand = Cat(fraction, exponent != 0)
-    return (significand << Mux(exponent == 0, 0, exponent - 1)[:4])[:_WEIGHT_BITS]
+    number = data.View(FP16, weight)
+    shift = Mux(number.exponent == 0, 0, number.exponent - 1)[:4]
+    return (significand(number) << shift)[:_WEIGHT_BITS]
