@@ -675,7 +675,7 @@ def check_descriptor(
     """The first thing that is wrong with a descriptor, for a pass of `rows` rows behind `position`
     KV entries; NONE if it is sound."""
     checks: tuple[tuple[ErrorCode, Callable[[], bool]], ...] = (
-        (ErrorCode.UNKNOWN_KIND, lambda: _is_unknown(fields)),
+        (ErrorCode.UNKNOWN_KIND, lambda: _is_unknown(config, fields)),
         (ErrorCode.RESERVED, lambda: _uses_reserved(fields)),
         (ErrorCode.BAD_SIZE, lambda: _has_bad_size(config, fields, rows, position)),
         (ErrorCode.MISALIGNED, lambda: _is_misaligned(config, fields)),
@@ -683,8 +683,10 @@ def check_descriptor(
     return next((code for code, is_wrong in checks if is_wrong()), ErrorCode.NONE)
 
 
-def _is_unknown(fields: dict[str, int]) -> bool:
+def _is_unknown(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
     if fields["kind"] not in {kind.value for kind in DescriptorKind}:
+        return True
+    if fields["kind"] == DescriptorKind.VECTOR.value and not config.lanes:
         return True
     takes_mode = "mode" in FORMS[DescriptorKind(fields["kind"])].uses
     return takes_mode and fields["mode"] not in {mode.value for mode in Mode}

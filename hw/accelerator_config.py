@@ -9,7 +9,7 @@ from functools import cached_property
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
 
-from speq.hw.engine_config import FP16_BITS, EngineConfig, Mode
+from speq.hw.engine_config import FP16_BITS, EngineConfig, Mode, check_power_of_two
 from speq.hw.memory.axi import AxiConfig
 
 #: Bits of a token id.
@@ -70,6 +70,12 @@ class AcceleratorConfig:
     history : int
         Tokens that are searched for repetitions, a power of two from 8 to 65,536; 0: none, and no
         unit for it.
+    lanes : int
+        Elements that the vector unit takes in a cycle, a power of two from 4 to 64 and at most
+        cols; 0: no vector unit, its work is the host's.
+    query_heads : int
+        Most query heads of a model, a power of two from 4 to 1,024: the vector unit keeps a sum
+        for each of their rows.
 
     Raises
     ------
@@ -82,6 +88,8 @@ class AcceleratorConfig:
     data: AxiConfig
     choices: int
     history: int
+    lanes: int
+    query_heads: int
 
     def __init__(
         self,
@@ -90,6 +98,8 @@ class AcceleratorConfig:
         data: AxiConfig | None = None,
         choices: int = 8,
         history: int = 2048,
+        lanes: int = 0,
+        query_heads: int = 64,
     ) -> None:
         if choices not in _CHOICES:
             raise ValueError(f"choices is {choices}; expected 4 or 8")
@@ -109,6 +119,15 @@ class AcceleratorConfig:
         if not engine.draft_rows:
             raise ValueError("draft_rows is 0; the accelerator needs at least 1")
         object.__setattr__(self, "engine", engine)
+        if lanes:
+            check_power_of_two("lanes", lanes, 4, min(64, cols))
+            if engine.rows > cols:
+                raise ValueError(
+                    f"rows is {engine.rows}; a vector unit needs at least as many columns ({cols})"
+                )
+        object.__setattr__(self, "lanes", lanes)
+        check_power_of_two("query_heads", query_heads, 4, 1024)
+        object.__setattr__(self, "query_heads", query_heads)
         for name, port in (("weights", weights), ("data", data)):
             port = port or AxiConfig(data_bits=min(FP16_BITS * cols, 1024))
             if port.data_bits > FP16_BITS * cols:

@@ -39,6 +39,67 @@ class DescriptorKind(enum.Enum, shape=unsigned(8)):
     HOST = 4
     END = 5
     RERANK = 6
+    VECTOR = 7
+
+
+class VectorOperation(enum.Enum, shape=unsigned(4)):
+    """What a VECTOR descriptor computes; `FORMS` says of which operands."""
+
+    EMBED = 1
+    ADD = 2
+    MULTIPLY = 3
+    NORM = 4
+    ROTATE = 5
+    ROUND = 6
+    GATE = 7
+    SIGMOID_GATE = 8
+    SOFTMAX = 9
+    NORMALIZE = 10
+    QUANTIZE = 11
+
+
+class Target(enum.Enum, shape=unsigned(4)):
+    """Where, and in which form, a VECTOR descriptor leaves its results.
+
+    T are the rows of the pass, A are `AcceleratorConfig.activation_bytes`, c is a column of tile i
+    of a segment, and element e is i C + c. Only elements below `k` (SOFTMAX: below the entries that
+    the pass sees) are written, but whole tiles of TILES and VALUES.
+    """
+
+    #: FP32 [segment][tile][row][column], as the results of a GEMM.
+    TILES = 0
+    #: FP16, row t of word e at ``results + e A + 2 t``: a GEMM's activations.
+    ACTIVATIONS = 1
+    #: Segments are query heads h; g = h // sharing, n = (h % sharing) T + t: FP16 at
+    #: ``results + g outer + (n // R) inner + e A + 2 (n % R)``, an ATTENTION's activations.
+    QUERIES = 2
+    #: Segments are KV heads g; p = position + t: FP16 at
+    #: ``results + g outer + (p // C) inner + 2 C e + 2 (p % C)``, the KV cache's keys.
+    KEYS = 3
+    #: Segments are KV heads g: FP16 at ``results + g outer + i inner + 2 C (position + t) + 2 c``,
+    #: the KV cache's values.
+    VALUES = 4
+    #: Segments are batches b of an ATTENTION, i its row: FP16 at ``results + b inner + e A + 2 i``.
+    WEIGHTS = 5
+    #: Row n of an ATTENTION is row t of query head h of the KV head, n = h T + t: FP16 at
+    #: ``results + h outer + e A + 2 t``, a GEMM's activations.
+    CONTEXT = 6
+
+
+#: The targets of each operation.
+TARGETS = {
+    VectorOperation.EMBED: (Target.TILES,),
+    VectorOperation.ADD: (Target.TILES,),
+    VectorOperation.MULTIPLY: (Target.TILES, Target.ACTIVATIONS),
+    VectorOperation.NORM: (Target.TILES, Target.ACTIVATIONS),
+    VectorOperation.ROTATE: (Target.QUERIES, Target.KEYS),
+    VectorOperation.ROUND: (Target.QUERIES, Target.KEYS, Target.VALUES),
+    VectorOperation.GATE: (Target.ACTIVATIONS,),
+    VectorOperation.SIGMOID_GATE: (Target.ACTIVATIONS,),
+    VectorOperation.SOFTMAX: (Target.WEIGHTS,),
+    VectorOperation.NORMALIZE: (Target.CONTEXT,),
+    VectorOperation.QUANTIZE: (Target.TILES,),
+}
 
 
 #: The bits of a descriptor.
@@ -53,7 +114,9 @@ DESCRIPTOR = data.StructLayout(
         "reserved": 2,
         "tokens": 8,
         "sharing": 8,
-        "k": 32,
+        "k": 24,
+        "operation": 4,
+        "target": 4,
         "o": 32,
         "argument": 32,
         "plane": 64,
@@ -76,7 +139,8 @@ class Use:
     ----------
     about : what it means
     port : of an address or a distance in bytes "weights" or "data", the port whose beat it is a
-        multiple of; it has no more bits than the port's addresses
+        multiple of, or "word": a multiple of `AcceleratorConfig.activation_bytes`; it has no more
+        bits than the ports' addresses
     modes : the modes that use it; in others it must be 0
     values : the value of the field `values` with which it is used; with the other it must be 0
     name : what `Descriptor` calls it, where the member of the layout serves several meanings
@@ -183,6 +247,53 @@ FORMS = {
             ),
         },
     ),
+    DescriptorKind.VECTOR: Form(
+        "Vector work, bit for bit as `speq.model.vector_ops`, on segments (1, heads, or the "
+        "batches of an ATTENTION) of ceil(k / C) tiles of rows of C elements. x is the first "
+        "operand and y the second, FP32 [segment][tile][row][column], with `values` y is the same "
+        "for all rows, [segment][tile][column]; what follows a row's elements in its last tile is "
+        "finite, and 0 for NORM. EMBED: argument * the token's row of a table of FP16 rows. ADD: "
+        "argument * x + y. MULTIPLY: (x * y) * argument. NORM: (x * rsqrt(argument * row_sum(x * "
+        "x) + eps)) * y. ROTATE: rotary embedding of pairs of neighbours, with a table y of rows "
+        "by position, FP32 cosine and sine of each pair. ROUND: x. GATE: (x * y) * sigmoid(x). "
+        "SIGMOID_GATE: x * sigmoid(y). SOFTMAX: weights of the scores x of one KV head, scaled by "
+        "argument; the reciprocals of their sums are kept. NORMALIZE: x times these. QUANTIZE: "
+        "draft activations, words as of a GEMM in mode DRAFT, of FP16 activations at x. The target "
+        "says where results go, and in which form. There are such descriptors only if the "
+        "configuration has lanes. What an operation does not use has no effect.",
+        {
+            "operation": Use("VectorOperation"),
+            "target": Use("Target"),
+            "wait": Use(
+                "1: start only when all descriptors before it are finished; those of this kind run "
+                "one after the other in any case"
+            ),
+            "values": Use(
+                "1: y is the same for all rows (ADD, MULTIPLY, NORM, where it must be 1); EMBED: "
+                "row t's token is the uint32 at y + 4 (position + t), 0: that of the pass"
+            ),
+            "sharing": Use("query heads per KV head (SOFTMAX, NORMALIZE, target QUERIES)"),
+            "k": Use("elements of a row of a segment, 1 to the largest K (not SOFTMAX)"),
+            "o": Use(
+                "segments, 1 to the most query heads; SOFTMAX, NORMALIZE: the number of the KV "
+                "head's first query head"
+            ),
+            "argument": Use(
+                "an FP32 constant (EMBED, ADD, MULTIPLY, SOFTMAX), NORM: the one nearest to 1 / k"
+            ),
+            "activations": Use("address of x", "data", name="first"),
+            "plane": Use("address of y", "data", name="second"),
+            "results": Use("address of the results", "data"),
+            "residual": Use("a distance of the target", "word", name="outer"),
+            "groups": Use("a distance of the target", "word", name="inner"),
+            "extra": Use(
+                "32 bits: NORM: eps in FP32; SOFTMAX: positions that a row sees at most, 0: all; "
+                "EMBED, ROTATE: bytes from a row of the table to the next, a multiple of a beat of "
+                "the data port",
+                name="detail",
+            ),
+        },
+    ),
     DescriptorKind.HOST: Form(
         "Interrupts the host and waits for its answer. All descriptors before it are finished.",
         {"argument": Use("a number for the host")},
@@ -197,7 +308,8 @@ _MEMBERS = {
 @dataclass(frozen=True)
 class Descriptor:
     """One descriptor, for writing programs; the fields are those of `DESCRIPTOR`, but `ranking` and
-    `stride` in place of `extra`, which holds one of them. `tokens` holds `candidates` as well."""
+    `stride` in place of `extra`, which holds one of them. `tokens` holds `candidates` as well, and
+    a VECTOR has names of its own for some (`FORMS`)."""
 
     kind: DescriptorKind
     mode: Mode = Mode.VERIFY
@@ -218,6 +330,13 @@ class Descriptor:
     ranking: int = 0
     stride: int = 0
     candidates: int = 0
+    operation: VectorOperation | int = 0
+    target: Target | int = 0
+    first: int = 0
+    second: int = 0
+    outer: int = 0
+    inner: int = 0
+    detail: int = 0
 
     def pack(self) -> bytes:
         """The descriptor as it lies in memory. Raises ValueError if a value is too large, or if two

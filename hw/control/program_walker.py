@@ -33,6 +33,11 @@ _PRODUCTS = (
 )
 
 
+def _kinds(config: AcceleratorConfig) -> list[DescriptorKind]:
+    """The kinds of descriptors that there are."""
+    return [kind for kind in FORMS if config.lanes or kind is not DescriptorKind.VECTOR]
+
+
 def _unused(kind: DescriptorKind) -> list[str]:
     """Fields that must be 0 in a kind, whatever the others are."""
     names = [name for name, _ in DESCRIPTOR if name not in ("kind", *FORMS[kind].uses)]
@@ -375,13 +380,13 @@ class ProgramWalker(wiring.Component):
         is_attention = kind == DescriptorKind.ATTENTION
         is_rerank = kind == DescriptorKind.RERANK
         is_product = is_gemm | is_attention | is_rerank
-        known = Cat(kind == value for value in DescriptorKind).any() & ~(
+        known = Cat(kind == value for value in _kinds(self.config)).any() & ~(
             is_gemm & (mode == _NO_MODE)
         )
 
         used = Signal()  # a field that must be 0
         with m.Switch(kind):
-            for value in FORMS:
+            for value in _kinds(self.config):
                 with m.Case(value):
                     fields = Cat(Value.cast(d[name]) for name in _unused(value))
                     m.d.comb += used.eq(fields.any())
