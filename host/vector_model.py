@@ -264,10 +264,10 @@ class VectorModel:
                     self._memory.store_columns(place, run, word_bytes)
 
     def _quantize(self, command: _Command) -> None:
-        """Draft activations of all rows that can draft, whatever the pass has."""
+        """Draft activations of the rows of the pass."""
         engine, size = self.config.engine, self.config.activation_bytes
         words = self._memory.load(command.first, command.k * size).view(np.float16)
-        x = np.ascontiguousarray(words.reshape(command.k, -1)[:, : engine.draft_rows].T)
+        x = np.ascontiguousarray(words.reshape(command.k, -1)[:, : len(command.rows)].T)
         blocks = quantize_activations(torch.from_numpy(x), engine.format.group)
         content = draft_activation_words(blocks, self.config)
         self._memory.store(command.results, content, content.nbytes)

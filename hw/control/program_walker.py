@@ -606,18 +606,22 @@ class _VectorCheck:
             | d.extra[DETAIL_BITS:].any()
         )
 
+        beat = config.data.offset_bits
         offsets = {
-            "data": config.data.offset_bits,
+            "data": beat,
             "word": (config.activation_bytes - 1).bit_length(),
         }
         has_distance = is_any(VectorOperation.EMBED, VectorOperation.ROTATE)
+        # Values are written as they lie there.
+        has_lines = d.target == Target.VALUES
         self.is_misaligned = is_vector & (
             Cat(
                 _is_misaligned(d[name], offsets[use.port], config.address_bits)
                 for name, use in FORMS[DescriptorKind.VECTOR].uses.items()
                 if use.port is not None
             ).any()
-            | (has_distance & d.extra[: config.data.offset_bits].any())
+            | (has_distance & d.extra[:beat].any())
+            | (has_lines & (d.residual[:beat].any() | d.groups[:beat].any()))
         )
 
 

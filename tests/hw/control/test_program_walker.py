@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 
 import pytest
-from amaranth.sim import Simulator
+from amaranth.sim import Simulator, SimulatorContext
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import (
@@ -59,6 +60,39 @@ class WalkRecord:
     done: bool = False
 
 
+def memory_port(
+    dut: ProgramWalker, memory: dict[int, int], bad_read: int | None = None
+) -> Callable[[SimulatorContext], Coroutine]:
+    """A process that answers the walker's reads with bytes of a memory; SLVERR at `bad_read`."""
+    port = dut.config.data
+
+    async def read_port(ctx):
+        axi, waiting = dut.axi, []
+        ctx.set(axi.arready, 1)
+        async for *_, valid, start, beats, ready in ctx.tick().sample(
+            axi.arvalid, axi.araddr, axi.arlen, axi.rready
+        ):
+            assert ready
+            if valid:
+                assert start % port.beat_bytes == 0
+                for i in range(beats + 1):
+                    place = start + i * port.beat_bytes
+                    assert BASE <= place <= LIMIT
+                    waiting.append([_LATENCY, place, i == beats])
+            for entry in waiting:
+                entry[0] -= 1
+            now = waiting.pop(0) if waiting and waiting[0][0] <= 0 else None
+            ctx.set(axi.rvalid, now is not None)
+            if now:
+                _, place, last = now
+                data = bytes(memory.get(place + i, 0) for i in range(port.beat_bytes))
+                ctx.set(axi.rdata, int.from_bytes(data, "little"))
+                ctx.set(axi.rlast, last)
+                ctx.set(axi.rresp, 2 if place == bad_read else 0)
+
+    return read_port
+
+
 def walk(
     config: AcceleratorConfig,
     program: list[Descriptor] | bytes,
@@ -78,30 +112,6 @@ def walk(
     dut = ProgramWalker(config)
     record = WalkRecord()
     rng = random.Random(trial)
-
-    async def read_port(ctx):
-        axi, waiting = dut.axi, []
-        ctx.set(axi.arready, 1)
-        async for *_, valid, start, beats, ready in ctx.tick().sample(
-            axi.arvalid, axi.araddr, axi.arlen, axi.rready
-        ):
-            assert ready
-            if valid:
-                assert start % config.data.beat_bytes == 0
-                for i in range(beats + 1):
-                    place = start + i * config.data.beat_bytes
-                    assert BASE <= place <= LIMIT
-                    waiting.append([_LATENCY, place, i == beats])
-            for entry in waiting:
-                entry[0] -= 1
-            now = waiting.pop(0) if waiting and waiting[0][0] <= 0 else None
-            ctx.set(axi.rvalid, now is not None)
-            if now:
-                _, place, last = now
-                data = bytes(memory.get(place + i, 0) for i in range(config.data.beat_bytes))
-                ctx.set(axi.rdata, int.from_bytes(data, "little"))
-                ctx.set(axi.rlast, last)
-                ctx.set(axi.rresp, 2 if place == bad_read else 0)
 
     async def taker(ctx):
         left, vectors = [], []
@@ -177,7 +187,7 @@ def walk(
     request = {"program": address, "rows": rows, "position": position}
     simulator = Simulator(dut)
     simulator.add_clock(1e-9)
-    simulator.add_process(read_port)
+    simulator.add_process(memory_port(dut, memory, bad_read))
     simulator.add_testbench(taker)
     simulator.add_testbench(configure, background=True)
     simulator.add_testbench(Source(dut.walk, [request], rng).run, background=True)
@@ -442,86 +452,123 @@ QUANTIZE = replace(GATE, operation=VectorOperation.QUANTIZE, target=Target.TILES
 SOUND = (ADD, EMBED, NORM, SOFTMAX, NORMALIZE, ROTATE, QUERIES, GATE, QUANTIZE)
 
 
-@pytest.mark.parametrize("descriptor", SOUND, ids=lambda d: f"{d.operation.name} {d.target.name}")
-def test_sound_vector_descriptors(descriptor):
+def refusals(
+    config: AcceleratorConfig, programs: list[bytes], rows: int = 2, position: int = 5
+) -> list[tuple[ErrorCode, int]]:
+    """How walks end, one after the other, that do not get beyond their first descriptor; others
+    end with the second, which is none."""
+    dut = ProgramWalker(config)
+    memory: dict[int, int] = {}
+    ends = []
+
+    async def walks(ctx):
+        ctx.set(dut.base, BASE)
+        ctx.set(dut.limit, LIMIT)
+        ctx.set(dut.length, 2)
+        for taker in (dut.jobs.ready, dut.vector.ready, dut.idle, dut.vector_idle):
+            ctx.set(taker, 1)
+        ctx.set(dut.walk.payload, {"program": PROGRAM, "rows": rows, "position": position})
+        for program in programs:
+            memory.clear()
+            memory.update(enumerate(program, start=PROGRAM))
+            ctx.set(dut.walk.valid, 1)
+            await ctx.tick().until(dut.walk.ready)
+            ctx.set(dut.walk.valid, 0)
+            await ctx.tick().until(dut.error != ErrorCode.NONE)
+            ends.append((ErrorCode(ctx.get(dut.error)), ctx.get(dut.error_address)))
+            ctx.set(dut.clear, 1)
+            await ctx.tick().repeat(2)
+            ctx.set(dut.clear, 0)
+
+    simulator = Simulator(dut)
+    simulator.add_clock(1e-9)
+    simulator.add_process(memory_port(dut, memory))
+    simulator.add_testbench(walks)
+    simulator.run()
+    return ends
+
+
+REFUSED_VECTORS = [
+    *(
+        (replace(d, operation=number), ErrorCode.UNKNOWN_KIND)
+        for d in (ADD, GATE)
+        for number in (0, 12, 15)
+    ),
+    *(
+        (
+            replace(ADD, operation=operation, target=number, mode=Mode.DRAFT),
+            ErrorCode.UNKNOWN_KIND,
+        )
+        for operation, targets in TARGETS.items()
+        for number in (*range(8), 15)
+        if number not in [target.value for target in targets]
+    ),
+    *((replace(ADD, **{name: 1}), ErrorCode.RESERVED) for name in ("half", "discard", "tokens")),
+    (replace(ADD, mode=Mode.DRAFT), ErrorCode.RESERVED),
+    (replace(GEMM, operation=1), ErrorCode.RESERVED),
+    (replace(ATTENTION, target=1), ErrorCode.RESERVED),
+    (Descriptor(DescriptorKind.END, target=8), ErrorCode.RESERVED),
+    (replace(SOFTMAX, k=1), ErrorCode.RESERVED),
+    (replace(NORM, values=False), ErrorCode.RESERVED),
+    (QUANTIZE, ErrorCode.BAD_SIZE),  # two rows
+    *(
+        (replace(d, k=k), ErrorCode.BAD_SIZE)
+        for d in (ADD, NORM, NORMALIZE, QUERIES, GATE)
+        for k in (0, MAX_K + 1, 1 << 23)
+    ),
+    *(
+        (replace(d, o=o), ErrorCode.BAD_SIZE)
+        for d in (ADD, NORM, QUERIES)
+        for o in (0, HEADS + 1, 1 << 31)
+    ),
+    *((replace(GATE, o=o), ErrorCode.BAD_SIZE) for o in (0, 2, 257)),
+    (replace(SOFTMAX, o=HEADS - 2), ErrorCode.BAD_SIZE),
+    (replace(SOFTMAX, o=1 << 31), ErrorCode.BAD_SIZE),
+    (replace(NORMALIZE, sharing=255), ErrorCode.BAD_SIZE),
+    (replace(NORMALIZE, o=1), ErrorCode.BAD_SIZE),
+    *((replace(d, sharing=0), ErrorCode.BAD_SIZE) for d in (SOFTMAX, NORMALIZE, QUERIES)),
+    *((replace(d, detail=0, ranking=1 << 32), ErrorCode.BAD_SIZE) for d in (ADD, SOFTMAX, ROTATE)),
+    *(
+        (replace(d, **{name: place}), ErrorCode.MISALIGNED)
+        for d in (ADD, SOFTMAX, EMBED)
+        for name in ("first", "second", "results")
+        for place in (8, 1 << 32)
+    ),
+    *(
+        (replace(d, **{name: place}), ErrorCode.MISALIGNED)
+        for d in (ADD, QUERIES)
+        for name in ("outer", "inner")
+        for place in (4, 1 << 32)
+    ),
+    *(
+        (
+            replace(ADD, operation=VectorOperation.ROUND, target=Target.VALUES, **{name: 8}),
+            ErrorCode.MISALIGNED,
+        )
+        for name in ("outer", "inner")
+    ),
+    (replace(EMBED, detail=8), ErrorCode.MISALIGNED),
+    (replace(ROTATE, detail=4), ErrorCode.MISALIGNED),
+]
+
+
+def test_sound_vector_descriptors():
     """At the edge of what is allowed."""
     got = walk(
         system(lanes=4),
-        [descriptor, Descriptor(DescriptorKind.END)],
-        rows=1 if descriptor is QUANTIZE else ROWS,
+        [*(d for d in SOUND if d is not QUANTIZE), Descriptor(DescriptorKind.END)],
+        rows=ROWS,
         position=MAX_K - ROWS,
     )
-    assert [event[0] for event in got.events] == ["vector", "end"]
+    assert [event[0] for event in got.events] == ["vector"] * (len(SOUND) - 1) + ["end"]
+    assert walk(system(lanes=4), [QUANTIZE, Descriptor(DescriptorKind.END)], rows=1).done
 
 
-@pytest.mark.parametrize(
-    ("descriptor", "expected"),
-    [
-        *(
-            (replace(d, operation=number), ErrorCode.UNKNOWN_KIND)
-            for d in (ADD, GATE)
-            for number in (0, 12, 15)
-        ),
-        *(
-            (
-                replace(ADD, operation=operation, target=number, mode=Mode.DRAFT),
-                ErrorCode.UNKNOWN_KIND,
-            )
-            for operation, targets in TARGETS.items()
-            for number in (*range(8), 15)
-            if number not in [target.value for target in targets]
-        ),
-        *(
-            (replace(ADD, **{name: 1}), ErrorCode.RESERVED)
-            for name in ("half", "discard", "tokens")
-        ),
-        (replace(ADD, mode=Mode.DRAFT), ErrorCode.RESERVED),
-        (replace(GEMM, operation=1), ErrorCode.RESERVED),
-        (replace(ATTENTION, target=1), ErrorCode.RESERVED),
-        (Descriptor(DescriptorKind.END, target=8), ErrorCode.RESERVED),
-        (replace(SOFTMAX, k=1), ErrorCode.RESERVED),
-        (replace(NORM, values=False), ErrorCode.RESERVED),
-        (QUANTIZE, ErrorCode.BAD_SIZE),  # two rows
-        *(
-            (replace(d, k=k), ErrorCode.BAD_SIZE)
-            for d in (ADD, NORM, NORMALIZE, QUERIES, GATE)
-            for k in (0, MAX_K + 1, 1 << 23)
-        ),
-        *(
-            (replace(d, o=o), ErrorCode.BAD_SIZE)
-            for d in (ADD, NORM, QUERIES)
-            for o in (0, HEADS + 1, 1 << 31)
-        ),
-        *((replace(GATE, o=o), ErrorCode.BAD_SIZE) for o in (0, 2, 257)),
-        (replace(SOFTMAX, o=HEADS - 2), ErrorCode.BAD_SIZE),
-        (replace(SOFTMAX, o=1 << 31), ErrorCode.BAD_SIZE),
-        (replace(NORMALIZE, sharing=255), ErrorCode.BAD_SIZE),
-        (replace(NORMALIZE, o=1), ErrorCode.BAD_SIZE),
-        *((replace(d, sharing=0), ErrorCode.BAD_SIZE) for d in (SOFTMAX, NORMALIZE, QUERIES)),
-        *(
-            (replace(d, detail=0, ranking=1 << 32), ErrorCode.BAD_SIZE)
-            for d in (ADD, SOFTMAX, ROTATE)
-        ),
-        *(
-            (replace(d, **{name: place}), ErrorCode.MISALIGNED)
-            for d in (ADD, SOFTMAX, EMBED)
-            for name in ("first", "second", "results")
-            for place in (8, 1 << 32)
-        ),
-        *(
-            (replace(d, **{name: place}), ErrorCode.MISALIGNED)
-            for d in (ADD, QUERIES)
-            for name in ("outer", "inner")
-            for place in (4, 1 << 32)
-        ),
-        (replace(EMBED, detail=8), ErrorCode.MISALIGNED),
-        (replace(ROTATE, detail=4), ErrorCode.MISALIGNED),
-    ],
-)
-def test_refusal_of_vector_descriptors(descriptor, expected):
-    got = walk(system(lanes=4), [descriptor, Descriptor(DescriptorKind.END)])
-    assert got.events == []
-    assert (got.error, got.error_address) == (expected, PROGRAM)
+def test_refusals_of_vector_descriptors():
+    descriptors = [descriptor for descriptor, _ in REFUSED_VECTORS]
+    ends = refusals(system(lanes=4), [descriptor.pack() for descriptor in descriptors])
+    for (descriptor, expected), got in zip(REFUSED_VECTORS, ends, strict=True):
+        assert got == (expected, PROGRAM), descriptor
 
 
 def test_distances_are_multiples_of_words():
