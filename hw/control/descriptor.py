@@ -284,8 +284,12 @@ FORMS = {
             "activations": Use("address of x", "data", name="first"),
             "plane": Use("address of y", "data", name="second"),
             "results": Use("address of the results", "data"),
-            "residual": Use("a distance of the target", "word", name="outer"),
-            "groups": Use("a distance of the target", "word", name="inner"),
+            "residual": Use(
+                "a distance of the target, of VALUES a multiple of a beat", "word", name="outer"
+            ),
+            "groups": Use(
+                "a distance of the target, of VALUES a multiple of a beat", "word", name="inner"
+            ),
             "extra": Use(
                 "32 bits: NORM: eps in FP32; SOFTMAX: positions that a row sees at most, 0: all; "
                 "EMBED, ROTATE: bytes from a row of the table to the next, a multiple of a beat of "

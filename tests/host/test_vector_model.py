@@ -437,7 +437,7 @@ SOUND = {
     VectorOperation.MULTIPLY: {"k": 1, "o": 1, "target": Target.ACTIVATIONS},
     VectorOperation.NORM: {"k": 20, "o": 3, "values": 1, "detail": 0xFFFFFFFF},
     VectorOperation.ROTATE: {"k": 20, "o": 9, "sharing": 3, "detail": 96},
-    VectorOperation.ROUND: {"k": 20, "o": 3, "outer": 8, "inner": 24},
+    VectorOperation.ROUND: {"k": 20, "o": 3, "outer": 32, "inner": 96},
     VectorOperation.GATE: {"k": 20, "o": 1},
     VectorOperation.SIGMOID_GATE: {"k": 20, "o": 1, "values": 1},
     VectorOperation.SOFTMAX: {"o": 0, "sharing": 64, "detail": 1},
@@ -473,7 +473,9 @@ def test_sound_descriptors(operation: VectorOperation) -> None:
         assert code_of(operation, **{name: multiple // 2}) is ErrorCode.MISALIGNED
         assert code_of(operation, **{name: 1 << 40}) is ErrorCode.MISALIGNED
     for name in ("residual", "groups"):
-        assert code_of(operation, **{name: 24}) is ErrorCode.NONE
+        assert code_of(operation, **{name: 96}) is ErrorCode.NONE
+        if DEFAULT_TARGETS[operation] is not Target.VALUES:
+            assert code_of(operation, **{name: 24}) is ErrorCode.NONE
         assert code_of(operation, **{name: 4}) is ErrorCode.MISALIGNED
     fields = unpack(Descriptor(DescriptorKind.VECTOR, operation=operation).pack())
     assert check_descriptor(AcceleratorConfig(), fields, 1, 0) is ErrorCode.UNKNOWN_KIND
@@ -508,6 +510,8 @@ def test_unknown_operations_and_targets() -> None:
         (VectorOperation.ROTATE, {"sharing": 0}, ErrorCode.BAD_SIZE),
         (VectorOperation.ROTATE, {"extra": 16}, ErrorCode.MISALIGNED),
         (VectorOperation.EMBED, {"extra": 16}, ErrorCode.MISALIGNED),
+        (VectorOperation.ROUND, {"residual": 8}, ErrorCode.MISALIGNED),
+        (VectorOperation.ROUND, {"groups": 8}, ErrorCode.MISALIGNED),
     ],
 )
 def test_refused(operation: VectorOperation, changed: dict[str, int], code: ErrorCode) -> None:
