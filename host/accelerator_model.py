@@ -796,7 +796,7 @@ def _is_misaligned(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
     if fields["kind"] != DescriptorKind.VECTOR.value:
         return False
     operation, beat = VectorOperation(fields["operation"]), config.data.beat_bytes
-    if Target(fields["target"]) is Target.VALUES:
+    if operation is VectorOperation.MOVE or Target(fields["target"]) is Target.VALUES:
         return bool(fields["residual"] % beat or fields["groups"] % beat)
     in_table = operation in (VectorOperation.EMBED, VectorOperation.ROTATE)
     return in_table and bool(fields["extra"] % beat)

@@ -612,8 +612,8 @@ class _VectorCheck:
             "word": (config.activation_bytes - 1).bit_length(),
         }
         has_distance = is_any(VectorOperation.EMBED, VectorOperation.ROTATE)
-        # Values are written as they lie there.
-        has_lines = d.target == Target.VALUES
+        # Values are written as they lie there, and moved entries are read so.
+        has_lines = (d.target == Target.VALUES) | is_any(VectorOperation.MOVE)
         self.is_misaligned = is_vector & (
             Cat(
                 _is_misaligned(d[name], offsets[use.port], config.address_bits)

@@ -449,7 +449,8 @@ ROTATE = replace(EMBED, operation=VectorOperation.ROTATE, target=Target.KEYS, sh
 QUERIES = replace(ROTATE, target=Target.QUERIES, sharing=255)
 GATE = replace(ADD, operation=VectorOperation.GATE, target=Target.ACTIVATIONS, o=1)
 QUANTIZE = replace(GATE, operation=VectorOperation.QUANTIZE, target=Target.TILES)
-SOUND = (ADD, EMBED, NORM, SOFTMAX, NORMALIZE, ROTATE, QUERIES, GATE, QUANTIZE)
+MOVE = replace(ADD, operation=VectorOperation.MOVE)
+SOUND = (ADD, EMBED, NORM, SOFTMAX, NORMALIZE, ROTATE, QUERIES, GATE, QUANTIZE, MOVE)
 
 
 def refusals(
@@ -492,7 +493,7 @@ REFUSED_VECTORS = [
     *(
         (replace(d, operation=number), ErrorCode.UNKNOWN_KIND)
         for d in (ADD, GATE)
-        for number in (0, 12, 15)
+        for number in (0, 13, 15)
     ),
     *(
         (
@@ -513,12 +514,12 @@ REFUSED_VECTORS = [
     (QUANTIZE, ErrorCode.BAD_SIZE),  # two rows
     *(
         (replace(d, k=k), ErrorCode.BAD_SIZE)
-        for d in (ADD, NORM, NORMALIZE, QUERIES, GATE)
+        for d in (ADD, NORM, NORMALIZE, QUERIES, GATE, MOVE)
         for k in (0, MAX_K + 1, 1 << 23)
     ),
     *(
         (replace(d, o=o), ErrorCode.BAD_SIZE)
-        for d in (ADD, NORM, QUERIES)
+        for d in (ADD, NORM, QUERIES, MOVE)
         for o in (0, HEADS + 1, 1 << 31)
     ),
     *((replace(GATE, o=o), ErrorCode.BAD_SIZE) for o in (0, 2, 257)),
@@ -547,6 +548,7 @@ REFUSED_VECTORS = [
         )
         for name in ("outer", "inner")
     ),
+    *((replace(MOVE, **{name: 8}), ErrorCode.MISALIGNED) for name in ("outer", "inner")),
     (replace(EMBED, detail=8), ErrorCode.MISALIGNED),
     (replace(ROTATE, detail=4), ErrorCode.MISALIGNED),
 ]
