@@ -25,6 +25,7 @@ from speq.hw.control.register_map import (
     COUNTERS,
     GAP_COSTS,
     MAX_RING_LOG2,
+    MAX_STOP_TOKENS,
     STATES,
     Register,
     constants,
@@ -195,6 +196,11 @@ class AcceleratorModel:
             raise ValueError(f"{size} bytes at {address:#x} are not all in memory")
         return self._memory[first : first + size]
 
+    def _elements(self, name: str) -> list[int]:
+        """The elements of an array of registers."""
+        register = next(register for register, *_ in self._places.values() if register.name == name)
+        return [self._value(register, i) for i in range(register.count)]
+
     def _value(self, register: Register, element: int) -> int:
         name = register.name
         if name in self._written:
@@ -283,6 +289,7 @@ class AcceleratorModel:
                 "CHOICES": (1, self.config.choices),
                 "TOKEN_LIMIT": (1, 2**32 - 1),
                 "RING_LOG2": (1, MAX_RING_LOG2),
+                "STOP_TOKENS": (0, MAX_STOP_TOKENS),
             }
             if self.config.history:
                 limits["HISTORY_LENGTH"] = (0, self.config.history)
@@ -304,6 +311,7 @@ class AcceleratorModel:
     def _decode(self) -> _Run:
         """Speculative decoding, as in `speq.model.speculation.generate`."""
         written = self._written
+        stops = self._elements("STOP_TOKEN")[: written["STOP_TOKENS"]]
         committed = 0
         while committed < written["TOKEN_LIMIT"]:
             remaining = written["TOKEN_LIMIT"] - committed
@@ -316,7 +324,10 @@ class AcceleratorModel:
             rows = list(zip(*columns, strict=True))
             yield from self._walk(PassKind.VERIFY, 0, position, rows)
             tokens, taken = accept(proposal, self._logits)
-            hits = [origins[row] for row in taken[1:]]
+            ended = [i for i, token in enumerate(tokens, 1) if token in stops]
+            tokens = tokens[: min(ended, default=None)]
+            hits = [origins[row] for row in taken[1 : len(tokens) + 1]]
+            taken = taken[: len(tokens)]
             self._write_ring(tokens)
             self._append(tokens)
             committed += len(tokens)
@@ -334,11 +345,14 @@ class AcceleratorModel:
                 GUESS_HITS=hits.count(Origin.GUESS),
                 FREE_STEPS=int(guesses > 0 and chain == 0),
             )
-            answer = yield "STEP"
-            if answer == ANSWERS["FINISH"][0]:
+            if written["RUN"] & 8:
+                answer = yield "STEP"
+                if answer == ANSWERS["FINISH"][0]:
+                    return
+                if answer != ANSWERS["CONTINUE"][0]:
+                    raise _Fault(ErrorCode.HOST_REFUSED, 0)
+            if ended:
                 return
-            if answer != ANSWERS["CONTINUE"][0]:
-                raise _Fault(ErrorCode.HOST_REFUSED, 0)
 
     def _draft(
         self, root: int, position: int, length: int, most: int

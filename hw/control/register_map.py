@@ -21,16 +21,19 @@ from speq.model.number_format import DRAFT_BITS
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
 #: Of this map: major version in the upper half, minor in the lower.
-VERSION = 0x0001_0004
+VERSION = 0x0001_0005
 #: Bits of a register's address.
 ADDRESS_BITS = 12
 #: Largest value of RING_LOG2.
 MAX_RING_LOG2 = 24
+#: Stop tokens that there is room for.
+MAX_STOP_TOKENS = 8
 #: Costs in each table by logit gap, 8 bits each, and in a register of such a table.
 GAP_COSTS, COSTS_PER_REGISTER = 16, 4
 
 _COUNTERS = 0x100
 _SAMPLING = 0x300
+_ENDS = 0x340
 _ROW_TOKENS = 0x400
 _ROW_PLACES = 0x600
 
@@ -298,11 +301,12 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             0x080,
             "rw",
             "what a run is",
-            bits=3,
+            bits=4,
             fields=(
                 Field("speculate", 0, 1, "0: one pass of PASS_PROGRAM, 1: decode"),
                 Field("sample", 1, 1, "rank logits times SCALE plus noise instead of logits"),
                 Field("truncate", 2, 1, "with sample: rank no logits below the cut-off"),
+                Field("steps", 3, 1, "with speculate: wait in the state STEP behind every step"),
             ),
         ),
         Register("PASS_ROWS", 0x084, "rw", "rows of a single pass, 1 to R", bits=8),
@@ -415,6 +419,23 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         ),
         Register("SEED", _SAMPLING + 8, "rw", "seed of the noise", bits=64),
     )
+    ends = (
+        Register(
+            "STOP_TOKENS",
+            _ENDS + 0x04,
+            "rw",
+            f"elements of STOP_TOKEN that count, 0 to {MAX_STOP_TOKENS}",
+            bits=4,
+        ),
+        Register(
+            "STOP_TOKEN",
+            _ENDS + 0x20,
+            "rw",
+            "a run commits nothing behind such a token, and ends",
+            24,
+            count=MAX_STOP_TOKENS,
+        ),
+    )
     arrays = (
         Register("ROW_TOKEN", _ROW_TOKENS, "ro", "token of each row of the pass", 24, count=rows),
         Register(
@@ -431,4 +452,4 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             rows,
         ),
     )
-    return (*plain, *policy, *counters, *sampling, *arrays)
+    return (*plain, *policy, *counters, *sampling, *ends, *arrays)

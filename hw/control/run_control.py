@@ -17,6 +17,7 @@ from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
     MAX_RING_LOG2,
+    MAX_STOP_TOKENS,
     STATES,
     Register,
     registers,
@@ -249,6 +250,7 @@ class RunControl(wiring.Component):
             ("RING", decode & self._is_no_address(values.ring, beat)),
             ("RING_LOG2", decode & _is_outside(values.ring_log2, 1, MAX_RING_LOG2)),
             *history,
+            ("STOP_TOKENS", decode & (values.stop_tokens > MAX_STOP_TOKENS)),
         ]
 
     def _is_no_address(self, value: Value, alignment: int = 1) -> Value:

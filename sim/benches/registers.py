@@ -124,12 +124,13 @@ class _World(World):
         fixed = constants(self.config)
         if register.access == "wo":
             return 0
-        if register.access == "rw":
-            return self.stored[register.key]
         if register.name in fixed:
             return register.pack(fixed[register.name])
-        place = status_layout(self.config)[register.key]
-        bits = self.status >> place.offset & (1 << place.width) - 1
+        if register.access == "rw":
+            bits = self.stored[register.key]
+        else:
+            place = status_layout(self.config)[register.key]
+            bits = self.status >> place.offset & (1 << place.width) - 1
         return sum(
             (bits >> register.bits * i & (1 << register.bits) - 1) << 32 * register.words * i
             for i in range(max(1, register.count))
@@ -150,11 +151,12 @@ class _World(World):
         low = 8 * (address & 3)
         mask = (1 << 8 * len(content)) - 1 << low
         word = int.from_bytes(content, "little") << low
-        # An array's elements use all bits of their words.
-        used = (1 << register.bits * max(1, register.count)) - 1
         if register.access == "rw":
-            kept = self.stored[register.key] & ~(mask << 32 * i)
-            self.stored[register.key] = (kept | word << 32 * i) & used
+            element, part = divmod(i, register.words)
+            place = register.bits * element + 32 * part
+            mask &= (1 << register.bits - 32 * part) - 1
+            kept = self.stored[register.key] & ~(mask << place)
+            self.stored[register.key] = kept | (word & mask) << place
         elif register.access != "ro" and low < register.bits:
             self.expected_pulses.append((register.key, word))
 

@@ -281,7 +281,7 @@ def decoding(pair: Pair) -> Workload:
     log2 = int(random.integers(1, 5))
     thresholds = np.array([0, 1, 4, np.inf], np.float32)
     workload.registers = {
-        "RUN": 1,
+        "RUN": int(random.choice([1, 9])),
         "PROGRAM_LENGTH": 3,
         "DRAFT_PROGRAM": workload.program,
         "VERIFY_PROGRAM": workload.program + start * DESCRIPTOR_BYTES,
@@ -298,6 +298,7 @@ def decoding(pair: Pair) -> Workload:
     tables = {"CHAIN_COSTS": 16, "ALTERNATE_COSTS": 16, "GUESS_COSTS": 4}
     workload.costs = {name: random.integers(0, 40, n).tolist() for name, n in tables.items()}
     workload.history = random.integers(0, o, random.integers(0, 30)).tolist()
+    workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 1])).tolist()
     return workload
 
 

@@ -24,6 +24,7 @@ from amaranth.lib import data
 from amaranth.sim import Simulator
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig, PassKind
+from speq.hw.control.register_map import MAX_STOP_TOKENS
 from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
@@ -91,7 +92,7 @@ class Commit:
 @dataclass
 class Run:
     """A run: registers, the history before it, and what must happen. It ends by the host if
-    `finish` is set."""
+    `finish` is set, which only a run with `steps` can."""
 
     values: dict[str, object]
     history: list[int] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Run:
     commits: list[Commit] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     finish: bool = False
+    stopped: bool = False  # behind a stop token
 
 
 class Cache:
@@ -188,7 +190,7 @@ def golden_run(
     **given: object,
 ) -> Run:
     """A run of the golden loop with random parameters, of which settings and those of the policy
-    may be given; perhaps the host ends it after `steps`."""
+    may be given; perhaps there are stop tokens, perhaps the host ends it after `steps`."""
     rows = config.engine.rows
     vocab = rng.choice([2, 3, 4, 6, 10, 30])
     labels = rng.sample(range(2**TOKEN_BITS), vocab)
@@ -208,9 +210,14 @@ def golden_run(
     prompt = rng.choices(words, k=rng.choice([1, 2, rng.randint(3, HISTORY + 8)]))
     position = rng.randrange(len(prompt), MAX_K - limit - rows + 1)
     ring = rng.randrange(2**28) * config.data.beat_bytes
+    count = steps or rng.choice([None, None, rng.randint(1, limit)])
+    stop_ids = rng.sample(range(vocab), rng.choice([0, 0, 1, min(2, vocab)]))
+    stops = [labels[token] for token in stop_ids]
     run = Run(
         {
-            "run": {"speculate": 1},
+            "run": {"speculate": 1, "steps": count is not None or rng.random() < 0.5},
+            "stop_tokens": len(stops),
+            "stop_token": [*stops, *rng.choices(labels, k=MAX_STOP_TOKENS - len(stops))],
             "pass_rows": rng.randrange(256),
             "position": position,
             "root": labels[prompt[-1]],
@@ -270,25 +277,27 @@ def golden_run(
             {},
             max_tokens=limit,
             settings=settings,
+            stop_ids=frozenset(stop_ids),
             text=SimpleNamespace(begin=lambda *_: cache, tokens=[]),
         )
-        count = steps or rng.choice([None, None, rng.randint(1, limit)])
         run.finish = count is not None
         statistics = Statistics()
         for step in islice(made, count):
             statistics.add(step)
+            kept = cache.kept[: len(step.tokens)]  # nothing behind a stop token
             run.commits.append(
                 Commit(
                     [labels[token] for token in step.tokens],
                     {
                         "committed": len(step.tokens),
                         "accepted": step.accepted,
-                        "last_row": cache.kept[-1],
+                        "last_row": kept[-1],
                         "chain": step.drafted,
                     },
-                    cache.length,
+                    cache.length - len(cache.kept) + len(kept),
                 )
             )
+    run.stopped = run.commits[-1].tokens[-1] in stops
     run.counts = Counter({event: asdict(statistics)[name] for name, event in EVENTS.items()})
     return run
 
@@ -467,9 +476,12 @@ class Bench:
             self.committed = events.committed
         if out.update:
             self.updates.append((out.position, out.root))
+            if not self.run.values["run"].get("steps"):
+                self.check_step(out, self.commits.popleft() if self.commits else None)
         if not out.step_request:
             self.answer = None
         elif self.answer is None:
+            self.check("a run with steps", True, self.run.values["run"]["steps"])
             self.check_step(out, self.commits.popleft() if self.commits else None)
             self.answer = self.rng.choice([0, 1, 10])
 
@@ -497,7 +509,8 @@ class Bench:
             self.check("row tokens", expected.tokens, got)
 
     def check_step(self, out: SimpleNamespace, expected: Commit | None) -> None:
-        """What the host sees when it is asked: registers, and the ring in memory."""
+        """What the host sees when it is asked, or as soon as the step is committed: registers, and
+        the ring in memory."""
         self.check("a step", True, expected is not None)
         values = self.run.values
         for token in expected.tokens:
@@ -577,6 +590,7 @@ def test_runs_equal_the_golden_loop(rows, data_bits, history, count):
     rng = random.Random(f"{seed()} {rows}")
     runs = [golden_run(config, rng) for _ in range(count)]
     total = sum((run.counts for run in runs), Counter())
+    assert rows == 1 or {run.stopped for run in runs} == {run.finish for run in runs} == {0, 1}
     assert total["draft_passes"] > total["accepted"] > 0 or rows == 1
     assert total["alternates"] > total["alternate_hits"] > 0 or rows <= 2
     if history and rows > 2:
