@@ -270,16 +270,25 @@ class AcceleratorModel:
         self._ring_index = 0
         written = self._written
         if written["RUN"] & 1:
+            while (left := written["PROMPT_END"] - written["POSITION"]) > 0:
+                rows = min(self.config.engine.rows, left)
+                yield from self._single_pass(rows)
+                written["POSITION"] += rows
             yield from self._decode()
         else:
-            rows = [(0, i, max(0, i - 1), Origin.CHAIN) for i in range(written["PASS_ROWS"])]
-            yield from self._walk(PassKind.SINGLE, 0, written["POSITION"], rows)
+            yield from self._single_pass(written["PASS_ROWS"])
+
+    def _single_pass(self, count: int) -> _Run:
+        """A pass of rows that follow each other."""
+        rows = [(0, i, max(0, i - 1), Origin.CHAIN) for i in range(count)]
+        yield from self._walk(PassKind.SINGLE, 0, self._written["POSITION"], rows)
 
     def _check_registers(self) -> None:
         """Refuse values that are impossible for this kind of run; the first register counts."""
         engine, written = self.config.engine, self._written
         decodes = bool(written["RUN"] & 1)
         rows = engine.rows if decodes else written["PASS_ROWS"]
+        fills = decodes and written["PROMPT_END"] > written["POSITION"]
         limits = {"POSITION": (0, engine.max_k - rows)}
         regions = ("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT")
         addresses: dict[str, int] = {name: 1 for name in regions}
@@ -295,8 +304,11 @@ class AcceleratorModel:
                 limits["HISTORY_LENGTH"] = (0, self.config.history)
             addresses["DRAFT_PROGRAM"] = addresses["VERIFY_PROGRAM"] = self.config.alignment
             addresses["RING"] = self.config.data.beat_bytes
-        else:
+        if not decodes:
             limits["PASS_ROWS"] = (1, engine.rows)
+        if fills:
+            limits["PROMPT_END"] = (0, engine.max_k - rows)
+        if fills or not decodes:
             addresses["PASS_PROGRAM"] = self.config.alignment
         wrong = {name for name, (low, high) in limits.items() if not low <= written[name] <= high}
         wrong |= {

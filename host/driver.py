@@ -369,7 +369,7 @@ class Driver:
     def _write_sampling(self, sampling: Sampling | None, seed: int) -> None:
         """What a run is that decodes."""
         r = self.registers
-        r["STOP_TOKENS"] = 0  # each step is looked at here
+        r["PROMPT_END"] = r["STOP_TOKENS"] = 0  # prompts and ends of texts are dealt with here
         if sampling is None:
             r["RUN"] = {"speculate": 1, "sample": 0, "truncate": 0, "steps": 1}
         else:

@@ -421,6 +421,14 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
     )
     ends = (
         Register(
+            "PROMPT_END",
+            _ENDS,
+            "rw",
+            "with RUN.speculate: entries that single passes fill, from POSITION on, before the run "
+            "decodes; up to POSITION: none",
+            bits=17,
+        ),
+        Register(
             "STOP_TOKENS",
             _ENDS + 0x04,
             "rw",

@@ -229,6 +229,7 @@ class RunControl(wiring.Component):
         values, engine = self.values, self.config.engine
         decode = values.run.speculate
         rows = Mux(decode, engine.rows, values.pass_rows)
+        fills = decode & (values.prompt_end > values.position)
         beat, buffer = self.config.data.beat_bytes, self.config.alignment
         history = []
         if self.config.history:
@@ -239,7 +240,7 @@ class RunControl(wiring.Component):
             ("READ_LIMIT", self._is_no_address(values.read_limit)),
             ("WRITE_BASE", self._is_no_address(values.write_base)),
             ("WRITE_LIMIT", self._is_no_address(values.write_limit)),
-            ("PASS_PROGRAM", ~decode & self._is_no_address(values.pass_program, buffer)),
+            ("PASS_PROGRAM", (~decode | fills) & self._is_no_address(values.pass_program, buffer)),
             ("DRAFT_PROGRAM", decode & self._is_no_address(values.draft_program, buffer)),
             ("VERIFY_PROGRAM", decode & self._is_no_address(values.verify_program, buffer)),
             ("PASS_ROWS", ~decode & _is_outside(values.pass_rows, 1, engine.rows)),
@@ -250,6 +251,7 @@ class RunControl(wiring.Component):
             ("RING", decode & self._is_no_address(values.ring, beat)),
             ("RING_LOG2", decode & _is_outside(values.ring_log2, 1, MAX_RING_LOG2)),
             *history,
+            ("PROMPT_END", fills & (values.prompt_end + rows > engine.max_k)),
             ("STOP_TOKENS", decode & (values.stop_tokens > MAX_STOP_TOKENS)),
         ]
 

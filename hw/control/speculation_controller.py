@@ -16,6 +16,7 @@ from amaranth.hdl import (
     Signal,
     Value,
     ValueLike,
+    signed,
 )
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -93,11 +94,13 @@ class SpeculationController(wiring.Component):
     """Runs the passes of a run and decides, from their rankings, what comes next.
 
     Without `speculate`: one pass, of kind SINGLE, `pass_rows` rows and at `position`. With it,
-    steps as in `speq.model.speculation.generate`, greedy, until `token_limit` tokens or one of the
-    first `stop_tokens` elements of `stop_token` are committed or the host ends the run. Costs are
-    -log2 of probabilities in sixteenths of a bit, from the tables in the registers; the cost of a
-    path is the sum of its tokens'. In the tables by logit gap, its FP32 exponent and the top bit of
-    its fraction are the index, counted from 2^-3 on: 0 below 0.1875, 15 from 24 on. A gap with an
+    first such passes of as many rows as there are, as long as POSITION, which each moves on, is
+    less than `prompt_end`: they fill the KV cache up to there. Then steps as in
+    `speq.model.speculation.generate`, greedy, until `token_limit` tokens or one of the first
+    `stop_tokens` elements of `stop_token` are committed or the host ends the run. Costs are -log2
+    of probabilities in sixteenths of a bit, from the tables in the registers; the cost of a path is
+    the sum of its tokens'. In the tables by logit gap, its FP32 exponent and the top bit of its
+    fraction are the index, counted from 2^-3 on: 0 below 0.1875, 15 from 24 on. A gap with an
     infinity or NaN, or to an entry that does not exist, is +infinity.
 
     1. Guess: if `guess_limit` allows it, the root is looked for in the history. If it has a match
@@ -310,6 +313,7 @@ class SpeculationController(wiring.Component):
     def _run_states(self, m: Module, r: _Registers, matcher: NgramMatcher | None) -> None:
         """The start of a run, and of a step or the single pass."""
         values, rows = self.values, self.config.engine.rows
+        unfilled = Signal(signed(len(r.position) + 1), reset_less=True)  # entries of the prompt
         with m.State("IDLE"):
             if matcher is not None:
                 m.d.comb += [
@@ -336,6 +340,7 @@ class SpeculationController(wiring.Component):
                 *(depth.eq(i) for i, depth in enumerate(r.depths)),
                 *(parent.eq(max(0, i - 1)) for i, parent in enumerate(r.parents)),
                 r.is_free.eq(0),
+                unfilled.eq(values.prompt_end - r.position),
             ]
             if matcher is not None:
                 costs = _costs(values.guess_costs)
@@ -356,6 +361,15 @@ class SpeculationController(wiring.Component):
                 r.most.eq(Mux(r.left < rows, r.left, rows)),
             ]
             m.next = "PLAN"
+            with m.If(unfilled > 0):
+                r.set_pass(m, PassKind.SINGLE, Mux(unfilled < rows, unfilled, rows), r.position)
+                m.next = "PASS"
+        with m.State("FILLED"):
+            m.d.sync += r.position.eq(r.position + r.now.rows)
+            m.next = "MOVE_ON"
+        with m.State("MOVE_ON"):
+            m.d.comb += self.update.eq(1)
+            m.next = "START"
 
     def _pass_states(self, m: Module, r: _Registers) -> None:
         """A pass, and where to go on behind it."""
@@ -368,6 +382,8 @@ class SpeculationController(wiring.Component):
                 with m.Switch(r.now.kind):
                     with m.Case(PassKind.SINGLE):
                         m.next = "FINISH"
+                        with m.If(self.values.run.speculate):
+                            m.next = "FILLED"
                     with m.Case(PassKind.DRAFT):
                         m.d.comb += self.events.draft_passes.eq(1)
                         m.d.sync += r.elapsed.eq(0)

@@ -519,9 +519,9 @@ def begin(board: Board, workload: Workload) -> Registers:
             registers["HISTORY"] = token
     for name, costs in workload.costs.items():
         registers.write_costs(name, costs)
+    registers.write_stop_tokens(workload.stop_tokens)
     for name, value in workload.all_registers().items():
         registers[name] = value
-    registers.write_stop_tokens(workload.stop_tokens)
     registers.command("clear_counters")
     registers.command("start")
     return registers

@@ -149,6 +149,9 @@ def test_runs_follow_each_other() -> None:
         DECODE | {"pass_program": 1, "pass_rows": 0, "root": 2**24 - 1, "threshold": 2**32 - 1},
         DECODE | {"read_limit": 2**40 - 1, "write_limit": 2**40 - 1, "ring": 2**40 - 16},
         SINGLE | {"read_base": 1, "write_base": 3, "pass_program": 2**40 - 64},
+        SINGLE | {"prompt_end": 2**17 - 1, "stop_tokens": 15},
+        DECODE | {"prompt_end": 252, "pass_program": 1, "stop_tokens": 8},
+        DECODE | {"position": 251, "prompt_end": 252, "pass_program": 0x1000},
     ],
 )
 def test_possible_registers(values: dict[str, int]) -> None:
@@ -185,6 +188,11 @@ def test_possible_registers(values: dict[str, int]) -> None:
         (DECODE | {"ring_log2": 0}, "ring_log2"),
         (DECODE | {"ring_log2": 25}, "ring_log2"),
         (DECODE | {"ring_log2": 25, "choices": 0}, "choices"),
+        (DECODE | {"position": 252, "prompt_end": 253}, "prompt_end"),
+        (DECODE | {"position": 0, "prompt_end": 2**17 - 1}, "prompt_end"),
+        (DECODE | {"position": 251, "prompt_end": 252, "pass_program": 1}, "pass_program"),
+        (DECODE | {"position": 253, "prompt_end": 254}, "position"),
+        (DECODE | {"stop_tokens": 9}, "stop_tokens"),
     ],
 )
 def test_impossible_registers(values: dict[str, int], culprit: str) -> None:
