@@ -148,6 +148,8 @@ class AcceleratorModel:
         if offset not in self._places:
             return
         register, element, word = self._places[offset]
+        if register.locked and self._state in ("HOST", "STEP"):
+            return
         if register.access == "rw":
             low = 32 * (register.words * element + word)  # elements follow each other
             mask = min(0xFFFFFFFF, (1 << register.bits - 32 * word) - 1) << low

@@ -88,6 +88,7 @@ class Accelerator(wiring.Component):
             control.host_answer_write.eq(registers.host_answer_write),
             control.irq_status_write.eq(registers.irq_status_write),
             control.write_data.eq(registers.write_data),
+            registers.locked.eq(control.locked),
             self.irq.eq(control.irq),
             # The run.
             speculation.begin.eq(control.begin),

@@ -3,7 +3,8 @@
 
 Registers are 32 bits wide, at multiples of four bytes, on an AXI4-Lite port. Numbers of more bits
 take two, the lower half first. What is not named reads as 0 and ignores writes. After reset
-everything that can be written is 0.
+everything that can be written is 0. All "rw" registers but IRQ_ENABLE ignore writes while a run is
+under way, that is in all states but IDLE and ERROR.
 
 The halves of a counter are read one after the other: while a run is under way, read the upper half,
 the lower and the upper again until both upper ones are the same.
@@ -84,6 +85,11 @@ class Register:
     def key(self) -> str:
         """Its name in the RTL's structures of registers."""
         return self.name.lower()
+
+    @property
+    def locked(self) -> bool:
+        """Whether the host cannot write it while a run, which depends on it, is under way."""
+        return self.access == "rw" and self.name != "IRQ_ENABLE"
 
     @property
     def words(self) -> int:

@@ -114,6 +114,8 @@ class RunControl(wiring.Component):
         All as `RegisterFile` gives them.
     status : Out(run_status_layout(config))
     irq : Out(1)
+    locked : Out(1)
+        A run is under way, or it is being ended: its registers have to be kept.
     begin : Out(1)
         Pulse: a run starts. It is under way from the next cycle on.
     finished : In(1)
@@ -149,6 +151,7 @@ class RunControl(wiring.Component):
                 "write_data": In(32),
                 "status": Out(run_status_layout(config)),
                 "irq": Out(1),
+                "locked": Out(1),
                 "begin": Out(1),
                 "finished": In(1),
                 "host_request": In(1),
@@ -179,6 +182,7 @@ class RunControl(wiring.Component):
         m = Module()
         m.d.comb += [
             self._command.eq(Mux(self.control_write, self.write_data, 0)),
+            self.locked.eq((self._state != State.IDLE) & (self._state != State.ERROR)),
             self.clear.eq(self._stopping > 1),
             self.status.status.eq(self._state),
             self.status.error.eq(self._error),

@@ -288,7 +288,7 @@ def decoding(pair: Pair) -> Workload:
         "DRAFT_PROGRAM": workload.program + 2 * DESCRIPTOR_BYTES,
         "VERIFY_PROGRAM": workload.program + start * DESCRIPTOR_BYTES,
         "ROOT": int(random.integers(o)),
-        "PROMPT_END": workload.position + int(random.choice([-1, 0, 0, 0, 1, 2 * engine.rows + 1])),
+        "PROMPT_END": workload.position + int(random.choice([0, 0, 1, 2 * engine.rows + 1])),
         "DRAFT_LENGTH": int(random.integers(engine.rows)),
         "THRESHOLD": int(random.choice(thresholds).view(np.uint32)),
         "CHOICES": int(random.integers(1, workload.config.choices + 1)),

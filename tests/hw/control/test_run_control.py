@@ -79,6 +79,7 @@ class Bench:
         assert State(self.get("status")) == state
         assert ErrorCode(self.get("error")) == error
         assert self.get("error_address") == address
+        assert self.ctx.get(self.unit.locked) == (state not in (State.IDLE, State.ERROR))
 
     async def begin(self, **values: int) -> None:
         """Start a run."""
