@@ -158,6 +158,8 @@ ERRORS = {
     ErrorCode.BAD_REGISTER: "start was written with an impossible value in the register whose "
     "offset ERROR_ADDRESS holds",
     ErrorCode.NONFINITE: "a result of a product is infinite or NaN",
+    ErrorCode.MEMORY_TIMEOUT: "memory has not answered for MEMORY_TIMEOUT cycles, or start was "
+    "written while it still owed answers from such a run",
 }
 
 #: Counters of 64 bits. They count from reset or CLEAR_COUNTERS on, while a run is under way.
@@ -288,7 +290,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             0x030,
             "of the malformed descriptor, the refused transfer, the burst that failed, the "
             "descriptor that the host did not answer, the product's descriptor for NONFINITE, or "
-            "the register; 0 for STOPPED",
+            "the register; 0 for STOPPED and MEMORY_TIMEOUT",
             "ro",
         ),
         Register("IRQ_ENABLE", 0x038, "rw", "interrupts that raise irq", 3, interrupts),
@@ -440,6 +442,12 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             "rw",
             f"elements of STOP_TOKEN that count, 0 to {MAX_STOP_TOKENS}",
             bits=4,
+        ),
+        Register(
+            "MEMORY_TIMEOUT",
+            _ENDS + 0x08,
+            "rw",
+            "cycles without a transfer on either port in which memory may owe an answer, 0: any",
         ),
         Register(
             "STOP_TOKEN",

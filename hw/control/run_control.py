@@ -80,7 +80,9 @@ class RunControl(wiring.Component):
     error's address is the offset of the first bad register. It ends with `finished`, or early with
     an error: one that a unit reports, a STOP, or a host that refuses or does not answer in time.
     Then `clear` is given for `CLEAR_CYCLES` cycles (state STOPPING), and after the outstanding
-    transactions the state is ERROR until the host writes STOP.
+    transactions the state is ERROR until the host writes STOP. Memory that is `silent` ends a run
+    with MEMORY_TIMEOUT, and the state STOPPING without an end of the transactions; then, as long as
+    they are not over, a start ends with MEMORY_TIMEOUT as well.
 
     While a unit requests the host (states HOST and STEP) the run waits for an answer. In HOST,
     only CONTINUE goes on; after a step also FINISH does. Every other value ends the run with
@@ -89,8 +91,8 @@ class RunControl(wiring.Component):
 
     What comes together or at the wrong time:
 
-    - of events in the same cycle, the first of these counts: an error of a unit, `finished`, STOP,
-      an answer, the timeout, a request;
+    - of events in the same cycle, the first of these counts: an error of a unit, `finished`,
+      `silent`, STOP, an answer, the host's timeout, a request;
     - commands are judged by the state they meet: START is ignored unless IDLE, STOP is ignored in
       IDLE and STOPPING (so START and STOP in one write start a run in IDLE and leave ERROR);
     - an answer is ignored unless one is awaited;
@@ -137,6 +139,8 @@ class RunControl(wiring.Component):
     clear : Out(1)
     drained : In(1)
         Nothing is outstanding; looked at from the second cycle after `clear` on.
+    silent : In(1)
+        Level: memory owes an answer, and has for too long.
     events : In(events_layout())
     """
 
@@ -164,6 +168,7 @@ class RunControl(wiring.Component):
                 "error_address": In(config.address_bits),
                 "clear": Out(1),
                 "drained": In(1),
+                "silent": In(1),
                 "events": In(events_layout()),
             }
         )
@@ -172,6 +177,7 @@ class RunControl(wiring.Component):
         self._error_address = Signal(config.address_bits)
         self._pending = Signal(register_shape(self._register("IRQ_STATUS")))
         self._stopping = Signal(range(CLEAR_CYCLES + 2))  # cycles until `drained` counts
+        self._hangs = Signal()  # transactions have outlasted their run
         self._remaining = Signal(32, reset_less=True)  # cycles that the host has left; 0: any
         self._command = Signal(register_shape(self._register("CONTROL")))
 
@@ -196,7 +202,11 @@ class RunControl(wiring.Component):
 
         with m.Switch(self._state):
             with m.Case(State.IDLE):
-                with m.If(self._command.start):
+                with m.If(self.drained):
+                    m.d.sync += self._hangs.eq(0)
+                with m.If(self._command.start & self._hangs):
+                    self._fail(m, ErrorCode.MEMORY_TIMEOUT, 0)
+                with m.Elif(self._command.start):
                     self._start(m)
             with m.Case(State.RUNNING):
                 self._go_on(m)
@@ -205,6 +215,8 @@ class RunControl(wiring.Component):
             with m.Case(State.STOPPING):
                 self._stop(m)
             with m.Case(State.ERROR):
+                with m.If(self.drained):
+                    m.d.sync += self._hangs.eq(0)
                 with m.If(self._command.stop):
                     m.d.sync += self._state.eq(State.IDLE)
         self._count(m)
@@ -308,6 +320,8 @@ class RunControl(wiring.Component):
                 self._pending.host.eq(0),
                 self._pending.done.eq(1),
             ]
+        with m.Elif(self.silent):
+            self._fail(m, ErrorCode.MEMORY_TIMEOUT, 0)
         with m.Elif(self._command.stop):
             self._fail(m, ErrorCode.STOPPED, 0)
         with m.Else():
@@ -324,11 +338,15 @@ class RunControl(wiring.Component):
         ]
 
     def _stop(self, m: Module) -> None:
-        """State STOPPING: empty all units, then wait for outstanding transactions."""
+        """State STOPPING: empty all units, then wait for outstanding transactions, if they end."""
         with m.If(self._stopping != 0):
             m.d.sync += self._stopping.eq(self._stopping - 1)
-        with m.Elif(self.drained):
-            m.d.sync += [self._state.eq(State.ERROR), self._pending.error.eq(1)]
+        with m.Elif(self.drained | self.silent | self._hangs):
+            m.d.sync += [
+                self._state.eq(State.ERROR),
+                self._pending.error.eq(1),
+                self._hangs.eq(~self.drained),
+            ]
 
     def _count(self, m: Module) -> None:
         """The counters."""

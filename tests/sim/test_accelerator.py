@@ -297,11 +297,12 @@ def decoding(pair: Pair) -> Workload:
         "TOKEN_LIMIT": int(random.integers(1, 8)),
         "RING": workload._result("ring", 4 << log2),
         "RING_LOG2": log2,
+        "MEMORY_TIMEOUT": int(random.choice([0, 1000])),
     }
     tables = {"CHAIN_COSTS": 16, "ALTERNATE_COSTS": 16, "GUESS_COSTS": 4}
     workload.costs = {name: random.integers(0, 40, n).tolist() for name, n in tables.items()}
     workload.history = random.integers(0, o, random.integers(0, 30)).tolist()
-    workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 1])).tolist()
+    workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 0, 0, 1])).tolist()
     return workload
 
 
@@ -309,7 +310,7 @@ def decoding(pair: Pair) -> Workload:
 def test_decoding_with_random_rankings(name):
     with Pair(name, np.random.default_rng(SEED), **STALLED) as pair:
         total = dict.fromkeys(TOKEN_COUNTERS, 0)
-        for _ in range(25):
+        for _ in range(35):
             workload = decoding(pair)
             verify = workload.descriptors[-2]
             size = verify.k * pair.config.activation_bytes
@@ -878,6 +879,40 @@ def test_stop_while_the_host_is_asked(pair):
         assert run_status(values) == RunStatus("ERROR", ErrorCode.STOPPED, 0, 0)
         values["IRQ_STATUS"] = 7
     pair.check_stopped(workload)
+
+
+# Faults: memory that does not answer.
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_memory_that_does_not_answer(channel):
+    """MEMORY_TIMEOUT ends the run, and STOP leads to IDLE; the next run does not begin until a
+    reset. Without it only a reset helps."""
+    with Pair("4x8", np.random.default_rng(SEED), stalls={channel: 256}) as pair:
+        workload = with_host(pair)
+        workload.descriptors[1] = replace(workload.descriptors[0], wait=True)
+        workload.write_program()
+        silent = RunStatus("ERROR", ErrorCode.MEMORY_TIMEOUT, 0, 0)
+        for _ in range(2):
+            workload.registers = {"MEMORY_TIMEOUT": 300}
+            *_, got = run(pair.rtl, workload)
+            assert got == silent
+            values = Registers(pair.rtl, pair.config)
+            values.command("stop")
+            assert run_status(values) == silent._replace(state="IDLE")
+            values["MEMORY_TIMEOUT"], values["IRQ_STATUS"] = 0, 7
+            values.command("start")
+            assert pair.rtl.wait_interrupt(50)
+            assert run_status(values) == silent
+            pair.rtl.reset()
+            workload.registers = {}
+            values = begin(pair.rtl, workload)
+            assert not pair.rtl.wait_interrupt(3000)
+            values.command("stop")
+            assert not pair.rtl.wait_interrupt(3000)
+            assert run_status(values).state == "STOPPING"
+            pair.rtl.reset()
+            assert run_status(values) == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
 
 
 # Faults: registers.
