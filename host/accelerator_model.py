@@ -34,6 +34,7 @@ from speq.hw.control.register_map import (
     COUNTERS,
     GAP_COSTS,
     MAX_RING_LOG2,
+    MAX_STOP_TOKENS,
     STATES,
     Register,
     constants,
@@ -158,6 +159,8 @@ class AcceleratorModel:
         if offset not in self._places:
             return
         register, element, word = self._places[offset]
+        if register.locked and self._state in ("HOST", "STEP"):
+            return
         if register.access == "rw":
             low = 32 * (register.words * element + word)  # elements follow each other
             mask = min(0xFFFFFFFF, (1 << register.bits - 32 * word) - 1) << low
@@ -205,6 +208,11 @@ class AcceleratorModel:
         if not 0 <= first <= first + size <= len(self._memory):
             raise ValueError(f"{size} bytes at {address:#x} are not all in memory")
         return self._memory[first : first + size]
+
+    def _elements(self, name: str) -> list[int]:
+        """The elements of an array of registers."""
+        register = next(register for register, *_ in self._places.values() if register.name == name)
+        return [self._value(register, i) for i in range(register.count)]
 
     def _value(self, register: Register, element: int) -> int:
         name = register.name
@@ -275,16 +283,25 @@ class AcceleratorModel:
         self._ring_index = 0
         written = self._written
         if written["RUN"] & 1:
+            while (left := written["PROMPT_END"] - written["POSITION"]) > 0:
+                rows = min(self.config.engine.rows, left)
+                yield from self._single_pass(rows)
+                written["POSITION"] += rows
             yield from self._decode()
         else:
-            rows = [(0, i, max(0, i - 1), Origin.CHAIN) for i in range(written["PASS_ROWS"])]
-            yield from self._walk(PassKind.SINGLE, 0, written["POSITION"], rows)
+            yield from self._single_pass(written["PASS_ROWS"])
+
+    def _single_pass(self, count: int) -> _Run:
+        """A pass of rows that follow each other."""
+        rows = [(0, i, max(0, i - 1), Origin.CHAIN) for i in range(count)]
+        yield from self._walk(PassKind.SINGLE, 0, self._written["POSITION"], rows)
 
     def _check_registers(self) -> None:
         """Refuse values that are impossible for this kind of run; the first register counts."""
         engine, written = self.config.engine, self._written
         decodes = bool(written["RUN"] & 1)
         rows = engine.rows if decodes else written["PASS_ROWS"]
+        fills = decodes and written["PROMPT_END"] > written["POSITION"]
         limits = {"POSITION": (0, engine.max_k - rows)}
         regions = ("READ_BASE", "READ_LIMIT", "WRITE_BASE", "WRITE_LIMIT")
         addresses: dict[str, int] = {name: 1 for name in regions}
@@ -294,13 +311,17 @@ class AcceleratorModel:
                 "CHOICES": (1, self.config.choices),
                 "TOKEN_LIMIT": (1, 2**32 - 1),
                 "RING_LOG2": (1, MAX_RING_LOG2),
+                "STOP_TOKENS": (0, MAX_STOP_TOKENS),
             }
             if self.config.history:
                 limits["HISTORY_LENGTH"] = (0, self.config.history)
             addresses["DRAFT_PROGRAM"] = addresses["VERIFY_PROGRAM"] = self.config.alignment
             addresses["RING"] = self.config.data.beat_bytes
-        else:
+        if not decodes:
             limits["PASS_ROWS"] = (1, engine.rows)
+        if fills:
+            limits["PROMPT_END"] = (0, engine.max_k - rows)
+        if fills or not decodes:
             addresses["PASS_PROGRAM"] = self.config.alignment
         wrong = {name for name, (low, high) in limits.items() if not low <= written[name] <= high}
         wrong |= {
@@ -315,6 +336,7 @@ class AcceleratorModel:
     def _decode(self) -> _Run:
         """Speculative decoding, as in `speq.model.speculation.generate`."""
         written = self._written
+        stops = self._elements("STOP_TOKEN")[: written["STOP_TOKENS"]]
         committed = 0
         while committed < written["TOKEN_LIMIT"]:
             remaining = written["TOKEN_LIMIT"] - committed
@@ -327,7 +349,10 @@ class AcceleratorModel:
             rows = list(zip(*columns, strict=True))
             yield from self._walk(PassKind.VERIFY, 0, position, rows)
             tokens, taken = accept(proposal, self._logits)
-            hits = [origins[row] for row in taken[1:]]
+            ended = [i for i, token in enumerate(tokens, 1) if token in stops]
+            tokens = tokens[: min(ended, default=None)]
+            hits = [origins[row] for row in taken[1 : len(tokens) + 1]]
+            taken = taken[: len(tokens)]
             self._write_ring(tokens)
             self._append(tokens)
             committed += len(tokens)
@@ -345,11 +370,14 @@ class AcceleratorModel:
                 GUESS_HITS=hits.count(Origin.GUESS),
                 FREE_STEPS=int(guesses > 0 and chain == 0),
             )
-            answer = yield "STEP"
-            if answer == ANSWERS["FINISH"][0]:
+            if written["RUN"] & 8:
+                answer = yield "STEP"
+                if answer == ANSWERS["FINISH"][0]:
+                    return
+                if answer != ANSWERS["CONTINUE"][0]:
+                    raise _Fault(ErrorCode.HOST_REFUSED, 0)
+            if ended:
                 return
-            if answer != ANSWERS["CONTINUE"][0]:
-                raise _Fault(ErrorCode.HOST_REFUSED, 0)
 
     def _draft(
         self, root: int, position: int, length: int, most: int

@@ -10,7 +10,7 @@ import numpy as np
 
 from speq.host.board import Board
 from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.control.register_map import Register, constants, registers
+from speq.hw.control.register_map import MAX_STOP_TOKENS, Register, constants, registers
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.model.number_format import DRAFT_BITS, FormatConfig
@@ -58,6 +58,15 @@ class Registers:
         """Write a table of costs, a byte each, to a register or an array of registers."""
         for offset, word in zip(self._registers[name].offsets, cost_words(costs), strict=True):
             self._board.write_register(offset, word)
+
+    def write_stop_tokens(self, tokens: Sequence[int]) -> None:
+        """Write the tokens behind which runs end. Raises ValueError if there is no room for so
+        many."""
+        if len(tokens) > MAX_STOP_TOKENS:
+            raise ValueError(f"{len(tokens)} stop tokens; there is room for {MAX_STOP_TOKENS}")
+        for offset, token in zip(self._registers["STOP_TOKEN"].offsets, tokens, strict=False):
+            self._board.write_register(offset, token)
+        self["STOP_TOKENS"] = len(tokens)
 
     def command(self, name: str) -> None:
         """Write one bit of CONTROL."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from amaranth.hdl import Elaboratable, Module, Mux, Value
+from amaranth.hdl import Cat, Elaboratable, Module, Mux, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow, Member, Out
 
@@ -17,6 +17,7 @@ from speq.hw.control.run_control import RunControl, run_status_layout
 from speq.hw.control.speculation_controller import SpeculationController, speculation_events_layout
 from speq.hw.datapath import Datapath
 from speq.hw.engine_config import Mode
+from speq.hw.memory.memory_watchdog import MemoryWatchdog
 
 #: The counters that the datapath drives by kind of descriptor.
 _MODE_COUNTERS = {
@@ -88,6 +89,7 @@ class Accelerator(wiring.Component):
             control.host_answer_write.eq(registers.host_answer_write),
             control.irq_status_write.eq(registers.irq_status_write),
             control.write_data.eq(registers.write_data),
+            registers.locked.eq(control.locked),
             self.irq.eq(control.irq),
             # The run.
             speculation.begin.eq(control.begin),
@@ -133,6 +135,7 @@ class Accelerator(wiring.Component):
             datapath.clear.eq(control.clear),
             control.drained.eq(datapath.drained & ~walker.busy),
         ]
+        self._watch_memory(m, control, values.memory_timeout)
         # The token that a row chooses is the one behind it.
         for position, place in zip(datapath.positions, speculation.row_place, strict=True):
             m.d.sync += position.eq(speculation.pass_position + place.depth + 1)
@@ -160,6 +163,28 @@ class Accelerator(wiring.Component):
         ]
         self._report(m, registers, control, speculation)
         return m
+
+    def _watch_memory(self, m: Module, control: RunControl, timeout: Value) -> None:
+        """Notice when memory does not answer."""
+
+        def moves(channel: str) -> Value:
+            return getattr(self, f"m_axi_{channel}valid") & getattr(self, f"m_axi_{channel}ready")
+
+        addresses = ("weights_ar", "data_ar", "data_aw")
+        reads = ("weights_r", "data_r")
+        m.submodules.watchdog = watchdog = MemoryWatchdog(len(addresses))
+        ends = [moves(read) & getattr(self, f"m_axi_{read}last") for read in reads]
+        offers = [getattr(self, f"m_axi_{channel}valid") for channel in (*addresses, "data_w")]
+        m.d.comb += [
+            watchdog.requests.eq(Cat(moves(channel) for channel in addresses)),
+            watchdog.answers.eq(Cat(*ends, moves("data_b"))),
+            watchdog.offer.eq(Cat(offers).any()),
+            watchdog.transfer.eq(
+                Cat(moves(channel) for channel in (*addresses, *reads, "data_w", "data_b")).any()
+            ),
+            watchdog.timeout.eq(timeout),
+            control.silent.eq(watchdog.silent),
+        ]
 
     def _pass(self, m: Module, outer: Value, inner: Value, member: Member) -> None:
         """Connect a port with a unit's."""

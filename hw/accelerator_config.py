@@ -45,6 +45,7 @@ class ErrorCode(enum.Enum, shape=unsigned(5)):
     STOPPED = 14
     BAD_REGISTER = 15
     NONFINITE = 16
+    MEMORY_TIMEOUT = 17
 
 
 def _power_of_two(value: int) -> int:

@@ -108,7 +108,8 @@ class MemoryOptions:
     latency : int
         Cycles from a request, or a write's last beat, to the first response, at least 1.
     stalls : dict
-        For any of `CHANNELS` the probability, in 256ths, that it stalls in a cycle.
+        For any of `CHANNELS` the probability, in 256ths, that it stalls in a cycle; with 256 it
+        never moves.
     reorder : bool
         Responses of different IDs come in random order, the beats of reads interleaved.
     seed : int
@@ -136,10 +137,10 @@ class MemoryOptions:
                 "at least 1, 0 and 1"
             )
         for channel, stall in (self.stalls or {}).items():
-            if channel not in CHANNELS or not 0 <= stall < 256:
+            if channel not in CHANNELS or not 0 <= stall <= 256:
                 raise ValueError(
                     f"stall of channel {channel!r} is {stall!r}; channels are "
-                    f"{', '.join(CHANNELS)}, stalls 0 to 255"
+                    f"{', '.join(CHANNELS)}, stalls 0 to 256"
                 )
         for fault in self.faults:
             if fault.response not in (2, 3) or not 0 <= fault.first <= fault.last:

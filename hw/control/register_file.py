@@ -76,9 +76,8 @@ class RegisterFile(wiring.Component):
 
     All responses are OKAY. What is not a register reads as 0 and ignores writes, and so do bits
     beyond a register's. The lowest two address bits are ignored. Bytes without strobe keep their
-    value; a pulse `.._write` comes with 0 in them, and only if a byte in use is written. Registers
-    stay writable while a run is under way, but a run uses their values directly: the host has to
-    keep them.
+    value; a pulse `.._write` comes with 0 in them, and only if a byte in use is written. Writes to
+    registers that a run depends on (`Register.locked`) have no effect while `locked` is set.
 
     Flow control: a write takes effect once its address and its data have come, in either order, and
     is answered in the next cycle; a read is answered `READ_LATENCY` cycles after its address. There
@@ -96,6 +95,8 @@ class RegisterFile(wiring.Component):
         A member per "rw" register, under its lower-case name; from the cycle after the write.
     status : In(status_layout(config))
         A member per register that the hardware determines.
+    locked : In(1)
+        A run is under way.
     write_data : Out(32)
         What is written, in a cycle with a `.._write`.
     `<name>`_write : Out(1)
@@ -116,6 +117,7 @@ class RegisterFile(wiring.Component):
             "bus": In(lite_signature()),
             "values": Out(values_layout(config)),
             "status": In(status_layout(config)),
+            "locked": In(1),
             "write_data": Out(_WORD_BITS),
         }
         for each in self._registers:
@@ -177,9 +179,10 @@ class RegisterFile(wiring.Component):
         if register.access == "rw":
             values = self.values[register.key]
             stored = Value.cast(values[element] if register.count else values)[low : low + bits]
+            takes = write & ~self.locked if register.locked else write
             for byte in range(-(-bits // 8)):
                 part = _byte(stored, byte)
-                with m.If(write & strobe[byte]):
+                with m.If(takes & strobe[byte]):
                     m.d.sync += part.eq(_byte(self.write_data, byte))
         else:
             in_use = strobe[: -(-bits // 8)].any()

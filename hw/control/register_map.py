@@ -3,7 +3,8 @@
 
 Registers are 32 bits wide, at multiples of four bytes, on an AXI4-Lite port. Numbers of more bits
 take two, the lower half first. What is not named reads as 0 and ignores writes. After reset
-everything that can be written is 0.
+everything that can be written is 0. All "rw" registers but IRQ_ENABLE ignore writes while a run is
+under way, that is in all states but IDLE and ERROR.
 
 The halves of a counter are read one after the other: while a run is under way, read the upper half,
 the lower and the upper again until both upper ones are the same.
@@ -26,11 +27,14 @@ VERSION = 0x0001_0005
 ADDRESS_BITS = 12
 #: Largest value of RING_LOG2.
 MAX_RING_LOG2 = 24
+#: Stop tokens that there is room for.
+MAX_STOP_TOKENS = 8
 #: Costs in each table by logit gap, 8 bits each, and in a register of such a table.
 GAP_COSTS, COSTS_PER_REGISTER = 16, 4
 
 _COUNTERS = 0x100
 _SAMPLING = 0x300
+_ENDS = 0x340
 _ROW_TOKENS = 0x400
 _ROW_PLACES = 0x600
 
@@ -81,6 +85,11 @@ class Register:
     def key(self) -> str:
         """Its name in the RTL's structures of registers."""
         return self.name.lower()
+
+    @property
+    def locked(self) -> bool:
+        """Whether the host cannot write it while a run, which depends on it, is under way."""
+        return self.access == "rw" and self.name != "IRQ_ENABLE"
 
     @property
     def words(self) -> int:
@@ -151,6 +160,8 @@ ERRORS = {
     ErrorCode.BAD_REGISTER: "start was written with an impossible value in the register whose "
     "offset ERROR_ADDRESS holds",
     ErrorCode.NONFINITE: "a result of a product is infinite or NaN",
+    ErrorCode.MEMORY_TIMEOUT: "memory has not answered for MEMORY_TIMEOUT cycles, or start was "
+    "written while it still owed answers from such a run",
 }
 
 #: Counters of 64 bits. They count from reset or CLEAR_COUNTERS on, while a run is under way.
@@ -284,7 +295,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             0x030,
             "of the malformed descriptor, the refused transfer, the burst that failed, the "
             "descriptor that the host did not answer, the product's descriptor for NONFINITE, or "
-            "the register; 0 for STOPPED",
+            "the register; 0 for STOPPED and MEMORY_TIMEOUT",
             "ro",
         ),
         Register("IRQ_ENABLE", 0x038, "rw", "interrupts that raise irq", 3, interrupts),
@@ -303,11 +314,12 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             0x080,
             "rw",
             "what a run is",
-            bits=3,
+            bits=4,
             fields=(
                 Field("speculate", 0, 1, "0: one pass of PASS_PROGRAM, 1: decode"),
                 Field("sample", 1, 1, "rank logits times SCALE plus noise instead of logits"),
                 Field("truncate", 2, 1, "with sample: rank no logits below the cut-off"),
+                Field("steps", 3, 1, "with speculate: wait in the state STEP behind every step"),
             ),
         ),
         Register("PASS_ROWS", 0x084, "rw", "rows of a single pass, 1 to R", bits=8),
@@ -431,6 +443,37 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         ),
         Register("SEED", _SAMPLING + 8, "rw", "seed of the noise", bits=64),
     )
+    ends = (
+        Register(
+            "PROMPT_END",
+            _ENDS,
+            "rw",
+            "with RUN.speculate: entries that single passes fill, from POSITION on, before the run "
+            "decodes; up to POSITION: none",
+            bits=17,
+        ),
+        Register(
+            "STOP_TOKENS",
+            _ENDS + 0x04,
+            "rw",
+            f"elements of STOP_TOKEN that count, 0 to {MAX_STOP_TOKENS}",
+            bits=4,
+        ),
+        Register(
+            "MEMORY_TIMEOUT",
+            _ENDS + 0x08,
+            "rw",
+            "cycles without a transfer on either port in which memory may owe an answer, 0: any",
+        ),
+        Register(
+            "STOP_TOKEN",
+            _ENDS + 0x20,
+            "rw",
+            "a run commits nothing behind such a token, and ends",
+            24,
+            count=MAX_STOP_TOKENS,
+        ),
+    )
     arrays = (
         Register("ROW_TOKEN", _ROW_TOKENS, "ro", "token of each row of the pass", 24, count=rows),
         Register(
@@ -447,4 +490,4 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             rows,
         ),
     )
-    return (*plain, *more, *counters, *sampling, *arrays)
+    return (*plain, *more, *counters, *sampling, *ends, *arrays)

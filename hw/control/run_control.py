@@ -17,6 +17,7 @@ from speq.hw.control.register_map import (
     ANSWERS,
     COUNTERS,
     MAX_RING_LOG2,
+    MAX_STOP_TOKENS,
     STATES,
     Register,
     registers,
@@ -79,7 +80,9 @@ class RunControl(wiring.Component):
     error's address is the offset of the first bad register. It ends with `finished`, or early with
     an error: one that a unit reports, a STOP, or a host that refuses or does not answer in time.
     Then `clear` is given for `CLEAR_CYCLES` cycles (state STOPPING), and after the outstanding
-    transactions the state is ERROR until the host writes STOP.
+    transactions the state is ERROR until the host writes STOP. Memory that is `silent` ends a run
+    with MEMORY_TIMEOUT, and the state STOPPING without an end of the transactions; then, as long as
+    they are not over, a start ends with MEMORY_TIMEOUT as well.
 
     While a unit requests the host (states HOST and STEP) the run waits for an answer. In HOST,
     only CONTINUE goes on; after a step also FINISH does. Every other value ends the run with
@@ -88,8 +91,8 @@ class RunControl(wiring.Component):
 
     What comes together or at the wrong time:
 
-    - of events in the same cycle, the first of these counts: an error of a unit, `finished`, STOP,
-      an answer, the timeout, a request;
+    - of events in the same cycle, the first of these counts: an error of a unit, `finished`,
+      `silent`, STOP, an answer, the host's timeout, a request;
     - commands are judged by the state they meet: START is ignored unless IDLE, STOP is ignored in
       IDLE and STOPPING (so START and STOP in one write start a run in IDLE and leave ERROR);
     - an answer is ignored unless one is awaited;
@@ -113,6 +116,8 @@ class RunControl(wiring.Component):
         All as `RegisterFile` gives them.
     status : Out(run_status_layout(config))
     irq : Out(1)
+    locked : Out(1)
+        A run is under way, or it is being ended: its registers have to be kept.
     begin : Out(1)
         Pulse: a run starts. It is under way from the next cycle on.
     finished : In(1)
@@ -134,6 +139,8 @@ class RunControl(wiring.Component):
     clear : Out(1)
     drained : In(1)
         Nothing is outstanding; looked at from the second cycle after `clear` on.
+    silent : In(1)
+        Level: memory owes an answer, and has for too long.
     events : In(events_layout())
     """
 
@@ -148,6 +155,7 @@ class RunControl(wiring.Component):
                 "write_data": In(32),
                 "status": Out(run_status_layout(config)),
                 "irq": Out(1),
+                "locked": Out(1),
                 "begin": Out(1),
                 "finished": In(1),
                 "host_request": In(1),
@@ -160,6 +168,7 @@ class RunControl(wiring.Component):
                 "error_address": In(config.address_bits),
                 "clear": Out(1),
                 "drained": In(1),
+                "silent": In(1),
                 "events": In(events_layout()),
             }
         )
@@ -168,6 +177,7 @@ class RunControl(wiring.Component):
         self._error_address = Signal(config.address_bits)
         self._pending = Signal(register_shape(self._register("IRQ_STATUS")))
         self._stopping = Signal(range(CLEAR_CYCLES + 2))  # cycles until `drained` counts
+        self._hangs = Signal()  # transactions have outlasted their run
         self._remaining = Signal(32, reset_less=True)  # cycles that the host has left; 0: any
         self._command = Signal(register_shape(self._register("CONTROL")))
 
@@ -178,6 +188,7 @@ class RunControl(wiring.Component):
         m = Module()
         m.d.comb += [
             self._command.eq(Mux(self.control_write, self.write_data, 0)),
+            self.locked.eq((self._state != State.IDLE) & (self._state != State.ERROR)),
             self.clear.eq(self._stopping > 1),
             self.status.status.eq(self._state),
             self.status.error.eq(self._error),
@@ -191,7 +202,11 @@ class RunControl(wiring.Component):
 
         with m.Switch(self._state):
             with m.Case(State.IDLE):
-                with m.If(self._command.start):
+                with m.If(self.drained):
+                    m.d.sync += self._hangs.eq(0)
+                with m.If(self._command.start & self._hangs):
+                    self._fail(m, ErrorCode.MEMORY_TIMEOUT, 0)
+                with m.Elif(self._command.start):
                     self._start(m)
             with m.Case(State.RUNNING):
                 self._go_on(m)
@@ -200,6 +215,8 @@ class RunControl(wiring.Component):
             with m.Case(State.STOPPING):
                 self._stop(m)
             with m.Case(State.ERROR):
+                with m.If(self.drained):
+                    m.d.sync += self._hangs.eq(0)
                 with m.If(self._command.stop):
                     m.d.sync += self._state.eq(State.IDLE)
         self._count(m)
@@ -228,6 +245,7 @@ class RunControl(wiring.Component):
         values, engine = self.values, self.config.engine
         decode = values.run.speculate
         rows = Mux(decode, engine.rows, values.pass_rows)
+        fills = decode & (values.prompt_end > values.position)
         beat, buffer = self.config.data.beat_bytes, self.config.alignment
         history = []
         if self.config.history:
@@ -238,7 +256,7 @@ class RunControl(wiring.Component):
             ("READ_LIMIT", self._is_no_address(values.read_limit)),
             ("WRITE_BASE", self._is_no_address(values.write_base)),
             ("WRITE_LIMIT", self._is_no_address(values.write_limit)),
-            ("PASS_PROGRAM", ~decode & self._is_no_address(values.pass_program, buffer)),
+            ("PASS_PROGRAM", (~decode | fills) & self._is_no_address(values.pass_program, buffer)),
             ("DRAFT_PROGRAM", decode & self._is_no_address(values.draft_program, buffer)),
             ("VERIFY_PROGRAM", decode & self._is_no_address(values.verify_program, buffer)),
             ("PASS_ROWS", ~decode & _is_outside(values.pass_rows, 1, engine.rows)),
@@ -249,6 +267,8 @@ class RunControl(wiring.Component):
             ("RING", decode & self._is_no_address(values.ring, beat)),
             ("RING_LOG2", decode & _is_outside(values.ring_log2, 1, MAX_RING_LOG2)),
             *history,
+            ("PROMPT_END", fills & (values.prompt_end + rows > engine.max_k)),
+            ("STOP_TOKENS", decode & (values.stop_tokens > MAX_STOP_TOKENS)),
         ]
 
     def _is_no_address(self, value: Value, alignment: int = 1) -> Value:
@@ -300,6 +320,8 @@ class RunControl(wiring.Component):
                 self._pending.host.eq(0),
                 self._pending.done.eq(1),
             ]
+        with m.Elif(self.silent):
+            self._fail(m, ErrorCode.MEMORY_TIMEOUT, 0)
         with m.Elif(self._command.stop):
             self._fail(m, ErrorCode.STOPPED, 0)
         with m.Else():
@@ -316,11 +338,15 @@ class RunControl(wiring.Component):
         ]
 
     def _stop(self, m: Module) -> None:
-        """State STOPPING: empty all units, then wait for outstanding transactions."""
+        """State STOPPING: empty all units, then wait for outstanding transactions, if they end."""
         with m.If(self._stopping != 0):
             m.d.sync += self._stopping.eq(self._stopping - 1)
-        with m.Elif(self.drained):
-            m.d.sync += [self._state.eq(State.ERROR), self._pending.error.eq(1)]
+        with m.Elif(self.drained | self.silent | self._hangs):
+            m.d.sync += [
+                self._state.eq(State.ERROR),
+                self._pending.error.eq(1),
+                self._hangs.eq(~self.drained),
+            ]
 
     def _count(self, m: Module) -> None:
         """The counters."""

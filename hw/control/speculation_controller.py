@@ -16,6 +16,7 @@ from amaranth.hdl import (
     Signal,
     Value,
     ValueLike,
+    signed,
 )
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -93,12 +94,14 @@ class SpeculationController(wiring.Component):
     """Runs the passes of a run and decides, from their rankings, what comes next.
 
     Without `speculate`: one pass, of kind SINGLE, `pass_rows` rows and at `position`. With it,
-    steps as in `speq.model.speculation.generate`, greedy, until `token_limit` tokens are committed
-    or the host ends the run. Costs are -log2 of probabilities in sixteenths of a bit, from the
-    tables in the registers; the cost of a path is the sum of its tokens'. In the tables by logit
-    gap, its FP32 exponent and the top bit of its fraction are the index, counted from 2^-3 on: 0
-    below 0.1875, 15 from 24 on. A gap with an infinity or NaN, or to an entry that does not exist,
-    is +infinity.
+    first such passes of as many rows as there are, as long as POSITION, which each moves on, is
+    less than `prompt_end`: they fill the KV cache up to there. Then steps as in
+    `speq.model.speculation.generate`, greedy, until `token_limit` tokens or one of the first
+    `stop_tokens` elements of `stop_token` are committed or the host ends the run. Costs are -log2
+    of probabilities in sixteenths of a bit, from the tables in the registers; the cost of a path is
+    the sum of its tokens'. In the tables by logit gap, its FP32 exponent and the top bit of its
+    fraction are the index, counted from 2^-3 on: 0 below 0.1875, 15 from 24 on. A gap with an
+    infinity or NaN, or to an entry that does not exist, is +infinity.
 
     1. Guess: if `guess_limit` allows it, the root is looked for in the history. If it has a match
        that costs less, with at least three tokens behind it, there is no draft.
@@ -115,22 +118,23 @@ class SpeculationController(wiring.Component):
        the order of their choice. `row_place` has each row's position less that of the root, the row
        that it follows, and its origin.
     5. Accept: from row 0 on, the row's best token is committed. The lowest row that follows this
-       one and has that token is next, until there is none.
+       one and has that token is next, until there is none, or the token is a stop token.
     6. Commit: every such token goes to the ring in memory and to the history, and when all are
-       there, POSITION, ROOT, RING_INDEX and HISTORY_LENGTH move on. Then `step_request` until the
-       host has answered.
+       there, POSITION, ROOT, RING_INDEX and HISTORY_LENGTH move on. Then, with `steps`,
+       `step_request` until the host has answered.
 
     A draft length of 0 is plain decoding: verify passes of one row. Nothing is guessed if all
     costs of guesses are 255 or the history has fewer than two tokens.
 
-    Cycles, without those of passes, writes and the host: 5 from `begin` or the host's answer to the
-    first pass. From a draft pass to the next 19 with up to two choices, and 1 for each further one.
-    From the last draft pass to the verify pass, with a chain of c and a alternates, about
-    (a + 1) (c + 4) + 20. Behind the verify pass 4 for each token, and one for each row that is
-    compared: up to all. If something may be guessed, scans of the history come on top
-    (`NgramMatcher`): that of the root before the first draft pass, if `guess_limit` is above a cost
-    of guesses, and that of the last chain position; those of the others are hidden by the next
-    draft pass unless this is shorter. Each row added takes up to rows + 8 cycles then.
+    Cycles, without those of passes, writes and the host: 5 from `begin`, the host's answer or,
+    without `steps`, from two cycles behind the end of writes to the first pass. From a draft pass
+    to the next 19 with up to two choices, and 1 for each further one. From the last draft pass to
+    the verify pass, with a chain of c and a alternates, about (a + 1) (c + 4) + 20. Behind the
+    verify pass 4 for each token, and one for each row that is compared: up to all. If something may
+    be guessed, scans of the history come on top (`NgramMatcher`): that of the root before the first
+    draft pass, if `guess_limit` is above a cost of guesses, and that of the last chain position;
+    those of the others are hidden by the next draft pass unless this is shorter. Each row added
+    takes up to rows + 8 cycles then.
 
     Flow control: `passes`, `write_command` and `write_data` may stall; the payloads of `passes`
     stay until the next pass. `pass_done` may come from the cycle after the pass was taken on. No
@@ -163,7 +167,7 @@ class SpeculationController(wiring.Component):
     write_done : In(1)
         Pulse: the oldest write is in memory.
     step_request : Out(1)
-        Level: a step has been committed.
+        Level, in runs with `steps`: a step has been committed.
     step_answer, step_finish : In(1)
         Pulse, and whether the run is to end.
     finished : Out(1)
@@ -309,6 +313,7 @@ class SpeculationController(wiring.Component):
     def _run_states(self, m: Module, r: _Registers, matcher: NgramMatcher | None) -> None:
         """The start of a run, and of a step or the single pass."""
         values, rows = self.values, self.config.engine.rows
+        unfilled = Signal(signed(len(r.position) + 1), reset_less=True)  # entries of the prompt
         with m.State("IDLE"):
             if matcher is not None:
                 m.d.comb += [
@@ -335,6 +340,7 @@ class SpeculationController(wiring.Component):
                 *(depth.eq(i) for i, depth in enumerate(r.depths)),
                 *(parent.eq(max(0, i - 1)) for i, parent in enumerate(r.parents)),
                 r.is_free.eq(0),
+                unfilled.eq(values.prompt_end - r.position),
             ]
             if matcher is not None:
                 costs = _costs(values.guess_costs)
@@ -355,6 +361,15 @@ class SpeculationController(wiring.Component):
                 r.most.eq(Mux(r.left < rows, r.left, rows)),
             ]
             m.next = "PLAN"
+            with m.If(unfilled > 0):
+                r.set_pass(m, PassKind.SINGLE, Mux(unfilled < rows, unfilled, rows), r.position)
+                m.next = "PASS"
+        with m.State("FILLED"):
+            m.d.sync += r.position.eq(r.position + r.now.rows)
+            m.next = "MOVE_ON"
+        with m.State("MOVE_ON"):
+            m.d.comb += self.update.eq(1)
+            m.next = "START"
 
     def _pass_states(self, m: Module, r: _Registers) -> None:
         """A pass, and where to go on behind it."""
@@ -367,6 +382,8 @@ class SpeculationController(wiring.Component):
                 with m.Switch(r.now.kind):
                     with m.Case(PassKind.SINGLE):
                         m.next = "FINISH"
+                        with m.If(self.values.run.speculate):
+                            m.next = "FILLED"
                     with m.Case(PassKind.DRAFT):
                         m.d.comb += self.events.draft_passes.eq(1)
                         m.d.sync += r.elapsed.eq(0)
@@ -641,6 +658,11 @@ class SpeculationController(wiring.Component):
             command_taken = r.command_taken | command.ready
             beat_taken = r.beat_taken | beat.ready
             m.d.sync += [r.command_taken.eq(command_taken), r.beat_taken.eq(beat_taken)]
+            stops = (
+                (i < self.values.stop_tokens) & (r.root == token)
+                for i, token in enumerate(self.values.stop_token)
+            )
+            m.d.sync += r.ends.eq(Cat(stops).any())
             with m.If(command_taken & beat_taken):
                 m.d.sync += [r.command_taken.eq(0), r.beat_taken.eq(0)]
                 m.next = "MATCH"
@@ -652,12 +674,15 @@ class SpeculationController(wiring.Component):
                 m.next = "DRAIN"
             with m.Elif((r.tokens[candidate] == r.root) & (r.parents[candidate] == r.row)):
                 m.d.sync += [
-                    r.row.eq(candidate),
                     r.accepted.eq(r.accepted + (origin == Origin.CHAIN)),
                     r.alternate_hit.eq(r.alternate_hit | (origin == Origin.ALTERNATE)),
                     r.guess_hits.eq(r.guess_hits + (origin == Origin.GUESS)),
                 ]
-                m.next = "READ"
+                with m.If(r.ends):
+                    m.next = "DRAIN"
+                with m.Else():
+                    m.d.sync += r.row.eq(candidate)
+                    m.next = "READ"
 
     def _commit_states(self, m: Module, r: _Registers) -> None:
         """The end of a step, and of a run."""
@@ -685,14 +710,14 @@ class SpeculationController(wiring.Component):
             ]
             if self.config.history:
                 m.d.comb += self.history_update.eq(1)
+            m.d.sync += r.ends.eq(r.ends | (r.ring_index >= self.values.token_limit))
             m.next = "STEP"
         with m.State("STEP"):
-            m.d.comb += self.step_request.eq(1)
-            with m.If(self.step_answer):
-                with m.If(self.step_finish | (r.ring_index >= self.values.token_limit)):
+            m.d.comb += self.step_request.eq(self.values.run.steps)
+            with m.If(self.step_answer | ~self.values.run.steps):
+                m.next = "START"
+                with m.If(r.ends | (self.step_answer & self.step_finish)):
                     m.next = "FINISH"
-                with m.Else():
-                    m.next = "START"
         with m.State("FINISH"):
             m.d.comb += self.finished.eq(1)
             m.next = "IDLE"
@@ -745,6 +770,7 @@ class _Registers:
         self.alternate_hit = register(1, "alternate_hit")
         self.guess_hits = register(count_bits, "guess_hits")
         self.committed = register(count_bits, "committed")
+        self.ends = register(1, "ends")  # the run, behind the step
         # Guesses: whether there can be any, whether the root is still to be looked for, whether
         # there is no draft; rows that offer one; the cheapest of these, or the one that is made;
         # whether its token is there; cost and depth of the row that offers it.

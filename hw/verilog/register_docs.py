@@ -90,7 +90,8 @@ def markdown(config: AcceleratorConfig) -> str:
         "# Registers of SPEQ",
         "Registers are 32 bits wide, on an AXI4-Lite port. Those of 64 bits take two words, the "
         "lower half first. What is not named reads as 0 and ignores writes; after reset everything "
-        "that can be written is 0. Access: "
+        "that can be written is 0. Registers with the access rw, but for IRQ_ENABLE, ignore writes "
+        "in all states but IDLE and ERROR. Access: "
         + "; ".join(f"{access} {meaning}" for access, meaning in _ACCESSES.items())
         + ".",
         _table(

@@ -22,6 +22,7 @@ from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.memory.activation_reader import ActivationReader
 from speq.hw.memory.group_reader import GroupReader
 from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.memory_watchdog import MemoryWatchdog
 from speq.hw.memory.memory_writer import MemoryWriter
 from speq.hw.memory.ranking_writer import RankingWriter
 from speq.hw.memory.read_arbiter import ReadArbiter
@@ -48,6 +49,8 @@ from speq.hw.vector.weight_sum import WeightSum
 _LANES = 8
 #: Masters that share a port.
 _MASTERS = 3
+#: Of the ports to memory.
+_ADDRESS_CHANNELS = 3
 
 
 def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]]:
@@ -72,6 +75,7 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "ranking_writer": lambda: RankingWriter(config),
         "write_mux": lambda: WriteMux(config.data, _MASTERS),
         "memory_writer": lambda: MemoryWriter(config.data),
+        "memory_watchdog": lambda: MemoryWatchdog(_ADDRESS_CHANNELS),
     }
     control: dict[str, Callable[[], wiring.Component]] = {
         "register_file": lambda: RegisterFile(config),

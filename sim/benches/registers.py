@@ -63,6 +63,7 @@ class _World(World):
         }
         self.stored = {each.key: 0 for each in registers(self.config) if each.access == "rw"}
         self.status = 0
+        self.locked = False
         self.pulse_keys = [
             each.key for each in registers(self.config) if each.access in ("wo", "w1c")
         ]
@@ -84,6 +85,7 @@ class _World(World):
             channel.set_pause_generator(pauses(world.rng, pause))
         for channel in (read.ar_channel, read.r_channel):
             channel.set_pause_generator(pauses(world.rng, pause))
+        world.lock(False)
         world.change_status()
         await world.reset()
         cocotb.start_soon(world.watch())
@@ -101,6 +103,11 @@ class _World(World):
         size = status_layout(self.config).size
         self.status = int.from_bytes(self.rng.bytes(-(-size // 8)), "little") % (1 << size)
         self.ports["status"].value = self.status
+
+    def lock(self, locked: bool) -> None:
+        """Whether a run is under way."""
+        self.locked = locked
+        self.ports["locked"].value = locked
 
     async def watch(self) -> None:
         """Let the agents look at each cycle."""
@@ -124,12 +131,13 @@ class _World(World):
         fixed = constants(self.config)
         if register.access == "wo":
             return 0
-        if register.access == "rw":
-            return self.stored[register.key]
         if register.name in fixed:
             return register.pack(fixed[register.name])
-        place = status_layout(self.config)[register.key]
-        bits = self.status >> place.offset & (1 << place.width) - 1
+        if register.access == "rw":
+            bits = self.stored[register.key]
+        else:
+            place = status_layout(self.config)[register.key]
+            bits = self.status >> place.offset & (1 << place.width) - 1
         return sum(
             (bits >> register.bits * i & (1 << register.bits) - 1) << 32 * register.words * i
             for i in range(max(1, register.count))
@@ -147,14 +155,17 @@ class _World(World):
         if address & ~3 not in self.places:
             return
         register, i = self.places[address & ~3]
+        if self.locked and register.access == "rw" and register.name != "IRQ_ENABLE":
+            return
         low = 8 * (address & 3)
         mask = (1 << 8 * len(content)) - 1 << low
         word = int.from_bytes(content, "little") << low
-        # An array's elements use all bits of their words.
-        used = (1 << register.bits * max(1, register.count)) - 1
         if register.access == "rw":
-            kept = self.stored[register.key] & ~(mask << 32 * i)
-            self.stored[register.key] = (kept | word << 32 * i) & used
+            element, part = divmod(i, register.words)
+            place = register.bits * element + 32 * part
+            mask &= (1 << register.bits - 32 * part) - 1
+            kept = self.stored[register.key] & ~(mask << place)
+            self.stored[register.key] = kept | (word & mask) << place
         elif register.access != "ro" and low < register.bits:
             self.expected_pulses.append((register.key, word))
 
@@ -231,7 +242,20 @@ async def random_accesses(dut: Any, index: int, pause: float) -> None:
             await world.read(address, size)
         if world.rng.random() < 0.1:
             world.change_status()
+            world.lock(bool(world.rng.random() < 0.3))
     assert world.pulses, "no pulse was seen"
+
+
+@cocotb.test()
+@cocotb.parametrize(index=range(len(_CONFIGS)))
+async def registers_of_a_run(dut: Any, index: int) -> None:
+    """While a run is under way writes change nothing but the interrupts that are enabled."""
+    world = await _World.start(dut, index)
+    for locked, pattern in ((False, b"\x5a" * 4), (True, b"\xa5" * 4), (False, b"\xff" * 4)):
+        world.lock(locked)
+        for offset in world.places:
+            await world.write(offset, pattern)
+            await world.read(offset, 4)
 
 
 @cocotb.test()

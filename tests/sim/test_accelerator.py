@@ -265,10 +265,12 @@ def test_a_wrong_byte_is_noticed():
 
 def decoding(pair: Pair) -> Workload:
     """Draft and verify programs of one ARGMAX each, with few tokens, so that some are accepted; in
-    the draft program a RERANK may follow."""
+    the draft program a RERANK may follow. Before the steps there may be single passes of a GEMM."""
     random, engine = pair.random, pair.config.engine
     workload = pair.workload(rows=engine.rows, position=int(random.integers(0, 20)))
     o = int(random.integers(2, 7))
+    workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, int(random.integers(1, 30)), o)
+    workload.add(DescriptorKind.END)
     for mode in (Mode.DRAFT, Mode.VERIFY):
         workload.rows = 1 if mode is Mode.DRAFT else engine.rows
         start = len(workload.descriptors)
@@ -281,11 +283,12 @@ def decoding(pair: Pair) -> Workload:
     log2 = int(random.integers(1, 5))
     thresholds = np.array([0, 1, 4, np.inf], np.float32)
     workload.registers = {
-        "RUN": 1,
+        "RUN": int(random.choice([1, 9])),
         "PROGRAM_LENGTH": 3,
-        "DRAFT_PROGRAM": workload.program,
+        "DRAFT_PROGRAM": workload.program + 2 * DESCRIPTOR_BYTES,
         "VERIFY_PROGRAM": workload.program + start * DESCRIPTOR_BYTES,
         "ROOT": int(random.integers(o)),
+        "PROMPT_END": workload.position + int(random.choice([0, 0, 1, 2 * engine.rows + 1])),
         "DRAFT_LENGTH": int(random.integers(engine.rows)),
         "THRESHOLD": int(random.choice(thresholds).view(np.uint32)),
         "CHOICES": int(random.integers(1, workload.config.choices + 1)),
@@ -294,10 +297,12 @@ def decoding(pair: Pair) -> Workload:
         "TOKEN_LIMIT": int(random.integers(1, 8)),
         "RING": workload._result("ring", 4 << log2),
         "RING_LOG2": log2,
+        "MEMORY_TIMEOUT": int(random.choice([0, 1000])),
     }
     tables = {"CHAIN_COSTS": 16, "ALTERNATE_COSTS": 16, "GUESS_COSTS": 4}
     workload.costs = {name: random.integers(0, 40, n).tolist() for name, n in tables.items()}
     workload.history = random.integers(0, o, random.integers(0, 30)).tolist()
+    workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 0, 0, 1])).tolist()
     return workload
 
 
@@ -305,7 +310,7 @@ def decoding(pair: Pair) -> Workload:
 def test_decoding_with_random_rankings(name):
     with Pair(name, np.random.default_rng(SEED), **STALLED) as pair:
         total = dict.fromkeys(TOKEN_COUNTERS, 0)
-        for _ in range(25):
+        for _ in range(35):
             workload = decoding(pair)
             verify = workload.descriptors[-2]
             size = verify.k * pair.config.activation_bytes
@@ -751,7 +756,8 @@ def test_nothing_of_a_step_that_is_not_finite_is_committed(pair, spoiled_pass):
     for discard in (False, True):
         workload = decoding(pair)
         workload.registers |= {"DRAFT_LENGTH": 1, "TOKEN_LIMIT": 5, "GUESS_LIMIT": 0}
-        index = 0 if spoiled_pass == "draft" else len(workload.descriptors) - 2
+        workload.registers["PROMPT_END"] = 0
+        index = 2 if spoiled_pass == "draft" else len(workload.descriptors) - 2
         workload.descriptors = [
             replace(d, discard=discard, results=BASE if discard else d.results)
             if d.kind is DescriptorKind.ARGMAX
@@ -875,6 +881,40 @@ def test_stop_while_the_host_is_asked(pair):
     pair.check_stopped(workload)
 
 
+# Faults: memory that does not answer.
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_memory_that_does_not_answer(channel):
+    """MEMORY_TIMEOUT ends the run, and STOP leads to IDLE; the next run does not begin until a
+    reset. Without it only a reset helps."""
+    with Pair("4x8", np.random.default_rng(SEED), stalls={channel: 256}) as pair:
+        workload = with_host(pair)
+        workload.descriptors[1] = replace(workload.descriptors[0], wait=True)
+        workload.write_program()
+        silent = RunStatus("ERROR", ErrorCode.MEMORY_TIMEOUT, 0, 0)
+        for _ in range(2):
+            workload.registers = {"MEMORY_TIMEOUT": 300}
+            *_, got = run(pair.rtl, workload)
+            assert got == silent
+            values = Registers(pair.rtl, pair.config)
+            values.command("stop")
+            assert run_status(values) == silent._replace(state="IDLE")
+            values["MEMORY_TIMEOUT"], values["IRQ_STATUS"] = 0, 7
+            values.command("start")
+            assert pair.rtl.wait_interrupt(50)
+            assert run_status(values) == silent
+            pair.rtl.reset()
+            workload.registers = {}
+            values = begin(pair.rtl, workload)
+            assert not pair.rtl.wait_interrupt(3000)
+            values.command("stop")
+            assert not pair.rtl.wait_interrupt(3000)
+            assert run_status(values).state == "STOPPING"
+            pair.rtl.reset()
+            assert run_status(values) == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
+
+
 # Faults: registers.
 
 
@@ -891,12 +931,14 @@ def test_impossible_registers(faulty):
     cases += [("DRAFT_LENGTH", engine.rows), ("CHOICES", 0), ("CHOICES", 9), ("TOKEN_LIMIT", 0)]
     cases += [("RING", BASE + WRITE.start + 1), ("RING", wide), ("RING_LOG2", 0), ("RING_LOG2", 25)]
     cases += [("HISTORY_LENGTH", faulty.config.history + 1)]
+    cases += [("PROMPT_END", engine.max_k), ("STOP_TOKENS", 9)]
     offsets = {register.name: register.offset for register in registers(faulty.config)}
     refused = 0
     for decodes in (0, 1):
         for name, value in cases:
             workload = decoding(faulty)
-            workload.registers |= {"RUN": decodes, "PASS_ROWS": 1, name: value}
+            usual = {"RUN": decodes, "PASS_ROWS": 1, "PROMPT_END": 0}
+            workload.registers |= usual | {name: value}
             *_, expected = run(faulty.model, workload)
             if expected.error is ErrorCode.BAD_REGISTER:
                 assert expected.address == offsets[name]
@@ -904,7 +946,7 @@ def test_impossible_registers(faulty):
                 refused += 1
             else:
                 faulty.check(workload)
-    assert refused == 2 * 4 + 3 + 2 * 3 + 2 + 2 + 1 + 2 + 1 + 2 + 2 + 1
+    assert refused == 2 * 4 + 3 + 2 * 3 + 2 + 2 + 1 + 2 + 1 + 2 + 2 + 1 + 2
 
 
 def test_several_impossible_registers(faulty):
@@ -924,7 +966,7 @@ def test_faults_of_the_ring(pair):
     for ring, why in cases:
         workload = decoding(pair)
         # All places of this ring are in its first beat.
-        workload.registers |= {"RING": ring, "RING_LOG2": 1, "TOKEN_LIMIT": 5}
+        workload.registers |= {"RING": ring, "RING_LOG2": 1, "TOKEN_LIMIT": 5, "PROMPT_END": 0}
         *_, got = run(pair.rtl, workload)
         assert got == RunStatus("ERROR", ErrorCode[f"WRITE_{why}"], ring, 0)
         values = Registers(pair.rtl, pair.config)

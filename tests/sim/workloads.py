@@ -107,6 +107,7 @@ class Workload:
         Tables of costs, by register.
     history : list of int, optional
         Tokens that are committed before the run; those of before when not given.
+    stop_tokens : list of int
     answers : dict
         The host's answer at the HOST descriptor with this index, if it is not CONTINUE.
     """
@@ -123,6 +124,7 @@ class Workload:
     registers: dict[str, int] = field(default_factory=dict)
     costs: dict[str, list[int]] = field(default_factory=dict)
     history: list[int] | None = None
+    stop_tokens: list[int] = field(default_factory=list)
     answers: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -517,6 +519,7 @@ def begin(board: Board, workload: Workload) -> Registers:
             registers["HISTORY"] = token
     for name, costs in workload.costs.items():
         registers.write_costs(name, costs)
+    registers.write_stop_tokens(workload.stop_tokens)
     for name, value in workload.all_registers().items():
         registers[name] = value
     registers.command("clear_counters")

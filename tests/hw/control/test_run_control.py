@@ -54,7 +54,7 @@ class Bench:
         seen = {name: self.ctx.get(getattr(self.unit, name)) for name in pulses}
         await self.ctx.tick()
         for name in inputs:
-            if name not in ("host_request", "step_request", "drained", "host_address"):
+            if name not in ("host_request", "step_request", "drained", "silent", "host_address"):
                 self.ctx.set(getattr(self.unit, name), 0)
         return {name: 1 for name, value in seen.items() if value}
 
@@ -79,6 +79,7 @@ class Bench:
         assert State(self.get("status")) == state
         assert ErrorCode(self.get("error")) == error
         assert self.get("error_address") == address
+        assert self.ctx.get(self.unit.locked) == (state not in (State.IDLE, State.ERROR))
 
     async def begin(self, **values: int) -> None:
         """Start a run."""
@@ -149,6 +150,9 @@ def test_runs_follow_each_other() -> None:
         DECODE | {"pass_program": 1, "pass_rows": 0, "root": 2**24 - 1, "threshold": 2**32 - 1},
         DECODE | {"read_limit": 2**40 - 1, "write_limit": 2**40 - 1, "ring": 2**40 - 16},
         SINGLE | {"read_base": 1, "write_base": 3, "pass_program": 2**40 - 64},
+        SINGLE | {"prompt_end": 2**17 - 1, "stop_tokens": 15},
+        DECODE | {"prompt_end": 252, "pass_program": 1, "stop_tokens": 8},
+        DECODE | {"position": 251, "prompt_end": 252, "pass_program": 0x1000},
     ],
 )
 def test_possible_registers(values: dict[str, int]) -> None:
@@ -185,6 +189,11 @@ def test_possible_registers(values: dict[str, int]) -> None:
         (DECODE | {"ring_log2": 0}, "ring_log2"),
         (DECODE | {"ring_log2": 25}, "ring_log2"),
         (DECODE | {"ring_log2": 25, "choices": 0}, "choices"),
+        (DECODE | {"position": 252, "prompt_end": 253}, "prompt_end"),
+        (DECODE | {"position": 0, "prompt_end": 2**17 - 1}, "prompt_end"),
+        (DECODE | {"position": 251, "prompt_end": 252, "pass_program": 1}, "pass_program"),
+        (DECODE | {"position": 253, "prompt_end": 254}, "position"),
+        (DECODE | {"stop_tokens": 9}, "stop_tokens"),
     ],
 )
 def test_impossible_registers(values: dict[str, int], culprit: str) -> None:
@@ -314,6 +323,81 @@ def test_errors_come_first_and_the_first_stays(state: State) -> None:
             assert bench.get("irq_status") == ERROR
             await bench.cycle(drained=0, irq_status_write=1, write_data=ERROR)
             await bench.control(STOP)
+
+    simulate(process)
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.HOST, State.STEP])
+def test_silent_memory_ends_a_run(state: State) -> None:
+    async def process(bench: Bench) -> None:
+        for answers in (False, True):
+            if state == State.RUNNING:
+                await bench.begin()
+            else:
+                await bench.wait_for_host(state)
+            assert await bench.cycle(silent=1) == {}
+            await bench.cycle(silent=int(not answers), host_request=0, step_request=0)
+            if answers:  # late, but as the run is being ended
+                await bench.cycle()
+                await bench.cycle()
+                bench.check(State.STOPPING, ErrorCode.MEMORY_TIMEOUT)
+                await bench.cycle(drained=1)
+            else:
+                await bench.cycle()
+                await bench.cycle()
+            await bench.cycle()
+            bench.check(State.ERROR, ErrorCode.MEMORY_TIMEOUT)
+            assert bench.get("irq_status") == ERROR
+            await bench.control(STOP, irq_status_write=1, silent=0, drained=int(answers))
+            bench.check(State.IDLE, ErrorCode.MEMORY_TIMEOUT)
+            if answers:
+                continue
+            # What memory owes is still outstanding.
+            for _ in range(2):
+                assert await bench.control(START) == {}
+                bench.check(State.STOPPING, ErrorCode.MEMORY_TIMEOUT)
+                for _ in range(CLEAR_CYCLES):
+                    assert await bench.cycle() == {"clear": 1}
+                for _ in range(2):
+                    await bench.cycle()
+                bench.check(State.ERROR, ErrorCode.MEMORY_TIMEOUT)
+                await bench.control(STOP)
+            await bench.cycle(drained=1)
+            await bench.cycle(drained=0)
+            await bench.begin()
+            await bench.control(STOP)
+            await bench.check_stops(ErrorCode.STOPPED)
+        await bench.begin()
+
+    simulate(process)
+
+
+def test_silent_memory_does_not_keep_a_run_from_ending() -> None:
+    """A STOP, or another error, while memory does not answer; `finished` comes first."""
+
+    async def process(bench: Bench) -> None:
+        await bench.begin()
+        await bench.control(STOP)
+        for _ in range(20):
+            await bench.cycle()
+        bench.check(State.STOPPING, ErrorCode.STOPPED)
+        await bench.cycle(silent=1)
+        bench.check(State.ERROR, ErrorCode.STOPPED)
+        await bench.control(STOP, silent=0)
+        assert await bench.control(START) == {}
+        bench.check(State.STOPPING, ErrorCode.MEMORY_TIMEOUT)
+        for _ in range(CLEAR_CYCLES + 2):
+            await bench.cycle()
+        bench.check(State.ERROR, ErrorCode.MEMORY_TIMEOUT)
+        await bench.control(STOP)
+        await bench.cycle(drained=1)
+        await bench.begin()
+        await bench.cycle(finished=1, silent=1)
+        bench.check(State.IDLE)
+        await bench.cycle(silent=0)
+        await bench.begin()
+        await bench.cycle(error=7, error_address=0x1234, silent=1)
+        bench.check(State.STOPPING, ErrorCode.READ_SLVERR, 0x1234)
 
     simulate(process)
 

@@ -24,6 +24,7 @@ from amaranth.lib import data
 from amaranth.sim import Simulator
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig, PassKind
+from speq.hw.control.register_map import MAX_STOP_TOKENS
 from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
@@ -91,14 +92,16 @@ class Commit:
 @dataclass
 class Run:
     """A run: registers, the history before it, and what must happen. It ends by the host if
-    `finish` is set."""
+    `finish` is set, which only a run with `steps` can."""
 
     values: dict[str, object]
     history: list[int] = field(default_factory=list)
-    passes: list[Pass] = field(default_factory=list)
+    fills: list[Pass] = field(default_factory=list)  # of the prompt
+    passes: list[Pass] = field(default_factory=list)  # behind these
     commits: list[Commit] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     finish: bool = False
+    stopped: bool = False  # behind a stop token
 
 
 class Cache:
@@ -188,7 +191,7 @@ def golden_run(
     **given: object,
 ) -> Run:
     """A run of the golden loop with random parameters, of which settings and those of the policy
-    may be given; perhaps the host ends it after `steps`."""
+    may be given; perhaps there are stop tokens, perhaps the host ends it after `steps`."""
     rows = config.engine.rows
     vocab = rng.choice([2, 3, 4, 6, 10, 30])
     labels = rng.sample(range(2**TOKEN_BITS), vocab)
@@ -208,9 +211,14 @@ def golden_run(
     prompt = rng.choices(words, k=rng.choice([1, 2, rng.randint(3, HISTORY + 8)]))
     position = rng.randrange(len(prompt), MAX_K - limit - rows + 1)
     ring = rng.randrange(2**28) * config.data.beat_bytes
+    count = steps or rng.choice([None, None, rng.randint(1, limit)])
+    stop_ids = rng.sample(range(vocab), rng.choice([0, 0, 0, 1]))
+    stops = [labels[token] for token in stop_ids]
     run = Run(
         {
-            "run": {"speculate": 1},
+            "run": {"speculate": 1, "steps": count is not None or rng.random() < 0.5},
+            "stop_tokens": len(stops),
+            "stop_token": [*stops, *rng.choices(labels, k=MAX_STOP_TOKENS - len(stops))],
             "pass_rows": rng.randrange(256),
             "position": position,
             "root": labels[prompt[-1]],
@@ -270,27 +278,43 @@ def golden_run(
             {},
             max_tokens=limit,
             settings=settings,
+            stop_ids=frozenset(stop_ids),
             text=SimpleNamespace(begin=lambda *_: cache, tokens=[]),
         )
-        count = steps or rng.choice([None, None, rng.randint(1, limit)])
         run.finish = count is not None
         statistics = Statistics()
         for step in islice(made, count):
             statistics.add(step)
+            kept = cache.kept[: len(step.tokens)]  # nothing behind a stop token
             run.commits.append(
                 Commit(
                     [labels[token] for token in step.tokens],
                     {
                         "committed": len(step.tokens),
                         "accepted": step.accepted,
-                        "last_row": cache.kept[-1],
+                        "last_row": kept[-1],
                         "chain": step.drafted,
                     },
-                    cache.length,
+                    cache.length - len(cache.kept) + len(kept),
                 )
             )
+    rows_before = rng.choice([0, 0, 1, rng.randint(1, 3 * rows)])
+    run.values["prompt_end"] = position if rows_before else rng.randint(0, position)
+    if rows_before and position >= rows_before:
+        prefill(run, position - rows_before, rows)
+    run.stopped = run.commits[-1].tokens[-1] in stops
     run.counts = Counter({event: asdict(statistics)[name] for name, event in EVENTS.items()})
     return run
+
+
+def prefill(run: Run, start: int, rows: int) -> None:
+    """Let a run begin at entry `start` and fill those up to where it decodes."""
+    end = run.values["position"]
+    run.values["position"] = start
+    for position in range(start, end, rows):
+        count = min(rows, end - position)
+        places = [(row, max(0, row - 1), 0) for row in range(count)]
+        run.fills.append(Pass(PassKind.SINGLE, count, position, places=places))
 
 
 def packed(costs: tuple[int, ...]) -> list[int]:
@@ -345,7 +369,8 @@ class Bench:
         """Before a run."""
         self.run = run
         self.cycle = 0
-        self.passes, self.commits = deque(run.passes), deque(run.commits)
+        self.passes, self.commits = deque([*run.fills, *run.passes]), deque(run.commits)
+        self.fills = deque(run.fills)
         self.walked: Pass | None = None  # the pass under way, `wait` cycles before its end
         self.wait = 0
         self.ranked: Pass | None = None  # the last pass, while its ranking is there
@@ -465,11 +490,19 @@ class Bench:
             events = self.decoded(out, "events")
             self.counts.update({event: events[event] for event in EVENTS.values()})
             self.committed = events.committed
-        if out.update:
+        if out.update and self.fills:
+            fill = self.fills.popleft()
+            self.check("passes before", len(self.fills), len(self.passes) - len(self.run.passes))
+            expected = (fill.position + fill.rows, self.run.values["root"])
+            self.check("update behind a single pass", expected, (out.position, out.root))
+        elif out.update:
             self.updates.append((out.position, out.root))
+            if not self.run.values["run"].get("steps"):
+                self.check_step(out, self.commits.popleft() if self.commits else None)
         if not out.step_request:
             self.answer = None
         elif self.answer is None:
+            self.check("a run with steps", True, self.run.values["run"]["steps"])
             self.check_step(out, self.commits.popleft() if self.commits else None)
             self.answer = self.rng.choice([0, 1, 10])
 
@@ -497,7 +530,8 @@ class Bench:
             self.check("row tokens", expected.tokens, got)
 
     def check_step(self, out: SimpleNamespace, expected: Commit | None) -> None:
-        """What the host sees when it is asked: registers, and the ring in memory."""
+        """What the host sees when it is asked, or as soon as the step is committed: registers, and
+        the ring in memory."""
         self.check("a step", True, expected is not None)
         values = self.run.values
         for token in expected.tokens:
@@ -570,13 +604,15 @@ def simulate(
 
 @pytest.mark.parametrize(
     ("rows", "data_bits", "history", "count"),
-    [(1, 64, 32, 4), (2, 128, 8, 15), (3, 64, 0, 15), (4, 256, 16, 20), (8, 128, 16, 15)],
+    [(1, 64, 32, 4), (2, 128, 8, 20), (3, 64, 0, 30), (4, 256, 16, 25), (8, 128, 16, 20)],
 )
 def test_runs_equal_the_golden_loop(rows, data_bits, history, count):
     config = system(rows, data_bits, history)
     rng = random.Random(f"{seed()} {rows}")
     runs = [golden_run(config, rng) for _ in range(count)]
     total = sum((run.counts for run in runs), Counter())
+    assert rows == 1 or any(run.fills for run in runs)
+    assert rows == 1 or {run.stopped for run in runs} == {run.finish for run in runs} == {0, 1}
     assert total["draft_passes"] > total["accepted"] > 0 or rows == 1
     assert total["alternates"] > total["alternate_hits"] > 0 or rows <= 2
     if history and rows > 2:
@@ -595,9 +631,12 @@ def test_long_chains_and_many_alternates():
     options = {"draft_length": 63, "threshold": 0.0, "token_limit": 300, "steps": 1}
     long = golden_run(config, rng, policy=drafts | costly | guesses, **options)
     options = {"draft_length": 20, "threshold": 0.0, "choices": 4, "reranked": 0}
-    short = golden_run(config, rng, token_limit=12, policy=drafts | guesses, **options)
+    tries = (
+        golden_run(config, rng, token_limit=12, policy=drafts | guesses, **options)
+        for _ in range(100)
+    )
+    short = next(run for run in tries if run.counts["alternates"] and run.counts["guesses"])
     assert max(commit.step["chain"] for commit in long.commits) == 63
-    assert short.counts["alternates"] and short.counts["guesses"]
     simulate(config, [long, short], rng, abort=False)
 
 

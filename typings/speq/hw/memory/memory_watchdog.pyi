@@ -1,0 +1,1 @@
+from hw.memory.memory_watchdog import *
