@@ -33,6 +33,7 @@ from speq.hw.sampling.gumbel_transform import GumbelTransform
 from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
+from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -40,6 +41,8 @@ from speq.hw.vector.fp32_maximum import Fp32Maximum
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.lane import Lane
+from speq.hw.vector.operand_reader import OperandReader
+from speq.hw.vector.operand_requests import OperandRequests
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.sigmoid import Sigmoid
@@ -111,5 +114,8 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         with_lanes = replace(config, lanes=lanes)
         vector |= {
             "word_counter": lambda: WordCounter(with_lanes),
+            "operand_requests": lambda: OperandRequests(with_lanes),
+            "beat_widener": lambda: BeatWidener(config.data.data_bits),
+            "operand_reader": lambda: OperandReader(with_lanes),
         }
     return array | memory | control | sampling | vector

@@ -9,6 +9,7 @@ import pytest
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
+from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -16,6 +17,8 @@ from speq.hw.vector.fp32_maximum import Fp32Maximum
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.lane import Lane
+from speq.hw.vector.operand_reader import OperandReader
+from speq.hw.vector.operand_requests import OperandRequests
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.sigmoid import Sigmoid
@@ -39,6 +42,10 @@ UNITS = {
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
     "word_counter": lambda: WordCounter(CONFIG),
     "smallest_word_counter": lambda: WordCounter(SMALLEST),
+    "beat_widener": lambda: BeatWidener(64),
+    "operand_requests": lambda: OperandRequests(CONFIG),
+    "operand_reader": lambda: OperandReader(CONFIG),
+    "smallest_operand_reader": lambda: OperandReader(SMALLEST),
 }
 
 

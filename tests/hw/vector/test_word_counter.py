@@ -20,7 +20,7 @@ from speq.sim.runner import seed
 CONFIGS = {
     "4 x 8, 4 lanes": AcceleratorConfig(EngineConfig(4, 8), lanes=4),
     "3 x 8, 8 lanes": AcceleratorConfig(EngineConfig(3, 8), lanes=8, query_heads=4),
-    "16 x 16, 4 lanes": AcceleratorConfig(EngineConfig(16, 16), lanes=4),
+    "6 x 16, 4 lanes": AcceleratorConfig(EngineConfig(6, 16), lanes=4),
     "1 x 4, 4 lanes": AcceleratorConfig(EngineConfig(1, 4, max_k=9), lanes=4, query_heads=4),
 }
 LEVELS = ("word", "row", "tile", "sweep", "segment")
@@ -62,8 +62,8 @@ def random_shape(rng: np.random.Generator, config: AcceleratorConfig) -> dict[st
     rows = config.engine.rows
     most_tiles = -(-config.engine.max_k // config.engine.cols)
     return {
-        "segments": min(int(rng.integers(1, 5)), config.query_heads),
-        "tiles": min(int(rng.integers(1, 5)), most_tiles),
+        "segments": int(rng.integers(1, 4)),
+        "tiles": min(int(rng.integers(1, 4)), most_tiles),
         "rows": int(rng.integers(1, rows + 1)),
         "last_rows": int(rng.choice([1, rows, int(rng.integers(1, rows + 1))])),
     }
