@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from amaranth.lib import wiring
 
@@ -33,6 +34,7 @@ from speq.hw.sampling.gumbel_transform import GumbelTransform
 from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
+from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -40,12 +42,15 @@ from speq.hw.vector.fp32_maximum import Fp32Maximum
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.lane import Lane
+from speq.hw.vector.operand_reader import OperandReader
+from speq.hw.vector.operand_requests import OperandRequests
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.sigmoid import Sigmoid
 from speq.hw.vector.weight_sum import WeightSum
+from speq.hw.vector.word_counter import WordCounter
 
-#: Lanes of the vector unit's reductions.
+#: Lanes of the vector unit, if the configuration has none.
 _LANES = 8
 #: Masters that share a port.
 _MASTERS = 3
@@ -56,7 +61,8 @@ _ADDRESS_CHANNELS = 3
 def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]]:
     """What makes each unit, by name, from the array outwards.
 
-    Units that are no more than a few others connected are not among them.
+    Units that are no more than a few others connected are not among them. Those of the vector unit
+    are, but for more rows than columns, also if the configuration has no lanes.
     """
     engine = config.engine
     array: dict[str, Callable[[], wiring.Component]] = {
@@ -107,4 +113,13 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "block_quantizer": lambda: BlockQuantizer(_LANES, engine.format.group),
         "weight_sum": lambda: WeightSum(_LANES, engine.max_k),
     }
+    if engine.rows <= engine.cols:
+        lanes = config.lanes or min(_LANES, engine.cols)
+        with_lanes = replace(config, lanes=lanes)
+        vector |= {
+            "word_counter": lambda: WordCounter(with_lanes),
+            "operand_requests": lambda: OperandRequests(with_lanes),
+            "beat_widener": lambda: BeatWidener(config.data.data_bits),
+            "operand_reader": lambda: OperandReader(with_lanes),
+        }
     return array | memory | control | sampling | vector

@@ -10,7 +10,6 @@ joined by the number format's own code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import cocotb
@@ -32,9 +31,9 @@ from speq.hw.memory.weight_reader import (
 from speq.hw.verilog import convert_unit
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
-from speq.sim.benches.axi import Memory, ReadResponder, Transfer, expected_bursts, serve_reads
-from speq.sim.benches.streams import Sink, Source
-from speq.sim.benches.world import Ports, SideBySide, World
+from speq.sim.benches.axi import Transfer
+from speq.sim.benches.reader_world import MEMORY_SIZE, ReaderJob, ReaderWorld
+from speq.sim.benches.world import SideBySide
 from speq.sim.runner import seed, simulate
 
 _TOP = "readers_tb"
@@ -53,10 +52,6 @@ _CONFIGS = (
     ),
 )
 _READERS = {"weights": WeightReader, "groups": GroupReader, "activations": ActivationReader}
-#: Bytes of the memory, which fills a region that begins at a multiple of its size.
-_SIZE = 1 << 17
-#: Cycles after which a test gives up waiting.
-_PATIENCE = 30_000
 #: Share of cycles in which a paused channel pauses.
 _PAUSE = 0.4
 #: Rounds of tests of faults and aborts, each with other jobs.
@@ -75,30 +70,21 @@ def run() -> None:
     simulate(convert_unit(SideBySide(units), _TOP) + RAM_VERILOG, _TOP, __name__)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A reader's command, the words that it asks for, and the transfers (address and beats) that
-    it leads to, by plane."""
+class _World(ReaderWorld):
+    """A reader of the datapath."""
 
-    command: int
-    words: list[int]
-    transfers: dict[str, list[Transfer]]
-
-
-class _World(World):
-    """The reader under test and its surroundings."""
-
-    def __init__(self, dut: Any, index: int, reader: str, independent: bool) -> None:
-        self.config = _CONFIGS[index]
+    def __init__(self, dut: Any, index: int, reader: str, *, independent: bool) -> None:
         self.reader = reader
-        self.ports = Ports(dut, f"{reader}_{index}")
-        self.port_config = self.config.weights if reader == "weights" else self.config.data
-        rng = np.random.default_rng([seed(), index, *reader.encode()])
-        super().__init__(dut, f"{self.ports.unit}, {self.config}", rng, _PATIENCE)
-        content = self.rng.integers(0, 256, _SIZE, np.uint8).tobytes()
-        regions = (1 << self.config.address_bits) // _SIZE
-        self.memory = Memory(content, int(self.rng.integers(1, regions - 1)) * _SIZE)
-        self.independent = independent
+        config = _CONFIGS[index]
+        super().__init__(
+            dut,
+            f"{reader}_{index}",
+            reader,
+            config,
+            config.weights if reader == "weights" else config.data,
+            np.random.default_rng([seed(), index, *reader.encode()]),
+            independent=independent,
+        )
 
     @classmethod
     async def start(
@@ -111,64 +97,9 @@ class _World(World):
         pause: float = 0.0,
     ) -> _World:
         """After a reset, with cocotbext-axi's memory model or with a responder."""
-        world = cls(dut, index, reader, independent)
-        world.start_clock()
-        for name in ("clear", "axi__arready", "axi__rvalid"):
-            world.ports[name].value = 0
-        world.ports["base"].value = world.memory.base
-        world.set_limit(world.memory.base + _SIZE - 1)
-        if independent:
-            serve_reads(world.ports, world.memory, world.rng, pause)
-        await world.reset()
-        world.command.pause = world.words.pause = pause
+        world = cls(dut, index, reader, independent=independent)
+        await world.begin(pause)
         return world
-
-    def connect(self) -> list[Callable[[int], None]]:
-        self.command = Source(self.ports, "command", self.rng)
-        self.words = Sink(self.ports, self.reader, self.rng)
-        agents = [self._check_busy, self.command.step, self.words.step]
-        if not self.independent:
-            self.responder = ReadResponder(self.ports, self.port_config, self.memory)
-            agents.append(self.responder.step)
-        return agents
-
-    def _check_busy(self, cycle: int) -> None:
-        if self.words.valid.value:
-            assert self.ports.get("busy"), f"{self.name}: cycle {cycle}: a word, but not busy"
-
-    def set_limit(self, limit: int) -> None:
-        """Set the region's last address."""
-        self.ports["limit"].value = limit
-
-    def idle(self) -> bool:
-        """Whether the reader has nothing to do."""
-        return self.command.is_done(self.cycle) and not self.ports.get("busy")
-
-    def has_error(self) -> bool:
-        """Whether the reader reports an error."""
-        return self.ports.get("error") != Fault.NONE.value
-
-    async def clear(self, cycles: int = 1) -> None:
-        """Clear the reader and wait until it is idle; no word of before may come any more."""
-        self.command.withdraw()
-        self.ports["clear"].value = 1
-        await self.step()
-        self.words.forget_offer()
-        received = len(self.words.items)
-        await self.step(cycles - 1)
-        self.ports["clear"].value = 0
-        await self.step()
-        await self.until("cleared", self.idle)
-        assert len(self.words.items) == received, f"{self.name}: words behind a clear"
-        self.ports.check(self.cycle, error=Fault.NONE.value)
-
-    def place(self, size: int) -> int:
-        """A random address of a buffer of `size` bytes."""
-        alignment = self.config.alignment
-        return (
-            self.memory.base
-            + int(self.rng.integers(0, (_SIZE - size) // alignment + 1)) * alignment
-        )
 
     def array(self, address: int, shape: tuple[int, ...], dtype: type, stride: int) -> np.ndarray:
         """An array of tiles in memory, `stride` bytes apart."""
@@ -176,7 +107,7 @@ class _World(World):
         tiles = [self.memory.load(address + i * stride, size) for i in range(shape[0])]
         return np.frombuffer(b"".join(tiles), dtype).reshape(shape)
 
-    def job(self, **sizes: object) -> _Job:
+    def job(self, **sizes: object) -> ReaderJob:
         """A random job of the reader, with the sizes given."""
         longest = int(self.rng.choice([5, 40, 2 * self.config.engine.format.group + 2]))
         given = {
@@ -187,11 +118,11 @@ class _World(World):
         } | sizes
         return getattr(self, f"_job_of_{self.reader}")(**given)
 
-    def jobs(self, number: int) -> list[_Job]:
+    def jobs(self, number: int) -> list[ReaderJob]:
         """Random jobs."""
         return [self.job() for _ in range(number)]
 
-    def _job_of_weights(self, mode: Mode, k: int, tiles: int, gap: int) -> _Job:
+    def _job_of_weights(self, mode: Mode, k: int, tiles: int, gap: int) -> ReaderJob:
         config, columns = self.config, self.config.engine.cols
         draft_words = -(-k // DRAFT_LANES)
         words = k if mode is Mode.BYPASS else draft_words
@@ -230,7 +161,7 @@ class _World(World):
         }
         return self._finish(weight_command_layout(config), fields, content, transfers)
 
-    def _job_of_groups(self, mode: Mode, k: int, tiles: int, gap: int) -> _Job:
+    def _job_of_groups(self, mode: Mode, k: int, tiles: int, gap: int) -> ReaderJob:
         columns, beat = self.config.engine.cols, self.port_config.beat_bytes
         groups = -(-k // self.config.engine.format.group)
         stride = -(-groups * columns // beat) * beat
@@ -240,7 +171,7 @@ class _World(World):
         fields = {"k": k, "tiles": tiles, "groups": address}
         return self._finish(group_command_layout(self.config), fields, content, transfers)
 
-    def _job_of_activations(self, mode: Mode, k: int, tiles: int, gap: int) -> _Job:
+    def _job_of_activations(self, mode: Mode, k: int, tiles: int, gap: int) -> ReaderJob:
         words = -(-k // DRAFT_LANES) if mode is Mode.DRAFT else k
         size, beat = self.config.activation_bytes, self.port_config.beat_bytes
         stride = -(-words * size // beat) * beat
@@ -266,32 +197,12 @@ class _World(World):
         fields: Mapping[str, object],
         content: np.ndarray,
         transfers: dict[str, list[Transfer]],
-    ) -> _Job:
+    ) -> ReaderJob:
         """The job with these words, [tiles, words, bytes or columns]."""
         mask = (1 << len(self.words.payload)) - 1
         flat = content.reshape(-1, content.shape[-1])
         words = [int.from_bytes(word.tobytes(), "little") & mask for word in flat]
-        return _Job(layout.const(fields).as_bits(), words, transfers)
-
-    async def do(self, jobs: list[_Job]) -> None:
-        """Let the reader do jobs, and compare the words."""
-        first = len(self.words.items)
-        self.command.queue.extend(job.command for job in jobs)
-        await self.until("the jobs are finished", self.idle)
-        self.ports.check(self.cycle, error=Fault.NONE.value)
-        self.words.check([word for job in jobs for word in job.words], first)
-
-    def check_error(self, error: Fault, address: int) -> None:
-        """Compare the report of an error with what it should be."""
-        self.ports.check(self.cycle, error=error.value, error_address=address)
-
-    def spoil(self, transfer: Transfer, response: int) -> int:
-        """Let a random beat of a transfer have a bad response; the address of its burst."""
-        address, beats = transfer
-        bad = address + int(self.rng.integers(0, beats)) * self.port_config.beat_bytes
-        self.responder.responses[bad] = response
-        bursts = expected_bursts(self.port_config, [transfer])
-        return max(first for first, _ in bursts if first <= bad)
+        return ReaderJob(layout.const(fields).as_bits(), words, transfers)
 
 
 def _each(test: Callable) -> object:
@@ -367,17 +278,9 @@ async def commands_outside_the_region(dut: Any, index: int, reader: str) -> None
         await world.step(200)
         world.check_error(Fault.REFUSED, address)
         world.words.check(job.words[: len(job.words) // len(transfers) * tile], first)
-        world.set_limit(world.memory.base + _SIZE - 1)
+        world.set_limit(world.memory.base + MEMORY_SIZE - 1)
         await world.clear()
         await world.do(world.jobs(3))
-
-
-async def _rate(world: _World, jobs: list[_Job]) -> float:
-    """Words per cycle of jobs, from the first word to the last."""
-    first = len(world.words.items)
-    await world.do(jobs)
-    cycles = world.words.cycles[first:]
-    return len(cycles) / (cycles[-1] - cycles[0] + 1)
 
 
 @cocotb.test()
@@ -392,7 +295,7 @@ async def rate_of_weights(dut: Any, index: int, mode: Mode, k: int) -> None:
     steps = -(-k // DRAFT_LANES) if mode is Mode.DRAFT else k
     tiles = -(-512 // steps)
     jobs = [world.job(mode=mode, k=k, tiles=tiles, gap=gap) for gap in (0, 0, 1)]
-    rate = await _rate(world, jobs)
+    rate = await world.rate(jobs)
     dut._log.info(f"rate of {world.ports.unit}, {mode.name}, k {k}: {rate:.4f} of {possible:.4f}")
     assert rate >= _MIN_RATE * possible
 
@@ -408,6 +311,6 @@ async def rate_of_the_others(dut: Any, index: int, reader: str) -> None:
     else:
         bits, k, tiles = 8 * config.activation_bytes, 512, 1
     possible = min(1.0, world.port_config.data_bits / bits)
-    rate = await _rate(world, [world.job(mode=Mode.VERIFY, k=k, tiles=tiles) for _ in range(3)])
+    rate = await world.rate([world.job(mode=Mode.VERIFY, k=k, tiles=tiles) for _ in range(3)])
     dut._log.info(f"rate of {world.ports.unit}: {rate:.4f} of {possible:.4f}")
     assert rate >= _MIN_RATE * possible

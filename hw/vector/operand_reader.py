@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An operand of the vector unit from memory."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Elaboratable, Module, Mux, ResetInserter, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
+from amaranth.lib.wiring import In, Out
+
+from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
+from speq.hw.common.ram import Ram
+from speq.hw.memory.axi import guard, guarded_members
+from speq.hw.memory.memory_reader import MemoryReader
+from speq.hw.memory.word_packer import WordPacker
+from speq.hw.vector.beat_widener import BeatWidener
+from speq.hw.vector.operand_requests import OperandMode, OperandRequests, operand_command_layout
+from speq.hw.vector.word_counter import WordCounter, words_per_row
+
+_FP32_BITS = 32
+
+
+class OperandReader(wiring.Component):
+    """For each command, the words of an operand in FP32, in the order of `WordCounter`.
+
+    FP16 numbers become FP32 numbers as in `Fp16ToFp32`.
+
+    Flow control: command and words may stall in any cycle. Transfers (`OperandRequests`) are
+    requested whatever the consumer does, so the buffer is filled. Without stalls there is a word
+    per cycle, or a beat's width of FP32 numbers per cycle where words are wider, if transfers are
+    long enough to keep the memory busy (`AxiConfig`). A command is taken when all words of the one
+    before it have been taken.
+
+    Faults and `clear`: as of `MemoryReader`; after `clear` no word is offered that belongs to an
+    earlier command. After an error the unit is busy until `clear`.
+
+    Parameters
+    ----------
+    config : AcceleratorConfig
+        With lanes. The port is that of `config.data`.
+
+    Members
+    -------
+    axi : Out(config.data.read_signature)
+    command : In(stream of operand_command_layout(config))
+    index_row : Out(row_bits)
+    index : In(24)
+        In mode ROWS the index of row `index_row`, in the same cycle or in the next.
+    words : Out(stream of ArrayLayout(32, lanes))
+    and `guarded_members(address_bits)`
+
+    Raises
+    ------
+    ValueError
+        If there are no lanes.
+    """
+
+    def __init__(self, config: AcceleratorConfig) -> None:
+        self.config = config
+        self._words_per_row = words_per_row(config)
+        super().__init__(
+            {
+                "axi": Out(config.data.read_signature),
+                "command": In(stream.Signature(operand_command_layout(config))),
+                "index_row": Out(config.engine.row_bits),
+                "index": In(TOKEN_BITS),
+                "words": Out(stream.Signature(data.ArrayLayout(_FP32_BITS, config.lanes))),
+            }
+            | guarded_members(config.address_bits)
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        config = self.config
+        word_bits = _FP32_BITS * config.lanes
+        resettable = ResetInserter(self.clear)
+        requests = OperandRequests(config)
+        widener = BeatWidener(config.data.data_bits)
+        packer = WordPacker(config.data.data_bits, word_bits)
+        counter = WordCounter(config)
+        chunk = Ram(word_bits, max(2, self._words_per_row))
+        m.submodules.reader = reader = MemoryReader(config.data)
+        m.submodules.requests = resettable(requests)
+        m.submodules.widener = resettable(widener)
+        m.submodules.packer = resettable(packer)
+        m.submodules.counter = resettable(counter)
+        m.submodules.chunk = chunk
+        wiring.connect(m, reader.axi, wiring.flipped(self.axi))
+        wiring.connect(m, requests.transfers, reader.command)
+        # What comes from the reader's RAM is late in a cycle, and much depends on `ready`.
+        beats = SyncFIFO(width=config.data.data_bits, depth=2)
+        m.submodules.beats = resettable(beats)
+        m.d.comb += [
+            beats.w_data.eq(reader.data.payload),
+            beats.w_en.eq(reader.data.valid),
+            reader.data.ready.eq(beats.w_rdy),
+            widener.beats.payload.eq(beats.r_data),
+            widener.beats.valid.eq(beats.r_rdy),
+            beats.r_en.eq(widener.beats.ready),
+        ]
+        wiring.connect(m, widener.widened, packer.beats)
+        guard(m, self, reader)
+
+        # One command at a time.
+        command = self.command.payload
+        take = Signal()
+        given = Signal(init=1)  # the last word of the command has been given
+        half = Signal(reset_less=True)
+        channels = Signal(reset_less=True)
+        m.d.comb += [
+            self.command.ready.eq(given & ~requests.busy & ~self.clear),
+            take.eq(self.command.valid & self.command.ready),
+            requests.command.valid.eq(take),
+            requests.command.payload.eq(command),
+            self.index_row.eq(requests.index_row),
+            requests.index.eq(self.index),
+            counter.start.eq(take),
+            counter.shape.eq(command.extent),
+            counter.twice.eq(command.twice),
+            widener.half.eq(half),
+            self.busy.eq(~given | requests.busy | reader.busy),
+        ]
+        with m.If(take):
+            m.d.sync += [half.eq(command.half), channels.eq(command.mode == OperandMode.CHANNELS)]
+
+        # A chunk is a whole number of beats and of words, so the packer may begin anew with each.
+        # In mode CHANNELS it is stored on its way, and comes from there for the other rows.
+        place = counter.place
+        step = Signal()
+        give = Signal()
+        again = Signal()
+        stored = Signal(reset_less=True)
+        passed = Signal(word_bits, reset_less=True)
+        m.d.comb += [
+            packer.command.valid.eq(1),
+            packer.command.payload.words.eq(self._words_per_row),
+            again.eq(channels & ~place.first.row),
+            step.eq(counter.active & (~self.words.valid | self.words.ready)),
+            packer.words.ready.eq(step & ~again),
+            give.eq(step & (again | packer.words.valid)),
+            counter.advance.eq(give),
+            chunk.write_enable.eq(give & ~again),
+            chunk.write_address.eq(place.word),
+            chunk.write_data.eq(packer.words.payload),
+            chunk.read_enable.eq(give & again),
+            chunk.read_address.eq(place.word),
+            self.words.payload.eq(Mux(stored, chunk.read_data, passed)),
+        ]
+        with m.If(give):
+            m.d.sync += [passed.eq(packer.words.payload), stored.eq(again)]
+        m.d.sync += self.words.valid.eq(give | (self.words.valid & ~self.words.ready))
+        with m.If(take):
+            m.d.sync += given.eq(0)
+        with m.Elif(self.words.valid & self.words.ready & ~counter.active):
+            m.d.sync += given.eq(1)
+        with m.If(self.clear):
+            m.d.sync += [given.eq(1), self.words.valid.eq(0)]
+        return m

@@ -1,0 +1,1 @@
+from hw.vector.beat_widener import *

@@ -1,0 +1,1 @@
+from hw.vector.operand_reader import *

@@ -1,0 +1,1 @@
+from sim.benches.operand_reader import *

@@ -1,0 +1,1 @@
+from sim.benches.reader_world import *
