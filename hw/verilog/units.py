@@ -28,6 +28,7 @@ from speq.hw.memory.ranking_writer import RankingWriter
 from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.weight_reader import WeightReader
+from speq.hw.memory.write_combiner import WriteCombiner
 from speq.hw.memory.write_mux import WriteMux
 from speq.hw.sampling.gumbel_transform import GumbelTransform
 from speq.hw.sampling.noise_source import NoiseSource
@@ -42,7 +43,10 @@ from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.lane import Lane
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
+from speq.hw.vector.run_planner import RunPlanner
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.transposer import Transposer
+from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
 
@@ -75,6 +79,7 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "ranking_writer": lambda: RankingWriter(config),
         "write_mux": lambda: WriteMux(config.data, _MASTERS),
         "memory_writer": lambda: MemoryWriter(config.data),
+        "write_combiner": lambda: WriteCombiner(config.data),
     }
     control: dict[str, Callable[[], wiring.Component]] = {
         "register_file": lambda: RegisterFile(config),
@@ -111,5 +116,8 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         with_lanes = replace(config, lanes=lanes)
         vector |= {
             "word_counter": lambda: WordCounter(with_lanes),
+            "run_planner": lambda: RunPlanner(with_lanes),
+            "transposer": lambda: Transposer(with_lanes),
+            "vector_writer": lambda: VectorWriter(with_lanes),
         }
     return array | memory | control | sampling | vector

@@ -19,6 +19,7 @@ from speq.hw.vector.lane import Lane
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
 from tests.hw.verilog_tools import lint, write_unit
@@ -37,6 +38,8 @@ UNITS = {
     "row_maximum": lambda: RowMaximum(8),
     "weight_sum": lambda: WeightSum(8, 2048),
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
+    "vector_writer": lambda: VectorWriter(CONFIG),
+    "smallest_vector_writer": lambda: VectorWriter(SMALLEST),
     "word_counter": lambda: WordCounter(CONFIG),
     "smallest_word_counter": lambda: WordCounter(SMALLEST),
 }
