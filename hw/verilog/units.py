@@ -34,6 +34,7 @@ from speq.hw.sampling.gumbel_transform import GumbelTransform
 from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
+from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -119,5 +120,6 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
             "run_planner": lambda: RunPlanner(with_lanes),
             "transposer": lambda: Transposer(with_lanes),
             "vector_writer": lambda: VectorWriter(with_lanes),
+            "activation_quantizer": lambda: ActivationQuantizer(with_lanes),
         }
     return array | memory | control | sampling | vector

@@ -9,6 +9,7 @@ import pytest
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
+from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -27,6 +28,8 @@ from tests.hw.verilog_tools import lint, write_unit
 CONFIG = AcceleratorConfig(lanes=8)
 SMALLEST = AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1), lanes=4, query_heads=4)
 UNITS = {
+    "activation_quantizer": lambda: ActivationQuantizer(CONFIG),
+    "smallest_activation_quantizer": lambda: ActivationQuantizer(SMALLEST),
     "block_quantizer": lambda: BlockQuantizer(16, 64),
     "fp16_to_fp32": Fp16ToFp32,
     "fp32_adder": Fp32Adder,
