@@ -78,7 +78,7 @@ class Target(enum.Enum, shape=unsigned(4)):
     #: ``results + g outer + (p // C) inner + 2 C e + 2 (p % C)``, the KV cache's keys.
     KEYS = 3
     #: Segments are KV heads g: FP16 at ``results + g outer + i inner + 2 C (position + t) + 2 c``,
-    #: the KV cache's values.
+    #: the KV cache's values; `outer` and `inner` are multiples of a beat of the data port.
     VALUES = 4
     #: Segments are batches b of an ATTENTION, i its row: FP16 at ``results + b d + e A + 2 i``,
     #: where d are the bytes of a word for each entry that the pass sees, rounded up to whole beats

@@ -29,12 +29,14 @@ from speq.hw.memory.ranking_writer import RankingWriter
 from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.weight_reader import WeightReader
+from speq.hw.memory.write_combiner import WriteCombiner
 from speq.hw.memory.write_mux import WriteMux
 from speq.hw.sampling.gumbel_transform import GumbelTransform
 from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
 from speq.hw.vector.beat_widener import BeatWidener
+from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -46,7 +48,10 @@ from speq.hw.vector.operand_reader import OperandReader
 from speq.hw.vector.operand_requests import OperandRequests
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
+from speq.hw.vector.run_planner import RunPlanner
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.transposer import Transposer
+from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
 
@@ -82,6 +87,7 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "write_mux": lambda: WriteMux(config.data, _MASTERS),
         "memory_writer": lambda: MemoryWriter(config.data),
         "memory_watchdog": lambda: MemoryWatchdog(_ADDRESS_CHANNELS),
+        "write_combiner": lambda: WriteCombiner(config.data),
     }
     control: dict[str, Callable[[], wiring.Component]] = {
         "register_file": lambda: RegisterFile(config),
@@ -121,5 +127,9 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
             "operand_requests": lambda: OperandRequests(with_lanes),
             "beat_widener": lambda: BeatWidener(config.data.data_bits),
             "operand_reader": lambda: OperandReader(with_lanes),
+            "run_planner": lambda: RunPlanner(with_lanes),
+            "transposer": lambda: Transposer(with_lanes),
+            "vector_writer": lambda: VectorWriter(with_lanes),
+            "activation_quantizer": lambda: ActivationQuantizer(with_lanes),
         }
     return array | memory | control | sampling | vector

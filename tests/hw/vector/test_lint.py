@@ -10,6 +10,7 @@ import pytest
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.vector.beat_widener import BeatWidener
+from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -22,6 +23,7 @@ from speq.hw.vector.operand_requests import OperandRequests
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
 from tests.hw.verilog_tools import lint, write_unit
@@ -29,6 +31,8 @@ from tests.hw.verilog_tools import lint, write_unit
 CONFIG = AcceleratorConfig(lanes=8)
 SMALLEST = AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1), lanes=4, query_heads=4)
 UNITS = {
+    "activation_quantizer": lambda: ActivationQuantizer(CONFIG),
+    "smallest_activation_quantizer": lambda: ActivationQuantizer(SMALLEST),
     "block_quantizer": lambda: BlockQuantizer(16, 64),
     "fp16_to_fp32": Fp16ToFp32,
     "fp32_adder": Fp32Adder,
@@ -46,6 +50,8 @@ UNITS = {
     "operand_requests": lambda: OperandRequests(CONFIG),
     "operand_reader": lambda: OperandReader(CONFIG),
     "smallest_operand_reader": lambda: OperandReader(SMALLEST),
+    "vector_writer": lambda: VectorWriter(CONFIG),
+    "smallest_vector_writer": lambda: VectorWriter(SMALLEST),
 }
 
 

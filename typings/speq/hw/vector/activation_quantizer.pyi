@@ -1,0 +1,1 @@
+from hw.vector.activation_quantizer import *

@@ -1,0 +1,1 @@
+from hw.vector.run_planner import *
