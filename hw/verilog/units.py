@@ -34,6 +34,7 @@ from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
 from speq.hw.vector.block_quantizer import BlockQuantizer
+from speq.hw.vector.entry_mover import EntryMover
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_maximum import Fp32Maximum
@@ -106,5 +107,6 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "row_maximum": lambda: RowMaximum(_LANES),
         "block_quantizer": lambda: BlockQuantizer(_LANES, engine.format.group),
         "weight_sum": lambda: WeightSum(_LANES, engine.max_k),
+        "entry_mover": lambda: EntryMover(config),
     }
     return array | memory | control | sampling | vector
