@@ -38,6 +38,7 @@ from speq.hw.sampling.philox import Philox
 from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.block_quantizer import BlockQuantizer
+from speq.hw.vector.entry_mover import EntryMover
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_maximum import Fp32Maximum
@@ -118,6 +119,7 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "row_maximum": lambda: RowMaximum(_LANES),
         "block_quantizer": lambda: BlockQuantizer(_LANES, engine.format.group),
         "weight_sum": lambda: WeightSum(_LANES, engine.max_k),
+        "entry_mover": lambda: EntryMover(config),
     }
     if engine.rows <= engine.cols:
         lanes = config.lanes or min(_LANES, engine.cols)

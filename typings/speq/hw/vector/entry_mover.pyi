@@ -1,0 +1,1 @@
+from hw.vector.entry_mover import *

@@ -1,0 +1,1 @@
+from sim.benches.entry_mover import *
