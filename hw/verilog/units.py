@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from amaranth.lib import wiring
 
@@ -43,8 +44,9 @@ from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.sigmoid import Sigmoid
 from speq.hw.vector.weight_sum import WeightSum
+from speq.hw.vector.word_counter import WordCounter
 
-#: Lanes of the vector unit's reductions.
+#: Lanes of the vector unit, if the configuration has none.
 _LANES = 8
 #: Masters that share a port.
 _MASTERS = 3
@@ -53,7 +55,8 @@ _MASTERS = 3
 def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]]:
     """What makes each unit, by name, from the array outwards.
 
-    Units that are no more than a few others connected are not among them.
+    Units that are no more than a few others connected are not among them. Those of the vector unit
+    are, but for more rows than columns, also if the configuration has no lanes.
     """
     engine = config.engine
     array: dict[str, Callable[[], wiring.Component]] = {
@@ -103,4 +106,10 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "block_quantizer": lambda: BlockQuantizer(_LANES, engine.format.group),
         "weight_sum": lambda: WeightSum(_LANES, engine.max_k),
     }
+    if engine.rows <= engine.cols:
+        lanes = config.lanes or min(_LANES, engine.cols)
+        with_lanes = replace(config, lanes=lanes)
+        vector |= {
+            "word_counter": lambda: WordCounter(with_lanes),
+        }
     return array | memory | control | sampling | vector

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.engine_config import EngineConfig
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -18,8 +20,11 @@ from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.sigmoid import Sigmoid
 from speq.hw.vector.weight_sum import WeightSum
+from speq.hw.vector.word_counter import WordCounter
 from tests.hw.verilog_tools import lint, write_unit
 
+CONFIG = AcceleratorConfig(lanes=8)
+SMALLEST = AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1), lanes=4, query_heads=4)
 UNITS = {
     "block_quantizer": lambda: BlockQuantizer(16, 64),
     "fp16_to_fp32": Fp16ToFp32,
@@ -32,6 +37,8 @@ UNITS = {
     "row_maximum": lambda: RowMaximum(8),
     "weight_sum": lambda: WeightSum(8, 2048),
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
+    "word_counter": lambda: WordCounter(CONFIG),
+    "smallest_word_counter": lambda: WordCounter(SMALLEST),
 }
 
 
