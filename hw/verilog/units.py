@@ -102,9 +102,9 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "sigmoid": Sigmoid,
         "reciprocal": Reciprocal,
         "lane": Lane,
-        "row_maximum": lambda: RowMaximum(_LANES),
+        "row_maximum": lambda: RowMaximum(_LANES, engine.rows),
         "block_quantizer": lambda: BlockQuantizer(_LANES, engine.format.group),
-        "weight_sum": lambda: WeightSum(_LANES, engine.max_k),
+        "weight_sum": lambda: WeightSum(_LANES, engine.max_k, engine.rows),
     }
     if engine.rows <= engine.cols:
         lanes = config.lanes or min(_LANES, engine.cols)

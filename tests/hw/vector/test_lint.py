@@ -34,8 +34,8 @@ UNITS = {
     "fp32_to_fp16": Fp32ToFp16,
     "lane": Lane,
     "reciprocal_unit": Reciprocal,
-    "row_maximum": lambda: RowMaximum(8),
-    "weight_sum": lambda: WeightSum(8, 2048),
+    "row_maximum": lambda: RowMaximum(8, 8),
+    "weight_sum": lambda: WeightSum(8, 2048, 8),
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
     "word_counter": lambda: WordCounter(CONFIG),
     "smallest_word_counter": lambda: WordCounter(SMALLEST),
