@@ -33,6 +33,7 @@ from speq.hw.sampling.gumbel_transform import GumbelTransform
 from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
+from speq.hw.vector.attention_mask import AttentionMask
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -111,5 +112,6 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         with_lanes = replace(config, lanes=lanes)
         vector |= {
             "word_counter": lambda: WordCounter(with_lanes),
+            "attention_mask": lambda: AttentionMask(with_lanes),
         }
     return array | memory | control | sampling | vector

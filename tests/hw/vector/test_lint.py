@@ -9,6 +9,7 @@ import pytest
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
+from speq.hw.vector.attention_mask import AttentionMask
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -26,6 +27,8 @@ from tests.hw.verilog_tools import lint, write_unit
 CONFIG = AcceleratorConfig(lanes=8)
 SMALLEST = AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1), lanes=4, query_heads=4)
 UNITS = {
+    "attention_mask": lambda: AttentionMask(CONFIG),
+    "smallest_attention_mask": lambda: AttentionMask(SMALLEST),
     "block_quantizer": lambda: BlockQuantizer(16, 64),
     "fp16_to_fp32": Fp16ToFp32,
     "fp32_adder": Fp32Adder,
