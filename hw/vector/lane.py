@@ -47,7 +47,9 @@ class Lane(wiring.Component):
     """The operations of `LaneOperation` on FP32 numbers, each step rounded as a unit of its own.
 
     Latency `LATENCIES[operation]` cycles, operands in each cycle, no flow control. `operation`
-    must stay the same from the operands to their results: the chains share the units.
+    must stay the same from the operands to their results: the chains share the units. But for
+    ROTATE, `b` is taken `B_DELAY` cycles after the other operands, when it is needed: so a sum can
+    be the next one's operand as soon as possible.
 
     Members
     -------
@@ -57,6 +59,8 @@ class Lane(wiring.Component):
     x, y, a, b : In(32)
     result : Out(32)
     """
+
+    B_DELAY = Fp32Multiplier.LATENCY
 
     def __init__(self) -> None:
         operands = {name: In(32) for name in "xyab"}
@@ -74,7 +78,6 @@ class Lane(wiring.Component):
         rotates = self.operation == LaneOperation.ROTATE
         exponential = self.operation == LaneOperation.EXPONENTIAL
         product = first.product
-        late_b = delayed(m, self.b, Fp32Multiplier.LATENCY)
         late_product = delayed(m, product, 1 + Sigmoid.LATENCY - Fp32Multiplier.LATENCY)
         # The functions begin with a multiplication.
         (argument,) = pipeline_stage(m, 1, argument=Mux(exponential, adder.sum, self.y))
@@ -82,9 +85,9 @@ class Lane(wiring.Component):
             first.a.eq(self.x),
             first.b.eq(self.a),
             second.a.eq(Mux(gates, late_product, Mux(rotates, self.y, product))),
-            second.b.eq(Mux(gates, functions.sigmoid, Mux(rotates, self.b, late_b))),
+            second.b.eq(Mux(gates, functions.sigmoid, self.b)),
             adder.a.eq(product),
-            adder.b.eq(Mux(rotates, second.product, late_b)),
+            adder.b.eq(Mux(rotates, second.product, self.b)),
             adder.subtract.eq(Mux(rotates, self.subtract, exponential)),
             functions.x.eq(argument),
         ]

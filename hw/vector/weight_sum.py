@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact sum of a row of softmax weights."""
+"""The exact sums of rows of softmax weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.common.ieee754 import FP16, FP32_BIAS, FP32_FRACTION, significand
 from speq.hw.common.logic import incremented, leading_zeros, pipeline_stage
 from speq.hw.engine_config import FP16_BITS, check_power_of_two, check_range
+from speq.hw.vector.row_state import last_of_row
 
 #: Softmax weights are FP16 numbers from 0 to 1, integers times 2^-24.
 _UNIT_EXPONENT = -24
@@ -17,12 +18,13 @@ _WEIGHT_BITS = 1 - _UNIT_EXPONENT
 
 
 class WeightSum(wiring.Component):
-    """The sum of softmax weights, exact and rounded once, as `vector_ops.softmax_weights` has it.
+    """The sums of rows of softmax weights, exact and rounded once, as `vector_ops.softmax_weights`
+    has them.
 
-    Formula: ``total = fp32(sum of the weights since `first`)``.
+    Formula: ``total = fp32(sum of the row's weights since its `first`)``.
 
-    Latency `latency` cycles from a word to the total with it; a word per cycle, no flow control.
-    Words without `valid` change nothing.
+    Latency `latency` cycles from a word to its row's total with it; a word per cycle, of any row,
+    no flow control. Words without `valid` change nothing.
 
     Parameters
     ----------
@@ -30,12 +32,15 @@ class WeightSum(wiring.Component):
         Weights of a word, a power of two from 4 to 64.
     max_count : int
         Most weights of a row.
+    rows : int
+        1 to 64.
 
     Members
     -------
     valid : In(1)
     first : In(1)
-        With `valid`: a new row begins.
+        The first word of its row.
+    row : In(range(rows))
     weights : In(ArrayLayout(16, lanes))
         FP16, from 0 to 1.
     total : Out(32)
@@ -46,17 +51,20 @@ class WeightSum(wiring.Component):
         If a parameter is out of its range.
     """
 
-    def __init__(self, lanes: int, max_count: int) -> None:
+    def __init__(self, lanes: int, max_count: int, rows: int) -> None:
         check_power_of_two("lanes", lanes, 4, 64)
         check_range("max_count", max_count, 1, 2**16)
+        check_range("rows", rows, 1, 64)
         self.lanes = lanes
         self.max_count = max_count
+        self.rows = rows
         #: Cycles: integers, a level of the tree each, the sum, its leading zeros, and the rounding.
         self.latency = 5 + (lanes - 1).bit_length()
         super().__init__(
             {
                 "valid": In(1),
                 "first": In(1),
+                "row": In(range(max(2, rows))),
                 "weights": In(data.ArrayLayout(FP16_BITS, lanes)),
                 "total": Out(32),
             }
@@ -64,20 +72,24 @@ class WeightSum(wiring.Component):
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        values: list[Value] = [_integer(weight) for weight in self.weights]
+        # What is no word counts as one of the same row, of zeros.
+        values: list[Value] = [Mux(self.valid, _integer(weight), 0) for weight in self.weights]
         level = 1
-        flags = pipeline_stage(m, level, valid=self.valid, first=self.first)
+        (first,) = pipeline_stage(m, level, first=self.first & self.valid)
+        row = following = Signal.like(self.row, name="row_1", reset_less=True)
+        with m.If(self.valid):
+            m.d.sync += row.eq(self.row)
         values = list(pipeline_stage(m, level, **{f"weight_{i}": v for i, v in enumerate(values)}))
         while len(values) > 1:
             level += 1
             sums = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
             values = list(pipeline_stage(m, level, **{f"sum_{i}": v for i, v in enumerate(sums)}))
-            flags = pipeline_stage(m, level, valid=flags[0], first=flags[1])
-        valid, first = flags
+            following = row
+            first, row = pipeline_stage(m, level, first=first, row=row)
 
         total = Signal(_WEIGHT_BITS + (self.max_count - 1).bit_length(), reset_less=True)
-        with m.If(valid):
-            m.d.sync += total.eq(Mux(first, 0, total) + values[0])
+        before = last_of_row(m, self.rows, following, row, total)
+        m.d.sync += total.eq(Mux(first, 0, before) + values[0])
 
         # To FP32: the leading one to the top, and rounded to nearest even.
         bits = len(total)

@@ -37,6 +37,7 @@ from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
 from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.beat_widener import BeatWidener
+from speq.hw.vector.attention_mask import AttentionMask
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.entry_mover import EntryMover
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
@@ -116,10 +117,10 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "sigmoid": Sigmoid,
         "reciprocal": Reciprocal,
         "lane": Lane,
-        "row_maximum": lambda: RowMaximum(_LANES),
+        "row_maximum": lambda: RowMaximum(_LANES, engine.rows),
         "block_quantizer": lambda: BlockQuantizer(_LANES, engine.format.group),
-        "weight_sum": lambda: WeightSum(_LANES, engine.max_k),
         "entry_mover": lambda: EntryMover(config),
+        "weight_sum": lambda: WeightSum(_LANES, engine.max_k, engine.rows),
     }
     if engine.rows <= engine.cols:
         lanes = config.lanes or min(_LANES, engine.cols)
@@ -133,5 +134,6 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
             "transposer": lambda: Transposer(with_lanes),
             "vector_writer": lambda: VectorWriter(with_lanes),
             "activation_quantizer": lambda: ActivationQuantizer(with_lanes),
+            "attention_mask": lambda: AttentionMask(with_lanes),
         }
     return array | memory | control | sampling | vector

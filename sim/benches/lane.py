@@ -78,6 +78,8 @@ async def every_operation(dut: Any) -> None:
         operands[operation] = values = _operands(rng)
         words = np.zeros((_CYCLES + _DRAIN, 2 * _LANES + 1), np.uint64)
         patterns = np.pad(values, ((0, _DRAIN), (0, 0), (0, 0)))
+        if operation != LaneOperation.ROTATE:
+            patterns[..., 3] = np.roll(patterns[..., 3], Lane.B_DELAY, axis=0)
         words[:, :-1] = patterns.view(np.uint64).reshape(len(words), -1)
         words[:, -1] = flags | operation.value
         stimulus.append(words)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Testbench of what the softmax needs of a row: the largest score and the sum of the weights.
+"""Testbench of what the softmax needs of rows: the largest scores and the sums of the weights.
 
-The design under test holds both units with different numbers of lanes, and all take the same rows.
+The design under test holds both units with different numbers of lanes, and all take the same words.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
 _LANES = (4, 16)
+_ROWS = 5
 _MOST = 1024  # numbers of a row
 _WORDS = 20_000
 _WIDEST = max(_LANES)
@@ -30,7 +31,7 @@ _WEIGHT_WORDS = _WIDEST * 16 // WORD_BITS
 
 class _Bench(wiring.Component):
     """The units. The stimulus has the numbers of the widest, its weights, and a word of flags:
-    `valid`, `first` and, from bit 8 on, `counts`."""
+    `valid`, `first`, `row` and, from bit 8 on, `counts`."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -46,11 +47,11 @@ class _Bench(wiring.Component):
         numbers, weights = Cat(words[:_NUMBER_WORDS]), Cat(words[_NUMBER_WORDS:-1])
         flags = words[-1]
         for i, lanes in enumerate(_LANES):
-            m.submodules[f"maximum_{lanes}"] = maximum = RowMaximum(lanes)
-            m.submodules[f"sum_{lanes}"] = total = WeightSum(lanes, _MOST)
+            m.submodules[f"maximum_{lanes}"] = maximum = RowMaximum(lanes, _ROWS)
+            m.submodules[f"sum_{lanes}"] = total = WeightSum(lanes, _MOST, _ROWS)
             m.d.comb += [
-                Cat(maximum.valid, maximum.first).eq(flags[:2]),
-                Cat(total.valid, total.first).eq(flags[:2]),
+                Cat(maximum.valid, maximum.first, maximum.row).eq(flags[:8]),
+                Cat(total.valid, total.first, total.row).eq(flags[:8]),
                 maximum.counts.eq(flags[8 : 8 + lanes]),
                 maximum.numbers.eq(numbers[: 32 * lanes]),
                 total.weights.eq(weights[: 16 * lanes]),
@@ -67,25 +68,26 @@ def run() -> None:
 
 @cocotb.test()
 async def every_cycle(dut: Any) -> None:
-    """Rows of every length with pauses, each result exactly as many cycles later as the unit
-    says."""
+    """Rows of every length in turns of every kind, with pauses, each result exactly as many cycles
+    later as the unit says."""
     rng = np.random.default_rng(seed())
     dut._log.info(f"seed {seed()}")
     valid = rng.random(_WORDS) < 0.8
-    first = _first_words(rng, valid)
+    row = _rows(rng)
+    first = _first_words(rng, valid, row)
     numbers, weights = _numbers(rng), _weights(rng)
     counts = rng.random((_WORDS, _WIDEST)) < rng.random((_WORDS, 1))
     flags = valid | first.astype(np.uint64) << np.uint64(1)
+    flags = flags | row.astype(np.uint64) << np.uint64(2)
     flags = flags | (counts << (8 + np.arange(_WIDEST))).sum(axis=1).astype(np.uint64)
-    latencies = [(RowMaximum(n).latency, WeightSum(n, _MOST).latency) for n in _LANES]
+    latencies = [(RowMaximum(n, _ROWS).latency, WeightSum(n, _MOST, _ROWS).latency) for n in _LANES]
     parts = [numbers.view(np.uint64), weights.view(np.uint64), flags[:, None]]
     stimulus = np.concatenate(parts, axis=1)
     stimulus = np.pad(stimulus, ((0, np.max(latencies)), (0, 0)))
     observed = (await play_files(dut, stimulus)).view(np.uint32)
-    begun = np.maximum.accumulate(np.where(first & valid, np.arange(_WORDS), 0))
     for i, lanes in enumerate(_LANES):
         expected = _expected(
-            begun, valid, numbers[:, :lanes], counts[:, :lanes], weights[:, :lanes]
+            valid, first, row, numbers[:, :lanes], counts[:, :lanes], weights[:, :lanes]
         )
         for j, unit in enumerate(("RowMaximum.maximum", "WeightSum.total")):
             due = slice(latencies[i][j], latencies[i][j] + _WORDS)
@@ -93,7 +95,7 @@ async def every_cycle(dut: Any) -> None:
                 f"{unit}, {lanes} lanes",
                 expected=_one_zero(expected[j]),
                 got=_one_zero(observed[due, 2 * i + j]),
-                operands={"row's first word": begun, "word": np.arange(_WORDS)},
+                operands={"row": row, "valid": valid, "first": first},
                 cycles=np.arange(len(observed))[due],
             )
 
@@ -103,16 +105,26 @@ def _one_zero(patterns: np.ndarray) -> np.ndarray:
     return np.where(patterns == 1 << 31, np.uint32(0), patterns)
 
 
-def _first_words(rng: np.random.Generator, valid: np.ndarray) -> np.ndarray:
-    """Where rows begin, from the first word on, and none with more than `_MOST` numbers; also in
-    words that are not valid, where it means nothing."""
+def _rows(rng: np.random.Generator) -> np.ndarray:
+    """The rows of the words: runs of one row, two in turn, all in turn, and in no order."""
+    words = np.arange(_WORDS)
+    kinds = np.repeat(rng.integers(0, 4, _WORDS // 50), 50)
+    part = words // 50
+    turns = np.stack([part % _ROWS, (part + words % 2) % _ROWS, words % _ROWS])
+    anywhere = rng.integers(0, _ROWS, _WORDS)
+    return np.where(kinds == 3, anywhere, turns[np.minimum(kinds, 2), words])
+
+
+def _first_words(rng: np.random.Generator, valid: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Where rows begin anew, each with its first word, and none with more than `_MOST` numbers;
+    also in words that are not valid, where it means nothing."""
     first = rng.random(len(valid)) < np.repeat(rng.choice([0.02, 0.2, 1.0], 20), len(valid) // 20)
-    first[0] = valid[0] = True
-    since = 0
+    valid[0] = True
+    since = [_MOST] * _ROWS
     for i in np.flatnonzero(valid):
-        since = 1 if first[i] else since + 1
-        if since * _WIDEST > _MOST:
-            first[i], since = True, 1
+        since[row[i]] = 1 if first[i] else since[row[i]] + 1
+        if since[row[i]] * _WIDEST > _MOST:
+            first[i], since[row[i]] = True, 1
     return first
 
 
@@ -134,17 +146,25 @@ def _weights(rng: np.random.Generator) -> np.ndarray:
 
 
 def _expected(
-    begun: np.ndarray,
     valid: np.ndarray,
+    first: np.ndarray,
+    row: np.ndarray,
     numbers: np.ndarray,
     counts: np.ndarray,
     weights: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Maxima and sums with each word, uint32 [words], of rows that began at the words `begun`."""
+    """Maxima and sums with each word, uint32 [words], of its row; of the last word's row where
+    there is none."""
     values = numbers.view(np.float32)
-    is_used = counts & valid[:, None] & ~np.isnan(values)
-    largest = np.where(is_used, values, np.float32(-np.inf)).max(axis=1)
-    sums = (weights.view(np.float16).astype(np.float64).sum(axis=1) * valid).cumsum()
-    before = np.concatenate([[0.0], sums])[begun]  # exact: all are multiples of 2^-24
-    maxima = np.array([largest[start : i + 1].max() for i, start in enumerate(begun)], np.float32)
-    return maxima.view(np.uint32), (sums - before).astype(np.float32).view(np.uint32)
+    largest = np.where(counts & ~np.isnan(values), values, np.float32(-np.inf)).max(axis=1)
+    sums = weights.view(np.float16).astype(np.float64).sum(axis=1)  # exact: multiples of 2^-24
+    maxima, totals = np.zeros(_ROWS, np.float32), np.zeros(_ROWS)
+    results = np.zeros((2, len(valid)), np.float32)
+    at = 0
+    for i in range(len(valid)):
+        if valid[i]:
+            at = row[i]
+            maxima[at] = largest[i] if first[i] else max(maxima[at], largest[i])
+            totals[at] = sums[i] + (0.0 if first[i] else totals[at])
+        results[:, i] = maxima[at], totals[at]
+    return results[0].view(np.uint32), results[1].view(np.uint32)

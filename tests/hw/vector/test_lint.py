@@ -11,6 +11,7 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.beat_widener import BeatWidener
+from speq.hw.vector.attention_mask import AttentionMask
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -33,6 +34,8 @@ SMALLEST = AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1), lanes=4, que
 UNITS = {
     "activation_quantizer": lambda: ActivationQuantizer(CONFIG),
     "smallest_activation_quantizer": lambda: ActivationQuantizer(SMALLEST),
+    "attention_mask": lambda: AttentionMask(CONFIG),
+    "smallest_attention_mask": lambda: AttentionMask(SMALLEST),
     "block_quantizer": lambda: BlockQuantizer(16, 64),
     "fp16_to_fp32": Fp16ToFp32,
     "fp32_adder": Fp32Adder,
@@ -41,8 +44,8 @@ UNITS = {
     "fp32_to_fp16": Fp32ToFp16,
     "lane": Lane,
     "reciprocal_unit": Reciprocal,
-    "row_maximum": lambda: RowMaximum(8),
-    "weight_sum": lambda: WeightSum(8, 2048),
+    "row_maximum": lambda: RowMaximum(8, 8),
+    "weight_sum": lambda: WeightSum(8, 2048, 8),
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
     "word_counter": lambda: WordCounter(CONFIG),
     "smallest_word_counter": lambda: WordCounter(SMALLEST),

@@ -1,0 +1,1 @@
+from hw.vector.attention_mask import *
