@@ -123,6 +123,7 @@ class AcceleratorModel:
         self._written = {r.name: 0 for r in registers(config) if r.access == "rw"}
         self._constants = constants(config)
         self._weights: dict[tuple, tuple[WeightOperand, list[tuple[int, int]]]] = {}
+        self._weights_end = 0  # behind which none of these lie
         self.reset()
 
     def reset(self) -> None:
@@ -629,6 +630,8 @@ class AcceleratorModel:
             operand = prepare_draft(tensor) if is_draft else prepare_verify(tensor.decode())
         if not product.stride:
             self._weights[key] = (operand, spans)
+            ends = [first + size for first, size in spans]
+            self._weights_end = max(self._weights_end, *ends)
         return operand
 
     def _encoded(self, product: _Product, spans: list[tuple[int, int]]) -> EncodedTensor:
@@ -662,6 +665,8 @@ class AcceleratorModel:
 
     def _forget(self, address: int, size: int) -> None:
         """Drop the weights that lie where memory has been written."""
+        if address >= self._weights_end:
+            return
         self._weights = {
             key: (operand, spans)
             for key, (operand, spans) in self._weights.items()
