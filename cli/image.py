@@ -38,8 +38,10 @@ from speq.cli.verilog import (
     Description,
     DraftRows,
     History,
+    Lanes,
     MaxK,
     PresetName,
+    QueryHeads,
     WeightsBits,
     configuration,
     starting_point,
@@ -92,6 +94,8 @@ def run(
     address_bits: AddressBits = None,
     choices: Choices = None,
     history: History = None,
+    lanes: Lanes = None,
+    query_heads: QueryHeads = None,
     force: Force = False,
 ) -> None:
     """Write one file with all that a host puts into the accelerator's memory for a model, or say
@@ -108,6 +112,8 @@ def run(
         "address_bits": address_bits,
         "choices": choices,
         "history": history,
+        "lanes": lanes,
+        "query_heads": query_heads,
     }
     if info is not None:
         others = {"output": output, "encoded": encoded, "context": context}

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from speq.hw.accelerator_config import AcceleratorConfig
 
 _MAX_DESCRIPTION = 1 << 20  # bytes
+#: Parameters of an accelerator besides those of its engine and its ports.
+_OTHERS = ("choices", "history", "lanes", "query_heads")
 
 
 # The options that are a configuration.
@@ -71,6 +73,22 @@ History = Annotated[
         show_default="2048",
     ),
 ]
+Lanes = Annotated[
+    int | None,
+    typer.Option(
+        help="Elements that the vector unit takes in a cycle: a power of two, 4 to 64, or 0: the "
+        "host does the vector work.",
+        show_default="0",
+    ),
+]
+QueryHeads = Annotated[
+    int | None,
+    typer.Option(
+        help="Most query heads of a model that the vector unit works for: a power of two, 4 to "
+        "1024.",
+        show_default="64",
+    ),
+]
 
 
 def run(
@@ -88,6 +106,8 @@ def run(
     address_bits: AddressBits = None,
     choices: Choices = None,
     history: History = None,
+    lanes: Lanes = None,
+    query_heads: QueryHeads = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
@@ -107,6 +127,8 @@ def run(
         "address_bits": address_bits,
         "choices": choices,
         "history": history,
+        "lanes": lanes,
+        "query_heads": query_heads,
     }
     base, given = starting_point(config, preset, given)
     from speq.hw.verilog import write_verilog
@@ -187,12 +209,12 @@ def configuration(
     if engine_only or isinstance(base, EngineConfig):
         refuse_unused(
             "with an engine alone, which has neither ports to memory nor rankings",
-            **chosen("weights_bits", "data_bits", "address_bits", "choices", "history"),
+            **chosen("weights_bits", "data_bits", "address_bits", *_OTHERS),
         )
         return engine
     ports = base or AcceleratorConfig(engine)
-    changed: dict[str, Any] = {name: getattr(ports, name) for name in ("choices", "history")}
-    changed |= chosen("choices", "history")
+    changed: dict[str, Any] = {name: getattr(ports, name) for name in _OTHERS}
+    changed |= chosen(*_OTHERS)
     for name in ("weights", "data"):
         bits = {"data_bits": given[f"{name}_bits"]} if f"{name}_bits" in given else {}
         try:

@@ -100,7 +100,9 @@ def configuration(read: Callable[[str], int]) -> AcceleratorConfig:
             )
     r = {name: read(name) for name in expected}
     known = {register.name: register for register in registers(AcceleratorConfig())}
-    array, number_format, bus = (split(known[name], r[name]) for name in ("ARRAY", "FORMAT", "BUS"))
+    array, number_format, bus, vector = (
+        split(known[name], r[name]) for name in ("ARRAY", "FORMAT", "BUS", "VECTOR")
+    )
     if number_format.pop("width") != DRAFT_BITS:
         raise ValueError(f"FORMAT is {r['FORMAT']:#x}: no draft weights of {DRAFT_BITS} bits")
     address_bits = r["ADDRESS_BITS"]
@@ -111,7 +113,9 @@ def configuration(read: Callable[[str], int]) -> AcceleratorConfig:
     engine = EngineConfig(
         format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
     )
-    config = AcceleratorConfig(engine, **ports, choices=r["MAX_CHOICES"], history=r["HISTORY_SIZE"])
+    config = AcceleratorConfig(
+        engine, **ports, choices=r["MAX_CHOICES"], history=r["HISTORY_SIZE"], **vector
+    )
     if bus["activation_bytes"] != config.activation_bytes:
         raise ValueError(
             f"an activation word has {bus['activation_bytes']} bytes; this driver expects "

@@ -21,7 +21,7 @@ from speq.model.number_format import DRAFT_BITS
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
 #: Of this map: major version in the upper half, minor in the lower.
-VERSION = 0x0001_0004
+VERSION = 0x0001_0005
 #: Bits of a register's address.
 ADDRESS_BITS = 12
 #: Largest value of RING_LOG2.
@@ -131,11 +131,13 @@ ANSWERS = {
 #: What the values of the register ERROR mean.
 ERRORS = {
     ErrorCode.NONE: "no error",
-    ErrorCode.UNKNOWN_KIND: "a descriptor is of no known kind or mode",
-    ErrorCode.RESERVED: "a descriptor field that its kind does not use is not 0",
+    ErrorCode.UNKNOWN_KIND: "a descriptor is of no known kind, mode or operation, or an operation "
+    "has no such target",
+    ErrorCode.RESERVED: "a descriptor field does not have the value that its kind demands, mostly "
+    "0",
     ErrorCode.BAD_SIZE: "a size of a descriptor is 0 or more than the configuration allows",
-    ErrorCode.MISALIGNED: "an address of a descriptor is not a multiple of a beat, or has more "
-    "bits than the ports",
+    ErrorCode.MISALIGNED: "an address of a descriptor is not a multiple of a beat, or a distance "
+    "of an activation word, or it has more bits than the ports",
     ErrorCode.NO_END: "a program has no END within PROGRAM_LENGTH descriptors",
     ErrorCode.READ_OUTSIDE: "a read would leave the read region",
     ErrorCode.READ_SLVERR: "memory answered a read with SLVERR",
@@ -175,6 +177,8 @@ COUNTERS = {
     "GUESSES": "guesses from the history verified",
     "GUESS_HITS": "guesses that were accepted",
     "FREE_STEPS": "steps that guessed without a draft pass",
+    "VECTOR_CYCLES": "cycles with an unfinished VECTOR descriptor",
+    "VECTOR_STALLS": "of these, cycles in which the vector unit waits for operands",
 }
 
 
@@ -200,6 +204,7 @@ def constants(config: AcceleratorConfig) -> dict[str, int | dict[str, int]]:
         "ADDRESS_BITS": config.address_bits,
         "MAX_CHOICES": config.choices,
         "HISTORY_SIZE": config.history,
+        "VECTOR": {"lanes": config.lanes, "query_heads": config.query_heads},
     }
 
 
@@ -400,7 +405,18 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             )
         ),
     )
-    policy = sorted(costs + (history if config.history else ()), key=lambda each: each.offset)
+    vector = Register(
+        "VECTOR",
+        0x0DC,
+        "ro",
+        "the vector unit",
+        fields=(
+            Field("lanes", 0, 8, "elements that it takes in a cycle, 0: there is none"),
+            Field("query_heads", 8, 16, "most query heads of a model that it works for"),
+        ),
+    )
+    others = (vector, *costs, *(history if config.history else ()))
+    more = sorted(others, key=lambda each: each.offset)
     counters = tuple(
         Register(name, _COUNTERS + 8 * i, "ro", about, bits=64)
         for i, (name, about) in enumerate(COUNTERS.items())
@@ -431,4 +447,4 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             rows,
         ),
     )
-    return (*plain, *policy, *counters, *sampling, *arrays)
+    return (*plain, *more, *counters, *sampling, *arrays)

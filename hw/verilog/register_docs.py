@@ -12,8 +12,10 @@ from speq.hw.control.descriptor import (
     DESCRIPTOR,
     DESCRIPTOR_BYTES,
     FORMS,
+    TARGETS,
     DescriptorKind,
     Form,
+    Target,
     Use,
 )
 from speq.hw.control.register_map import ANSWERS, ERRORS, STATES, Register, constants, registers
@@ -26,9 +28,14 @@ _ACCESSES = {
     "w1c": "writing ones clears bits",
 }
 _C_TYPES = {8: "uint8_t", 32: "uint32_t", 64: "uint64_t"}
-#: The byte of a descriptor that holds several fields, and where it is.
-_FLAGS = "flags"
-_FLAGS_BYTE = 1
+#: Members of the C struct that hold several fields of a descriptor, by their first bit: name, bits.
+_SHARED = {8: ("flags", 8), 32: ("k_and_operation", 32)}
+#: What addresses and distances are multiples of.
+_MULTIPLES = {
+    "weights": "a beat of the weights port",
+    "data": "a beat of the data port",
+    "word": "an activation word",
+}
 #: Prefix in C, title, and name, value and meaning of numbers in registers and descriptors.
 _NUMBERS = (
     ("STATE", "States (STATUS)", [(name, *number) for name, number in STATES.items()]),
@@ -37,6 +44,15 @@ _NUMBERS = (
     ("PASS", "Kinds of passes (PASS.kind)", [(e.name, e.value, "") for e in PassKind]),
     ("KIND", "Kinds of descriptors", [(e.name, e.value, "") for e in DescriptorKind]),
     ("MODE", "Modes of GEMM and ARGMAX descriptors", [(e.name, e.value, "") for e in Mode]),
+    (
+        "OPERATION",
+        "Operations of VECTOR descriptors",
+        [
+            (operation.name, operation.value, f"to {', '.join(target.name for target in targets)}")
+            for operation, targets in TARGETS.items()
+        ],
+    ),
+    ("TARGET", "Targets of VECTOR descriptors", [(e.name, e.value, "") for e in Target]),
 )
 
 
@@ -48,7 +64,8 @@ def c_header(config: AcceleratorConfig) -> str:
       elements, SPEQ_REG_name_STRIDE bytes apart.
     - SPEQ_name_field_SHIFT, _MASK: a field of a register; the mask is in place.
     - SPEQ_VALUE_name: what a register that never changes reads.
-    - SPEQ_STATE_, SPEQ_ANSWER_, SPEQ_ERROR_, SPEQ_PASS_, SPEQ_KIND_, SPEQ_MODE_: numbers.
+    - SPEQ_STATE_, SPEQ_ANSWER_, SPEQ_ERROR_, SPEQ_PASS_, SPEQ_KIND_, SPEQ_MODE_, SPEQ_OPERATION_,
+      SPEQ_TARGET_: numbers.
     - struct speq_descriptor: a descriptor, on a little-endian host.
     """
     parts = [
@@ -108,7 +125,7 @@ def _form(kind: DescriptorKind, form: Form) -> str:
         (
             member + (f" ({use.name})" if use.name else ""),
             use.about,
-            f"multiple of a beat of the {use.port} port" if use.port else "",
+            f"multiple of {_MULTIPLES[use.port]}" if use.port else "",
             _zero(use),
         )
         for member, use in form.uses.items()
@@ -167,28 +184,31 @@ def _c_numbers(prefix: str, title: str, rows: list[tuple[str, int, str]]) -> str
 
 
 def _c_descriptor() -> str:
-    """The descriptor as a struct; fields that are no bytes share the member `flags`."""
-    members, flags = [], []
+    """The descriptor as a struct; some fields share a member."""
+    members, macros = [], []
+    start = end = 0  # of the member that is shared
     for name, place in DESCRIPTOR:
-        if place.width in _C_TYPES and place.offset % place.width == 0:
-            members.append(f"    {_C_TYPES[place.width]} {name};")
-        else:
-            if not flags:
-                members.append(f"    uint8_t {_FLAGS};")
-            low = place.offset - 8 * _FLAGS_BYTE
-            macro = f"DESCRIPTOR_{name.upper()}"
-            flags += [
+        if place.offset in _SHARED:
+            shared, bits = _SHARED[place.offset]
+            start, end = place.offset, place.offset + bits
+            members.append(f"    {_C_TYPES[bits]} {shared};")
+            macros.append(f"/* Fields of the member `{shared}`. */")
+        if place.offset < end:
+            macro, low = f"DESCRIPTOR_{name.upper()}", place.offset - start
+            mask = (1 << place.width) - 1 << low
+            macros += [
                 _define(f"{macro}_SHIFT", f"{low}u"),
-                _define(f"{macro}_MASK", f"0x{(1 << place.width) - 1 << low:02x}u"),
+                _define(f"{macro}_MASK", f"0x{mask:0{(end - start) // 4}x}u"),
             ]
+        else:
+            members.append(f"    {_C_TYPES[place.width]} {name};")
     return "\n".join(
         [
             "/* A descriptor as it lies in memory, for a little-endian host. */",
             "struct speq_descriptor {",
             *members,
             "};",
-            f"/* Fields of the member `{_FLAGS}`. */",
-            *flags,
+            *macros,
             _define("DESCRIPTOR_BYTES", f"{DESCRIPTOR_BYTES}u"),
             "typedef char speq_descriptor_has_its_size",
             "    [sizeof(struct speq_descriptor) == SPEQ_DESCRIPTOR_BYTES ? 1 : -1];",

@@ -149,6 +149,21 @@ def test_the_history_is_kept_and_changed():
         configuration(EngineConfig(), False, {"history": 8})
 
 
+def test_the_vector_unit_is_kept_and_changed():
+    assert configuration(None, False, {}).lanes == 0
+    some = configuration(None, False, {"lanes": 8, "query_heads": 32})
+    assert (some.lanes, some.query_heads) == (8, 32)
+    assert configuration(some, False, {"rows": 4}) == replace(some, engine=EngineConfig(rows=4))
+    assert configuration(some, False, {"lanes": 0}) == replace(some, lanes=0)
+    for lanes in (-4, 2, 12, 32):
+        with pytest.raises(ValueError, match=f"lanes is {lanes}; allowed are powers of two"):
+            configuration(some, False, {"lanes": lanes})
+    with pytest.raises(ValueError, match="query_heads is 2048; allowed are powers of two"):
+        configuration(some, False, {"query_heads": 2048})
+    with pytest.raises(ValueError, match="--query-heads is not used"):
+        configuration(EngineConfig(), False, {"query_heads": 8})
+
+
 def test_the_length_of_a_ranking_is_kept_and_changed():
     assert configuration(None, False, {}).choices == 8
     four = configuration(None, False, {"choices": 4})

@@ -459,6 +459,7 @@ def test_images_for_another_accelerator_are_refused(images):
         (system(replace(small, max_k=512)), ["MAX_K 256 instead of 512"]),
         (replace(system(), choices=4), ["MAX_CHOICES 8 instead of 4"]),
         (replace(system(), history=0), ["HISTORY_SIZE 2048 instead of 0"]),
+        (replace(system(), query_heads=32), ["VECTOR.query_heads 64 instead of 32"]),
         (system(weights=64), ["BUS.weights_bytes 16 instead of 8"]),
         (
             system(replace(small, format=FormatConfig(32, 1))),

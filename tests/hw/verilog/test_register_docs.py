@@ -12,7 +12,14 @@ import pytest
 
 from speq import hw
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR, FORMS, Descriptor, DescriptorKind
+from speq.hw.control.descriptor import (
+    DESCRIPTOR,
+    FORMS,
+    Descriptor,
+    DescriptorKind,
+    Target,
+    VectorOperation,
+)
 from speq.hw.control.register_map import (
     ADDRESS_BITS,
     ANSWERS,
@@ -34,6 +41,8 @@ CONFIGS = {
         EngineConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), WIDE, WIDE
     ),
 }
+#: Bits of a descriptor that fields share a member of the struct in: the first and the one behind.
+SHARED = ((8, 16), (32, 64))
 COMPILERS = {"C99": ("gcc", "-std=c99", "-xc"), "C++17": ("g++", "-std=c++17", "-xc++")}
 
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -58,6 +67,7 @@ def expected_macros(config: AcceleratorConfig) -> dict[str, int]:
         "ANSWER": {name: value for name, (value, _) in ANSWERS.items()},
     }
     enums = {"ERROR": ErrorCode, "PASS": PassKind, "KIND": DescriptorKind, "MODE": Mode}
+    enums |= {"OPERATION": VectorOperation, "TARGET": Target}
     numbers |= {prefix: {e.name: e.value for e in enum} for prefix, enum in enums.items()}
     for prefix, values in numbers.items():
         macros |= {f"SPEQ_{prefix}_{name}": value for name, value in values.items()}
@@ -65,8 +75,9 @@ def expected_macros(config: AcceleratorConfig) -> dict[str, int]:
     for name, value in constants(config).items():
         macros[f"SPEQ_VALUE_{name}"] = by_name[name].pack(value)
     for name, place in DESCRIPTOR:
-        if 8 <= place.offset < 16:
-            low = place.offset - 8
+        start = next((first for first, end in SHARED if first <= place.offset < end), None)
+        if start is not None:
+            low = place.offset - start
             macros[f"SPEQ_DESCRIPTOR_{name.upper()}_SHIFT"] = low
             macros[f"SPEQ_DESCRIPTOR_{name.upper()}_MASK"] = (1 << place.width) - 1 << low
     return macros | {"SPEQ_DESCRIPTOR_BYTES": 64}
@@ -102,19 +113,25 @@ def test_header_agrees_with_the_map(
 def test_struct_is_a_descriptor_in_memory(compiler: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "speq.h").write_text(c_header(AcceleratorConfig()))
     flags = {"mode": 2, "half": 1, "wait": 0, "discard": 1, "values": 1}
+    sizes = {"k": 0xABCDE, "operation": 6, "target": 4}
     others = {name: 0x11 * (i + 1) for i, (name, place) in enumerate(DESCRIPTOR)
-              if name not in flags and name not in ("kind", "reserved")}  # fmt: skip
-    packed = " | ".join(f"{v}u << SPEQ_DESCRIPTOR_{n.upper()}_SHIFT" for n, v in flags.items())
+              if name not in flags | sizes and name not in ("kind", "reserved")}  # fmt: skip
+    packed, packed_sizes = (
+        " | ".join(f"{v}u << SPEQ_DESCRIPTOR_{n.upper()}_SHIFT" for n, v in fields.items())
+        for fields in (flags, sizes)
+    )
     members = "".join(f"d.{name} = {value};" for name, value in others.items())
     program = (
         '#include "speq.h"\n#include <stdio.h>\nint main(void) { struct speq_descriptor d;'
-        f"d.kind = SPEQ_KIND_ARGMAX; d.flags = (uint8_t)({packed}); {members}"
+        f"d.kind = SPEQ_KIND_ARGMAX; d.flags = (uint8_t)({packed}); "
+        f"d.k_and_operation = {packed_sizes}; {members}"
         "return fwrite(&d, sizeof d, 1, stdout) != 1; }"
     )
     got = compile_and_run(program, compiler, tmp_path)
     booleans = {name: bool(value) for name, value in flags.items() if name != "mode"}
     others["ranking"] = others.pop("extra")
-    expected = Descriptor(DescriptorKind.ARGMAX, Mode.BYPASS, **booleans, **others).pack()
+    fields = booleans | sizes | others
+    expected = Descriptor(DescriptorKind.ARGMAX, Mode.BYPASS, **fields).pack()
     assert got.hex() == expected.hex()
 
 
