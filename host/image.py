@@ -34,6 +34,7 @@ from speq.host.layout import (
     tiled,
     weight_planes,
 )
+from speq.host.layouts import memory_layout
 from speq.host.registers import (
     ALL_INTERRUPTS,
     configuration,
@@ -180,7 +181,7 @@ class Image:
 
     def layout(self, model: ModelConfig, base: int = 0) -> MemoryLayout:
         """The memory of its model behind a load address. Raises ValueError if it does not fit."""
-        return MemoryLayout(
+        return memory_layout(
             self.config,
             model,
             self.encoded_names,
@@ -357,7 +358,7 @@ def model_image(
     drafted = encoded["head"].drafted_outputs if "head" in encoded else None
     if capacity is None:
         capacity = default_capacity(config, model.config)
-    layout = MemoryLayout(config, model.config, encoded, capacity, drafted_outputs=drafted)
+    layout = memory_layout(config, model.config, encoded, capacity, drafted_outputs=drafted)
 
     @lru_cache(maxsize=1)
     def planes(name: str) -> dict[Kind, np.ndarray]:
@@ -468,7 +469,7 @@ def _relocations(layout: MemoryLayout, capacity: int, reranked: int) -> Iterator
     """Offsets of the words in the programs that are others behind another load address."""
     config = layout.config
     ports = {name: replace(getattr(config, name), address_bits=64) for name in ("weights", "data")}
-    moved = MemoryLayout(
+    moved = memory_layout(
         replace(config, **ports),
         layout.model,
         [name for name, weights in layout.weights.items() if weights.encoded],

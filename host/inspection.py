@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from speq.host.checks import check_model
-from speq.host.layout import MemoryLayout, exceeded_limits
+from speq.host.layout import exceeded_limits
+from speq.host.layouts import memory_layout
 from speq.host.meter import cycle_engine
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.model.checkpoint import Model, ModelConfig, linear_names, tensor_shapes
@@ -365,7 +366,7 @@ def _bytes(
     layout = None
     if fits:
         capacity = context + config.engine.rows
-        layout = MemoryLayout(config, model, linear_names(model), capacity)
+        layout = memory_layout(config, model, linear_names(model), capacity)
     return Bytes(
         fp16=2 * sum(math.prod(shape) for _, shape in tensor_shapes(model)),
         linear=plain.weights,

@@ -6,6 +6,7 @@ The forms are those of `speq.hw.control.descriptor`; a driver on another board n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -26,7 +27,6 @@ from speq.model.schedule import (
     Stage,
     Step,
     WeightedValues,
-    ends_with_vector_work,
     pass_schedule,
     stages,
 )
@@ -39,7 +39,6 @@ PROGRAM_NAMES = {PassKind.SINGLE: "single", PassKind.DRAFT: "draft", PassKind.VE
 _MAX_SHARING = 255  # what the descriptor's field holds
 _WORD = 2  # bytes of a weight word, of an FP16 number
 _RESULT = 4  # bytes of an FP32 result
-_ARGUMENT_KIND = 24  # first bit of the pass kind in a HOST descriptor's argument
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -50,11 +49,6 @@ def ceil_div(a: int, b: int) -> int:
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is at least `value`."""
     return ceil_div(value, multiple) * multiple
-
-
-def host_argument(kind: PassKind, index: int) -> int:
-    """Argument of HOST descriptor number `index` of a program."""
-    return kind.value << _ARGUMENT_KIND | index
 
 
 def activation_count(k: int, config: AcceleratorConfig) -> int:
@@ -231,10 +225,11 @@ class Weights:
         return Mode.DRAFT if kind is PassKind.DRAFT else Mode.VERIFY
 
 
-class MemoryLayout:
+class MemoryLayout(ABC):
     """Addresses of everything that a decoder needs in the accelerator's memory.
 
-    Operands of one stage of a pass are overwritten by those of the next, results as well.
+    What all accelerators have in common: weights, the KV cache and the products of a pass.
+    `speq.host.layouts.memory_layout` makes the one that an accelerator needs.
 
     Parameters
     ----------
@@ -252,13 +247,17 @@ class MemoryLayout:
     Attributes
     ----------
     read, write : Region
-        What the accelerator reads and what it writes; what follows `read` is `write`.
+        What the accelerator reads and what it writes.
     weights : Weights by name of the linear layer
     keys, values : int
         Of the KV cache: keys [block][tile of C entries][kv_head][head_dim][C], values
         [block][kv_head][tile of C dimensions][capacity][C].
     programs : address by PassKind
     activations, draft_activations, results, ranking, ring : int
+    queries, softmax_weights : int
+        Activations of attention's products, at `attention_stride` for each KV head.
+    scores, attended : int
+        Results of attention's products, at `attention_result_stride`.
     parts : list of Part
         All of these, by rising address.
 
@@ -267,6 +266,21 @@ class MemoryLayout:
     ValueError
         If the model does not fit the configuration.
     """
+
+    keys: int
+    values: int
+    activations: int
+    draft_activations: int
+    queries: int
+    softmax_weights: int
+    scores: int
+    attended: int
+    programs: dict[PassKind, int]
+    ranking: int
+    ring: int
+    results: int
+    read: Region
+    write: Region
 
     def __init__(
         self,
@@ -292,38 +306,12 @@ class MemoryLayout:
         self._alignment = max(
             config.alignment, config.weights.burst_beats * config.weights.beat_bytes
         )
-        drafted = {"head": drafted_outputs} if drafted_outputs and "head" in encoded else {}
+        drafted = drafted_outputs if "head" in encoded else None
         self.weights = {
-            name: self._place(name, o, k, name in encoded, drafted.get(name, o))
+            name: self._place(name, self._stored_outputs(name, o), k, name in encoded, drafted)
             for name, (o, k) in linear_shapes(model).items()
         }
-        entries = model.blocks * model.kv_heads * self.capacity * _WORD
-        self.keys = self._take(Kind.KEYS, entries * model.head_dim)
-        self.values = self._take(Kind.VALUES, entries * round_up(model.head_dim, engine.cols))
-        longest = max(weights.k for weights in self.weights.values())
-        self.activations = self._take(
-            Kind.ACTIVATIONS,
-            max(
-                activation_count(longest, config) * config.activation_bytes,
-                model.kv_heads * self.attention_stride(self.capacity),
-                model.kv_heads * self.attention_stride(model.head_dim),
-            ),
-        )
-        self.draft_activations = self._take(
-            Kind.DRAFT_ACTIVATIONS,
-            activation_count(ceil_div(longest, DRAFT_LANES), config) * config.activation_bytes,
-        )
-        self.programs: dict[PassKind, int] = {
-            kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
-            for kind in PassKind
-        }
-        self.read = Region(base, self._end)
-        self.ranking = self._take(Kind.RANKING, engine.rows * ranking_bytes(config))
-        self.ring = self._take(Kind.RING, 4 << RING_LOG2)
-        self.results = self._take(
-            Kind.RESULTS, max(map(self._results_size, self.stages(PassKind.VERIFY)))
-        )
-        self.write = Region(self.read.stop, self._end)
+        self._place_buffers()
         if self._end > 1 << config.address_bits:
             raise ValueError(
                 f"the model ends at {self._end:#x}; addresses have {config.address_bits} bits"
@@ -332,7 +320,35 @@ class MemoryLayout:
     @property
     def size(self) -> int:
         """Bytes of all of it."""
-        return self.write.stop - self.read.start
+        return self._end - self._base
+
+    def _take_cache(self) -> None:
+        """Take the bytes of the KV cache."""
+        model = self.model
+        entries = model.blocks * model.kv_heads * self.capacity * _WORD
+        self.keys = self._take(Kind.KEYS, entries * model.head_dim)
+        self.values = self._take(
+            Kind.VALUES, entries * round_up(model.head_dim, self.config.engine.cols)
+        )
+
+    def _take_programs(self) -> None:
+        """Take the bytes of the programs."""
+        self.programs = {
+            kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
+            for kind in PassKind
+        }
+
+    def _take_draft_activations(self) -> None:
+        """Take the bytes of the draft activations of any linear layer."""
+        words = activation_count(ceil_div(self._longest, DRAFT_LANES), self.config)
+        self.draft_activations = self._take(
+            Kind.DRAFT_ACTIVATIONS, words * self.config.activation_bytes
+        )
+
+    @property
+    def _longest(self) -> int:
+        """The largest K of a linear layer."""
+        return max(weights.k for weights in self.weights.values())
 
     @property
     def sharing(self) -> int:
@@ -351,8 +367,22 @@ class MemoryLayout:
         self.parts.append(Part(kind, name, address, size))
         return address
 
-    def _place(self, name: str, o: int, k: int, encoded: bool, drafted: int) -> Weights:
+    @abstractmethod
+    def _place_buffers(self) -> None:
+        """Take the bytes of everything but weights."""
+
+    def _stored_outputs(self, name: str, o: int) -> int:
+        """Outputs in memory of a linear layer with o outputs."""
+        return o
+
+    def order(self, name: str) -> np.ndarray | None:
+        """Which output of the model each output of a linear layer in memory is, -1 where it is
+        padding, int64 [outputs in memory]; None if they are the same."""
+        return None
+
+    def _place(self, name: str, o: int, k: int, encoded: bool, drafted_head: int | None) -> Weights:
         config = self.config
+        drafted = drafted_head if drafted_head and name == "head" else o
         number_format, cols = config.engine.format, config.engine.cols
         tiles = ceil_div(o, cols)
         if not encoded:
@@ -415,10 +445,9 @@ class MemoryLayout:
         """What the array computes in a pass."""
         return stages(self.schedule(kind))
 
+    @abstractmethod
     def host_turns(self, kind: PassKind) -> int:
-        """How often the host is asked for vector work in a pass: before each stage, because its
-        operands depend on the results before it, and behind the last one if something is left."""
-        return len(self.stages(kind)) + ends_with_vector_work(self.schedule(kind))
+        """How often the host is asked for vector work in a pass."""
 
     def program(self, kind: PassKind, reranked: int = 0) -> list[Descriptor]:
         """The program of a pass; of a draft pass one that computes so many of the best logits of an
@@ -447,30 +476,23 @@ class MemoryLayout:
             raise ValueError(f"there is no product at {address:#x}")
         return program[index][1]
 
+    @abstractmethod
     def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
         """The program of a pass with the names of its products; "" for other descriptors."""
-        stages = self.stages(kind)
-        program: list[tuple[Descriptor, str]] = []
-        for index in range(self.host_turns(kind)):
-            argument = host_argument(kind, index)
-            program.append((Descriptor(DescriptorKind.HOST, argument=argument), ""))
-            if index < len(stages):
-                products = self._products(kind, stages[index])
-                program += zip(products, self._product_names(stages[index]), strict=True)
+
+    @abstractmethod
+    def _program_size(self, kind: PassKind) -> int:
+        """Most bytes of a program, RERANK and END included."""
+
+    def _ended(
+        self, program: list[tuple[Descriptor, str]], kind: PassKind, reranked: int
+    ) -> list[tuple[Descriptor, str]]:
+        """A program of which RERANK, if it is to have one, and END are missing."""
         if reranked and kind is PassKind.DRAFT and self.weights["head"].encoded:
-            argmax, name = program.pop()
+            *program, (argmax, name) = program
             program.append((replace(argmax, ranking=0), name))
             program.append((self._rerank(reranked), name))
         return [*program, (Descriptor(DescriptorKind.END), "")]
-
-    def _program_size(self, kind: PassKind) -> int:
-        """Most bytes of a program, RERANK and END included."""
-        products = (
-            len(stage.names) if isinstance(stage, Linears) else self.model.kv_heads
-            for stage in self.stages(kind)
-        )
-        length = self.host_turns(kind) + sum(products) + 1 + (kind is PassKind.DRAFT)
-        return DESCRIPTOR_BYTES * length
 
     def _product_names(self, stage: Stage) -> list[str]:
         """The names of a stage's products."""
@@ -495,17 +517,6 @@ class MemoryLayout:
                 return [self._head(kind)]
             case Linears(names):
                 return self._linears(kind, names)
-
-    def _results_size(self, stage: Stage) -> int:
-        """Bytes of all results of a stage, for as many tokens as the array has rows."""
-        model = self.model
-        match stage:
-            case Scores():
-                return model.kv_heads * self.attention_result_stride(self.capacity)
-            case WeightedValues():
-                return model.kv_heads * self.attention_result_stride(model.head_dim)
-            case Linears(names):
-                return sum(map(self._result_size, names))
 
     def _operands(self, kind: PassKind, name: str) -> dict[str, Any]:
         """Fields of a descriptor that multiplies with a linear layer."""
@@ -549,8 +560,8 @@ class MemoryLayout:
             sharing=self.sharing,
             k=k,
             plane=self.keys_address(block, 0, head),
-            activations=self.activations + head * self.attention_stride(k),
-            results=self.results + head * self.attention_result_stride(self.capacity),
+            activations=self.queries + head * self.attention_stride(k),
+            results=self.scores + head * self.attention_result_stride(self.capacity),
             stride=self.key_stride,
         )
 
@@ -562,8 +573,8 @@ class MemoryLayout:
             sharing=self.sharing,
             o=o,
             plane=self.values_address(block, head),
-            activations=self.activations + head * self.attention_stride(self.capacity),
-            results=self.results + head * self.attention_result_stride(o),
+            activations=self.softmax_weights + head * self.attention_stride(self.capacity),
+            results=self.attended + head * self.attention_result_stride(o),
             stride=self.value_stride,
         )
 
