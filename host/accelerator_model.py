@@ -17,8 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from speq.host.vector_model import Memory, VectorModel
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, FORMS, DescriptorKind, unpack
+from speq.hw.control.descriptor import (
+    DESCRIPTOR_BYTES,
+    FORMS,
+    TARGETS,
+    DescriptorKind,
+    Target,
+    VectorOperation,
+    unpack,
+)
 from speq.hw.control.ngram_matcher import LONGEST_MATCH
 from speq.hw.control.register_map import (
     ANSWERS,
@@ -130,6 +139,8 @@ class AcceleratorModel:
         self._step = (0, 0, 0, 0)
         self._history: list[int] = []  # the last of which HISTORY_LENGTH count
         self._logits = torch.zeros(1, 1)
+        ports = Memory(self._load, self._store, self._store_columns)
+        self._vector = VectorModel(self.config, ports)
 
     # The interface of a board.
 
@@ -433,6 +444,8 @@ class AcceleratorModel:
                         self._write_ranking(fields["extra"], rows=1)
                 case DescriptorKind.GEMM:
                     self._multiply(self._product(fields, len(rows)), address)
+                case DescriptorKind.VECTOR:
+                    self._vector.carry_out(fields, [row[:3] for row in rows], position)
             address += DESCRIPTOR_BYTES
         raise _Fault(ErrorCode.NO_END, address)
 
@@ -660,6 +673,22 @@ class AcceleratorModel:
             self._memory[place : place + transfer] = content[first : first + transfer]
         self._forget(address, len(content))
 
+    def _store_columns(self, address: int, values: np.ndarray, pitch: int) -> None:
+        """Write `values`, float16 [n, m], row i at ``address + i pitch``: those of words of
+        activations in one transfer, others in one each."""
+        content = np.ascontiguousarray(values).view(np.uint8)
+        rows, size = content.shape
+        beat = self.config.data.beat_bytes
+        places = address + pitch * np.arange(rows)
+        starts, stops = places // beat * beat, -(-(places + size) // beat) * beat
+        if pitch == self.config.activation_bytes:
+            starts, stops = starts[:1], stops[-1:]
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            self._check_region("WRITE", start, stop - start)
+        self._memory[(places - self._base)[:, None] + np.arange(size)] = content
+        first = int(starts[0])
+        self._forget(first, int(stops[-1]) - first)
+
     def _check_region(self, direction: str, address: int, size: int) -> None:
         base, limit = (self._written[f"{direction}_{end}"] for end in ("BASE", "LIMIT"))
         if not base <= address <= address + size - 1 <= limit:
@@ -688,6 +717,12 @@ def _is_unknown(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
         return True
     if fields["kind"] == DescriptorKind.VECTOR.value and not config.lanes:
         return True
+    if fields["kind"] == DescriptorKind.VECTOR.value:
+        targets = {
+            operation.value: {target.value for target in targets}
+            for operation, targets in TARGETS.items()
+        }
+        return fields["target"] not in targets.get(fields["operation"], ())
     takes_mode = "mode" in FORMS[DescriptorKind(fields["kind"])].uses
     return takes_mode and fields["mode"] not in {mode.value for mode in Mode}
 
@@ -698,6 +733,12 @@ def _uses_reserved(fields: dict[str, int]) -> bool:
         in_mode = fields["mode"] in {mode.value for mode in use.modes}
         if in_mode and use.values in (None, bool(fields["values"])):
             used.add(name)
+    if fields["kind"] == DescriptorKind.VECTOR.value:
+        operation = VectorOperation(fields["operation"])
+        if operation is VectorOperation.NORM and not fields["values"]:
+            return True
+        if operation is VectorOperation.SOFTMAX:
+            used.remove("k")
     return any(value for name, value in fields.items() if name not in used)
 
 
@@ -705,6 +746,8 @@ def _has_bad_size(
     config: AcceleratorConfig, fields: dict[str, int], rows: int, position: int
 ) -> bool:
     engine, kind = config.engine, DescriptorKind(fields["kind"])
+    if kind is DescriptorKind.VECTOR:
+        return _has_bad_vector_size(config, fields, rows, position)
     if kind not in _PRODUCTS:
         return False
     k, o, tokens, most = fields["k"], fields["o"], fields["tokens"] or rows, engine.rows
@@ -721,10 +764,39 @@ def _has_bad_size(
     return any(not 1 <= size <= limit for size, limit in limits)
 
 
+def _has_bad_vector_size(
+    config: AcceleratorConfig, fields: dict[str, int], rows: int, position: int
+) -> bool:
+    engine = config.engine
+    operation, target = VectorOperation(fields["operation"]), Target(fields["target"])
+    quantizes = operation is VectorOperation.QUANTIZE
+    sizes = [
+        (rows, engine.draft_rows if quantizes else engine.rows),
+        (position + rows, engine.max_k),
+    ]
+    if operation is not VectorOperation.SOFTMAX:
+        sizes.append((fields["k"], engine.max_k))
+    if operation in (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE):
+        sizes.append((fields["sharing"], config.query_heads - fields["o"]))
+    else:
+        is_one = quantizes or target is Target.ACTIVATIONS
+        sizes.append((fields["o"], 1 if is_one else config.query_heads))
+    if target is Target.QUERIES:
+        sizes.append((fields["sharing"], fields["sharing"]))
+    return bool(fields["extra"] >> 32) or any(not 1 <= size <= most for size, most in sizes)
+
+
 def _is_misaligned(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
     for name, use in FORMS[DescriptorKind(fields["kind"])].uses.items():
         if use.port is not None:
             port = config.weights if use.port == "weights" else config.data
-            if fields[name] % port.beat_bytes or fields[name] >> config.address_bits:
+            multiple = config.activation_bytes if use.port == "word" else port.beat_bytes
+            if fields[name] % multiple or fields[name] >> config.address_bits:
                 return True
-    return False
+    if fields["kind"] != DescriptorKind.VECTOR.value:
+        return False
+    in_table = VectorOperation(fields["operation"]) in (
+        VectorOperation.EMBED,
+        VectorOperation.ROTATE,
+    )
+    return in_table and bool(fields["extra"] % config.data.beat_bytes)

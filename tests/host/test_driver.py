@@ -625,7 +625,7 @@ def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
         for name in names:
             yield ErrorCode.RESERVED, kind, name, 1
     sizes = {
-        "gemm": {"k": (0, 257, 2**31), "o": (0, 1025, 2**32 - 1), "tokens": (5, 255)},
+        "gemm": {"k": (0, 257, 2**23), "o": (0, 1025, 2**32 - 1), "tokens": (5, 255)},
         "draft": {"tokens": (2,)},
         "scores": {"k": (0, 257), "sharing": (0,)},
         "values": {"o": (0, 1025)},
