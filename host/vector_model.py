@@ -239,7 +239,9 @@ class VectorModel:
             case Target.ACTIVATIONS:
                 self._memory.store_columns(address, columns, word_bytes)
             case Target.WEIGHTS:
-                self._memory.store_columns(address + segment * inner, columns, word_bytes)
+                beat = self.config.data.beat_bytes
+                batch = ceil_div(command.elements * word_bytes, beat) * beat
+                self._memory.store_columns(address + segment * batch, columns, word_bytes)
             case Target.VALUES:
                 for i, tile in enumerate(_cut(half, cols)):
                     place = address + segment * outer + i * inner + 2 * cols * command.position

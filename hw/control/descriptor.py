@@ -79,7 +79,9 @@ class Target(enum.Enum, shape=unsigned(4)):
     #: Segments are KV heads g: FP16 at ``results + g outer + i inner + 2 C (position + t) + 2 c``,
     #: the KV cache's values.
     VALUES = 4
-    #: Segments are batches b of an ATTENTION, i its row: FP16 at ``results + b inner + e A + 2 i``.
+    #: Segments are batches b of an ATTENTION, i its row: FP16 at ``results + b d + e A + 2 i``,
+    #: where d are the bytes of a word for each entry that the pass sees, rounded up to whole beats
+    #: of the data port: an ATTENTION's activations.
     WEIGHTS = 5
     #: Row n of an ATTENTION is row t of query head h of the KV head, n = h T + t: FP16 at
     #: ``results + h outer + e A + 2 t``, a GEMM's activations.

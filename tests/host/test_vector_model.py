@@ -384,16 +384,17 @@ def test_attention(bench: Bench, window: int) -> None:
     scores = bench.numbers(n, entries)
     bench.place_tiles(X, [scores[batch] for batch in batches])
     heads = {"o": first_head, "sharing": sharing}
-    inner = -(-entries * size // 64) * 64
+    beat = bench.config.data.beat_bytes
+    distance = -(-entries * size // beat) * beat
     bench.run(
         *(VectorOperation.SOFTMAX, Target.WEIGHTS),
-        **{"argument": bits_of(scale), "detail": window, "inner": inner, **heads},
+        **{"argument": bits_of(scale), "detail": window, **heads},
     )
     # Row n is row n % T of query head n // T.
     allowed = ancestry(bench, window).repeat(sharing, 1)
     weights, sums = softmax_weights(torch.from_numpy(scores), allowed, scale)
     for b, batch in enumerate(batches):
-        bench.expect_columns(RESULTS + b * inner, weights.numpy()[batch])
+        bench.expect_columns(RESULTS + b * distance, weights.numpy()[batch])
     bench.check()
 
     values = bench.numbers(n, k)
