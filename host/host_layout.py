@@ -66,8 +66,7 @@ class HostLayout(MemoryLayout):
             argument = host_argument(kind, index)
             program.append((Descriptor(DescriptorKind.HOST, argument=argument), ""))
             if index < len(stages):
-                products = self._products(kind, stages[index])
-                program += zip(products, self._product_names(stages[index]), strict=True)
+                program += self.products(kind, stages[index])
         return self._ended(program, kind, reranked)
 
     def _program_size(self, kind: PassKind) -> int:

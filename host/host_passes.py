@@ -8,7 +8,6 @@ whenever a HOST descriptor asks for it. So all bits are the golden model's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from speq.host.layout import (
     activation_words,
     draft_activation_words,
     ranking_bytes,
+    ranking_margin,
     results_bytes,
     unpack_batches,
 )
@@ -110,9 +110,8 @@ class HostPasses(Passes):
 
     def _read_margin(self) -> float:
         """The logit margin of the draft pass that has just ended."""
-        ranking = self._board.read(self._layout.ranking, ranking_bytes(self._config)).view("<f4")
-        margin = ranking[1] - ranking[3]
-        return math.inf if np.isnan(margin) else float(margin)
+        content = self._board.read(self._layout.ranking, ranking_bytes(self._config))
+        return ranking_margin(content)
 
     def _serve(self, current: Pass) -> None:
         """Answer all HOST descriptors of a pass; the first one waits."""

@@ -6,6 +6,7 @@ The forms are those of `speq.hw.control.descriptor`; a driver on another board n
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,14 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
 from speq.model.checkpoint import ModelConfig, linear_shapes
-from speq.model.format import EncodedTensor
+from speq.model.format import EncodedTensor, encode
 from speq.model.number_format import draft_words, residual_words
 from speq.model.schedule import (
     Linears,
@@ -115,6 +117,13 @@ def ranking_bytes(config: AcceleratorConfig) -> int:
     return 8 * config.choices
 
 
+def ranking_margin(content: np.ndarray) -> float:
+    """The logit margin that a row of a ranking in memory, uint8 [bytes], tells."""
+    ranking = content.view("<f4")
+    margin = ranking[1] - ranking[3]
+    return math.inf if np.isnan(margin) else float(margin)
+
+
 def results_bytes(tokens: int, o: int, cols: int) -> int:
     """Bytes of the FP32 results of a GEMM."""
     return ceil_div(o, cols) * cols * tokens * _RESULT
@@ -141,8 +150,12 @@ def retile(plane: np.ndarray, rows: int, cols: int) -> np.ndarray:
     """A plane [tiles, words, columns] of `rows` outputs, cut into tiles of `cols` outputs."""
     if plane.shape[2] == cols:
         return plane
-    outputs = plane.transpose(0, 2, 1).reshape(-1, plane.shape[1])[:rows]
-    return tiled(outputs, cols)
+    return tiled(outputs(plane, rows), cols)
+
+
+def outputs(plane: np.ndarray, rows: int) -> np.ndarray:
+    """Words of the first outputs of a plane [tiles, words, columns]: [rows, words]."""
+    return plane.transpose(0, 2, 1).reshape(-1, plane.shape[1])[:rows]
 
 
 def tiled(rows: np.ndarray, cols: int) -> np.ndarray:
@@ -179,6 +192,16 @@ class Kind(Enum):
     RANKING = 10
     RING = 11
     RESULTS = 12
+    EMBEDDING = 13
+    ROTARY = 14
+    CHANNELS = 15
+    TEXT = 16
+    STREAM = 17
+    TEMPORARY = 18
+    QUERIES = 19
+    SOFTMAX_WEIGHTS = 20
+    SCORES = 21
+    ATTENDED = 22
 
     @property
     def is_given(self) -> bool:
@@ -192,12 +215,16 @@ _GIVEN = (
     Kind.RESIDUAL_PLANE,
     Kind.GROUP_BYTES,
     Kind.PROGRAM,
+    Kind.EMBEDDING,
+    Kind.ROTARY,
+    Kind.CHANNELS,
 )
 
 
 class Part(NamedTuple):
     """A part of the memory: of weights with the name of their linear layer, of a program with that
-    of its kind of pass, else without a name."""
+    of its kind of pass, of tables and vectors as in `speq.host.vector_layout`, else without a
+    name."""
 
     kind: Kind
     name: str
@@ -267,18 +294,18 @@ class MemoryLayout(ABC):
         If the model does not fit the configuration.
     """
 
-    keys: int
-    values: int
-    activations: int
-    draft_activations: int
-    queries: int
-    softmax_weights: int
-    scores: int
-    attended: int
+    keys: int = 0
+    values: int = 0
+    activations: int = 0
+    draft_activations: int = 0
+    queries: int = 0
+    softmax_weights: int = 0
+    scores: int = 0
+    attended: int = 0
+    ranking: int = 0
+    ring: int = 0
+    results: int = 0
     programs: dict[PassKind, int]
-    ranking: int
-    ring: int
-    results: int
     read: Region
     write: Region
 
@@ -404,10 +431,13 @@ class MemoryLayout(ABC):
         sizes = [self._result_size(name) for name in names]
         return [self.results + sum(sizes[:i]) for i in range(len(sizes))]
 
+    def batch_bytes(self, k: int) -> int:
+        """Distance of the batches' activations in an attention product over k."""
+        return activation_count(k, self.config) * self.config.activation_bytes
+
     def attention_stride(self, k: int) -> int:
         """Distance of the KV heads' activations in an attention product over k."""
-        batch = activation_count(k, self.config) * self.config.activation_bytes
-        return round_up(self.sharing * batch, self.config.alignment)
+        return round_up(self.sharing * self.batch_bytes(k), self.config.alignment)
 
     def attention_result_stride(self, o: int) -> int:
         """Distance of the KV heads' results in an attention product with o outputs."""
@@ -493,6 +523,10 @@ class MemoryLayout(ABC):
             program.append((replace(argmax, ranking=0), name))
             program.append((self._rerank(reranked), name))
         return [*program, (Descriptor(DescriptorKind.END), "")]
+
+    def products(self, kind: PassKind, stage: Stage) -> list[tuple[Descriptor, str]]:
+        """The products of a stage, with their names."""
+        return list(zip(self._products(kind, stage), self._product_names(stage), strict=True))
 
     def _product_names(self, stage: Stage) -> list[str]:
         """The names of a stage's products."""
@@ -580,8 +614,8 @@ class MemoryLayout(ABC):
 
 
 class Excess(NamedTuple):
-    """A size of a model that exceeds an accelerator's, and the parameter of `EngineConfig` that is
-    too small, "" if none could be larger."""
+    """A size of a model that exceeds an accelerator's, and the parameter of `EngineConfig` or of
+    `AcceleratorConfig` that is too small, "" if none could be larger."""
 
     what: str
     size: int
@@ -591,6 +625,11 @@ class Excess(NamedTuple):
     def __str__(self) -> str:
         if not self.parameter:
             return f"{self.size} heads share a KV head; at most {self.limit} can"
+        if self.parameter == "query_heads":
+            return (
+                f"the model has {self.size} query heads; the accelerator's query_heads is "
+                f"{self.limit}"
+            )
         name = self.parameter[-1].upper()
         return f"the {self.what} is {self.size}; the accelerator's largest {name} is {self.limit}"
 
@@ -606,6 +645,9 @@ def exceeded_limits(config: AcceleratorConfig, model: ModelConfig, capacity: int
         "KV cache": capacity,
     }
     o_sizes = k_sizes | {"vocabulary": model.vocab_size}
+    if config.lanes:  # they begin at tiles
+        width = round_up(model.head_dim, engine.cols)
+        o_sizes["width of all heads"] = model.heads * width
     found = [
         Excess(what, size, getattr(engine, name), name)
         for sizes, name in ((k_sizes, "max_k"), (o_sizes, "max_o"))
@@ -615,21 +657,55 @@ def exceeded_limits(config: AcceleratorConfig, model: ModelConfig, capacity: int
     sharing = model.heads // model.kv_heads
     if sharing > _MAX_SHARING:
         found.append(Excess("number of heads that share a KV head", sharing, _MAX_SHARING, ""))
+    if config.lanes and model.heads > config.query_heads:
+        found.append(
+            Excess("number of query heads", model.heads, config.query_heads, "query_heads")
+        )
     return found
 
 
 def weight_planes(
-    tensor: EncodedTensor, config: AcceleratorConfig
+    tensor: EncodedTensor, config: AcceleratorConfig, order: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draft plane, residual plane and group bytes of an encoded tensor as they lie in memory."""
+    """Draft plane, residual plane and group bytes of an encoded tensor as they lie in memory, its
+    outputs in the order of `MemoryLayout.order`."""
     o, cols = tensor.shape[0], config.engine.cols
-    planes = (tensor.draft_plane, tensor.residual_plane, tensor.group_bytes)
-    draft, residual, groups = (retile(plane, o, cols) for plane in planes)
-    return draft, residual, padded_groups(groups, config)
+    planes = [tensor.draft_plane, tensor.residual_plane, tensor.group_bytes]
+    if order is None:
+        planes = [retile(plane, o, cols) for plane in planes]
+    else:
+        zeros = encode(torch.zeros(1, tensor.shape[1], dtype=torch.float16), tensor.config, name="")
+        padding = (zeros.draft_plane, zeros.residual_plane, zeros.group_bytes)
+        planes = [
+            tiled(ordered(outputs(plane, o), order, outputs(zero, 1)), cols)
+            for plane, zero in zip(planes, padding, strict=True)
+        ]
+    return planes[0], planes[1], padded_groups(planes[2], config)
+
+
+def plain_words(
+    weight: torch.Tensor, config: AcceleratorConfig, order: np.ndarray | None = None
+) -> np.ndarray:
+    """Words uint16 of a layer float16 [O, K] that is not encoded as they lie in memory, its outputs
+    in the order of `MemoryLayout.order`."""
+    words = weight.contiguous().numpy().view(np.uint16)
+    if order is not None:
+        words = ordered(words, order, np.zeros_like(words[:1]))
+    return tiled(words, config.engine.cols)
+
+
+def ordered(rows: np.ndarray, order: np.ndarray, padding: np.ndarray) -> np.ndarray:
+    """Rows [n, ...] in the order of `MemoryLayout.order`, with the row `padding` [1, ...] where
+    there is none."""
+    return np.concatenate((rows, padding))[order]  # -1 is the last one
 
 
 def encoded_tensor(
-    name: str, weights: Weights, planes: Sequence[np.ndarray], config: AcceleratorConfig
+    name: str,
+    weights: Weights,
+    planes: Sequence[np.ndarray],
+    config: AcceleratorConfig,
+    order: np.ndarray | None = None,
 ) -> EncodedTensor:
     """The inverse of `weight_planes`: an encoded tensor, tiled for the array, whose draft plane,
     residual plane and group bytes, uint8 [bytes] each, are as they lie in memory."""
@@ -637,13 +713,19 @@ def encoded_tensor(
     draft, residual = (plane.view("<u2") for plane in planes[:2])
     tiles = ceil_div(weights.o, cols)
     groups = ceil_div(weights.k, config.engine.format.group) * cols
+    group_bytes = planes[2].reshape(tiles, -1)[:, :groups].reshape(tiles, -1, cols)
+    parts = [draft.reshape(tiles, -1, cols), residual.reshape(tiles, -1, cols), group_bytes]
+    o = weights.o
+    if order is not None:
+        places = np.flatnonzero(order >= 0)
+        places = places[np.argsort(order[places])]  # of the model's outputs
+        o = len(places)
+        parts = [tiled(outputs(part, weights.o)[places], cols) for part in parts]
     return EncodedTensor(
         name,
-        (weights.o, weights.k),
+        (o, weights.k),
         config.engine.format,
         cols,
-        draft.reshape(tiles, -1, cols),
-        residual.reshape(tiles, -1, cols),
-        planes[2].reshape(tiles, -1)[:, :groups].reshape(tiles, -1, cols),
+        *parts,
         drafted_outputs=None if weights.drafted == weights.o else weights.drafted,
     )

@@ -11,6 +11,8 @@ from speq.host.host_passes import HostPasses
 from speq.host.layout import MemoryLayout
 from speq.host.passes import Observe, Passes
 from speq.host.run_control import RunControl
+from speq.host.vector_layout import VectorLayout
+from speq.host.vector_passes import VectorPasses
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.model.checkpoint import Model, ModelConfig
 
@@ -26,7 +28,8 @@ def memory_layout(
 ) -> MemoryLayout:
     """The layout of a model on an accelerator; parameters and errors are those of
     `MemoryLayout`."""
-    return HostLayout(config, model, encoded, capacity, base, drafted_outputs=drafted_outputs)
+    kind = VectorLayout if config.lanes else HostLayout
+    return kind(config, model, encoded, capacity, base, drafted_outputs=drafted_outputs)
 
 
 def driver_passes(
@@ -40,4 +43,5 @@ def driver_passes(
     """The driver's part in passes on an accelerator with such a layout."""
     if isinstance(layout, HostLayout):
         return HostPasses(board, control, layout, model, capacity, observe)
-    raise NotImplementedError
+    assert isinstance(layout, VectorLayout)
+    return VectorPasses(board, control, layout, observe)
