@@ -802,8 +802,8 @@ def _is_misaligned(config: AcceleratorConfig, fields: dict[str, int]) -> bool:
                 return True
     if fields["kind"] != DescriptorKind.VECTOR.value:
         return False
-    in_table = VectorOperation(fields["operation"]) in (
-        VectorOperation.EMBED,
-        VectorOperation.ROTATE,
-    )
-    return in_table and bool(fields["extra"] % config.data.beat_bytes)
+    operation, beat = VectorOperation(fields["operation"]), config.data.beat_bytes
+    if operation is VectorOperation.MOVE or Target(fields["target"]) is Target.VALUES:
+        return bool(fields["residual"] % beat or fields["groups"] % beat)
+    in_table = operation in (VectorOperation.EMBED, VectorOperation.ROTATE)
+    return in_table and bool(fields["extra"] % beat)

@@ -63,6 +63,7 @@ class _Command:
     inner: int
     rows: Sequence[PassRow]
     position: int
+    source: int
 
     @property
     def elements(self) -> int:
@@ -87,9 +88,11 @@ class VectorModel:
         # Of the sums of softmax weights, by query head and row of a batch.
         self._reciprocals = np.zeros((config.query_heads, config.engine.rows), np.float32)
 
-    def carry_out(self, fields: dict[str, int], rows: Sequence[PassRow], position: int) -> None:
+    def carry_out(
+        self, fields: dict[str, int], rows: Sequence[PassRow], position: int, source: int = 0
+    ) -> None:
         """Carry out a VECTOR descriptor without faults, of these `fields`, for a pass of `rows`
-        behind `position` KV entries."""
+        behind `position` KV entries, or one that moves entry `source` to `position`."""
         command = _Command(
             operation=VectorOperation(fields["operation"]),
             target=Target(fields["target"]),
@@ -106,9 +109,13 @@ class VectorModel:
             inner=fields["groups"],
             rows=rows,
             position=position,
+            source=source,
         )
         if command.operation is VectorOperation.QUANTIZE:
             self._quantize(command)
+            return
+        if command.operation is VectorOperation.MOVE:
+            self._move(command)
             return
         first, second = self._first(command), self._second(command)
         with np.errstate(all="ignore"):  # overflow and NaN are results like others
@@ -266,13 +273,29 @@ class VectorModel:
                     self._memory.store_columns(place, run, word_bytes)
 
     def _quantize(self, command: _Command) -> None:
-        """Draft activations of all rows that can draft, whatever the pass has."""
+        """Draft activations of the rows of the pass."""
         engine, size = self.config.engine, self.config.activation_bytes
         words = self._memory.load(command.first, command.k * size).view(np.float16)
-        x = np.ascontiguousarray(words.reshape(command.k, -1)[:, : engine.draft_rows].T)
+        x = np.ascontiguousarray(words.reshape(command.k, -1)[:, : len(command.rows)].T)
         blocks = quantize_activations(torch.from_numpy(x), engine.format.group)
         content = draft_activation_words(blocks, self.config)
         self._memory.store(command.results, content, content.nbytes)
+
+    def _move(self, command: _Command) -> None:
+        """Copy a KV entry of all heads."""
+        cols, memory = self.config.engine.cols, self._memory
+        old, new = (divmod(entry, cols) for entry in (command.source, command.position))
+        size = 2 * cols
+        lines = memory.load(
+            command.first + old[0] * command.inner, command.o * command.k * size
+        ).view(np.float16)
+        keys = lines.reshape(-1, cols)[:, old[1]].copy()
+        place = command.first + new[0] * command.inner + 2 * new[1]
+        memory.store_columns(place, keys[:, None], size)
+        for tile in range(command.o * ceil_div(command.k, cols)):
+            address = command.second + tile * command.outer
+            values = memory.load(address + size * command.source, size).copy()
+            memory.store(address + size * command.position, values, size)
 
 
 def _float32(pattern: int) -> np.float32:

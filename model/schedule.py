@@ -32,8 +32,10 @@ class Operation(Enum):
 
     #: Rows of the embedding, times the factor.
     EMBED = auto()
-    #: RMSNorm with a weight [n], of the whole row or of each head of n values, times the factor.
+    #: RMSNorm of the whole row, times the factor.
     NORM = auto()
+    #: RMSNorm of each head, with one weight [D] for all.
+    HEAD_NORM = auto()
     #: FP32 to FP16.
     ROUND = auto()
     #: Adds a bias to each row.
@@ -141,7 +143,7 @@ def pass_schedule(config: ModelConfig, *, prefill: bool = False) -> list[Step]:
     def rotate(block: int, name: str) -> None:
         """Queries or keys, normalised and rotated if the model does so, for attention."""
         if (weight := f"block.{block}.{name}_norm") in weights:
-            normalize(weight, name, name)
+            steps.append(Vector(Operation.HEAD_NORM, (name,), name, weight))
         operation = Operation.ROTATE if config.is_rotated(block) else Operation.ROUND
         steps.append(Vector(operation, (name,), name, block=block))
 

@@ -38,6 +38,7 @@ from speq.model.format import EncodedTensor
 from speq.model.schedule import Attention, Linears, Operation, Step, Vector, pass_schedule
 from speq.model.vector_ops import (
     gated,
+    head_norm,
     normalize,
     ranked,
     rms_norm,
@@ -466,9 +467,11 @@ def _compute(
     c, x = model.config, operands[0]
     match step.operation:
         case Operation.NORM:
-            weight = model.weights[step.weight]
-            y = rms_norm(x.unflatten(1, (-1, len(weight))), weight, c.norm_eps).flatten(1)
+            y = rms_norm(x, model.weights[step.weight], c.norm_eps)
             return _scaled(y, step.factor)
+        case Operation.HEAD_NORM:
+            heads = x.unflatten(1, (-1, c.head_dim))
+            return head_norm(heads, model.weights[step.weight], c.norm_eps).flatten(1)
         case Operation.ROUND:
             return to_float16(x)
         case Operation.ADD_BIAS:

@@ -8,9 +8,9 @@ This file is a specification that hardware implements (`speq.hw.vector`). Its ru
   changes are exact. There is no division and no call of a mathematical library: `exponential`,
   `sigmoid`, `reciprocal` and `rsqrt` are a few steps in integers, with the tables of
   `speq.model.function_tables`.
-- Sums over a row have one fixed order (`row_sum`) or are exact (`softmax_weights`). So the bits of
-  a row depend on that row alone, never on which other rows share the pass, nor on the tensor's
-  layout, nor on how many elements the hardware takes at a time.
+- Sums over a row have one fixed order (`row_sum`; of heads `head_norm`) or are exact
+  (`softmax_weights`). So the bits of a row depend on that row alone, never on which other rows
+  share the pass, nor on the tensor's layout, nor on how many elements the hardware takes at a time.
 - The residual stream stays outside the array and is FP32. Values are rounded to FP16 exactly where
   they enter the array: normalised activations, rotated queries and keys, values, softmax weights,
   attention outputs and gated FFN activations.
@@ -209,10 +209,27 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last dimension in float32: (x * rsqrt(mean(x^2) + eps)) * weight, the mean
     being `row_sum` times the FP32 nearest to 1/N. x float32 [..., N], weight float16 [N]."""
-    values = x.numpy()
-    mean = row_sum(values * values) * np.float32(1.0 / values.shape[-1])
+    return _rms_norm(x.numpy(), x.numpy(), weight, eps)
+
+
+@_quiet
+def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm` of heads of queries or keys, float32 [..., D]: `row_sum` takes their elements in
+    rotary order, whether they are rotated or not."""
+    return _rms_norm(x.numpy(), x.numpy()[..., rotary_order(x.shape[-1])], weight, eps)
+
+
+def _rms_norm(x: np.ndarray, summed: np.ndarray, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of x; `summed` are its elements in the order of their sum."""
+    mean = row_sum(summed * summed) * np.float32(1.0 / x.shape[-1])
     scale = rsqrt(np.asarray(mean + np.float32(eps)))[..., None]
-    return torch.from_numpy((values * scale) * weight.numpy().astype(np.float32))
+    return torch.from_numpy((x * scale) * weight.numpy().astype(np.float32))
+
+
+def rotary_order(head_dim: int) -> np.ndarray:
+    """The elements of a head so that those of a rotary pair are neighbours, int64 [head_dim]: 0,
+    D/2, 1, D/2 + 1, ... Hardware that keeps heads in this order rotates them as they come."""
+    return np.arange(head_dim).reshape(2, -1).T.reshape(-1)
 
 
 def rotary_frequencies(

@@ -56,6 +56,7 @@ class VectorOperation(enum.Enum, shape=unsigned(4)):
     SOFTMAX = 9
     NORMALIZE = 10
     QUANTIZE = 11
+    MOVE = 12
 
 
 class Target(enum.Enum, shape=unsigned(4)):
@@ -101,6 +102,7 @@ TARGETS = {
     VectorOperation.SOFTMAX: (Target.WEIGHTS,),
     VectorOperation.NORMALIZE: (Target.CONTEXT,),
     VectorOperation.QUANTIZE: (Target.TILES,),
+    VectorOperation.MOVE: (Target.TILES,),
 }
 
 
@@ -261,9 +263,13 @@ FORMS = {
         "by position, FP32 cosine and sine of each pair. ROUND: x. GATE: (x * y) * sigmoid(x). "
         "SIGMOID_GATE: x * sigmoid(y). SOFTMAX: weights of the scores x of one KV head, scaled by "
         "argument; the reciprocals of their sums are kept. NORMALIZE: x times these. QUANTIZE: "
-        "draft activations, words as of a GEMM in mode DRAFT, of FP16 activations at x. The target "
-        "says where results go, and in which form. There are such descriptors only if the "
-        "configuration has lanes. What an operation does not use has no effect.",
+        "draft activations, words as of a GEMM in mode DRAFT, of FP16 activations at x. MOVE: "
+        "copies a KV entry p of a block to the pass's position: with keys at x FP16 number p % C "
+        "of the o k lines of 2 C bytes from x + (p // C) inner on, with values at y 2 C bytes at "
+        "y + i outer + 2 C p for each i below o ceil(k / C); p is 0 but in passes that move "
+        "entries. The target says where the results of others go, and in which form. There are "
+        "such descriptors only if the configuration has lanes. What an operation does not use has "
+        "no effect.",
         {
             "operation": Use("VectorOperation"),
             "target": Use("Target"),
@@ -287,8 +293,16 @@ FORMS = {
             "activations": Use("address of x", "data", name="first"),
             "plane": Use("address of y", "data", name="second"),
             "results": Use("address of the results", "data"),
-            "residual": Use("a distance of the target", "word", name="outer"),
-            "groups": Use("a distance of the target", "word", name="inner"),
+            "residual": Use(
+                "a distance of the target, or MOVE's; of VALUES and MOVE a multiple of a beat",
+                "word",
+                name="outer",
+            ),
+            "groups": Use(
+                "a distance of the target, or MOVE's; of VALUES and MOVE a multiple of a beat",
+                "word",
+                name="inner",
+            ),
             "extra": Use(
                 "32 bits: NORM: eps in FP32; SOFTMAX: positions that a row sees at most, 0: all; "
                 "EMBED, ROTATE: bytes from a row of the table to the next, a multiple of a beat of "

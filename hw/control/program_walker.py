@@ -12,11 +12,20 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.common.logic import ceil_div
 from speq.hw.control.candidate_tiles import CandidateTiles
-from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, FORMS, DescriptorKind
+from speq.hw.control.descriptor import (
+    DESCRIPTOR,
+    DESCRIPTOR_BYTES,
+    FORMS,
+    TARGETS,
+    DescriptorKind,
+    Target,
+    VectorOperation,
+)
 from speq.hw.engine_config import Mode
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.ranking_writer import ranking_command_layout
+from speq.hw.vector.command import DETAIL_BITS, vector_command_layout
 
 #: Descriptors that are fetched ahead.
 _AHEAD = 4
@@ -58,7 +67,7 @@ def _unused_in_attention(values: bool) -> list[str]:
 
 
 def _places(port: str) -> list[str]:
-    """All fields that are addresses or distances of a port, whatever kind uses them."""
+    """All fields that are addresses or distances of a port, whichever product uses them."""
     uses = [item for kind in _PRODUCTS for item in FORMS[kind].uses.items()]
     return list(dict.fromkeys(use.name or name for name, use in uses if use.port == port))
 
@@ -79,12 +88,13 @@ class ProgramWalker(wiring.Component):
 
     Descriptors are fetched up to four ahead. Each is checked before it has any effect: its kind and
     mode, fields that must be 0, sizes, and the alignment of addresses, in this order. GEMM and
-    ATTENTION become one job or more on `jobs` and overlap with their successors, as far as the
-    taker of the jobs allows; HOST, END, ARGMAX, RERANK and a descriptor with `wait` start when
-    `idle` says that all jobs are finished. ARGMAX and RERANK also wait for their own end, and for
-    that of the ranking's transfer to memory, if they ask for one. RERANK becomes a job for each
-    tile that holds a candidate. With `truncate` they are carried out twice, first without
-    perturbation: that ranking has the largest logit of each row, which the cut-off depends on.
+    ATTENTION become one job or more on `jobs`, VECTOR becomes a command on `vector`, and both
+    overlap with their successors, as far as the takers allow; HOST, END, ARGMAX, RERANK and a
+    descriptor with `wait` start when `idle` and `vector_idle` say that all is finished. ARGMAX and
+    RERANK also wait for their own end, and for that of the ranking's transfer to memory, if they
+    ask for one. RERANK becomes a job for each tile that holds a candidate. With `truncate` they are
+    carried out twice, first without perturbation: that ranking has the largest logit of each row,
+    which the cut-off depends on.
 
     Latency: the first job is offered 2 cycles after its descriptor has arrived.
 
@@ -106,6 +116,9 @@ class ProgramWalker(wiring.Component):
         Of the descriptor that the job on offer comes from.
     idle : In(1)
         All jobs taken are finished, with all their effects on memory.
+    vector : Out(stream of vector_command_layout(config))
+    vector_idle : In(1)
+        The same of these commands. Both are there if the configuration has lanes.
     rank_command : Out(stream of ranking_command_layout(config))
         Asks for the transfer of the ranking of the last ARGMAX or RERANK.
     rank_idle : In(1)
@@ -145,6 +158,12 @@ class ProgramWalker(wiring.Component):
             config.data, burst=burst, outstanding=_AHEAD, depth=max(2, _AHEAD * burst)
         )
         address = config.address_bits
+        vector = {}
+        if config.lanes:
+            vector = {
+                "vector": Out(stream.Signature(vector_command_layout(config))),
+                "vector_idle": In(1),
+            }
         super().__init__(
             {
                 "axi": Out(self._axi.read_signature),
@@ -153,6 +172,7 @@ class ProgramWalker(wiring.Component):
                 "jobs": Out(stream.Signature(config.job_layout)),
                 "kind": Out(8),
                 "idle": In(1),
+                **vector,
                 "rank_command": Out(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": In(1),
                 "rank_entries": In(config.ranking_layout),
@@ -226,6 +246,12 @@ class ProgramWalker(wiring.Component):
             self.error.eq(failed),
         ]
         m.d.sync += self.error_address.eq(address)
+        idle = self.idle
+        may_overlap = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ATTENTION)
+        if config.lanes:
+            idle &= self.vector_idle
+            may_overlap |= kind == DescriptorKind.VECTOR
+            self._word_vector_command(m, descriptor, walk)
         # A failed fetch matters when its descriptor is needed: END may come before.
         beat = Cat(Const(0, config.data.offset_bits), address[config.data.offset_bits :])
         fetch_failed = (reader.error != Fault.NONE) & (reader.error_address == beat)
@@ -251,8 +277,7 @@ class ProgramWalker(wiring.Component):
                     m.d.comb += self.started.eq(1)
                     m.next = "WAIT"
             with m.State("WAIT"):
-                may_overlap = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ATTENTION)
-                with m.If((may_overlap & ~descriptor.wait) | self.idle):
+                with m.If((may_overlap & ~descriptor.wait) | idle):
                     with m.Switch(kind):
                         with m.Case(DescriptorKind.HOST):
                             m.d.sync += self.host_argument.eq(descriptor.argument)
@@ -264,6 +289,12 @@ class ProgramWalker(wiring.Component):
                         with m.Case(DescriptorKind.RERANK):
                             m.d.comb += tiles.start.eq(1)
                             m.next = "TILES"
+                        if config.lanes:
+                            with m.Case(DescriptorKind.VECTOR):
+                                m.d.comb += self.vector.valid.eq(1)
+                                with m.If(self.vector.ready):
+                                    m.d.comb += next_one.eq(1)
+                                    m.next = "FETCH"
                         with m.Default():
                             # The first job goes at once.
                             m.d.comb += self.jobs.valid.eq(1)
@@ -383,6 +414,10 @@ class ProgramWalker(wiring.Component):
         known = Cat(kind == value for value in _kinds(self.config)).any() & ~(
             is_gemm & (mode == _NO_MODE)
         )
+        vector = None
+        if self.config.lanes:
+            vector = _VectorCheck(m, self.config, d, walk)
+            known &= vector.is_known
 
         used = Signal()  # a field that must be 0
         with m.Switch(kind):
@@ -401,6 +436,8 @@ class ProgramWalker(wiring.Component):
             d.values, *(Cat(d[name] for name in _unused_in_attention(v)) for v in (True, False))
         )
         reserved = used | used_in_mode | (is_attention & (counted != 0))
+        if vector is not None:
+            reserved |= vector.is_reserved
 
         # In attention the KV entries are an inner or an outer dimension.
         seen = Signal(engine.k_bits + 1)
@@ -416,6 +453,8 @@ class ProgramWalker(wiring.Component):
             | (is_gemm & _is_outside(tokens, most_tokens))
             | (is_attention & ((d.sharing == 0) | (walk.rows == 0)))
         )
+        if vector is not None:
+            bad_size |= vector.has_bad_size
 
         config = self.config
         # The member `extra` of the layout is one or the other.
@@ -439,6 +478,9 @@ class ProgramWalker(wiring.Component):
             ).any()
         )
 
+        if vector is not None:
+            misaligned |= vector.is_misaligned
+
         with m.If(~known):
             m.d.comb += code.eq(ErrorCode.UNKNOWN_KIND)
         with m.Elif(reserved):
@@ -448,6 +490,14 @@ class ProgramWalker(wiring.Component):
         with m.Elif(misaligned):
             m.d.comb += code.eq(ErrorCode.MISALIGNED)
         return code
+
+    def _word_vector_command(self, m: Module, d: data.View, walk: data.View) -> None:
+        """The command of a VECTOR descriptor."""
+        names = {use.name or name: name for name, use in FORMS[DescriptorKind.VECTOR].uses.items()}
+        command = self.vector.payload
+        for name, _ in command.shape():
+            source = d[names[name]] if name in names else walk[name]
+            m.d.comb += Value.cast(command[name]).eq(source)
 
     def _make_job(
         self, m: Module, job: data.View, rows_left: Signal, d: data.View, walk: data.View
@@ -511,6 +561,68 @@ class ProgramWalker(wiring.Component):
                 m.next = "JOB"
         with m.Else():
             m.next = "JOB"
+
+
+class _VectorCheck:
+    """What may be wrong with a descriptor if it is a VECTOR."""
+
+    is_known: Value
+    is_reserved: Value
+    has_bad_size: Value
+    is_misaligned: Value
+
+    def __init__(self, m: Module, config: AcceleratorConfig, d: data.View, walk: data.View) -> None:
+        engine = config.engine
+        is_vector = d.kind == DescriptorKind.VECTOR
+
+        def is_any(*operations: VectorOperation) -> Value:
+            return Cat(d.operation == operation for operation in operations).any()
+
+        has_target = Signal()
+        with m.Switch(d.operation):
+            for operation, targets in TARGETS.items():
+                with m.Case(operation):
+                    m.d.comb += has_target.eq(Cat(d.target == target for target in targets).any())
+        is_softmax = is_any(VectorOperation.SOFTMAX)
+        is_quantize = is_any(VectorOperation.QUANTIZE)
+        self.is_known = ~is_vector | has_target
+        self.is_reserved = is_vector & (
+            (is_softmax & (d.k != 0)) | (is_any(VectorOperation.NORM) & ~d.values)
+        )
+
+        has_slots = is_softmax | is_any(VectorOperation.NORMALIZE)
+        has_one_segment = is_quantize | (d.target == Target.ACTIVATIONS)
+        seen = walk.position + walk.rows
+        last_slot = d.o[: config.query_heads.bit_length()] + d.sharing
+        self.has_bad_size = is_vector & (
+            _is_outside(walk.rows, Mux(is_quantize, engine.draft_rows, engine.rows))
+            | (seen > engine.max_k)
+            | (~is_softmax & _is_outside(d.k, engine.max_k))
+            | (d.o > config.query_heads)
+            | (has_slots & (last_slot > config.query_heads))
+            | (~has_slots & (d.o == 0))
+            | (has_one_segment & (d.o != 1))
+            | ((has_slots | (d.target == Target.QUERIES)) & (d.sharing == 0))
+            | d.extra[DETAIL_BITS:].any()
+        )
+
+        beat = config.data.offset_bits
+        offsets = {
+            "data": beat,
+            "word": (config.activation_bytes - 1).bit_length(),
+        }
+        has_distance = is_any(VectorOperation.EMBED, VectorOperation.ROTATE)
+        # Values are written as they lie there, and moved entries are read so.
+        has_lines = (d.target == Target.VALUES) | is_any(VectorOperation.MOVE)
+        self.is_misaligned = is_vector & (
+            Cat(
+                _is_misaligned(d[name], offsets[use.port], config.address_bits)
+                for name, use in FORMS[DescriptorKind.VECTOR].uses.items()
+                if use.port is not None
+            ).any()
+            | (has_distance & d.extra[:beat].any())
+            | (has_lines & (d.residual[:beat].any() | d.groups[:beat].any()))
+        )
 
 
 def read_error(fault: Value) -> Value:

@@ -16,7 +16,7 @@ from speq.hw.engine_config import check_power_of_two, check_range
 
 #: Bits of transaction IDs. All transactions of a reader or writer have one ID, so that responses
 #: come in order: 0, or the number of the reader where several share a master (`ReadArbiter`).
-ID_BITS = 2
+ID_BITS = 3
 #: Bits of a command's number of beats.
 BEATS_BITS = 24
 #: Bits of AxLEN, the beats of a burst less one.

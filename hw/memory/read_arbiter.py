@@ -28,7 +28,7 @@ class ReadArbiter(wiring.Component):
     ----------
     config : AxiConfig
     ports : int
-        1 to 4, as many as there are IDs.
+        1 to 8, as many as there are IDs.
 
     Members
     -------

@@ -119,7 +119,9 @@ class Bench:
                     self._store(address, part, part.nbytes)
                     address += part.nbytes
 
-    def run(self, operation: VectorOperation, target: Target, **values: int) -> None:
+    def run(
+        self, operation: VectorOperation, target: Target, source: int = 0, **values: int
+    ) -> None:
         """Carry out a descriptor; `expected` is then memory from before, to be completed."""
         given = {"first": X, "second": Y, "results": RESULTS} | values
         fields = unpack(
@@ -127,7 +129,7 @@ class Bench:
         )
         assert check_descriptor(self.config, fields, self.tokens, self.position) is ErrorCode.NONE
         self.expected = self.memory.copy()
-        self.model.carry_out(fields, self.rows, self.position)
+        self.model.carry_out(fields, self.rows, self.position, source)
 
     def expect(self, address: int, value: np.ndarray) -> None:
         content = value.reshape(-1).view(np.uint8)
@@ -413,14 +415,15 @@ def test_quantize(bench: Bench) -> None:
     words = np.zeros((k, size // 2), np.float16)
     words[:, : engine.rows] = x.T
     bench._store(X, words, words.nbytes)
-    bench.rows = bench.rows[: engine.draft_rows]
+    rows = -(-engine.draft_rows // 2)  # what the others would have is 0
+    bench.rows = bench.rows[:rows]
     bench.run(VectorOperation.QUANTIZE, Target.TILES, k=k, o=1)
-    blocks = quantize_activations(torch.from_numpy(x[: engine.draft_rows]), engine.format.group)
+    blocks = quantize_activations(torch.from_numpy(x[:rows]), engine.format.group)
     beat, steps = bench.config.data.beat_bytes, -(-k // 4)
     bench.expect(RESULTS, np.zeros(-(-steps * size // beat) * beat, np.uint8))
     for step in range(steps):
         word = 0
-        for row in range(engine.draft_rows):
+        for row in range(rows):
             for lane, mantissa in enumerate(blocks.mantissa[row, 4 * step : 4 * step + 4].tolist()):
                 number = abs(mantissa) | (mantissa < 0) << 7
                 word |= number << 37 * row + 8 * lane
@@ -430,6 +433,30 @@ def test_quantize(bench: Bench) -> None:
     bench.check()
 
 
+def test_move(bench: Bench) -> None:
+    k, heads, cols = head_dim(bench), 3, bench.cols
+    lines = heads * k
+    tiles = heads * -(-k // cols)
+    key_pitch, value_pitch = lines * 2 * cols, 90 * 2 * cols
+    bench.rows = bench.rows[:1]
+    for step in (1, 5, cols):
+        source = bench.position + step
+        bench.run(
+            *(VectorOperation.MOVE, Target.TILES),
+            **{"source": source, "k": k, "o": heads, "inner": key_pitch, "outer": value_pitch},
+        )
+        places = []
+        for entry in (source, bench.position):
+            tile, column = divmod(entry, cols)
+            keys = [X + tile * key_pitch + 2 * (cols * line + column) for line in range(lines)]
+            values = [Y + tile * value_pitch + 2 * cols * entry for tile in range(tiles)]
+            places.append((keys, values))
+        for size, old, new in zip((2, 2 * cols), *places, strict=True):
+            for start, end in zip(old, new, strict=True):
+                bench.expect(end, bench.expected[start : start + size].copy())
+        bench.check()
+
+
 #: A sound descriptor of each operation for "4x16": 4 rows, 1 of them drafts; 64 query heads.
 SOUND = {
     VectorOperation.EMBED: {"k": 20, "o": 1, "detail": 64},
@@ -437,12 +464,13 @@ SOUND = {
     VectorOperation.MULTIPLY: {"k": 1, "o": 1, "target": Target.ACTIVATIONS},
     VectorOperation.NORM: {"k": 20, "o": 3, "values": 1, "detail": 0xFFFFFFFF},
     VectorOperation.ROTATE: {"k": 20, "o": 9, "sharing": 3, "detail": 96},
-    VectorOperation.ROUND: {"k": 20, "o": 3, "outer": 8, "inner": 24},
+    VectorOperation.ROUND: {"k": 20, "o": 3, "outer": 32, "inner": 96},
     VectorOperation.GATE: {"k": 20, "o": 1},
     VectorOperation.SIGMOID_GATE: {"k": 20, "o": 1, "values": 1},
     VectorOperation.SOFTMAX: {"o": 0, "sharing": 64, "detail": 1},
     VectorOperation.NORMALIZE: {"k": 20, "o": 63, "sharing": 1},
     VectorOperation.QUANTIZE: {"k": 20, "o": 1},
+    VectorOperation.MOVE: {"k": 20, "o": 64, "outer": 32, "inner": 96},
 }
 DEFAULT_TARGETS = {operation: targets[0] for operation, targets in TARGETS.items()} | {
     VectorOperation.ROUND: Target.VALUES
@@ -473,7 +501,9 @@ def test_sound_descriptors(operation: VectorOperation) -> None:
         assert code_of(operation, **{name: multiple // 2}) is ErrorCode.MISALIGNED
         assert code_of(operation, **{name: 1 << 40}) is ErrorCode.MISALIGNED
     for name in ("residual", "groups"):
-        assert code_of(operation, **{name: 24}) is ErrorCode.NONE
+        assert code_of(operation, **{name: 96}) is ErrorCode.NONE
+        if operation not in (VectorOperation.ROUND, VectorOperation.MOVE):  # of lines
+            assert code_of(operation, **{name: 24}) is ErrorCode.NONE
         assert code_of(operation, **{name: 4}) is ErrorCode.MISALIGNED
     fields = unpack(Descriptor(DescriptorKind.VECTOR, operation=operation).pack())
     assert check_descriptor(AcceleratorConfig(), fields, 1, 0) is ErrorCode.UNKNOWN_KIND
@@ -486,7 +516,7 @@ def test_unknown_operations_and_targets() -> None:
             known = target in {each.value for each in targets}
             expected = ErrorCode.NONE if known else ErrorCode.UNKNOWN_KIND
             assert code_of(operation, **values) is expected
-    for number in (0, 12, 15):
+    for number in (0, 13, 15):
         assert code_of(VectorOperation.ADD, operation=number) is ErrorCode.UNKNOWN_KIND
 
 
@@ -508,6 +538,11 @@ def test_unknown_operations_and_targets() -> None:
         (VectorOperation.ROTATE, {"sharing": 0}, ErrorCode.BAD_SIZE),
         (VectorOperation.ROTATE, {"extra": 16}, ErrorCode.MISALIGNED),
         (VectorOperation.EMBED, {"extra": 16}, ErrorCode.MISALIGNED),
+        (VectorOperation.ROUND, {"residual": 8}, ErrorCode.MISALIGNED),
+        (VectorOperation.ROUND, {"groups": 8}, ErrorCode.MISALIGNED),
+        (VectorOperation.MOVE, {"residual": 8}, ErrorCode.MISALIGNED),
+        (VectorOperation.MOVE, {"groups": 8}, ErrorCode.MISALIGNED),
+        (VectorOperation.MOVE, {"o": 0}, ErrorCode.BAD_SIZE),
     ],
 )
 def test_refused(operation: VectorOperation, changed: dict[str, int], code: ErrorCode) -> None:

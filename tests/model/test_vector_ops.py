@@ -20,9 +20,11 @@ from speq.model.arith import to_float16, verify_gemm
 from speq.model.function_tables import INVERSE, POWER, ROOTS, SIGMOID, FunctionTable
 from speq.model.vector_ops import (
     gated,
+    head_norm,
     normalize,
     rms_norm,
     rotary_frequencies,
+    rotary_order,
     rotary_table,
     rotate,
     softmax_weights,
@@ -301,6 +303,21 @@ def test_rms_norm_bits_are_those_of_softfloat(generator, n):
         assert got == [pattern(e) for e in expected]
 
 
+@pytest.mark.parametrize("n", [2, 20, 64, 96, 256])
+def test_head_norm_takes_the_sum_over_neighbouring_pairs(generator, n):
+    x = torch.randn(30, 2, n, generator=generator) * 10
+    weight = torch.randn(n, generator=generator).half()
+    order = [element for i in range(n // 2) for element in (i, i + n // 2)]
+    assert rotary_order(n).tolist() == order
+    # The scale is that of the heads as they lie in hardware; there the whole norm is the same.
+    expected = torch.empty_like(x)
+    expected[..., order] = rms_norm(x[..., order].contiguous(), weight[order], 1e-5)
+    got = head_norm(x, weight, 1e-5)
+    assert torch.equal(bits(got), bits(expected))
+    if n > 2:
+        assert not torch.equal(bits(got), bits(rms_norm(x, weight, 1e-5)))
+
+
 # Independence of the batch and of the layout.
 
 
@@ -315,6 +332,7 @@ def test_rows_do_not_depend_on_the_batch_or_the_layout(generator):
         "exponential": lambda x, rows: exponential(x),
         "sigmoid": lambda x, rows: sigmoid(x),
         "rms_norm": lambda x, rows: rms_norm(x, weight, 1e-5),
+        "head_norm": lambda x, rows: head_norm(x, weight, 1e-5),
         "rotate": lambda x, rows: rotate(x, cos[rows], sin[rows]),
         "silu": lambda x, rows: gated(x, x, "silu"),
         "gelu_tanh": lambda x, rows: gated(x, x, "gelu_tanh"),

@@ -373,7 +373,7 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
         for name in ("scores", "values")
         for field in ("mode", "discard", "tokens", "argument", "residual", "groups")
     ]
-    reserved += [("scores", {"o": 1}), ("values", {"k": 1 << 31})]
+    reserved += [("scores", {"o": 1}), ("values", {"k": 1 << 23})]
     others = [field for field, _ in DESCRIPTOR if field not in ("kind", "mode")]
     reserved += [("host", {field: 1}) for field in others if field != "argument"]
     reserved += [("end", {field: 1}) for field in others] + [("end", {"mode": 1})]
@@ -382,8 +382,8 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
     sizes = [
         (name, {field: value})
         for name in products
-        for field, most in (("k", engine.max_k), ("o", engine.max_o))
-        for value in (0, most + 1, 1 << 31)
+        for field, most, bits in (("k", engine.max_k, 24), ("o", engine.max_o, 32))
+        for value in (0, most + 1, 1 << bits - 1)
     ]
     sizes += [(name, {"tokens": engine.rows + 1}) for name in ("verify", "bypass", "argmax")]
     sizes += [("verify", {"tokens": 255}), ("draft", {"tokens": engine.draft_rows + 1})]

@@ -5,13 +5,21 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 
 import pytest
-from amaranth.sim import Simulator
+from amaranth.sim import Simulator, SimulatorContext
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
+from speq.hw.control.descriptor import (
+    DESCRIPTOR_BYTES,
+    TARGETS,
+    Descriptor,
+    DescriptorKind,
+    Target,
+    VectorOperation,
+)
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.engine_config import EngineConfig, Mode
 from speq.hw.memory.axi import AxiConfig
@@ -22,6 +30,7 @@ from tests.hw.streams import Source
 pytestmark = pytest.mark.usefixtures("simulable_ram")
 
 ROWS, COLS, MAX_K, MAX_O = 3, 8, 64, 200
+HEADS = 8
 BASE, LIMIT = 0x1000, 0x8FFF
 PROGRAM = 0x2000
 _LATENCY = 5
@@ -33,12 +42,12 @@ _ADDRESSES = ("plane", "residual", "groups", "activations", "results")
 RANKED = (77, 5, 3, 79, 4, 76, 199)
 
 
-def system(data_bits: int = 128) -> AcceleratorConfig:
+def system(data_bits: int = 128, lanes: int = 0) -> AcceleratorConfig:
     engine = EngineConfig(rows=ROWS, cols=COLS, draft_rows=1, max_k=MAX_K, max_o=MAX_O)
     axi = AxiConfig(data_bits=data_bits, address_bits=32)
     if data_bits > 16 * COLS:
         engine = replace(engine, cols=64)
-    return AcceleratorConfig(engine, weights=axi, data=axi)
+    return AcceleratorConfig(engine, weights=axi, data=axi, lanes=lanes, query_heads=HEADS)
 
 
 @dataclass
@@ -49,6 +58,39 @@ class WalkRecord:
     error: ErrorCode = ErrorCode.NONE
     error_address: int = 0
     done: bool = False
+
+
+def memory_port(
+    dut: ProgramWalker, memory: dict[int, int], bad_read: int | None = None
+) -> Callable[[SimulatorContext], Coroutine]:
+    """A process that answers the walker's reads with bytes of a memory; SLVERR at `bad_read`."""
+    port = dut.config.data
+
+    async def read_port(ctx):
+        axi, waiting = dut.axi, []
+        ctx.set(axi.arready, 1)
+        async for *_, valid, start, beats, ready in ctx.tick().sample(
+            axi.arvalid, axi.araddr, axi.arlen, axi.rready
+        ):
+            assert ready
+            if valid:
+                assert start % port.beat_bytes == 0
+                for i in range(beats + 1):
+                    place = start + i * port.beat_bytes
+                    assert BASE <= place <= LIMIT
+                    waiting.append([_LATENCY, place, i == beats])
+            for entry in waiting:
+                entry[0] -= 1
+            now = waiting.pop(0) if waiting and waiting[0][0] <= 0 else None
+            ctx.set(axi.rvalid, now is not None)
+            if now:
+                _, place, last = now
+                data = bytes(memory.get(place + i, 0) for i in range(port.beat_bytes))
+                ctx.set(axi.rdata, int.from_bytes(data, "little"))
+                ctx.set(axi.rlast, last)
+                ctx.set(axi.rresp, 2 if place == bad_read else 0)
+
+    return read_port
 
 
 def walk(
@@ -63,41 +105,20 @@ def walk(
     trial: int = 0,
     cycles: int = 4000,
 ) -> WalkRecord:
-    """Run a program; jobs end at random times, in order. `bad_read` answers SLVERR there."""
+    """Run a program; jobs end at random times, in order, and so does vector work. `bad_read`
+    answers SLVERR there."""
     content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
     memory = dict(enumerate(content, start=address))
     dut = ProgramWalker(config)
     record = WalkRecord()
     rng = random.Random(trial)
 
-    async def read_port(ctx):
-        axi, waiting = dut.axi, []
-        ctx.set(axi.arready, 1)
-        async for *_, valid, start, beats, ready in ctx.tick().sample(
-            axi.arvalid, axi.araddr, axi.arlen, axi.rready
-        ):
-            assert ready
-            if valid:
-                assert start % config.data.beat_bytes == 0
-                for i in range(beats + 1):
-                    place = start + i * config.data.beat_bytes
-                    assert BASE <= place <= LIMIT
-                    waiting.append([_LATENCY, place, i == beats])
-            for entry in waiting:
-                entry[0] -= 1
-            now = waiting.pop(0) if waiting and waiting[0][0] <= 0 else None
-            ctx.set(axi.rvalid, now is not None)
-            if now:
-                _, place, last = now
-                data = bytes(memory.get(place + i, 0) for i in range(config.data.beat_bytes))
-                ctx.set(axi.rdata, int.from_bytes(data, "little"))
-                ctx.set(axi.rlast, last)
-                ctx.set(axi.rresp, 2 if place == bad_read else 0)
-
     async def taker(ctx):
-        left = []
+        left, vectors = [], []
         transfer = host = 0
         ctx.set(dut.idle, 1)
+        if config.lanes:
+            ctx.set(dut.vector_idle, 1)
         ctx.set(dut.rank_idle, 1)
         for _ in range(cycles):
             ctx.set(dut.jobs.ready, rng.random() < 0.5)
@@ -106,25 +127,36 @@ def walk(
             job = ctx.get(dut.jobs.payload)
             taken = ctx.get(dut.jobs.valid) and ctx.get(dut.jobs.ready)
             ranking = ctx.get(dut.rank_command.valid) and ctx.get(dut.rank_command.ready)
+            under_way = bool(left or vectors)
+            if config.lanes:
+                ctx.set(dut.vector.ready, rng.random() < 0.2)
+                if ctx.get(dut.vector.valid) and ctx.get(dut.vector.ready):
+                    command = ctx.get(dut.vector.payload)
+                    values = {
+                        name: int(getattr(command[name], "value", command[name]))
+                        for name, _ in dut.vector.payload.shape()
+                    }
+                    record.events.append(("vector", values, under_way))
+                    vectors.append(rng.randrange(2, 60))
             if taken:
                 names = _JOB_FIELDS + _ADDRESSES
                 values = {n: int(getattr(job[n], "value", job[n])) for n in names}
                 values["descriptor"] = ctx.get(dut.error_address)
-                record.events.append(("job", values, bool(left)))
+                record.events.append(("job", values, under_way))
                 left.append(rng.randrange(2, 30))
             if ranking:
                 payload = ctx.get(dut.rank_command.payload)
-                record.events.append(("ranking", payload.address, payload.tokens, bool(left)))
+                record.events.append(("ranking", payload.address, payload.tokens, under_way))
                 transfer = rng.randrange(2, 20)
             if ctx.get(dut.host_request):
                 if host == 0:
-                    record.events.append(("host", ctx.get(dut.host_argument), bool(left)))
+                    record.events.append(("host", ctx.get(dut.host_argument), under_way))
                     host = rng.randrange(2, 20)
                 host -= 1
             else:
                 host = 0
             if ctx.get(dut.done):
-                record.events.append(("end", bool(left), transfer > 0))
+                record.events.append(("end", under_way, transfer > 0))
                 record.done = True
                 return
             code = ctx.get(dut.error)
@@ -133,12 +165,15 @@ def walk(
                 record.error_address = ctx.get(dut.error_address)
                 return
             await ctx.tick()
-            if left:
-                left[0] -= 1
-                if left[0] == 0:
-                    left.pop(0)
+            for queue in (left, vectors):
+                if queue:
+                    queue[0] -= 1
+                    if queue[0] == 0:
+                        queue.pop(0)
             transfer = max(0, transfer - 1)
             ctx.set(dut.idle, not left)
+            if config.lanes:
+                ctx.set(dut.vector_idle, not vectors)
             ctx.set(dut.rank_idle, transfer == 0)
 
     async def configure(ctx):
@@ -152,7 +187,7 @@ def walk(
     request = {"program": address, "rows": rows, "position": position}
     simulator = Simulator(dut)
     simulator.add_clock(1e-9)
-    simulator.add_process(read_port)
+    simulator.add_process(memory_port(dut, memory, bad_read))
     simulator.add_testbench(taker)
     simulator.add_testbench(configure, background=True)
     simulator.add_testbench(Source(dut.walk, [request], rng).run, background=True)
@@ -202,7 +237,45 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
     return jobs
 
 
-def random_descriptor(rng: random.Random) -> Descriptor:
+def vector_command_of(d: Descriptor, rows: int, position: int) -> dict[str, int]:
+    """The command that a VECTOR means, by its definition."""
+    names = ("values", "sharing", "k", "o", "argument", "detail", "first", "second", "results")
+    return {
+        "operation": d.operation.value,
+        "target": d.target.value,
+        **{name: int(getattr(d, name)) for name in (*names, "outer", "inner")},
+        "rows": rows,
+        "position": position,
+    }
+
+
+def random_vector(rng: random.Random) -> Descriptor:
+    operation = rng.choice(list(TARGETS))
+    keeps = operation in (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
+    target = rng.choice(TARGETS[operation])
+    single = operation is VectorOperation.QUANTIZE or target is Target.ACTIVATIONS
+    sharing, o = rng.randint(1, HEADS), rng.randint(1, HEADS)
+    if keeps:
+        o = rng.randint(0, HEADS - sharing)
+    return Descriptor(
+        DescriptorKind.VECTOR,
+        operation=operation,
+        target=target,
+        wait=rng.random() < 0.4,
+        values=operation is VectorOperation.NORM or rng.random() < 0.5,
+        sharing=sharing if keeps or target is Target.QUERIES else rng.choice([0, 255]),
+        k=0 if operation is VectorOperation.SOFTMAX else rng.randint(1, MAX_K),
+        o=1 if single else o,
+        argument=rng.randrange(1 << 32),
+        detail=rng.randrange(1 << 25) * 128,
+        **{
+            name: rng.randrange(1 << 20) * 128
+            for name in ("first", "second", "results", "outer", "inner")
+        },
+    )
+
+
+def random_descriptor(rng: random.Random, lanes: int) -> Descriptor:
     addresses = {name: rng.randrange(1 << 20) * 128 for name in _ADDRESSES}
     kind = rng.choice(
         [
@@ -212,8 +285,11 @@ def random_descriptor(rng: random.Random) -> Descriptor:
             DescriptorKind.ARGMAX,
             DescriptorKind.RERANK,
             DescriptorKind.HOST,
+            *([DescriptorKind.VECTOR] * 6 if lanes else ()),
         ]
     )
+    if kind is DescriptorKind.VECTOR:
+        return random_vector(rng)
     if kind is DescriptorKind.HOST:
         return Descriptor(kind, argument=rng.randrange(1 << 32))
     wait, k, o = rng.random() < 0.3, rng.randint(1, MAX_K), rng.randint(1, MAX_O)
@@ -244,14 +320,17 @@ def random_descriptor(rng: random.Random) -> Descriptor:
     return replace(d, half=rng.random() < 0.5)
 
 
-@pytest.mark.parametrize("data_bits", [64, 128, 1024])
-def test_random_programs(data_bits):
-    config = system(data_bits)
-    rng = random.Random(1000 * seed() + data_bits)
+@pytest.mark.parametrize(
+    ("data_bits", "lanes"), [(64, 0), (128, 0), (1024, 0), (64, 4), (128, 8), (1024, 64)]
+)
+def test_random_programs(data_bits, lanes):
+    config = system(data_bits, lanes)
+    rng = random.Random(1000 * seed() + data_bits + lanes)
     events = []
     for trial in range(3):
-        program = [random_descriptor(rng) for _ in range(20)]
-        rows, position = rng.randint(1, ROWS), rng.randint(0, MAX_K - ROWS)
+        rows = 1 if lanes else rng.randint(1, ROWS)  # a QUANTIZE allows no more
+        program = [random_descriptor(rng, lanes) for _ in range(20)]
+        position = rng.randint(0, MAX_K - ROWS)
         got = walk(
             config,
             [*program, Descriptor(DescriptorKind.END)],
@@ -259,11 +338,16 @@ def test_random_programs(data_bits):
             position=position,
             trial=trial,
         )
-        events = got.events
-        rest = iter(events)
+        events += got.events
+        rest = iter(got.events)
         for place, d in zip(itertools.count(PROGRAM, DESCRIPTOR_BYTES), program, strict=False):
             if d.kind is DescriptorKind.HOST:
                 assert next(rest) == ("host", d.argument, False)
+                continue
+            if d.kind is DescriptorKind.VECTOR:
+                name, values, overlaps = next(rest)
+                assert name == "vector" and not (overlaps and d.wait)
+                assert values == vector_command_of(d, rows, position)
                 continue
             for i, job in enumerate(jobs_of(config, d, rows, position)):
                 name, values, overlaps = next(rest)
@@ -276,7 +360,8 @@ def test_random_programs(data_bits):
                 assert next(rest) == ("ranking", d.ranking, ranked, False)
         assert next(rest) == ("end", False, False)
         assert got.error is ErrorCode.NONE
-    assert any(event[0] == "job" and event[2] for event in events), "nothing overlapped"
+    kinds = {"job", "vector"} if lanes else {"job"}
+    assert {event[0] for event in events if event[2] is True} == kinds, "nothing overlapped"
 
 
 GEMM = Descriptor(DescriptorKind.GEMM, k=8, o=8, plane=128, residual=128, groups=128)
@@ -290,7 +375,7 @@ RERANK = Descriptor(DescriptorKind.RERANK, k=8, candidates=8)
         (replace(GEMM, tokens=ROWS + 1), ErrorCode.BAD_SIZE),
         (replace(GEMM, k=0), ErrorCode.BAD_SIZE),
         (replace(GEMM, k=MAX_K + 1), ErrorCode.BAD_SIZE),
-        (replace(GEMM, k=1 << 31), ErrorCode.BAD_SIZE),
+        (replace(GEMM, k=1 << 23), ErrorCode.BAD_SIZE),
         (replace(GEMM, o=0), ErrorCode.BAD_SIZE),
         (replace(GEMM, o=MAX_O + 1), ErrorCode.BAD_SIZE),
         (replace(GEMM, mode=Mode.DRAFT, residual=0), ErrorCode.BAD_SIZE),  # two rows
@@ -341,6 +426,165 @@ def test_refusal(descriptor, expected):
     got = walk(system(), program)
     assert got.events == [("host", 0, False)]
     assert (got.error, got.error_address) == (expected, PROGRAM + DESCRIPTOR_BYTES)
+
+
+ADD = Descriptor(
+    DescriptorKind.VECTOR,
+    operation=VectorOperation.ADD,
+    target=Target.TILES,
+    k=MAX_K,
+    o=HEADS,
+    sharing=255,
+    detail=2**32 - 1,
+)
+EMBED = replace(ADD, operation=VectorOperation.EMBED, detail=128)
+NORM = replace(ADD, operation=VectorOperation.NORM, values=True)
+SOFTMAX = replace(
+    ADD, operation=VectorOperation.SOFTMAX, target=Target.WEIGHTS, k=0, o=HEADS - 3, sharing=3
+)
+NORMALIZE = replace(
+    SOFTMAX, operation=VectorOperation.NORMALIZE, target=Target.CONTEXT, k=1, o=0, sharing=HEADS
+)
+ROTATE = replace(EMBED, operation=VectorOperation.ROTATE, target=Target.KEYS, sharing=0)
+QUERIES = replace(ROTATE, target=Target.QUERIES, sharing=255)
+GATE = replace(ADD, operation=VectorOperation.GATE, target=Target.ACTIVATIONS, o=1)
+QUANTIZE = replace(GATE, operation=VectorOperation.QUANTIZE, target=Target.TILES)
+MOVE = replace(ADD, operation=VectorOperation.MOVE)
+SOUND = (ADD, EMBED, NORM, SOFTMAX, NORMALIZE, ROTATE, QUERIES, GATE, QUANTIZE, MOVE)
+
+
+def refusals(
+    config: AcceleratorConfig, programs: list[bytes], rows: int = 2, position: int = 5
+) -> list[tuple[ErrorCode, int]]:
+    """How walks end, one after the other, that do not get beyond their first descriptor; others
+    end with the second, which is none."""
+    dut = ProgramWalker(config)
+    memory: dict[int, int] = {}
+    ends = []
+
+    async def walks(ctx):
+        ctx.set(dut.base, BASE)
+        ctx.set(dut.limit, LIMIT)
+        ctx.set(dut.length, 2)
+        for taker in (dut.jobs.ready, dut.vector.ready, dut.idle, dut.vector_idle):
+            ctx.set(taker, 1)
+        ctx.set(dut.walk.payload, {"program": PROGRAM, "rows": rows, "position": position})
+        for program in programs:
+            memory.clear()
+            memory.update(enumerate(program, start=PROGRAM))
+            ctx.set(dut.walk.valid, 1)
+            await ctx.tick().until(dut.walk.ready)
+            ctx.set(dut.walk.valid, 0)
+            await ctx.tick().until(dut.error != ErrorCode.NONE)
+            ends.append((ErrorCode(ctx.get(dut.error)), ctx.get(dut.error_address)))
+            ctx.set(dut.clear, 1)
+            await ctx.tick().repeat(2)
+            ctx.set(dut.clear, 0)
+
+    simulator = Simulator(dut)
+    simulator.add_clock(1e-9)
+    simulator.add_process(memory_port(dut, memory))
+    simulator.add_testbench(walks)
+    simulator.run()
+    return ends
+
+
+REFUSED_VECTORS = [
+    *(
+        (replace(d, operation=number), ErrorCode.UNKNOWN_KIND)
+        for d in (ADD, GATE)
+        for number in (0, 13, 15)
+    ),
+    *(
+        (
+            replace(ADD, operation=operation, target=number, mode=Mode.DRAFT),
+            ErrorCode.UNKNOWN_KIND,
+        )
+        for operation, targets in TARGETS.items()
+        for number in (*range(8), 15)
+        if number not in [target.value for target in targets]
+    ),
+    *((replace(ADD, **{name: 1}), ErrorCode.RESERVED) for name in ("half", "discard", "tokens")),
+    (replace(ADD, mode=Mode.DRAFT), ErrorCode.RESERVED),
+    (replace(GEMM, operation=1), ErrorCode.RESERVED),
+    (replace(ATTENTION, target=1), ErrorCode.RESERVED),
+    (Descriptor(DescriptorKind.END, target=8), ErrorCode.RESERVED),
+    (replace(SOFTMAX, k=1), ErrorCode.RESERVED),
+    (replace(NORM, values=False), ErrorCode.RESERVED),
+    (QUANTIZE, ErrorCode.BAD_SIZE),  # two rows
+    *(
+        (replace(d, k=k), ErrorCode.BAD_SIZE)
+        for d in (ADD, NORM, NORMALIZE, QUERIES, GATE, MOVE)
+        for k in (0, MAX_K + 1, 1 << 23)
+    ),
+    *(
+        (replace(d, o=o), ErrorCode.BAD_SIZE)
+        for d in (ADD, NORM, QUERIES, MOVE)
+        for o in (0, HEADS + 1, 1 << 31)
+    ),
+    *((replace(GATE, o=o), ErrorCode.BAD_SIZE) for o in (0, 2, 257)),
+    (replace(SOFTMAX, o=HEADS - 2), ErrorCode.BAD_SIZE),
+    (replace(SOFTMAX, o=1 << 31), ErrorCode.BAD_SIZE),
+    (replace(NORMALIZE, sharing=255), ErrorCode.BAD_SIZE),
+    (replace(NORMALIZE, o=1), ErrorCode.BAD_SIZE),
+    *((replace(d, sharing=0), ErrorCode.BAD_SIZE) for d in (SOFTMAX, NORMALIZE, QUERIES)),
+    *((replace(d, detail=0, ranking=1 << 32), ErrorCode.BAD_SIZE) for d in (ADD, SOFTMAX, ROTATE)),
+    *(
+        (replace(d, **{name: place}), ErrorCode.MISALIGNED)
+        for d in (ADD, SOFTMAX, EMBED)
+        for name in ("first", "second", "results")
+        for place in (8, 1 << 32)
+    ),
+    *(
+        (replace(d, **{name: place}), ErrorCode.MISALIGNED)
+        for d in (ADD, QUERIES)
+        for name in ("outer", "inner")
+        for place in (4, 1 << 32)
+    ),
+    *(
+        (
+            replace(ADD, operation=VectorOperation.ROUND, target=Target.VALUES, **{name: 8}),
+            ErrorCode.MISALIGNED,
+        )
+        for name in ("outer", "inner")
+    ),
+    *((replace(MOVE, **{name: 8}), ErrorCode.MISALIGNED) for name in ("outer", "inner")),
+    (replace(EMBED, detail=8), ErrorCode.MISALIGNED),
+    (replace(ROTATE, detail=4), ErrorCode.MISALIGNED),
+]
+
+
+def test_sound_vector_descriptors():
+    """At the edge of what is allowed."""
+    got = walk(
+        system(lanes=4),
+        [*(d for d in SOUND if d is not QUANTIZE), Descriptor(DescriptorKind.END)],
+        rows=ROWS,
+        position=MAX_K - ROWS,
+    )
+    assert [event[0] for event in got.events] == ["vector"] * (len(SOUND) - 1) + ["end"]
+    assert walk(system(lanes=4), [QUANTIZE, Descriptor(DescriptorKind.END)], rows=1).done
+
+
+def test_refusals_of_vector_descriptors():
+    descriptors = [descriptor for descriptor, _ in REFUSED_VECTORS]
+    ends = refusals(system(lanes=4), [descriptor.pack() for descriptor in descriptors])
+    for (descriptor, expected), got in zip(REFUSED_VECTORS, ends, strict=True):
+        assert got == (expected, PROGRAM), descriptor
+
+
+def test_distances_are_multiples_of_words():
+    """Of 8 bytes here, half a beat."""
+    got = walk(
+        system(lanes=4), [replace(QUERIES, outer=8, inner=24), Descriptor(DescriptorKind.END)]
+    )
+    assert got.done
+
+
+def test_vector_entries_beyond_the_largest_dimension():
+    for d in (ADD, SOFTMAX, NORMALIZE):
+        got = walk(system(lanes=4), [d], position=MAX_K - 1)
+        assert got.error is ErrorCode.BAD_SIZE
 
 
 def test_entries_beyond_the_largest_dimension():

@@ -154,7 +154,7 @@ def test_plane_merger(pause: float) -> None:
         assert sink.cycles[-1] - sink.cycles[0] == steps - dropped - 1
 
 
-@pytest.mark.parametrize("ports", [1, 2, 3, 4])
+@pytest.mark.parametrize("ports", [1, 2, 3, 8])
 @with_pauses
 def test_read_arbiter(ports: int, pause: float) -> None:
     """Every port gets what it asked for, in order, from a memory that interleaves IDs."""
