@@ -26,6 +26,7 @@ from speq.hw.accelerator_config import PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor
 from speq.model.checkpoint import tensor_shapes
 from speq.model.schedule import Linears
+from speq.model.vector_ops import rotary_order
 
 _HALF, _SINGLE = 2, 4  # bytes of an FP16 and of an FP32 number
 _TOKEN = 4  # bytes of a token id
@@ -132,9 +133,7 @@ class VectorLayout(MemoryLayout):
             return None
         size = self.model.head_dim
         order = np.full((self.heads_of(name), self._width(size)), -1)
-        elements = np.arange(size)
-        if not name.endswith("v_proj"):
-            elements = elements.reshape(2, -1).T.reshape(-1)
+        elements = np.arange(size) if name.endswith("v_proj") else rotary_order(size)
         order[:, :size] = size * np.arange(len(order))[:, None] + elements
         return order.reshape(-1)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class _Program:
         *,
         factor: float = 0.0,
         wait: bool | None = None,
-        **fields: int | bool,
+        **fields: Any,
     ) -> None:
         if wait is None:
             wait = bool(self.descriptors) and not self._follows(DescriptorKind.VECTOR)
@@ -147,7 +147,7 @@ class _Program:
         match step.operation:
             case Operation.EMBED:
                 self._embed(step)
-            case Operation.NORM:
+            case Operation.NORM | Operation.HEAD_NORM:
                 self._norm(step)
             case Operation.ADD_BIAS:
                 self._add_bias(step)
@@ -171,7 +171,7 @@ class _Program:
             case Operation.ROUND | Operation.STORE | Operation.SELECT:
                 pass  # keys and values are stored as soon as they are FP16
 
-    def _shape(self, buffer: str) -> dict[str, int]:
+    def _shape(self, buffer: str) -> dict[str, Any]:
         """Segments and elements of a buffer."""
         model = self._model
         heads = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads}
@@ -197,7 +197,7 @@ class _Program:
     def _norm(self, step: Vector) -> None:
         layout, shape = self._layout, self._shape(step.sources[0])
         source = self._buffers[step.sources[0]]
-        if HEAD_MASK in layout.channels and step.sources[0] in ("q", "k"):
+        if step.operation is Operation.HEAD_NORM and HEAD_MASK in layout.channels:
             self._clear_padding(step.sources[0], step.weight.replace("_norm", "_proj"))
         target, results = Target.TILES, source
         if step.target == "x":
@@ -241,7 +241,7 @@ class _Program:
 
     def _attention_operand(self, step: Vector, *, rotated: bool) -> None:
         layout, name = self._layout, step.target
-        fields: dict[str, int] = {}
+        fields: dict[str, Any] = {}
         match name:
             case "q":
                 target, results = Target.QUERIES, layout.queries
@@ -302,7 +302,7 @@ class _Program:
         factor: float = 1.0,
         target: Target = Target.TILES,
         values: bool = False,
-        **shape: int,
+        **shape: Any,
     ) -> None:
         self._vector(
             VectorOperation.MULTIPLY,
