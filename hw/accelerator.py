@@ -133,6 +133,8 @@ class Accelerator(wiring.Component):
             datapath.clear.eq(control.clear),
             control.drained.eq(datapath.drained & ~walker.busy),
         ]
+        if config.lanes:
+            m.d.comb += walker.chain.eq(speculation.pass_status.index)
         # The token that a row chooses is the one behind it.
         for position, place in zip(datapath.positions, speculation.row_place, strict=True):
             m.d.sync += position.eq(speculation.pass_position + place.depth + 1)
