@@ -466,11 +466,11 @@ class AcceleratorModel:
                     logits = self._multiply(self._product(fields, len(rows)), address)
                     self._logits = self._perturbed(logits)
                     if fields["extra"]:
-                        self._write_ranking(fields["extra"], len(self._logits))
+                        self._write_ranking(self._ranking_address(fields), len(self._logits))
                 case DescriptorKind.RERANK:
                     self._rerank(fields, address)
                     if fields["extra"]:
-                        self._write_ranking(fields["extra"], rows=1)
+                        self._write_ranking(self._ranking_address(fields), rows=1)
                 case DescriptorKind.GEMM:
                     self._multiply(self._product(fields, len(rows)), address)
                 case DescriptorKind.VECTOR:
@@ -680,6 +680,13 @@ class AcceleratorModel:
         values[:, : product.o] = y.numpy()
         content = np.ascontiguousarray(values.reshape(-1, tiles, cols).swapaxes(0, 1))
         self._store(product.results, content, content.nbytes // tiles)
+
+    def _ranking_address(self, fields: dict[str, int]) -> int:
+        """Where the ranking of a descriptor goes in the pass under way."""
+        kind, index, _ = self._pass
+        chained = index if self.config.lanes and kind is PassKind.DRAFT else 0
+        beat = self.config.data.beat_bytes
+        return fields["extra"] + chained * (-(-8 * self.config.choices // beat) * beat)
 
     def _write_ranking(self, address: int, rows: int) -> None:
         """The first rows of the last ranking."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from speq.host.layout import MemoryLayout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.model.checkpoint import Model, ModelConfig
 from speq.model.format import EncodedTensor
@@ -38,18 +37,6 @@ def check_encoded(config: AcceleratorConfig, encoded: Mapping[str, EncodedTensor
                 f"the accelerator cannot read; it has {expected.group} and {expected.split}: "
                 f"encode the model with --group {expected.group} --split {expected.split}"
             )
-
-
-def memory_layout(
-    config: AcceleratorConfig,
-    model: ModelConfig,
-    encoded: Mapping[str, EncodedTensor],
-    capacity: int,
-    base: int = 0,
-) -> MemoryLayout:
-    """The memory of a model with these encoded layers; arguments and errors of `MemoryLayout`."""
-    drafted = encoded["head"].drafted_outputs if "head" in encoded else None
-    return MemoryLayout(config, model, encoded, capacity, base, drafted_outputs=drafted)
 
 
 def check_settings(config: AcceleratorConfig, settings: Settings) -> None:

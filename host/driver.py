@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator's driver: lays a model out in memory, starts runs and does the vector work.
+"""The accelerator's driver: lays a model out in memory and starts runs.
 
-The array multiplies, the speculation loop is in hardware; everything between the products, that is
-norms, rotary embedding, softmax and activations, is done here with the golden model's operations
-(`pass_steps` and `attention_steps` of `speq.model.transformer`), whenever a HOST descriptor asks
-for it. So all bits are the golden model's.
+The array multiplies, the vector unit does what lies between the products, and the speculation loop
+is in hardware: the driver gives a run its tokens and takes those that it commits. Without a vector
+unit it serves HOST descriptors as well (`speq.host.host_passes`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,108 +18,20 @@ import torch
 from speq.host.board import Board
 from speq.host.checks import check_capacity, check_settings
 from speq.host.image import Image, model_image
-from speq.host.kv_entries import KVEntries
-from speq.host.layout import (
-    RING_LOG2,
-    Region,
-    activation_words,
-    draft_activation_words,
-    host_argument,
-    ranking_bytes,
-    results_bytes,
-    unpack_batches,
-    unpack_results,
-)
-from speq.host.registers import (
-    ALL_INTERRUPTS,
-    Registers,
-    read_configuration,
-    speculation_words,
-)
+from speq.host.layout import RING_LOG2, Region, ranking_bytes
+from speq.host.layouts import driver_passes
+from speq.host.passes import Pass, read_results
+from speq.host.registers import read_configuration, speculation_words
+from speq.host.run_control import AcceleratorError, RunControl
 from speq.hw.accelerator_config import ErrorCode, PassKind
-from speq.hw.control.register_map import (
-    ANSWERS,
-    COUNTERS,
-    ERRORS,
-    STATES,
-)
-from speq.hw.engine_config import Mode
-from speq.model.arith import quantize_activations
-from speq.model.checkpoint import Model, ModelConfig
-from speq.model.draft_tree import Origin, Proposal
+from speq.hw.control.register_map import COUNTERS
+from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor
 from speq.model.settings import Sampling, Settings
-from speq.model.speculation import (
-    Step,
-    committed_step,
-    pass_mask,
-    shared_prefix,
-    token_limit,
-)
-from speq.model.transformer import (
-    AttentionRequest,
-    LinearRequest,
-    NonFiniteError,
-    PassSteps,
-    Request,
-    StoreRequest,
-    attention_steps,
-    finish,
-    first_nonfinite_row,
-    pass_steps,
-    rotary_tables,
-)
+from speq.model.speculation import Step, committed_step, shared_prefix, token_limit
+from speq.model.transformer import NonFiniteError
 
-#: What a `NonFiniteError` calls passes.
-_PASS_NAMES = {PassKind.SINGLE: "prompt", PassKind.DRAFT: "draft", PassKind.VERIFY: "verify"}
-#: Times that STATUS is read before an accelerator counts as unable to stop.
-_STOP_READS = 100_000
-
-
-class AcceleratorError(OSError):
-    """A run has ended with an error.
-
-    Attributes
-    ----------
-    code : ErrorCode
-    address : int
-        Of the culprit, as the register ERROR_ADDRESS explains it.
-    """
-
-    def __init__(self, code: ErrorCode, address: int) -> None:
-        super().__init__(f"accelerator: {code.name} at {address:#x}: {ERRORS[code]}")
-        self.code, self.address = code, address
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A walk through a program: rows' tokens, and KV entries before them; of a verify pass also the
-    row that each follows, and where its token is from. By default rows follow each other."""
-
-    kind: PassKind
-    tokens: list[int]
-    start: int
-    parents: list[int] = field(default_factory=list)
-    origins: list[Origin] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        rows = len(self.tokens)
-        if not self.parents:
-            object.__setattr__(self, "parents", [max(0, row - 1) for row in range(rows)])
-            object.__setattr__(self, "origins", [Origin.CHAIN] * rows)
-
-    @property
-    def proposal(self) -> Proposal:
-        """All rows but the first."""
-        return Proposal(self.tokens[1:], self.parents[1:], self.origins[1:])
-
-    @property
-    def depths(self) -> list[int]:
-        """Each row's distance from the first."""
-        return self.proposal.depths
-
-
-_NO_PASS = Pass(PassKind.SINGLE, [], 0)
+_T = TypeVar("_T")
 
 
 class Driver:
@@ -149,7 +59,8 @@ class Driver:
     ----------
     observer : callable, optional
         Called with the pass and the number of the HOST descriptor whenever one is about to be
-        served.
+        served; with a vector unit, with 0, before each pass over the prompt, and with the verify
+        pass of each step when it is committed.
     verify_logits : torch.float32 [rows, vocabulary], optional
         Of all rows of the last step's verify pass, refused ones included.
 
@@ -172,11 +83,12 @@ class Driver:
         image: Image | None = None,
         patience: int | None = None,
     ) -> None:
-        self._board, self._model, self._patience = board, model, patience
+        self._board, self._model = board, model
         self.observer: Callable[[Pass, int], None] | None = None
         self.verify_logits: torch.Tensor | None = None
         self.config = config = read_configuration(board)
-        self.registers = Registers(board, config)
+        self._control = RunControl(board, config, patience)
+        self.registers = self._control.registers
         if image is None:
             image = model_image(config, model, encoded, capacity=capacity)
         elif encoded is not None or capacity is not None:
@@ -190,14 +102,12 @@ class Driver:
             raise ValueError(f"the model needs {layout.size} bytes of memory, not {stop - start}")
         self._drafts = bool(image.encoded_names)
         self._capacity = image.capacity
-        self._tables = rotary_tables(model, torch.arange(image.capacity))
-        self._kv = KVEntries(board, layout)
+        self._passes = driver_passes(
+            board, self._control, layout, model, image.capacity, self._observe
+        )
         self._text: list[int] = []  # whose entries are the first ones in it
-        self._reranked = image.reranked  # in the program of draft passes
-        self._margins: list[float] = []
-        self._current = _NO_PASS
-        self._operands: tuple[torch.Tensor, ...] = ()  # [T, ...], of the stage under way
-        self._stop()
+        self._passes.reranked = image.reranked
+        self._control.stop()
         image.load(board, start)
         image.write_registers(board, start)
 
@@ -205,7 +115,7 @@ class Driver:
 
     def _write_draft_program(self, reranked: int) -> None:
         """The one that re-ranks so many tokens."""
-        self._reranked = reranked
+        self._passes.reranked = reranked
         program = self.layout.program_content(PassKind.DRAFT, reranked)
         self._board.write(self.layout.programs[PassKind.DRAFT], program)
         # Of the longest program, so that what is fetched ahead in it ends with it.
@@ -217,10 +127,10 @@ class Driver:
 
     def reranked_tiles(self) -> int:
         """Tiles of the head that the last draft pass has computed exactly."""
-        if not (self._reranked and self.layout.weights["head"].encoded):
+        if not (self._passes.reranked and self.layout.weights["head"].encoded):
             return 0
         ranking = self._board.read(self.layout.ranking, ranking_bytes(self.config)).view("<u4")
-        candidates = min(self._reranked, self.layout.weights["head"].drafted)
+        candidates = min(self._passes.reranked, self.layout.weights["head"].drafted)
         return len(set(ranking[0 : 2 * candidates : 2] // self.config.engine.cols))
 
     # Decoding.
@@ -286,7 +196,7 @@ class Driver:
             self._write_sampling(sampling, seed)
             yield from self._decode(prompt, limit, settings, stop_ids)
         except BaseException:
-            self._abort()
+            self._control.abort()
             raise
 
     def known(self, prompt: Sequence[int]) -> int:
@@ -305,15 +215,13 @@ class Driver:
         """A pass that fills the KV cache from entry `start` on."""
         self.registers["PASS_ROWS"] = len(tokens)
         self.registers["POSITION"] = start
-        self._start()
+        current = Pass(PassKind.SINGLE, tokens, start)
         try:
-            self._expect("HOST")
-            self._serve(Pass(PassKind.SINGLE, tokens, start))
-            self._expect("IDLE")
+            self._finished(lambda: self._passes.fill(current))
         except NonFiniteError as error:
             # A row before it may fail in a later product.
             if error.position > start:
-                self._stop()
+                self._control.stop()
                 self._fill(tokens[: error.position - start], start)
             raise
 
@@ -324,7 +232,7 @@ class Driver:
         r["POSITION"] = len(prompt) - 1
         r["ROOT"] = root = prompt[-1]
         self._write_settings(settings, prompt)
-        if settings.reranked != self._reranked:
+        if settings.reranked != self._passes.reranked:
             self._write_draft_program(settings.reranked)
         longest = length = settings.length if self._drafts else 0
         chain: list[int] = []  # what is left of that of a verify pass that was not finite
@@ -332,12 +240,9 @@ class Driver:
         written = self._begin(length, left)
         while True:
             try:
-                state = self._expect("HOST", "STEP", "IDLE")
-                if state == "HOST":
-                    self._serve(self._next_pass())
-                    continue
+                state = self._finished(self._passes.step)
             except NonFiniteError as error:
-                failed = self._current
+                failed = self._passes.current
                 if failed.kind is PassKind.DRAFT:
                     length = failed.start - r["POSITION"]  # the chain ends before it
                 elif len(failed.tokens) > 1:
@@ -346,7 +251,7 @@ class Driver:
                 else:
                     error.step = number
                     raise
-                self._stop()
+                self._control.stop()
                 written = self._begin(length, left)
                 continue
             if state == "IDLE":
@@ -359,10 +264,10 @@ class Driver:
             chain = chain[1:] if chain[:1] == [root] else []
             ended = root in stop_ids
             resumes = left > 0 and not ended and length < longest and not chain
-            self._answer("FINISH" if ended or resumes else "CONTINUE")
+            self._control.answer("FINISH" if ended or resumes else "CONTINUE")
             yield step
             if resumes:
-                self._expect("IDLE")
+                self._control.expect("IDLE")
                 length = longest
                 written = self._begin(length, left)
 
@@ -396,24 +301,26 @@ class Driver:
 
     def _begin(self, draft_length: int, limit: int) -> int:
         """Start a run that decodes from where the last one has ended; 0, the tokens in the ring."""
-        self._current = _NO_PASS
+        self._passes.begin()
         self.registers["DRAFT_LENGTH"] = draft_length
         self.registers["TOKEN_LIMIT"] = limit
-        self._start()
+        self._control.start()
         return 0
 
     def _committed_step(self, written: int, stop_ids: frozenset[int], repeated: bool) -> Step:
         """The step that the accelerator has just committed, but nothing behind a stop token."""
         fields = self.registers.fields("STEP")
-        verified = self._current
+        verified = self._passes.current
         tokens = self._read_ring(written, fields["committed"])
-        proposal = replace(verified.proposal, margins=self._margins)
+        proposal = replace(verified.proposal, margins=self._passes.margins)
         rows = proposal.path(fields["last_row"])
         for depth, row in enumerate(rows):
             if row != depth:
                 # Its place is behind the accepted ones. No later one is there: rows rise.
-                self._kv.move(verified.start + row, verified.start + depth)
-        self.verify_logits = self._read_results("head", self.layout.results, len(verified.tokens))
+                self._passes.move_entry(verified.start + row, verified.start + depth)
+        self.verify_logits = read_results(
+            self._board, self.layout, "head", self.layout.results, len(verified.tokens)
+        )
         return committed_step(
             tokens,
             rows,
@@ -435,223 +342,20 @@ class Driver:
             for token in self._board.read(self.layout.ring + 4 * place, 4 * length).view("<u4")
         ]
 
-    # Talking to the accelerator.
-
-    def _start(self) -> None:
-        self.registers["IRQ_STATUS"] = ALL_INTERRUPTS
-        self.registers.command("start")
-
-    def _answer(self, name: str) -> None:
-        self.registers["HOST_ANSWER"] = ANSWERS[name][0]
-
-    def _wait(self) -> None:
-        if not self._board.wait_interrupt(self._patience):
-            raise OSError(f"accelerator: no interrupt within {self._patience} cycles")
-
-    def _expect(self, *names: str) -> str:
-        """Wait for an interrupt; the state, which must be one of these.
-
-        Raises NonFiniteError or AcceleratorError if the run has ended with an error.
-        """
-        self._wait()
-        return self._check_state(*names)
-
-    def _check_state(self, *names: str) -> str:
-        value = self.registers["STATUS"]
-        state = next((name for name, (v, _) in STATES.items() if v == value), str(value))
-        if state == "ERROR":
-            error = AcceleratorError(
-                ErrorCode(self.registers["ERROR"]), self.registers["ERROR_ADDRESS"]
-            )
-            if error.code is ErrorCode.NONFINITE:
-                layer = self.layout.product_at(self._current.kind, error.address)
-                raise self._nonfinite(layer, first_nonfinite_row(*self._operands)) from error
-            raise error
-        if state not in names:
-            raise OSError(f"accelerator: state {state}; expected {' or '.join(names)}")
-        return state
-
-    def _nonfinite(self, layer: str, row: int | None) -> NonFiniteError:
-        """The error of a layer in the pass under way. The row is None if all operands but the
-        weights are finite: then every row shows it."""
-        current = self._current
-        position = current.start + current.depths[row or 0]
-        return NonFiniteError(_PASS_NAMES[current.kind], layer, position)
-
-    def _abort(self) -> None:
-        """Bring the accelerator back to IDLE behind an error, if it answers."""
-        with suppress(OSError):  # the first error says more
-            self._stop()
-
-    def _stop(self) -> None:
-        """Bring the accelerator to IDLE, whatever it was doing. Raises OSError if it stays busy."""
-        idle, error = (STATES[name][0] for name in ("IDLE", "ERROR"))
-        if self.registers["STATUS"] not in (idle, error):
-            self.registers.command("stop")
-        for _ in range(_STOP_READS):
-            if self.registers["STATUS"] in (idle, error):
-                break
-        else:
-            raise OSError("accelerator: it does not stop, perhaps memory does not answer: reset it")
-        if self.registers["STATUS"] == error:
-            self.registers.command("stop")
-
     # Passes.
 
-    def _next_pass(self) -> Pass:
-        """The pass of a decoding run whose first HOST descriptor waits."""
-        r = self.registers
-        fields = r.fields("PASS")
-        kind, rows, start = PassKind(fields["kind"]), fields["rows"], r["PASS_POSITION"]
-        if kind is PassKind.DRAFT and fields["index"] == 0:
-            self._margins = []
-        elif self._current.kind is PassKind.DRAFT:
-            self._margins.append(self._read_margin())
-        else:
-            self._margins = []
-        tokens = [r.element("ROW_TOKEN", row) for row in range(rows)]
-        if kind is PassKind.DRAFT:
-            return Pass(kind, tokens, start)
-        places = [r.fields("ROW_PLACE", row) for row in range(rows)]
-        parents = [place["parent"] for place in places]
-        return Pass(kind, tokens, start, parents, [Origin(place["origin"]) for place in places])
+    def _observe(self, current: Pass, index: int) -> None:
+        if self.observer is not None:
+            self.observer(current, index)
 
-    def _read_margin(self) -> float:
-        """The logit margin of the draft pass that has just ended."""
-        ranking = self._board.read(self.layout.ranking, ranking_bytes(self.config)).view("<f4")
-        margin = ranking[1] - ranking[3]
-        return math.inf if np.isnan(margin) else float(margin)
-
-    def _serve(self, current: Pass) -> None:
-        """Answer all HOST descriptors of a pass; the first one waits."""
-        self._current = current
-        work = self._vector_work(current)
-        for index in range(self.layout.host_turns(current.kind)):
-            if index:
-                self._wait()
-            if self.registers["HOST_ARGUMENT"] != host_argument(current.kind, index):
-                self._check_state("HOST")
-                raise OSError(
-                    f"accelerator: HOST descriptor {self.registers['HOST_ARGUMENT']:#x}; expected "
-                    f"{host_argument(current.kind, index):#x}"
-                )
-            if self.observer is not None:
-                self.observer(current, index)
-            next(work)
-            self._answer("CONTINUE")
-
-    def _vector_work(self, current: Pass) -> Iterator[None]:
-        """All work of a pass for the host, which pauses wherever the array is to go on."""
-        c = self._model.config
-        positions = torch.tensor(current.depths) + current.start
-        tables = [(cosine[positions], sine[positions]) for cosine, sine in self._tables]
-        masks = attention_masks(c, current, self.layout.sharing)
-        schedule = self.layout.schedule(current.kind)
-        steps = pass_steps(self._model, schedule, torch.tensor(current.tokens), tables)
-        answer = None
-        entries: tuple[torch.Tensor, ...] = ()  # the new keys and values of the block
-        while (request := _next_request(steps, answer)) is not None:
-            match request:
-                case LinearRequest(names, x):
-                    self._write_operands(current.kind, names, x)
-                    self._operands = (x,)
-                    yield
-                    places = zip(names, self.layout.results_of(names), strict=True)
-                    answer = [self._read_results(*place, len(x)) for place in places]
-                case StoreRequest(block, keys, values):
-                    answer = self._kv.store(block, current.start, keys, values)
-                    entries = keys, values
-                case AttentionRequest(block, queries):
-                    allowed = masks[not c.is_global(block)]
-                    answer = yield from self._attend(queries, entries, allowed)
-        if current.kind is PassKind.SINGLE:
-            # The last block's entries have been in no product yet.
-            for part, tensor in zip(("scores", "values"), entries, strict=True):
-                row = first_nonfinite_row(tensor)
-                if row is not None:
-                    raise self._nonfinite(f"block.{c.blocks - 1}.{part}", row)
-        yield  # what lies behind the last stage is done
-
-    def _write_operands(self, kind: PassKind, names: Sequence[str], x: torch.Tensor) -> None:
-        """Provide the input of linear layers in all forms that their modes need."""
-        modes = {self.layout.weights[name].mode(kind) for name in names}
-        if Mode.DRAFT in modes:
-            block = quantize_activations(x, self.config.engine.format.group)
-            words = draft_activation_words(block, self.config)
-            self._board.write(self.layout.draft_activations, words)
-        exact_too = kind is PassKind.DRAFT and "head" in names and self._reranked
-        if modes != {Mode.DRAFT} or exact_too:
-            words = activation_words(x.numpy().view(np.uint16), self.config)
-            self._board.write(self.layout.activations, words)
-
-    def _read_results(self, name: str, address: int, tokens: int) -> torch.Tensor:
-        """Results of a linear layer, float32 [tokens, o]."""
-        o, cols = self.layout.weights[name].o, self.config.engine.cols
-        content = self._board.read(address, results_bytes(tokens, o, cols))
-        return torch.from_numpy(unpack_results(content, tokens, o, cols))
-
-    def _attend(
-        self, queries: torch.Tensor, entries: tuple[torch.Tensor, ...], allowed: torch.Tensor
-    ) -> Generator[None, None, torch.Tensor]:
-        """Attention of a block, float16 [T, heads * D], all KV heads at once; `entries` are the
-        keys and values of the pass."""
-        c, layout = self._model.config, self.layout
-        rows, (keys, values) = len(queries), entries
-        # Query heads of one KV head are rows of one product.
-        q = queries.unflatten(1, (c.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-        steps = attention_steps(q, allowed, c.attention_scale)
-        self._write_attention(next(steps), layout.attention_stride(c.head_dim))
-        self._operands = queries, keys
-        yield
-        stride = layout.attention_result_stride(layout.capacity)
-        scores = self._read_attention(q.shape[1], allowed.shape[1], stride)
-        self._write_attention(steps.send(scores), layout.attention_stride(layout.capacity))
-        self._operands = (values,)
-        yield
-        stride = layout.attention_result_stride(c.head_dim)
-        y = self._read_attention(q.shape[1], c.head_dim, stride)
-        y = finish(steps, y)  # [kv_heads, T * sharing, D]
-        return y.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1)
-
-    def _write_attention(self, x: torch.Tensor, stride: int) -> None:
-        """Provide activations float16 [kv_heads, N, K] of attention products."""
-        words = activation_words(x.contiguous().numpy().view(np.uint16), self.config)
-        for head, content in enumerate(words):
-            self._board.write(self.layout.activations + head * stride, content)
-
-    def _read_attention(self, n: int, o: int, stride: int) -> torch.Tensor:
-        """Results float32 [kv_heads, n, o] of attention products."""
-        engine = self.config.engine
-        size = results_bytes(n, o, engine.cols)
-        heads = [
-            unpack_batches(
-                self._board.read(self.layout.results + head * stride, size),
-                *(n, o, engine.cols, engine.rows),
-            )
-            for head in range(self._model.config.kv_heads)
-        ]
-        return torch.from_numpy(np.stack(heads))
-
-
-def _next_request(
-    steps: PassSteps, answer: list[torch.Tensor] | torch.Tensor | None
-) -> Request | None:
-    """The next request of a pass, None behind the last one."""
-    try:
-        return steps.send(answer)
-    except StopIteration:
-        return None
-
-
-def attention_masks(
-    config: ModelConfig, current: Pass, sharing: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which KV entries each row may attend to, globally and with the sliding window, bool
-    [T * sharing, S]: each row as often as query heads share a KV head."""
-    mask = pass_mask(current.start, current.parents)
-    window = mask
-    if config.sliding_window is not None:
-        positions = torch.tensor(current.depths) + current.start
-        of_entries = torch.cat((torch.arange(current.start), positions))
-        window = mask & (positions[:, None] - of_entries < config.sliding_window)
-    return mask.repeat_interleave(sharing, dim=0), window.repeat_interleave(sharing, dim=0)
+    def _finished(self, work: Callable[[], _T]) -> _T:
+        """What work on passes gives. Raises NonFiniteError instead of an AcceleratorError that says
+        that a product has a result that is not finite."""
+        try:
+            return work()
+        except AcceleratorError as error:
+            if error.code is not ErrorCode.NONFINITE:
+                raise
+            current = self._passes.current
+            layer = self.layout.product_at(current.kind, error.address)
+            raise current.nonfinite(layer, self._passes.nonfinite_row(layer)) from error

@@ -31,9 +31,10 @@ from speq.host.layout import (
     MemoryLayout,
     Part,
     encoded_tensor,
-    tiled,
+    plain_words,
     weight_planes,
 )
+from speq.host.layouts import memory_layout
 from speq.host.registers import (
     ALL_INTERRUPTS,
     configuration,
@@ -42,6 +43,7 @@ from speq.host.registers import (
     speculation_words,
     split,
 )
+from speq.host.vector_image import VECTOR_PARTS, vector_part
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import Register, registers
 from speq.model.checkpoint import Model, ModelConfig
@@ -107,7 +109,8 @@ class Image:
     size : int
         Bytes of memory.
     write_offset : int
-        Where the region begins that the accelerator writes, up to the end; it reads what is before.
+        Where the region begins that the accelerator writes, up to the end; it reads what is before,
+        with a vector unit everything.
     parts : Part by rising offset, which is its `start`
     registers : Setting in the order in which they are to be checked or written
     relocations : rising offsets of 64-bit words to which the load address is added
@@ -180,7 +183,7 @@ class Image:
 
     def layout(self, model: ModelConfig, base: int = 0) -> MemoryLayout:
         """The memory of its model behind a load address. Raises ValueError if it does not fit."""
-        return MemoryLayout(
+        return memory_layout(
             self.config,
             model,
             self.encoded_names,
@@ -202,9 +205,9 @@ class Image:
         for part in self.parts:
             if part.name in planes and part.kind.is_given:
                 planes[part.name].append(self.content(part))
-        weights = self.layout(model.config).weights
+        layout = self.layout(model.config)
         return {
-            name: encoded_tensor(name, weights[name], parts, self.config)
+            name: encoded_tensor(name, layout.weights[name], parts, self.config, layout.order(name))
             for name, parts in planes.items()
         }
 
@@ -237,13 +240,19 @@ class Image:
 
     def _check_weights(self, model: Model) -> None:
         """Raises ValueError, naming the layer, unless all weights are the model's."""
-        tensors = self._encoded(model)
+        layout, tensors = self.layout(model.config), self._encoded(model)
         wrong = [name for name, tensor in tensors.items() if not _decodes(tensor, model, name)]
         for part in self.parts:
             if part.kind is Kind.PLAIN_WEIGHTS:
-                expected = _bytes(_plain(model, part.name, self.config))
-                if not np.array_equal(self.content(part), expected):
-                    wrong.append(part.name)
+                order = layout.order(part.name)
+                weight = model.linear_weight(part.name)
+                expected = _bytes(plain_words(weight, self.config, order))
+            elif part.kind in VECTOR_PARTS:
+                expected = _bytes(vector_part(part, layout, model))
+            else:
+                continue
+            if not np.array_equal(self.content(part), expected):
+                wrong.append(part.name or part.kind.name.lower())
         if wrong:
             raise ValueError(
                 f"{self.source}: {wrong[0]} does not decode to the weights of {model.name}: {AGAIN}"
@@ -357,21 +366,26 @@ def model_image(
     drafted = encoded["head"].drafted_outputs if "head" in encoded else None
     if capacity is None:
         capacity = default_capacity(config, model.config)
-    layout = MemoryLayout(config, model.config, encoded, capacity, drafted_outputs=drafted)
+    layout = memory_layout(config, model.config, encoded, capacity, drafted_outputs=drafted)
 
     @lru_cache(maxsize=1)
     def planes(name: str) -> dict[Kind, np.ndarray]:
         if name not in encoded:
-            return {Kind.PLAIN_WEIGHTS: _plain(model, name, config)}
+            words = plain_words(model.linear_weight(name), config, layout.order(name))
+            return {Kind.PLAIN_WEIGHTS: words}
         if not _decodes(encoded[name], model, name):
             raise ValueError(f"{name} does not decode to the weights of {model.name}")
         kinds = (Kind.DRAFT_PLANE, Kind.RESIDUAL_PLANE, Kind.GROUP_BYTES)
-        return dict(zip(kinds, weight_planes(encoded[name], config), strict=True))
+        return dict(
+            zip(kinds, weight_planes(encoded[name], config, layout.order(name)), strict=True)
+        )
 
     def content(part: Part) -> np.ndarray:
         if part.kind is Kind.PROGRAM:
             program = layout.program_content(_PASS_KINDS[part.name], settings.reranked)
             return np.frombuffer(program, np.uint8)
+        if part.kind in VECTOR_PARTS:
+            return _bytes(vector_part(part, layout, model))
         return _bytes(planes(part.name)[part.kind])
 
     return Image(
@@ -389,12 +403,6 @@ def model_image(
 
 def _members(plan: _Plan) -> dict[str, Any]:
     return {f.name: getattr(plan, f.name) for f in fields(plan)}
-
-
-def _plain(model: Model, name: str, config: AcceleratorConfig) -> np.ndarray:
-    """The words of a layer that is not encoded."""
-    weight = model.linear_weight(name).contiguous()
-    return tiled(weight.numpy().view(np.uint16), config.engine.cols)
 
 
 def _decodes(tensor: EncodedTensor, model: Model, name: str) -> bool:
@@ -468,7 +476,7 @@ def _relocations(layout: MemoryLayout, capacity: int, reranked: int) -> Iterator
     """Offsets of the words in the programs that are others behind another load address."""
     config = layout.config
     ports = {name: replace(getattr(config, name), address_bits=64) for name in ("weights", "data")}
-    moved = MemoryLayout(
+    moved = memory_layout(
         replace(config, **ports),
         layout.model,
         [name for name, weights in layout.weights.items() if weights.encoded],

@@ -163,6 +163,16 @@ DESCRIPTIONS = {
     Kind.RANKING: ("ranking", "best logits of each row"),
     Kind.RING: ("ring", "committed tokens"),
     Kind.RESULTS: ("results", "of products, logits last"),
+    Kind.EMBEDDING: ("embedding", "FP16 rows by token"),
+    Kind.ROTARY: ("rotary table", "cosines and sines by position"),
+    Kind.CHANNELS: ("channel vector", "FP32, norms and biases"),
+    Kind.TEXT: ("text", "tokens by position"),
+    Kind.STREAM: ("residual stream", "FP32"),
+    Kind.TEMPORARY: ("temporary", "FP32, between vector operations"),
+    Kind.QUERIES: ("queries", "input of scores, FP16"),
+    Kind.SOFTMAX_WEIGHTS: ("softmax weights", "input of products with values, FP16"),
+    Kind.SCORES: ("scores", "queries times keys, FP32"),
+    Kind.ATTENDED: ("attention", "softmax weights times values, FP32"),
 }
 
 

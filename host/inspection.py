@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from speq.host.checks import check_model
-from speq.host.layout import MemoryLayout, exceeded_limits
+from speq.host.layout import exceeded_limits
+from speq.host.layouts import memory_layout
 from speq.host.meter import cycle_engine
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.model.checkpoint import Model, ModelConfig, linear_names, tensor_shapes
@@ -45,8 +46,8 @@ _SIZES = {
 _MOST_TOKENS = 1 << 21  # that a tokenizer may have
 _WIDTH = 80
 _LABEL = 14  # of its columns
-#: What the host computes, by operation of the schedule.
-_HOST = {
+#: What the vector unit computes, the host without one, by operation of the schedule.
+_VECTORS = {
     Operation.EMBED: "embedding",
     Operation.NORM: "RMSNorm",
     Operation.ADD_BIAS: "biases",
@@ -185,8 +186,8 @@ class Report:
     traits : list of str
         What the architecture has besides plain attention and FFN. This and the following are empty
         or None if the model's settings are not supported.
-    array, host : list of str
-        What runs where.
+    array, vector_unit, host : list of str
+        What runs where; without a vector unit its work is the host's.
     bytes : Bytes or None
     accelerator : dict or None
         Rows, columns, max_k and context that it was compared with.
@@ -210,6 +211,7 @@ class Report:
     text: Text | None
     traits: list[str] = field(default_factory=list)
     array: list[str] = field(default_factory=list)
+    vector_unit: list[str] = field(default_factory=list)
     host: list[str] = field(default_factory=list)
     bytes: Bytes | None = None
     accelerator: dict[str, int] | None = None
@@ -307,11 +309,14 @@ def report(
     limits = _limits(config, c, context)
     result["parameters"] = sum(math.prod(shape) for _, shape in tensor_shapes(c))
     engine = config.engine
-    array, host = _places(c)
+    array, vectors, host = _places(c)
+    if not config.lanes:
+        vectors, host = [], vectors + host
     return Report(
         **result,
         traits=_traits(c),
         array=array,
+        vector_unit=vectors,
         host=host,
         bytes=_bytes(config, c, cycles, context, fits=not limits),
         accelerator={
@@ -351,6 +356,9 @@ def _limits(config: AcceleratorConfig, model: ModelConfig, context: int) -> list
                 remedy += f", or --context {max(0, excess.limit - config.engine.rows)}"
         elif excess.parameter == "max_o":
             remedy = f"max_o of EngineConfig: at least {excess.size}"
+        elif excess.parameter == "query_heads":
+            needed = 1 << (excess.size - 1).bit_length()
+            remedy = f"query_heads of AcceleratorConfig: {needed}"
         found.append(Limit(excess.what, excess.size, excess.limit, remedy))
     return found
 
@@ -365,7 +373,7 @@ def _bytes(
     layout = None
     if fits:
         capacity = context + config.engine.rows
-        layout = MemoryLayout(config, model, linear_names(model), capacity)
+        layout = memory_layout(config, model, linear_names(model), capacity)
     return Bytes(
         fp16=2 * sum(math.prod(shape) for _, shape in tensor_shapes(model)),
         linear=plain.weights,
@@ -417,8 +425,8 @@ def _text(tokenizer: Tokenizer, sizes: Mapping[str, int]) -> Text:
     )
 
 
-def _places(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """What of a pass runs in the array and what in the host."""
+def _places(config: ModelConfig) -> tuple[list[str], list[str], list[str]]:
+    """What of a pass runs in the array, what is vector work and what is always the host's."""
     schedule = pass_schedule(config)
     linears = sum(len(step.names) for step in schedule if isinstance(step, Linears))
     attentions = sum(isinstance(step, Attention) for step in schedule)
@@ -429,8 +437,8 @@ def _places(config: ModelConfig) -> tuple[list[str], list[str]]:
         "speculation",
     ]
     operations = {step.operation for step in schedule if isinstance(step, Vector)}
-    host = [text for operation, text in _HOST.items() if operation in operations]
-    return array, [*host, "softmax", "tokenizer"]
+    vectors = [text for operation, text in _VECTORS.items() if operation in operations]
+    return array, [*vectors, "softmax"], ["tokenizer"]
 
 
 def _traits(config: ModelConfig) -> list[str]:
@@ -499,6 +507,8 @@ def _lines(r: Report) -> Iterator[str]:
         return
     yield ""
     yield from _entry("in the array", "; ".join(r.array))
+    if r.vector_unit:
+        yield from _entry("vector unit", "; ".join(r.vector_unit))
     yield from _entry("in the host", "; ".join(r.host))
     yield ""
     layers = f"linear layers {_amount(b.linear)}, {b.draft / b.linear:.1%} of it the draft"

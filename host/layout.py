@@ -6,19 +6,22 @@ The forms are those of `speq.hw.control.descriptor`; a driver on another board n
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
 from speq.model.arith import BlockActivations
 from speq.model.checkpoint import ModelConfig, linear_shapes
-from speq.model.format import EncodedTensor
+from speq.model.format import EncodedTensor, encode
 from speq.model.number_format import draft_words, residual_words
 from speq.model.schedule import (
     Linears,
@@ -26,7 +29,6 @@ from speq.model.schedule import (
     Stage,
     Step,
     WeightedValues,
-    ends_with_vector_work,
     pass_schedule,
     stages,
 )
@@ -39,7 +41,6 @@ PROGRAM_NAMES = {PassKind.SINGLE: "single", PassKind.DRAFT: "draft", PassKind.VE
 _MAX_SHARING = 255  # what the descriptor's field holds
 _WORD = 2  # bytes of a weight word, of an FP16 number
 _RESULT = 4  # bytes of an FP32 result
-_ARGUMENT_KIND = 24  # first bit of the pass kind in a HOST descriptor's argument
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -50,11 +51,6 @@ def ceil_div(a: int, b: int) -> int:
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is at least `value`."""
     return ceil_div(value, multiple) * multiple
-
-
-def host_argument(kind: PassKind, index: int) -> int:
-    """Argument of HOST descriptor number `index` of a program."""
-    return kind.value << _ARGUMENT_KIND | index
 
 
 def activation_count(k: int, config: AcceleratorConfig) -> int:
@@ -121,6 +117,13 @@ def ranking_bytes(config: AcceleratorConfig) -> int:
     return 8 * config.choices
 
 
+def ranking_margin(content: np.ndarray) -> float:
+    """The logit margin that a row of a ranking in memory, uint8 [bytes], tells."""
+    ranking = content.view("<f4")
+    margin = ranking[1] - ranking[3]
+    return math.inf if np.isnan(margin) else float(margin)
+
+
 def results_bytes(tokens: int, o: int, cols: int) -> int:
     """Bytes of the FP32 results of a GEMM."""
     return ceil_div(o, cols) * cols * tokens * _RESULT
@@ -147,8 +150,12 @@ def retile(plane: np.ndarray, rows: int, cols: int) -> np.ndarray:
     """A plane [tiles, words, columns] of `rows` outputs, cut into tiles of `cols` outputs."""
     if plane.shape[2] == cols:
         return plane
-    outputs = plane.transpose(0, 2, 1).reshape(-1, plane.shape[1])[:rows]
-    return tiled(outputs, cols)
+    return tiled(outputs(plane, rows), cols)
+
+
+def outputs(plane: np.ndarray, rows: int) -> np.ndarray:
+    """Words of the first outputs of a plane [tiles, words, columns]: [rows, words]."""
+    return plane.transpose(0, 2, 1).reshape(-1, plane.shape[1])[:rows]
 
 
 def tiled(rows: np.ndarray, cols: int) -> np.ndarray:
@@ -185,6 +192,16 @@ class Kind(Enum):
     RANKING = 10
     RING = 11
     RESULTS = 12
+    EMBEDDING = 13
+    ROTARY = 14
+    CHANNELS = 15
+    TEXT = 16
+    STREAM = 17
+    TEMPORARY = 18
+    QUERIES = 19
+    SOFTMAX_WEIGHTS = 20
+    SCORES = 21
+    ATTENDED = 22
 
     @property
     def is_given(self) -> bool:
@@ -198,12 +215,16 @@ _GIVEN = (
     Kind.RESIDUAL_PLANE,
     Kind.GROUP_BYTES,
     Kind.PROGRAM,
+    Kind.EMBEDDING,
+    Kind.ROTARY,
+    Kind.CHANNELS,
 )
 
 
 class Part(NamedTuple):
     """A part of the memory: of weights with the name of their linear layer, of a program with that
-    of its kind of pass, else without a name."""
+    of its kind of pass, of tables and vectors as in `speq.host.vector_layout`, else without a
+    name."""
 
     kind: Kind
     name: str
@@ -231,10 +252,11 @@ class Weights:
         return Mode.DRAFT if kind is PassKind.DRAFT else Mode.VERIFY
 
 
-class MemoryLayout:
+class MemoryLayout(ABC):
     """Addresses of everything that a decoder needs in the accelerator's memory.
 
-    Operands of one stage of a pass are overwritten by those of the next, results as well.
+    What all accelerators have in common: weights, the KV cache and the products of a pass.
+    `speq.host.layouts.memory_layout` makes the one that an accelerator needs.
 
     Parameters
     ----------
@@ -252,13 +274,17 @@ class MemoryLayout:
     Attributes
     ----------
     read, write : Region
-        What the accelerator reads and what it writes; what follows `read` is `write`.
+        What the accelerator reads and what it writes.
     weights : Weights by name of the linear layer
     keys, values : int
         Of the KV cache: keys [block][tile of C entries][kv_head][head_dim][C], values
         [block][kv_head][tile of C dimensions][capacity][C].
     programs : address by PassKind
     activations, draft_activations, results, ranking, ring : int
+    queries, softmax_weights : int
+        Activations of attention's products, at `attention_stride` for each KV head.
+    scores, attended : int
+        Results of attention's products, at `attention_result_stride`.
     parts : list of Part
         All of these, by rising address.
 
@@ -267,6 +293,21 @@ class MemoryLayout:
     ValueError
         If the model does not fit the configuration.
     """
+
+    keys: int = 0
+    values: int = 0
+    activations: int = 0
+    draft_activations: int = 0
+    queries: int = 0
+    softmax_weights: int = 0
+    scores: int = 0
+    attended: int = 0
+    ranking: int = 0
+    ring: int = 0
+    results: int = 0
+    programs: dict[PassKind, int]
+    read: Region
+    write: Region
 
     def __init__(
         self,
@@ -292,38 +333,12 @@ class MemoryLayout:
         self._alignment = max(
             config.alignment, config.weights.burst_beats * config.weights.beat_bytes
         )
-        drafted = {"head": drafted_outputs} if drafted_outputs and "head" in encoded else {}
+        drafted = drafted_outputs if "head" in encoded else None
         self.weights = {
-            name: self._place(name, o, k, name in encoded, drafted.get(name, o))
+            name: self._place(name, self._stored_outputs(name, o), k, name in encoded, drafted)
             for name, (o, k) in linear_shapes(model).items()
         }
-        entries = model.blocks * model.kv_heads * self.capacity * _WORD
-        self.keys = self._take(Kind.KEYS, entries * model.head_dim)
-        self.values = self._take(Kind.VALUES, entries * round_up(model.head_dim, engine.cols))
-        longest = max(weights.k for weights in self.weights.values())
-        self.activations = self._take(
-            Kind.ACTIVATIONS,
-            max(
-                activation_count(longest, config) * config.activation_bytes,
-                model.kv_heads * self.attention_stride(self.capacity),
-                model.kv_heads * self.attention_stride(model.head_dim),
-            ),
-        )
-        self.draft_activations = self._take(
-            Kind.DRAFT_ACTIVATIONS,
-            activation_count(ceil_div(longest, DRAFT_LANES), config) * config.activation_bytes,
-        )
-        self.programs: dict[PassKind, int] = {
-            kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
-            for kind in PassKind
-        }
-        self.read = Region(base, self._end)
-        self.ranking = self._take(Kind.RANKING, engine.rows * ranking_bytes(config))
-        self.ring = self._take(Kind.RING, 4 << RING_LOG2)
-        self.results = self._take(
-            Kind.RESULTS, max(map(self._results_size, self.stages(PassKind.VERIFY)))
-        )
-        self.write = Region(self.read.stop, self._end)
+        self._place_buffers()
         if self._end > 1 << config.address_bits:
             raise ValueError(
                 f"the model ends at {self._end:#x}; addresses have {config.address_bits} bits"
@@ -332,7 +347,35 @@ class MemoryLayout:
     @property
     def size(self) -> int:
         """Bytes of all of it."""
-        return self.write.stop - self.read.start
+        return self._end - self._base
+
+    def _take_cache(self) -> None:
+        """Take the bytes of the KV cache."""
+        model = self.model
+        entries = model.blocks * model.kv_heads * self.capacity * _WORD
+        self.keys = self._take(Kind.KEYS, entries * model.head_dim)
+        self.values = self._take(
+            Kind.VALUES, entries * round_up(model.head_dim, self.config.engine.cols)
+        )
+
+    def _take_programs(self) -> None:
+        """Take the bytes of the programs."""
+        self.programs = {
+            kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
+            for kind in PassKind
+        }
+
+    def _take_draft_activations(self) -> None:
+        """Take the bytes of the draft activations of any linear layer."""
+        words = activation_count(ceil_div(self._longest, DRAFT_LANES), self.config)
+        self.draft_activations = self._take(
+            Kind.DRAFT_ACTIVATIONS, words * self.config.activation_bytes
+        )
+
+    @property
+    def _longest(self) -> int:
+        """The largest K of a linear layer."""
+        return max(weights.k for weights in self.weights.values())
 
     @property
     def sharing(self) -> int:
@@ -351,8 +394,22 @@ class MemoryLayout:
         self.parts.append(Part(kind, name, address, size))
         return address
 
-    def _place(self, name: str, o: int, k: int, encoded: bool, drafted: int) -> Weights:
+    @abstractmethod
+    def _place_buffers(self) -> None:
+        """Take the bytes of everything but weights."""
+
+    def _stored_outputs(self, name: str, o: int) -> int:
+        """Outputs in memory of a linear layer with o outputs."""
+        return o
+
+    def order(self, name: str) -> np.ndarray | None:
+        """Which output of the model each output of a linear layer in memory is, -1 where it is
+        padding, int64 [outputs in memory]; None if they are the same."""
+        return None
+
+    def _place(self, name: str, o: int, k: int, encoded: bool, drafted_head: int | None) -> Weights:
         config = self.config
+        drafted = drafted_head if drafted_head and name == "head" else o
         number_format, cols = config.engine.format, config.engine.cols
         tiles = ceil_div(o, cols)
         if not encoded:
@@ -374,10 +431,13 @@ class MemoryLayout:
         sizes = [self._result_size(name) for name in names]
         return [self.results + sum(sizes[:i]) for i in range(len(sizes))]
 
+    def batch_bytes(self, k: int) -> int:
+        """Distance of the batches' activations in an attention product over k."""
+        return activation_count(k, self.config) * self.config.activation_bytes
+
     def attention_stride(self, k: int) -> int:
         """Distance of the KV heads' activations in an attention product over k."""
-        batch = activation_count(k, self.config) * self.config.activation_bytes
-        return round_up(self.sharing * batch, self.config.alignment)
+        return round_up(self.sharing * self.batch_bytes(k), self.config.alignment)
 
     def attention_result_stride(self, o: int) -> int:
         """Distance of the KV heads' results in an attention product with o outputs."""
@@ -415,10 +475,9 @@ class MemoryLayout:
         """What the array computes in a pass."""
         return stages(self.schedule(kind))
 
+    @abstractmethod
     def host_turns(self, kind: PassKind) -> int:
-        """How often the host is asked for vector work in a pass: before each stage, because its
-        operands depend on the results before it, and behind the last one if something is left."""
-        return len(self.stages(kind)) + ends_with_vector_work(self.schedule(kind))
+        """How often the host is asked for vector work in a pass."""
 
     def program(self, kind: PassKind, reranked: int = 0) -> list[Descriptor]:
         """The program of a pass; of a draft pass one that computes so many of the best logits of an
@@ -447,30 +506,27 @@ class MemoryLayout:
             raise ValueError(f"there is no product at {address:#x}")
         return program[index][1]
 
+    @abstractmethod
     def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
         """The program of a pass with the names of its products; "" for other descriptors."""
-        stages = self.stages(kind)
-        program: list[tuple[Descriptor, str]] = []
-        for index in range(self.host_turns(kind)):
-            argument = host_argument(kind, index)
-            program.append((Descriptor(DescriptorKind.HOST, argument=argument), ""))
-            if index < len(stages):
-                products = self._products(kind, stages[index])
-                program += zip(products, self._product_names(stages[index]), strict=True)
+
+    @abstractmethod
+    def _program_size(self, kind: PassKind) -> int:
+        """Most bytes of a program, RERANK and END included."""
+
+    def _ended(
+        self, program: list[tuple[Descriptor, str]], kind: PassKind, reranked: int
+    ) -> list[tuple[Descriptor, str]]:
+        """A program of which RERANK, if it is to have one, and END are missing."""
         if reranked and kind is PassKind.DRAFT and self.weights["head"].encoded:
-            argmax, name = program.pop()
+            *program, (argmax, name) = program
             program.append((replace(argmax, ranking=0), name))
             program.append((self._rerank(reranked), name))
         return [*program, (Descriptor(DescriptorKind.END), "")]
 
-    def _program_size(self, kind: PassKind) -> int:
-        """Most bytes of a program, RERANK and END included."""
-        products = (
-            len(stage.names) if isinstance(stage, Linears) else self.model.kv_heads
-            for stage in self.stages(kind)
-        )
-        length = self.host_turns(kind) + sum(products) + 1 + (kind is PassKind.DRAFT)
-        return DESCRIPTOR_BYTES * length
+    def products(self, kind: PassKind, stage: Stage) -> list[tuple[Descriptor, str]]:
+        """The products of a stage, with their names."""
+        return list(zip(self._products(kind, stage), self._product_names(stage), strict=True))
 
     def _product_names(self, stage: Stage) -> list[str]:
         """The names of a stage's products."""
@@ -495,17 +551,6 @@ class MemoryLayout:
                 return [self._head(kind)]
             case Linears(names):
                 return self._linears(kind, names)
-
-    def _results_size(self, stage: Stage) -> int:
-        """Bytes of all results of a stage, for as many tokens as the array has rows."""
-        model = self.model
-        match stage:
-            case Scores():
-                return model.kv_heads * self.attention_result_stride(self.capacity)
-            case WeightedValues():
-                return model.kv_heads * self.attention_result_stride(model.head_dim)
-            case Linears(names):
-                return sum(map(self._result_size, names))
 
     def _operands(self, kind: PassKind, name: str) -> dict[str, Any]:
         """Fields of a descriptor that multiplies with a linear layer."""
@@ -549,8 +594,8 @@ class MemoryLayout:
             sharing=self.sharing,
             k=k,
             plane=self.keys_address(block, 0, head),
-            activations=self.activations + head * self.attention_stride(k),
-            results=self.results + head * self.attention_result_stride(self.capacity),
+            activations=self.queries + head * self.attention_stride(k),
+            results=self.scores + head * self.attention_result_stride(self.capacity),
             stride=self.key_stride,
         )
 
@@ -562,15 +607,15 @@ class MemoryLayout:
             sharing=self.sharing,
             o=o,
             plane=self.values_address(block, head),
-            activations=self.activations + head * self.attention_stride(self.capacity),
-            results=self.results + head * self.attention_result_stride(o),
+            activations=self.softmax_weights + head * self.attention_stride(self.capacity),
+            results=self.attended + head * self.attention_result_stride(o),
             stride=self.value_stride,
         )
 
 
 class Excess(NamedTuple):
-    """A size of a model that exceeds an accelerator's, and the parameter of `EngineConfig` that is
-    too small, "" if none could be larger."""
+    """A size of a model that exceeds an accelerator's, and the parameter of `EngineConfig` or of
+    `AcceleratorConfig` that is too small, "" if none could be larger."""
 
     what: str
     size: int
@@ -580,6 +625,11 @@ class Excess(NamedTuple):
     def __str__(self) -> str:
         if not self.parameter:
             return f"{self.size} heads share a KV head; at most {self.limit} can"
+        if self.parameter == "query_heads":
+            return (
+                f"the model has {self.size} query heads; the accelerator's query_heads is "
+                f"{self.limit}"
+            )
         name = self.parameter[-1].upper()
         return f"the {self.what} is {self.size}; the accelerator's largest {name} is {self.limit}"
 
@@ -595,6 +645,9 @@ def exceeded_limits(config: AcceleratorConfig, model: ModelConfig, capacity: int
         "KV cache": capacity,
     }
     o_sizes = k_sizes | {"vocabulary": model.vocab_size}
+    if config.lanes:  # they begin at tiles
+        width = round_up(model.head_dim, engine.cols)
+        o_sizes["width of all heads"] = model.heads * width
     found = [
         Excess(what, size, getattr(engine, name), name)
         for sizes, name in ((k_sizes, "max_k"), (o_sizes, "max_o"))
@@ -604,21 +657,55 @@ def exceeded_limits(config: AcceleratorConfig, model: ModelConfig, capacity: int
     sharing = model.heads // model.kv_heads
     if sharing > _MAX_SHARING:
         found.append(Excess("number of heads that share a KV head", sharing, _MAX_SHARING, ""))
+    if config.lanes and model.heads > config.query_heads:
+        found.append(
+            Excess("number of query heads", model.heads, config.query_heads, "query_heads")
+        )
     return found
 
 
 def weight_planes(
-    tensor: EncodedTensor, config: AcceleratorConfig
+    tensor: EncodedTensor, config: AcceleratorConfig, order: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draft plane, residual plane and group bytes of an encoded tensor as they lie in memory."""
+    """Draft plane, residual plane and group bytes of an encoded tensor as they lie in memory, its
+    outputs in the order of `MemoryLayout.order`."""
     o, cols = tensor.shape[0], config.engine.cols
-    planes = (tensor.draft_plane, tensor.residual_plane, tensor.group_bytes)
-    draft, residual, groups = (retile(plane, o, cols) for plane in planes)
-    return draft, residual, padded_groups(groups, config)
+    planes = [tensor.draft_plane, tensor.residual_plane, tensor.group_bytes]
+    if order is None:
+        planes = [retile(plane, o, cols) for plane in planes]
+    else:
+        zeros = encode(torch.zeros(1, tensor.shape[1], dtype=torch.float16), tensor.config, name="")
+        padding = (zeros.draft_plane, zeros.residual_plane, zeros.group_bytes)
+        planes = [
+            tiled(ordered(outputs(plane, o), order, outputs(zero, 1)), cols)
+            for plane, zero in zip(planes, padding, strict=True)
+        ]
+    return planes[0], planes[1], padded_groups(planes[2], config)
+
+
+def plain_words(
+    weight: torch.Tensor, config: AcceleratorConfig, order: np.ndarray | None = None
+) -> np.ndarray:
+    """Words uint16 of a layer float16 [O, K] that is not encoded as they lie in memory, its outputs
+    in the order of `MemoryLayout.order`."""
+    words = weight.contiguous().numpy().view(np.uint16)
+    if order is not None:
+        words = ordered(words, order, np.zeros_like(words[:1]))
+    return tiled(words, config.engine.cols)
+
+
+def ordered(rows: np.ndarray, order: np.ndarray, padding: np.ndarray) -> np.ndarray:
+    """Rows [n, ...] in the order of `MemoryLayout.order`, with the row `padding` [1, ...] where
+    there is none."""
+    return np.concatenate((rows, padding))[order]  # -1 is the last one
 
 
 def encoded_tensor(
-    name: str, weights: Weights, planes: Sequence[np.ndarray], config: AcceleratorConfig
+    name: str,
+    weights: Weights,
+    planes: Sequence[np.ndarray],
+    config: AcceleratorConfig,
+    order: np.ndarray | None = None,
 ) -> EncodedTensor:
     """The inverse of `weight_planes`: an encoded tensor, tiled for the array, whose draft plane,
     residual plane and group bytes, uint8 [bytes] each, are as they lie in memory."""
@@ -626,13 +713,19 @@ def encoded_tensor(
     draft, residual = (plane.view("<u2") for plane in planes[:2])
     tiles = ceil_div(weights.o, cols)
     groups = ceil_div(weights.k, config.engine.format.group) * cols
+    group_bytes = planes[2].reshape(tiles, -1)[:, :groups].reshape(tiles, -1, cols)
+    parts = [draft.reshape(tiles, -1, cols), residual.reshape(tiles, -1, cols), group_bytes]
+    o = weights.o
+    if order is not None:
+        places = np.flatnonzero(order >= 0)
+        places = places[np.argsort(order[places])]  # of the model's outputs
+        o = len(places)
+        parts = [tiled(outputs(part, weights.o)[places], cols) for part in parts]
     return EncodedTensor(
         name,
-        (weights.o, weights.k),
+        (o, weights.k),
         config.engine.format,
         cols,
-        draft.reshape(tiles, -1, cols),
-        residual.reshape(tiles, -1, cols),
-        planes[2].reshape(tiles, -1)[:, :groups].reshape(tiles, -1, cols),
+        *parts,
         drafted_outputs=None if weights.drafted == weights.o else weights.drafted,
     )

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from speq.host.driver import Driver, Pass
+from speq.host.driver import Driver
+from speq.host.passes import Pass
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Engine, Formats, draft_pass, prefill_pass, verify_pass

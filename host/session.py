@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from speq.host.board import Board
-from speq.host.checks import check_encoded, check_model, memory_layout
+from speq.host.checks import check_encoded, check_model
 from speq.host.driver import Driver
 from speq.host.image import Image
 from speq.host.layout import Region
+from speq.host.layouts import memory_layout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import Model
@@ -72,7 +73,9 @@ def memory_size(
 
     Raises ValueError if the model does not fit the accelerator.
     """
-    return memory_layout(config, model.config, encoded, capacity, base).size
+    drafted = encoded["head"].drafted_outputs if "head" in encoded else None
+    layout = memory_layout(config, model.config, encoded, capacity, base, drafted_outputs=drafted)
+    return layout.size
 
 
 class Session:

@@ -136,6 +136,8 @@ class Accelerator(wiring.Component):
             control.drained.eq(datapath.drained & ~walker.busy),
         ]
         self._watch_memory(m, control, values.memory_timeout)
+        if config.lanes:
+            m.d.comb += walker.chain.eq(speculation.pass_status.index)
         # The token that a row chooses is the one behind it.
         for position, place in zip(datapath.positions, speculation.row_place, strict=True):
             m.d.sync += position.eq(speculation.pass_position + place.depth + 1)

@@ -153,7 +153,7 @@ def pass_schedule(config: ModelConfig, *, prefill: bool = False) -> list[Step]:
         enter(prefix + "attn_norm")
         multiply((q, k, v), ("q", "k", "v"))
         rotate(block, "k")
-        steps.append(Vector(Operation.ROUND, ("v",), "v"))
+        steps.append(Vector(Operation.ROUND, ("v",), "v", block=block))
         steps.append(Vector(Operation.STORE, ("k", "v"), "", block=block))
         if prefill and block == config.blocks - 1:
             return steps

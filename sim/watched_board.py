@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from speq.host.layout import host_argument
+from speq.host.host_layout import host_argument
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import registers
 from speq.sim.simulated_board import SimulatedBoard

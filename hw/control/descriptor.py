@@ -197,7 +197,8 @@ FORMS = {
             "extra": Use(
                 "address of the ranking, 0: it is not written; per row MAX_CHOICES pairs of "
                 "index (uint32) and FP32 result; pairs that do not exist are all ones and "
-                "0xff800000",
+                "0xff800000. With lanes that of draft pass i of a chain is i times the bytes of a "
+                "row, in whole beats, behind it",
                 "data",
                 name="ranking",
             ),

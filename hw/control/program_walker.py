@@ -24,7 +24,7 @@ from speq.hw.control.descriptor import (
 from speq.hw.engine_config import Mode
 from speq.hw.memory.axi import Fault
 from speq.hw.memory.memory_reader import MemoryReader
-from speq.hw.memory.ranking_writer import ranking_command_layout
+from speq.hw.memory.ranking_writer import ranking_command_layout, ranking_row_bytes
 from speq.hw.vector.command import DETAIL_BITS, vector_command_layout
 
 #: Descriptors that are fetched ahead.
@@ -118,7 +118,10 @@ class ProgramWalker(wiring.Component):
         All jobs taken are finished, with all their effects on memory.
     vector : Out(stream of vector_command_layout(config))
     vector_idle : In(1)
-        The same of these commands. Both are there if the configuration has lanes.
+        The same of these commands.
+    chain : In(row_bits)
+        Number of a draft pass in its chain, else 0: so many rows the ranking goes behind the
+        descriptor's address. These three are there if the configuration has lanes.
     rank_command : Out(stream of ranking_command_layout(config))
         Asks for the transfer of the ranking of the last ARGMAX or RERANK.
     rank_idle : In(1)
@@ -163,6 +166,7 @@ class ProgramWalker(wiring.Component):
             vector = {
                 "vector": Out(stream.Signature(vector_command_layout(config))),
                 "vector_idle": In(1),
+                "chain": In(config.engine.row_bits),
             }
         super().__init__(
             {
@@ -252,6 +256,9 @@ class ProgramWalker(wiring.Component):
             idle &= self.vector_idle
             may_overlap |= kind == DescriptorKind.VECTOR
             self._word_vector_command(m, descriptor, walk)
+            row_bytes = max(ranking_row_bytes(config), config.data.beat_bytes)
+            place = self.chain << (row_bytes - 1).bit_length()
+            m.d.comb += self.rank_command.payload.address.eq(descriptor.extra + place)
         # A failed fetch matters when its descriptor is needed: END may come before.
         beat = Cat(Const(0, config.data.offset_bits), address[config.data.offset_bits :])
         fetch_failed = (reader.error != Fault.NONE) & (reader.error_address == beat)

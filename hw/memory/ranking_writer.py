@@ -17,6 +17,11 @@ _NO_TOKEN = 0xFFFF_FFFF
 _NO_LOGIT = 0xFF80_0000
 
 
+def ranking_row_bytes(config: AcceleratorConfig) -> int:
+    """Bytes of a row's pairs in memory."""
+    return config.choices * 2 * _WORD_BITS // 8
+
+
 def ranking_command_layout(config: AcceleratorConfig) -> data.StructLayout:
     """Where the ranking goes, and the number of its rows."""
     return data.StructLayout({"address": config.address_bits, "tokens": config.engine.token_bits})
@@ -67,7 +72,7 @@ class RankingWriter(wiring.Component):
         m = Module()
         config = self.config
         size = config.data.data_bits
-        row_bits = config.choices * 2 * _WORD_BITS
+        row_bits = 8 * ranking_row_bytes(config)
         rows_per_beat = max(1, size // row_bits)
         beats_per_row = max(1, row_bits // size)
         write = self.write_data

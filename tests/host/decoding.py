@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import torch
 
-from speq.host.driver import Pass
+from speq.host.passes import Pass
 from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.engine_config import EngineConfig

@@ -17,9 +17,10 @@ import torch
 
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.checks import default_capacity
-from speq.host.driver import AcceleratorError, Driver
+from speq.host.driver import Driver
 from speq.host.layout import Region
 from speq.host.registers import Registers, read_configuration, threshold_bits
+from speq.host.run_control import AcceleratorError
 from speq.host.session import Session, memory_size
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR, DESCRIPTOR_BYTES, Descriptor, DescriptorKind

@@ -35,13 +35,15 @@ from tests.host.decoding import GUESSING, SEED, SMALL, assert_same_steps, check,
 from tests.model.drafted import drafted_model, randomly_scaled
 from tests.model.small_models import random_tokens
 
-#: Two accelerators: 4 x 8, and 8 x 16 with narrow ports, groups of 32 and no history.
+#: Three accelerators: 4 x 8, 8 x 16 with narrow ports, groups of 32 and no history, and one with a
+#: vector unit.
 CONFIGS = {
     "4x8": system(),
     "8x16": replace(
         system(EngineConfig(rows=8, cols=16, format=FormatConfig(32, 1), max_k=256), weights=64),
         history=0,
     ),
+    "vector": replace(system(), lanes=4, query_heads=8),
 }
 #: Kinds of regions with weights.
 WEIGHTS = (Kind.PLAIN_WEIGHTS, Kind.DRAFT_PLANE, Kind.RESIDUAL_PLANE, Kind.GROUP_BYTES)
@@ -67,8 +69,13 @@ class Written(AcceleratorModel):
 
 def model_of(name: str) -> tuple[Model, dict]:
     """A model for a configuration, and its encoding: of the first with scale codes of its own and a
-    head that drafts in part, of the second without three layers."""
+    head that drafts in part, of the others without some layers."""
     config = CONFIGS[name]
+    if name == "vector":
+        model = drafted_model("qwen2", SEED, head_dim=10)
+        encoded = encode_linears(model)
+        del encoded["block.0.k_proj"]
+        return model, encoded
     if name == "4x8":
         model = drafted_model("llama", SEED)
         return model, randomly_scaled(model, np.random.default_rng(SEED), drafted_outputs=30)
@@ -127,7 +134,8 @@ def test_decoding_from_a_file_is_the_golden_models(images, name, beats):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_file_holds_what_it_was_made_of(images, name):
     made = images[name]
-    settings = SETTINGS if name == "4x8" else Settings(8, 7)
+    rows = made.config.engine.rows
+    settings = SETTINGS if name == "4x8" else Settings(rows, rows - 1)
     again = read_image(made.path)
     direct = model_image(made.config, made.model, made.encoded, settings=settings)
     for member in ("name", "digest", "capacity", "size", "parts", "registers", "relocations"):

@@ -1,0 +1,1 @@
+from host.host_layout import *

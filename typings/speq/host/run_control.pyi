@@ -1,0 +1,1 @@
+from host.run_control import *

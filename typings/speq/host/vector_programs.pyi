@@ -1,0 +1,1 @@
+from host.vector_programs import *
