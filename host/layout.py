@@ -492,7 +492,7 @@ class MemoryLayout(ABC):
 
     def longest_program(self, reranked: int = 0) -> int:
         """Descriptors of the longest program."""
-        return max(len(self.program(kind, reranked)) for kind in PassKind)
+        return max(len(self.program(kind, reranked)) for kind in PROGRAM_NAMES)
 
     def product_at(self, kind: PassKind, address: int) -> str:
         """The name of the product whose descriptor is at an address of a pass's program: a linear
