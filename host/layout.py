@@ -362,7 +362,7 @@ class MemoryLayout(ABC):
         """Take the bytes of the programs."""
         self.programs = {
             kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
-            for kind in PassKind
+            for kind in PROGRAM_NAMES
         }
 
     def _take_draft_activations(self) -> None:
