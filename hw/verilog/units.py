@@ -36,8 +36,8 @@ from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
 from speq.hw.vector.activation_quantizer import ActivationQuantizer
-from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.attention_mask import AttentionMask
+from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.entry_mover import EntryMover
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32

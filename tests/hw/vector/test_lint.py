@@ -10,8 +10,8 @@ import pytest
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.vector.activation_quantizer import ActivationQuantizer
-from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.attention_mask import AttentionMask
+from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
