@@ -275,11 +275,13 @@ class Driver:
         """What a run is that decodes."""
         r = self.registers
         r["PROMPT_END"] = r["STOP_TOKENS"] = 0  # prompts and ends of texts are dealt with here
+        flags = {"speculate": 1, "sample": 0, "truncate": 0, "steps": 1}
+        if self.config.lanes:
+            flags["move"] = 0
         if sampling is None:
-            r["RUN"] = {"speculate": 1, "sample": 0, "truncate": 0, "steps": 1}
+            r["RUN"] = flags
         else:
-            truncates = sampling.min_p > 0
-            r["RUN"] = {"speculate": 1, "sample": 1, "truncate": truncates, "steps": 1}
+            r["RUN"] = flags | {"sample": 1, "truncate": sampling.min_p > 0}
             r["SCALE"] = int(np.float32(1.0 / sampling.temperature).view(np.uint32))
             r["CUTOFF"] = int(np.float32(sampling.cutoff).view(np.uint32))
             r["SEED"] = seed
