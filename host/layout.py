@@ -467,6 +467,10 @@ class MemoryLayout(ABC):
         number = (block * self.model.kv_heads + head) * self.value_tiles + tile
         return self.values + number * self.value_stride + entry * self.config.engine.cols * _WORD
 
+    def draft_ranking(self, index: int) -> int:
+        """Address of the ranking of a draft pass of this number in its chain."""
+        return self.ranking
+
     def schedule(self, kind: PassKind) -> list[Step]:
         """The steps of a pass."""
         return pass_schedule(self.model, prefill=kind is PassKind.SINGLE)

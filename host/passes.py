@@ -56,8 +56,7 @@ class Pass:
 
 NO_PASS = Pass(PassKind.SINGLE, [], 0)
 
-#: Called with a pass and the number of its HOST descriptor that is about to be served, 0 if it has
-#: none.
+#: What is told of passes (`speq.host.driver.Driver.observer`).
 Observe = Callable[[Pass, int], None]
 
 

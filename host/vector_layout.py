@@ -60,6 +60,12 @@ class VectorLayout(MemoryLayout):
 
     def _place_buffers(self) -> None:
         config, model = self.config, self.model
+        context = self.sharing * model.head_dim * config.activation_bytes
+        if model.kv_heads > 1 and context % config.data.beat_bytes:
+            raise ValueError(
+                f"the outputs of a KV head's attention have {context} bytes, which are no whole "
+                f"beats of the data port ({config.data.beat_bytes}): it needs a narrower one"
+            )
         self.embedding = self._take(Kind.EMBEDDING, model.vocab_size * self.embedding_pitch)
         names = ("global",) if model.local_rope_base is None else ("global", "local")
         self.rotary = {
@@ -117,6 +123,9 @@ class VectorLayout(MemoryLayout):
     def ranking_pitch(self) -> int:
         """Bytes from the ranking of a draft pass of a chain to the next."""
         return round_up(ranking_bytes(self.config), self.config.data.beat_bytes)
+
+    def draft_ranking(self, index: int) -> int:
+        return self.ranking + index * self.ranking_pitch
 
     def heads_of(self, name: str) -> int:
         """Heads that the outputs of a linear layer are, 0 if they are none."""
