@@ -302,9 +302,7 @@ def test_models_with_too_many_query_heads_are_refused():
 def test_data_ports_that_are_too_wide_for_small_heads_are_refused():
     model = drafted_model("llama", SEED, heads=2, kv_heads=2, head_dim=6)
     wide = vector_system(EngineConfig(rows=2, cols=32, max_k=256))
-    with pytest.raises(
-        ValueError, match=r"have 48 bytes, .* data port \(64\): it needs"
-    ):
+    with pytest.raises(ValueError, match=r"have 48 bytes, .* data port \(64\): it needs"):
         make_session(model, None, wide)
     session = make_session(model, None, vector_system(EngineConfig(rows=2, cols=32), data=128))
     check(session, [1, 2, 3, 4], Settings(2), max_tokens=2)
