@@ -53,6 +53,10 @@ class _Program:
                     self._linears(step)
                 case Attention(block):
                     self._attention(block)
+                case Vector(Operation.ROUND, target="x"):
+                    pass  # what becomes x is FP16 already
+                case Vector(Operation.STORE | Operation.SELECT):
+                    pass  # keys and values are stored as soon as they are FP16
                 case Vector():
                     self._step(step)
 
@@ -153,7 +157,7 @@ class _Program:
                 self._add_bias(step)
             case Operation.ROTATE:
                 self._attention_operand(step, rotated=True)
-            case Operation.ROUND if step.target != "x":  # what becomes x is FP16 already
+            case Operation.ROUND:
                 self._attention_operand(step, rotated=False)
             case Operation.GATE:
                 self._gate(step)
@@ -168,8 +172,8 @@ class _Program:
                     second=stream,
                     **self._shape(step.target),
                 )
-            case Operation.ROUND | Operation.STORE | Operation.SELECT:
-                pass  # keys and values are stored as soon as they are FP16
+            case _:
+                raise ValueError(f"{step.operation} has no descriptor")
 
     def _shape(self, buffer: str) -> dict[str, Any]:
         """Segments and elements of a buffer."""
