@@ -280,7 +280,7 @@ class Driver:
         r["PROMPT_END"] = r["STOP_TOKENS"] = 0  # prompts and ends of texts are dealt with here
         flags = {"speculate": 1, "sample": 0, "truncate": 0, "steps": 1}
         if self.config.lanes:
-            flags["move"] = 0
+            flags["move"] = 1
         if sampling is None:
             r["RUN"] = flags
         else:
@@ -319,10 +319,7 @@ class Driver:
         tokens = self._read_ring(written, fields["committed"])
         proposal = replace(verified.proposal, margins=self._passes.margins)
         rows = proposal.path(fields["last_row"])
-        for depth, row in enumerate(rows):
-            if row != depth:
-                # Its place is behind the accepted ones. No later one is there: rows rise.
-                self._passes.move_entry(verified.start + row, verified.start + depth)
+        self._passes.accept(verified.start, rows)
         self.verify_logits = read_results(
             self._board, self.layout, "head", self.layout.results, len(verified.tokens)
         )

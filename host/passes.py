@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -126,5 +126,6 @@ class Passes(ABC):
         finite, is not; None if all operands but the weights are finite."""
 
     @abstractmethod
-    def move_entry(self, source: int, target: int) -> None:
-        """Copy an entry of the KV cache to another place."""
+    def accept(self, start: int, rows: Sequence[int]) -> None:
+        """Move the entries of the accepted rows of a verify pass behind `start` entries of the KV
+        cache to the places behind these, unless the accelerator has done so."""

@@ -21,7 +21,7 @@ from speq.host.layout import (
     results_bytes,
     round_up,
 )
-from speq.host.vector_programs import GELU_LINEAR, HEAD_MASK, ONES, vector_program
+from speq.host.vector_programs import GELU_LINEAR, HEAD_MASK, ONES, moves, vector_program
 from speq.hw.accelerator_config import PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor
 from speq.model.checkpoint import tensor_shapes
@@ -55,6 +55,7 @@ class VectorLayout(MemoryLayout):
         FP32 tiles of a product of vectors.
     """
 
+    _kinds = tuple(PassKind)
     stream: int = 0
     temporary: int = 0
 
@@ -171,8 +172,10 @@ class VectorLayout(MemoryLayout):
         return 0
 
     def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
+        if kind is PassKind.MOVE:
+            return self._ended([(descriptor, "") for descriptor in moves(self)], kind, 0)
         return self._ended(vector_program(self, kind), kind, reranked)
 
     def _program_size(self, kind: PassKind) -> int:
-        length = len(vector_program(self, kind)) + 1 + (kind is PassKind.DRAFT)
-        return DESCRIPTOR_BYTES * length
+        reranks = kind is PassKind.DRAFT
+        return DESCRIPTOR_BYTES * (len(self._named_program(kind, reranked=0)) + reranks)

@@ -86,19 +86,8 @@ class VectorPasses(Passes):
             return first_nonfinite_row(self._queries(), self._keys(block, self._places()))
         return first_nonfinite_row(self._values(block, self._places()))
 
-    def move_entry(self, source: int, target: int) -> None:
-        layout, cols = self._layout, self._layout.config.engine.cols
-        for block in range(layout.model.blocks):
-            tile = layout.keys_address(block, target // cols)
-            keys = self._key_tile(block, target // cols)
-            keys[..., target % cols] = self._key_tile(block, source // cols)[..., source % cols]
-            self._board.write(tile, keys)
-            for head in range(layout.model.kv_heads):
-                for i in range(layout.value_tiles):
-                    entry = self._board.read(
-                        layout.values_address(block, head, i, source), _HALF * cols
-                    )
-                    self._board.write(layout.values_address(block, head, i, target), entry)
+    def accept(self, start: int, rows: Sequence[int]) -> None:
+        """Nothing: the run moves entries by itself."""
 
     # Operands in memory, float16 [rows of the pass, ...].
 

@@ -28,6 +28,24 @@ def vector_program(layout: VectorLayout, kind: PassKind) -> list[tuple[Descripto
     return _Program(layout, kind).descriptors
 
 
+def moves(layout: VectorLayout) -> list[Descriptor]:
+    """What moves an entry of the KV cache, block by block."""
+    return [
+        Descriptor(
+            DescriptorKind.VECTOR,
+            operation=VectorOperation.MOVE,
+            target=Target.TILES,
+            k=layout.model.head_dim,
+            o=layout.model.kv_heads,
+            first=layout.keys_address(block, 0),
+            second=layout.values_address(block, 0),
+            inner=layout.key_stride,
+            outer=layout.value_stride,
+        )
+        for block in range(layout.model.blocks)
+    ]
+
+
 def float_bits(value: float) -> int:
     """The FP32 number that is nearest to a value, as bits."""
     return int(np.float32(value).view(np.uint32))
