@@ -263,12 +263,6 @@ int speq_load(struct speq *s, const struct speq_board *board, const struct speq_
 
 /* Decoding. */
 
-static uint32_t float_bits(float value)
-{
-    union { float value; uint32_t bits; } number = {value};
-    return number.bits;
-}
-
 /* Give a run its text, of which the KV cache has the first `start` tokens, and how to decode. */
 static int write_run(struct speq *s, const struct speq_run *run, uint32_t start)
 {
@@ -287,9 +281,11 @@ static int write_run(struct speq *s, const struct speq_run *run, uint32_t start)
     TRY(set(s, SPEQ_REG_PROMPT_END, length - 1));
     TRY(set(s, SPEQ_REG_ROOT, run->prompt[length - 1]));
     if (run->sample) {
+        union { float value; uint32_t bits; } scale, cutoff = {run->cutoff};
+        scale.value = (float)(1.0 / run->temperature);
         flags |= SPEQ_RUN_SAMPLE_MASK | (run->truncate ? SPEQ_RUN_TRUNCATE_MASK : 0);
-        TRY(set(s, SPEQ_REG_SCALE, float_bits((float)(1.0 / run->temperature))));
-        TRY(set(s, SPEQ_REG_CUTOFF, float_bits(run->cutoff)));
+        TRY(set(s, SPEQ_REG_SCALE, scale.bits));
+        TRY(set(s, SPEQ_REG_CUTOFF, cutoff.bits));
         TRY(set64(s, SPEQ_REG_SEED, run->seed));
     }
     TRY(set(s, SPEQ_REG_RUN, flags));
@@ -331,8 +327,7 @@ static int run_once(struct speq *s, uint32_t draft, uint32_t limit, struct token
     TRY(set(s, SPEQ_REG_IRQ_STATUS, UINT32_MAX));
     TRY(set(s, SPEQ_REG_CONTROL, SPEQ_CONTROL_START_MASK));
     while (state == SPEQ_STATE_RUNNING || state == SPEQ_STATE_STOPPING) {
-        if (s->board.wait && s->board.wait(s->board.context))
-            return SPEQ_BOARD_FAILED;
+        TRY(s->board.wait && s->board.wait(s->board.context) ? SPEQ_BOARD_FAILED : SPEQ_OK);
         TRY(get(s, SPEQ_REG_STATUS, &state));
         TRY(give(s, tokens));
     }
@@ -370,19 +365,21 @@ static int decode(struct speq *s, const struct speq_run *run, uint32_t left, str
 int speq_generate(struct speq *s, const struct speq_run *run, speq_token token, void *context)
 {
     struct tokens tokens = {0, 0, token, context};
-    uint32_t length = run->length, start = run->resume, limit = run->max_tokens, most;
+    uint32_t length = run->length, start = run->resume, limit = run->max_tokens;
+    int64_t most = (int64_t)s->capacity + 2 - s->rows; /* tokens of the text, and one */
     int result, stopped;
+    if (!s->rows)
+        return SPEQ_NOT_LOADED;
     if (!limit || run->stop_count > SPEQ_REG_STOP_TOKEN_COUNT ||
         (run->sample && !(run->temperature > 0)))
         return SPEQ_BAD_SETTING;
-    /* The last verify pass begins at the last token but one. */
-    most = s->capacity + 2 - s->rows < s->context ? s->capacity + 2 - s->rows : s->context;
+    most = most < s->context ? most : s->context;
     if (!length || length >= most)
         return SPEQ_BAD_PROMPT;
     for (uint32_t i = 0; i < length; i++)
         if (run->prompt[i] >= s->vocabulary)
             return SPEQ_BAD_PROMPT;
-    limit = limit < most - length ? limit : most - length;
+    limit = limit < most - length ? limit : (uint32_t)(most - length);
     start = start < s->known ? start : s->known;
     start = start < length ? start : length - 1;
     s->known = 0;

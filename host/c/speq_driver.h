@@ -26,6 +26,7 @@ extern "C" {
     X(NO_VECTOR_UNIT, "the accelerator has no vector unit: take the Python driver") \
     X(BAD_ADDRESS, "the load address is not aligned as the image demands, or has too many bits") \
     X(NO_ROOM, "the memory is too small for the image") \
+    X(NOT_LOADED, "no image has been loaded") \
     X(BAD_PROMPT, "the prompt is empty, too long or has a token that the model has not") \
     X(BAD_SETTING, "no token to decode, too many stop tokens, or a temperature not above 0") \
     X(HANGS, "the accelerator does not stop, perhaps memory does not answer: reset it") \

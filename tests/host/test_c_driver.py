@@ -44,7 +44,12 @@ def made_of(model, encoded, folder: Path, config=CONFIG, settings=SETTINGS, **op
     write_image(folder / "model.image", image)
     content = (folder / "model.image").read_bytes()
     return SimpleNamespace(
-        model=model, image=image, content=content, golden=Session(model, encoded), config=config
+        model=model,
+        image=image,
+        content=content,
+        config=config,
+        golden=Session(model, encoded),
+        texts={},
     )
 
 
@@ -55,7 +60,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A model with biases and heads that are no whole tiles, with settings for rows of all kinds."""
+    """A model with biases and heads that are no whole tiles; settings for rows of all kinds."""
     model = drafted_model("qwen2", SEED, head_dim=10, context=60)
     encoded = randomly_scaled(model, np.random.default_rng(SEED), drafted_outputs=50)
     return made_of(model, encoded, tmp_path_factory.mktemp("qwen"))
@@ -74,7 +79,11 @@ def loaded(library: ctypes.CDLL, made: SimpleNamespace, base: int = 0, **options
 def golden(made: SimpleNamespace, prompt: list[int], **options: object) -> list[int]:
     """The golden model's tokens, without drafts: speculation changes nothing."""
     options = {"max_tokens": 10, "settings": Settings(ROWS, 0)} | options
-    return [token for step in made.golden.golden(prompt, **options) for token in step.tokens]
+    key = (*prompt, *(item for item in options.items() if item[0] != "generator"))
+    if key not in made.texts or "generator" in options:
+        steps = made.golden.golden(prompt, **options)
+        made.texts[key] = [token for step in steps for token in step.tokens]
+    return made.texts[key]
 
 
 def count(driver: CDriver, name: str) -> int:
@@ -124,20 +133,22 @@ def test_messages_and_names(library) -> None:
 # Decoding.
 
 
-@pytest.mark.parametrize("beats", [0, 3, (1 << 40) // 64 - 32768])
+@pytest.mark.parametrize("beats", [0, (1 << 40) // 64 - 32768])
 def test_greedy_tokens_are_the_golden_models(library, qwen, beats) -> None:
     """Behind load addresses of up to 40 bits; prompts of one token, of some passes, and up to the
     end of the context; with drafts, alternates and guesses, and without."""
     driver = loaded(library, qwen, beats * CONFIG.alignment, waits=bool(beats))
-    for length in (1, 2, ROWS + 1, 3 * ROWS):
+    for length in (1, 2, 3 * ROWS):
         prompt = (random_tokens(qwen.model.config, length, SEED) * 2)[: max(1, 2 * length - 1)]
-        expected = golden(qwen, prompt, max_tokens=16)
-        for plain in (0, 1):
+        expected = golden(qwen, prompt, max_tokens=12)
+        for plain in (0, 1) if beats else (0,):
             drafted = count(driver, "DRAFT_PASSES")
-            assert driver.generate(prompt, max_tokens=16, plain=plain) == ("OK", expected)
+            assert driver.generate(prompt, max_tokens=12, plain=plain) == ("OK", expected)
             assert (count(driver, "DRAFT_PASSES") > drafted) == (not plain)
             assert driver.state.known == len(prompt) + len(expected) - 1
     assert count(driver, "ALTERNATES") and count(driver, "GUESSES")
+    if not beats:
+        return
     context = qwen.model.config.context
     prompt = random_tokens(qwen.model.config, context - 5, SEED)
     expected = golden(qwen, prompt)
@@ -146,13 +157,17 @@ def test_greedy_tokens_are_the_golden_models(library, qwen, beats) -> None:
 
 
 def test_accepted_alternates_and_guesses_are_moved(library, qwen) -> None:
-    """Several runs have some."""
+    """Behind which further steps attend to them."""
     driver = loaded(library, qwen)
+    hits = 0
     for seed in range(6):
-        prompt = random_tokens(qwen.model.config, 3, SEED + seed) * 4
-        expected = golden(qwen, prompt, max_tokens=24)
-        assert driver.generate(prompt, max_tokens=24) == ("OK", expected), f"SPEQ_SEED={SEED}"
-    assert count(driver, "ALTERNATE_HITS") + count(driver, "GUESS_HITS")
+        prompt = random_tokens(qwen.model.config, 3, SEED + seed) * 3
+        expected = golden(qwen, prompt, max_tokens=16)
+        assert driver.generate(prompt, max_tokens=16) == ("OK", expected), f"SPEQ_SEED={SEED}"
+        hits = count(driver, "ALTERNATE_HITS") + count(driver, "GUESS_HITS")
+        if hits >= 4:
+            break
+    assert hits
 
 
 def test_tokens_that_the_ring_has_no_room_for(library, qwen) -> None:
@@ -203,7 +218,7 @@ def test_sampled_tokens_are_the_golden_models(library, qwen, min_p) -> None:
 
 
 def test_conversations_take_up_the_cache(library, qwen) -> None:
-    """Only what is new is written and computed; a run that the caller has ended can be continued."""
+    """Only what is new is written and computed; a text can be ended by the caller and go on."""
     driver = loaded(library, qwen)
     prompt = random_tokens(qwen.model.config, 9, SEED)
     result, reply = driver.generate(prompt, max_tokens=8)
