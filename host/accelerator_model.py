@@ -322,6 +322,8 @@ class AcceleratorModel:
             limits["PASS_ROWS"] = (1, engine.rows)
         if fills:
             limits["PROMPT_END"] = (0, engine.max_k - rows)
+        if self._moves():
+            addresses["MOVE_PROGRAM"] = self.config.alignment
         if fills or not decodes:
             addresses["PASS_PROGRAM"] = self.config.alignment
         wrong = {name for name, (low, high) in limits.items() if not low <= written[name] <= high}
@@ -333,6 +335,11 @@ class AcceleratorModel:
         if wrong:
             offsets = (offset for offset, (r, *_) in self._places.items() if r.name in wrong)
             raise _Fault(ErrorCode.BAD_REGISTER, min(offsets))
+
+    def _moves(self) -> bool:
+        """Whether the run moves entries of the KV cache."""
+        run = self._written["RUN"]
+        return bool(run & 1 and run & 16)
 
     def _decode(self) -> _Run:
         """Speculative decoding, as in `speq.model.speculation.generate`."""
@@ -349,12 +356,17 @@ class AcceleratorModel:
             columns = [root, *proposal.tokens], proposal.depths, parents, origins
             rows = list(zip(*columns, strict=True))
             yield from self._walk(PassKind.VERIFY, 0, position, rows)
+            self._count(VERIFY_PASSES=1)
             tokens, taken = accept(proposal, self._logits)
             ended = [i for i, token in enumerate(tokens, 1) if token in stops]
             tokens = tokens[: min(ended, default=None)]
             hits = [origins[row] for row in taken[1 : len(tokens) + 1]]
             taken = taken[: len(tokens)]
             self._write_ring(tokens)
+            for depth, row in enumerate(taken):
+                if self._moves() and row != depth:
+                    yield from self._move(position + row, position + depth)
+            self._ring_index += len(tokens)
             self._append(tokens)
             committed += len(tokens)
             written["POSITION"] += len(taken)
@@ -362,7 +374,6 @@ class AcceleratorModel:
             chain, guesses = len(proposal.chain), proposal.count(Origin.GUESS)
             self._step = (len(tokens), hits.count(Origin.CHAIN), taken[-1], chain)
             self._count(
-                VERIFY_PASSES=1,
                 ALTERNATES=proposal.count(Origin.ALTERNATE),
                 ACCEPTED=hits.count(Origin.CHAIN),
                 ALTERNATE_HITS=hits.count(Origin.ALTERNATE),
@@ -430,11 +441,10 @@ class AcceleratorModel:
 
     def _write_ring(self, tokens: Sequence[int]) -> None:
         written = self._written
-        for token in tokens:
-            place = self._ring_index % (1 << written["RING_LOG2"])
+        for number, token in enumerate(tokens, self._ring_index):
+            place = number % (1 << written["RING_LOG2"])
             content = np.array([token], "<u4")
             self._store(written["RING"] + 4 * place, content, content.nbytes)
-            self._ring_index += 1
 
     def _count(self, **amounts: int) -> None:
         for name, amount in amounts.items():
@@ -446,7 +456,15 @@ class AcceleratorModel:
         """A pass through the program of its kind."""
         self._pass, self._rows = (kind, index, position), rows
         names = {PassKind.SINGLE: "PASS_PROGRAM", PassKind.DRAFT: "DRAFT_PROGRAM"}
-        address = self._written[names.get(kind, "VERIFY_PROGRAM")]
+        yield from self._carry_out(names.get(kind, "VERIFY_PROGRAM"), position, rows)
+
+    def _move(self, source: int, target: int) -> _Run:
+        """A walk that moves an entry, of which the registers of passes tell nothing."""
+        yield from self._carry_out("MOVE_PROGRAM", target, [(0, 0, 0, Origin.CHAIN)], source)
+
+    def _carry_out(self, name: str, position: int, rows: list[_Row], source: int = 0) -> _Run:
+        """Walk through a program."""
+        address = self._written[name]
         for _ in range(self._written["PROGRAM_LENGTH"]):
             fields = unpack(self._load(address, DESCRIPTOR_BYTES).tobytes())
             code = check_descriptor(self.config, fields, len(rows), position)
@@ -474,7 +492,7 @@ class AcceleratorModel:
                 case DescriptorKind.GEMM:
                     self._multiply(self._product(fields, len(rows)), address)
                 case DescriptorKind.VECTOR:
-                    self._vector.carry_out(fields, [row[:3] for row in rows], position)
+                    self._vector.carry_out(fields, [row[:3] for row in rows], position, source)
             address += DESCRIPTOR_BYTES
         raise _Fault(ErrorCode.NO_END, address)
 

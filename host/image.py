@@ -476,7 +476,7 @@ def _relocations(layout: MemoryLayout, capacity: int, reranked: int) -> Iterator
         config.alignment,
         drafted_outputs=layout.weights["head"].drafted,
     )
-    for kind in PassKind:
+    for kind in PROGRAM_NAMES:
         here, there = (
             np.frombuffer(each.program_content(kind, reranked), "<u8") for each in (layout, moved)
         )

@@ -315,7 +315,7 @@ class MemoryLayout:
         )
         self.programs: dict[PassKind, int] = {
             kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
-            for kind in PassKind
+            for kind in PROGRAM_NAMES
         }
         self.read = Region(base, self._end)
         self.ranking = self._take(Kind.RANKING, engine.rows * ranking_bytes(config))
@@ -433,7 +433,7 @@ class MemoryLayout:
 
     def longest_program(self, reranked: int = 0) -> int:
         """Descriptors of the longest program."""
-        return max(len(self.program(kind, reranked)) for kind in PassKind)
+        return max(len(self.program(kind, reranked)) for kind in PROGRAM_NAMES)
 
     def product_at(self, kind: PassKind, address: int) -> str:
         """The name of the product whose descriptor is at an address of a pass's program: a linear

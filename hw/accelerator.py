@@ -139,12 +139,16 @@ class Accelerator(wiring.Component):
         # The token that a row chooses is the one behind it.
         for position, place in zip(datapath.positions, speculation.row_place, strict=True):
             m.d.sync += position.eq(speculation.pass_position + place.depth + 1)
+        programs = {
+            PassKind.SINGLE: values.pass_program,
+            PassKind.DRAFT: values.draft_program,
+            PassKind.VERIFY: values.verify_program,
+        }
+        if config.lanes:
+            programs[PassKind.MOVE] = values.move_program
+            m.d.comb += walker.walk.payload.source.eq(speculation.passes.payload.source)
         with m.Switch(speculation.passes.payload.kind):
-            for kind, program in (
-                (PassKind.SINGLE, values.pass_program),
-                (PassKind.DRAFT, values.draft_program),
-                (PassKind.VERIFY, values.verify_program),
-            ):
+            for kind, program in programs.items():
                 with m.Case(kind):
                     m.d.comb += walker.walk.payload.program.eq(program)
         wiring.connect(m, walker.jobs, datapath.jobs)

@@ -242,10 +242,13 @@ class PassKind(enum.Enum, shape=unsigned(2)):
     SINGLE = 0
     DRAFT = 1
     VERIFY = 2
+    MOVE = 3
 
 
 def pass_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """One walk through a program: `rows` tokens behind `position` entries of the KV cache."""
+    """One walk through a program: `rows` tokens behind `position` entries of the KV cache. With
+    lanes: MOVE brings entry `source` to `position`."""
     return data.StructLayout(
         {"kind": PassKind, "rows": config.engine.token_bits, "position": config.engine.k_bits}
+        | ({"source": config.engine.k_bits} if config.lanes else {})
     )

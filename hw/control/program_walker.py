@@ -73,13 +73,15 @@ def _places(port: str) -> list[str]:
 
 
 def walk_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A walk: the program's address, the pass's rows, and KV entries before them."""
+    """A walk: the program's address, the pass's rows, and KV entries before them; with lanes the
+    entry that a MOVE brings there."""
     return data.StructLayout(
         {
             "program": config.address_bits,
             "rows": config.engine.token_bits,
             "position": config.engine.k_bits,
         }
+        | ({"source": config.engine.k_bits} if config.lanes else {})
     )
 
 

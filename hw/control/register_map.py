@@ -226,7 +226,7 @@ def _address(name: str, offset: int, about: str, access: str = "rw") -> Register
 @lru_cache(maxsize=8)
 def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
     """All registers of a configuration, by rising offset. Those of the history and of guesses are
-    not there if it has no history."""
+    not there if it has no history, MOVE_PROGRAM and RUN.move not without lanes."""
     rows = config.engine.rows
     states = ", ".join(f"{value} {name}" for name, (value, _) in STATES.items())
     answers = ", ".join(f"{value} {name}" for name, (value, _) in ANSWERS.items())
@@ -236,6 +236,8 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         Field("done", 1, 1, "a run has ended without an error"),
         Field("error", 2, 1, "the state ERROR has been entered"),
     )
+    about = "with speculate: move the KV entries of accepted rows to their places"
+    moves = (Field("move", 4, 1, about),) if config.lanes else ()
     plain = (
         Register("ID", 0x000, "ro", f"0x{IDENTIFICATION:08x}, 'SPEQ'"),
         Register("VERSION", 0x004, "ro", f"0x{VERSION:08x}, of the register map"),
@@ -314,12 +316,13 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             0x080,
             "rw",
             "what a run is",
-            bits=4,
+            bits=4 + len(moves),
             fields=(
                 Field("speculate", 0, 1, "0: one pass of PASS_PROGRAM, 1: decode"),
                 Field("sample", 1, 1, "rank logits times SCALE plus noise instead of logits"),
                 Field("truncate", 2, 1, "with sample: rank no logits below the cut-off"),
                 Field("steps", 3, 1, "with speculate: wait in the state STEP behind every step"),
+                *moves,
             ),
         ),
         Register("PASS_ROWS", 0x084, "rw", "rows of a single pass, 1 to R", bits=8),
@@ -342,7 +345,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             "PASS",
             0x0B8,
             "ro",
-            "the pass under way",
+            "the pass under way, or the last one; moves of KV entries are none here",
             fields=(
                 Field("kind", 0, 2, kinds),
                 Field("rows", 8, 8, "rows in use"),
@@ -443,6 +446,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         ),
         Register("SEED", _SAMPLING + 8, "rw", "seed of the noise", bits=64),
     )
+    move = (_address("MOVE_PROGRAM", _ENDS + 0x10, "program of moves of KV entries"),)
     ends = (
         Register(
             "PROMPT_END",
@@ -465,6 +469,7 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             "rw",
             "cycles without a transfer on either port in which memory may owe an answer, 0: any",
         ),
+        *(move if config.lanes else ()),
         Register(
             "STOP_TOKEN",
             _ENDS + 0x20,

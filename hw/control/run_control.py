@@ -251,6 +251,10 @@ class RunControl(wiring.Component):
         if self.config.history:
             too_long = values.history_length > self.config.history
             history.append(("HISTORY_LENGTH", decode & too_long))
+        moves = []
+        if self.config.lanes:
+            wrong = self._is_no_address(values.move_program, buffer)
+            moves.append(("MOVE_PROGRAM", decode & values.run.move & wrong))
         return [
             ("READ_BASE", self._is_no_address(values.read_base)),
             ("READ_LIMIT", self._is_no_address(values.read_limit)),
@@ -269,6 +273,7 @@ class RunControl(wiring.Component):
             *history,
             ("PROMPT_END", fills & (values.prompt_end + rows > engine.max_k)),
             ("STOP_TOKENS", decode & (values.stop_tokens > MAX_STOP_TOKENS)),
+            *moves,
         ]
 
     def _is_no_address(self, value: Value, alignment: int = 1) -> Value:

@@ -119,9 +119,11 @@ class SpeculationController(wiring.Component):
        that it follows, and its origin.
     5. Accept: from row 0 on, the row's best token is committed. The lowest row that follows this
        one and has that token is next, until there is none, or the token is a stop token.
-    6. Commit: every such token goes to the ring in memory and to the history, and when all are
-       there, POSITION, ROOT, RING_INDEX and HISTORY_LENGTH move on. Then, with `steps`,
-       `step_request` until the host has answered.
+    6. Commit: every such token goes to the ring in memory and to the history. With `move`, a pass
+       of kind MOVE for each of them whose row is not its number then brings the KV entry that it
+       was chosen by to where that number says, by rising numbers. When all this is done, POSITION,
+       ROOT, RING_INDEX and HISTORY_LENGTH move on. Then, with `steps`, `step_request` until the
+       host has answered.
 
     A draft length of 0 is plain decoding: verify passes of one row. Nothing is guessed if all
     costs of guesses are 255 or the history has fewer than two tokens.
@@ -161,7 +163,7 @@ class SpeculationController(wiring.Component):
         Pulse: everything of the pass is finished, and the ranking is there.
     row : Out(row_bits), entries : In(config.ranking_layout)
         Read port of the ranking: entries of `row` in the next cycle (or in the same). `row` is 0
-        while a pass is under way.
+        while a pass, other than a MOVE, is under way.
     write_command, write_data : Out(streams)
         One beat per committed token, of `config.data`.
     write_done : In(1)
@@ -174,7 +176,7 @@ class SpeculationController(wiring.Component):
         Pulse: the run has ended.
     row_token, row_place, pass_status, pass_position, step, ring_index : Out
         The registers ROW_TOKEN, ROW_PLACE, PASS, PASS_POSITION, STEP and RING_INDEX. In a single
-        pass tokens have no meaning, and row i has depth i.
+        pass tokens have no meaning, and row i has depth i. In a MOVE they are as before.
     update : Out(1)
         Pulse: POSITION and ROOT become `position` and `root`.
     position, root : Out
@@ -251,13 +253,20 @@ class SpeculationController(wiring.Component):
             if guesses is not None and matcher is not None:
                 self._guess_states(m, r, guesses, matcher)
             self._accept_states(m, r, matcher)
+            if config.lanes:
+                self._move_states(m, r)
             self._commit_states(m, r)
         return ResetInserter(self.clear)(m)
 
     def _show(self, m: Module, r: _Registers) -> None:
         """Outputs that are registers."""
+        payload = self.passes.payload
+        m.d.comb += payload.eq(r.now)
+        if self.config.lanes:
+            with m.If(r.moving):
+                m.d.comb += [payload.kind.eq(PassKind.MOVE), payload.rows.eq(1)]
+                m.d.comb += payload.position.eq(r.target)
         m.d.comb += [
-            self.passes.payload.eq(r.now),
             self.row.eq(r.row),
             self.position.eq(r.position),
             self.root.eq(r.root),
@@ -342,6 +351,8 @@ class SpeculationController(wiring.Component):
                 r.is_free.eq(0),
                 unfilled.eq(values.prompt_end - r.position),
             ]
+            if self.config.lanes:
+                m.d.sync += [r.moving.eq(0), r.moves.eq(0)]
             if matcher is not None:
                 costs = _costs(values.guess_costs)
                 guesses = Cat(cost != _NO_GUESS for cost in costs).any()
@@ -379,11 +390,14 @@ class SpeculationController(wiring.Component):
                 m.next = "WAIT"
         with m.State("WAIT"):
             with m.If(self.pass_done):
-                with m.Switch(r.now.kind):
+                with m.Switch(self.passes.payload.kind):
                     with m.Case(PassKind.SINGLE):
                         m.next = "FINISH"
                         with m.If(self.values.run.speculate):
                             m.next = "FILLED"
+                    with m.Case(PassKind.MOVE):
+                        if self.config.lanes:
+                            m.next = "MOVE"
                     with m.Case(PassKind.DRAFT):
                         m.d.comb += self.events.draft_passes.eq(1)
                         m.d.sync += r.elapsed.eq(0)
@@ -649,6 +663,11 @@ class SpeculationController(wiring.Component):
                 r.committed.eq(r.committed + 1),
                 r.candidate.eq(r.row + 1),
             ]
+            if self.config.lanes:
+                m.d.sync += [
+                    r.path[r.committed].eq(r.row),
+                    r.moves.eq(r.moves | (r.row != r.committed)),
+                ]
             if matcher is not None:
                 m.d.comb += matcher.append.eq(1)
             m.next = "WRITE"
@@ -684,10 +703,32 @@ class SpeculationController(wiring.Component):
                     m.d.sync += r.row.eq(candidate)
                     m.next = "READ"
 
+    def _move_states(self, m: Module, r: _Registers) -> None:
+        """The moves of entries: that of row `path[place]` to `place`."""
+        with m.State("MOVE"):
+            row = r.path[r.place]
+            m.d.sync += r.place.eq(r.place + 1)
+            with m.If(r.place == r.committed):
+                m.next = "DRAIN"
+            with m.Elif(row != r.place):
+                m.d.sync += [
+                    r.moving.eq(1),
+                    r.target.eq(r.position + r.place),
+                    r.now.source.eq(r.position + row),
+                ]
+                m.next = "PASS"
+
     def _commit_states(self, m: Module, r: _Registers) -> None:
         """The end of a step, and of a run."""
         with m.State("DRAIN"):
-            with m.If(r.writes == 0):
+            written = r.writes == 0
+            if self.config.lanes:
+                moves = written & r.moves & self.values.run.move
+                written &= ~moves
+                with m.If(moves):
+                    m.d.sync += [r.place.eq(0), r.moves.eq(0)]
+                    m.next = "MOVE"
+            with m.If(written):
                 m.d.sync += [
                     r.ring_index.eq(r.ring_index + r.committed),
                     r.position.eq(r.position + r.committed),
@@ -771,6 +812,12 @@ class _Registers:
         self.guess_hits = register(count_bits, "guess_hits")
         self.committed = register(count_bits, "committed")
         self.ends = register(1, "ends")  # the run, behind the step
+        # Moves: by number of a committed token the row that it was chosen by; whether there are
+        # any to make, and whether the pass is one; where it moves an entry to.
+        self.path = registers(config.engine.row_bits, "path", rows)
+        self.moves = register(1, "moves")
+        self.moving = register(1, "moving")
+        self.target = register(config.engine.k_bits, "target")
         # Guesses: whether there can be any, whether the root is still to be looked for, whether
         # there is no draft; rows that offer one; the cheapest of these, or the one that is made;
         # whether its token is there; cost and depth of the row that offers it.

@@ -24,7 +24,8 @@ def vector_tiles_bits(config: AcceleratorConfig) -> int:
 
 def vector_command_layout(config: AcceleratorConfig) -> data.StructLayout:
     """A VECTOR descriptor, checked, and the pass that it is part of: `rows` rows behind `position`
-    KV entries. The members are those of `speq.hw.control.descriptor.FORMS`."""
+    KV entries, or the move of entry `source` to `position`. The members are those of
+    `speq.hw.control.descriptor.FORMS`."""
     engine, address = config.engine, config.address_bits
     return data.StructLayout(
         {
@@ -43,6 +44,7 @@ def vector_command_layout(config: AcceleratorConfig) -> data.StructLayout:
             "inner": address,
             "rows": engine.token_bits,
             "position": engine.k_bits,
+            "source": engine.k_bits,
         }
     )
 

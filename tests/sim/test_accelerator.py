@@ -40,6 +40,7 @@ from tests.sim.workloads import (
     RunStatus,
     Workload,
     begin,
+    decoding,
     random_workload,
     run,
     run_status,
@@ -263,55 +264,12 @@ def test_a_wrong_byte_is_noticed():
 # matrix, which change from step to step.
 
 
-def decoding(pair: Pair) -> Workload:
-    """Draft and verify programs of one ARGMAX each, with few tokens, so that some are accepted; in
-    the draft program a RERANK may follow. Before the steps there may be single passes of a GEMM."""
-    random, engine = pair.random, pair.config.engine
-    workload = pair.workload(rows=engine.rows, position=int(random.integers(0, 20)))
-    o = int(random.integers(2, 7))
-    workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, int(random.integers(1, 30)), o)
-    workload.add(DescriptorKind.END)
-    for mode in (Mode.DRAFT, Mode.VERIFY):
-        workload.rows = 1 if mode is Mode.DRAFT else engine.rows
-        start = len(workload.descriptors)
-        workload.add_product(DescriptorKind.ARGMAX, mode, int(random.integers(1, 30)), o)
-        if mode is Mode.DRAFT and random.integers(2):
-            candidates = int(random.integers(1, workload.config.choices + 1))
-            workload.add_rerank(o, int(random.integers(1, 30)), candidates)
-        workload.add(DescriptorKind.END)
-    workload.write_program()
-    log2 = int(random.integers(1, 5))
-    thresholds = np.array([0, 1, 4, np.inf], np.float32)
-    workload.registers = {
-        "RUN": int(random.choice([1, 9])),
-        "PROGRAM_LENGTH": 3,
-        "DRAFT_PROGRAM": workload.program + 2 * DESCRIPTOR_BYTES,
-        "VERIFY_PROGRAM": workload.program + start * DESCRIPTOR_BYTES,
-        "ROOT": int(random.integers(o)),
-        "PROMPT_END": workload.position + int(random.choice([0, 0, 1, 2 * engine.rows + 1])),
-        "DRAFT_LENGTH": int(random.integers(engine.rows)),
-        "THRESHOLD": int(random.choice(thresholds).view(np.uint32)),
-        "CHOICES": int(random.integers(1, workload.config.choices + 1)),
-        "COST_LIMIT": int(random.choice([0, 60, 65535])),
-        "GUESS_LIMIT": int(random.choice([0, 20, 255])),
-        "TOKEN_LIMIT": int(random.integers(1, 8)),
-        "RING": workload._result("ring", 4 << log2),
-        "RING_LOG2": log2,
-        "MEMORY_TIMEOUT": int(random.choice([0, 1000])),
-    }
-    tables = {"CHAIN_COSTS": 16, "ALTERNATE_COSTS": 16, "GUESS_COSTS": 4}
-    workload.costs = {name: random.integers(0, 40, n).tolist() for name, n in tables.items()}
-    workload.history = random.integers(0, o, random.integers(0, 30)).tolist()
-    workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 0, 0, 1])).tolist()
-    return workload
-
-
 @pytest.mark.parametrize("name", ["4x8", "2x8 narrow"])
 def test_decoding_with_random_rankings(name):
     with Pair(name, np.random.default_rng(SEED), **STALLED) as pair:
         total = dict.fromkeys(TOKEN_COUNTERS, 0)
         for _ in range(35):
-            workload = decoding(pair)
+            workload = decoding(pair.config, pair.random)
             verify = workload.descriptors[-2]
             size = verify.k * pair.config.activation_bytes
             fresh = [pair.random.standard_normal(size // 2).astype(np.float16) for _ in range(8)]
@@ -754,7 +712,7 @@ def test_columns_and_rows_beyond_a_product_do_not_matter(pair):
 def test_nothing_of_a_step_that_is_not_finite_is_committed(pair, spoiled_pass):
     """By an ARGMAX whose results are written or only ranked."""
     for discard in (False, True):
-        workload = decoding(pair)
+        workload = decoding(pair.config, pair.random)
         workload.registers |= {"DRAFT_LENGTH": 1, "TOKEN_LIMIT": 5, "GUESS_LIMIT": 0}
         workload.registers["PROMPT_END"] = 0
         index = 2 if spoiled_pass == "draft" else len(workload.descriptors) - 2
@@ -936,7 +894,7 @@ def test_impossible_registers(faulty):
     refused = 0
     for decodes in (0, 1):
         for name, value in cases:
-            workload = decoding(faulty)
+            workload = decoding(faulty.config, faulty.random)
             usual = {"RUN": decodes, "PASS_ROWS": 1, "PROMPT_END": 0}
             workload.registers |= usual | {name: value}
             *_, expected = run(faulty.model, workload)
@@ -964,7 +922,7 @@ def test_faults_of_the_ring(pair):
     cases = [(BASE + WRITE.start - beat, "OUTSIDE"), (BASE + WRITE.stop, "OUTSIDE")]
     cases += [(bad // beat * beat, RESPONSES[response]) for response, bad in BAD_WRITES.items()]
     for ring, why in cases:
-        workload = decoding(pair)
+        workload = decoding(pair.config, pair.random)
         # All places of this ring are in its first beat.
         workload.registers |= {"RING": ring, "RING_LOG2": 1, "TOKEN_LIMIT": 5, "PROMPT_END": 0}
         *_, got = run(pair.rtl, workload)

@@ -28,7 +28,12 @@ from speq.host.layout import (
 )
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
+from speq.hw.control.descriptor import (
+    DESCRIPTOR_BYTES,
+    Descriptor,
+    DescriptorKind,
+    VectorOperation,
+)
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import DRAFT_LANES, Mode
 from speq.model.arith import quantize_activations
@@ -483,6 +488,79 @@ def random_workload(
         *_, last = run(AcceleratorModel(config, SIZE, BASE), workload)
         if last.error is not ErrorCode.NONFINITE:
             return workload
+
+
+def decoding(config: AcceleratorConfig, random: np.random.Generator) -> Workload:
+    """Draft and verify programs of one ARGMAX each, with few tokens, so that some are accepted; in
+    the draft program a RERANK may follow. Before the steps there may be single passes of a GEMM."""
+    engine = config.engine
+    workload = Workload(config, random, rows=engine.rows, position=int(random.integers(0, 20)))
+    o = int(random.integers(2, 7))
+    workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, int(random.integers(1, 30)), o)
+    workload.add(DescriptorKind.END)
+    for mode in (Mode.DRAFT, Mode.VERIFY):
+        workload.rows = 1 if mode is Mode.DRAFT else engine.rows
+        start = len(workload.descriptors)
+        workload.add_product(DescriptorKind.ARGMAX, mode, int(random.integers(1, 30)), o)
+        if mode is Mode.DRAFT and random.integers(2):
+            candidates = int(random.integers(1, config.choices + 1))
+            workload.add_rerank(o, int(random.integers(1, 30)), candidates)
+        workload.add(DescriptorKind.END)
+    workload.write_program()
+    log2 = int(random.integers(1, 5))
+    thresholds = np.array([0, 1, 4, np.inf], np.float32)
+    workload.registers = {
+        "RUN": int(random.choice([1, 9])),
+        "PROGRAM_LENGTH": 3,
+        "DRAFT_PROGRAM": workload.program + 2 * DESCRIPTOR_BYTES,
+        "VERIFY_PROGRAM": workload.program + start * DESCRIPTOR_BYTES,
+        "ROOT": int(random.integers(o)),
+        "PROMPT_END": workload.position + int(random.choice([0, 0, 1, 2 * engine.rows + 1])),
+        "DRAFT_LENGTH": int(random.integers(engine.rows)),
+        "THRESHOLD": int(random.choice(thresholds).view(np.uint32)),
+        "CHOICES": int(random.integers(1, config.choices + 1)),
+        "COST_LIMIT": int(random.choice([0, 60, 65535])),
+        "GUESS_LIMIT": int(random.choice([0, 20, 255])),
+        "TOKEN_LIMIT": int(random.integers(1, 8)),
+        "RING": workload._result("ring", 4 << log2),
+        "RING_LOG2": log2,
+        "MEMORY_TIMEOUT": int(random.choice([0, 1000])),
+    }
+    tables = {"CHAIN_COSTS": 16, "ALTERNATE_COSTS": 16, "GUESS_COSTS": 4}
+    workload.costs = {name: random.integers(0, 40, n).tolist() for name, n in tables.items()}
+    workload.history = random.integers(0, o, random.integers(0, 30)).tolist()
+    workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 0, 0, 1])).tolist()
+    return workload
+
+
+def moving(config: AcceleratorConfig, random: np.random.Generator) -> tuple[Workload, Descriptor]:
+    """A workload that decodes in steps and moves entries of one block, and the descriptor that does
+    it, of a head that does not fill its tiles."""
+    engine = config.engine
+    workload = decoding(config, random)
+    heads, head, tiles = 2, engine.cols + 2, 64 // engine.cols
+    key_tile = heads * head * engine.cols * 2
+    value_tile = tiles * engine.cols * engine.cols * 2
+    move = workload.add(
+        DescriptorKind.VECTOR,
+        operation=VectorOperation.MOVE,
+        k=head,
+        o=heads,
+        first=workload._result("keys", tiles * key_tile),
+        second=workload._result("values", 2 * heads * value_tile),
+        inner=key_tile,
+        outer=value_tile,
+    )
+    program = workload.program + (len(workload.descriptors) - 1) * DESCRIPTOR_BYTES
+    workload.end()
+    workload.registers |= {
+        "RUN": 1 | 8 | 16,
+        "MOVE_PROGRAM": program,
+        "PROMPT_END": 0,
+        "DRAFT_LENGTH": max(1, engine.rows // 2 - 1),
+        "CHOICES": 3,
+    }
+    return workload, move
 
 
 def _random_workload(

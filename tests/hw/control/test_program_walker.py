@@ -99,6 +99,7 @@ def walk(
     *,
     rows: int = 2,
     position: int = 5,
+    source: int = 0,
     length: int = 100,
     address: int = PROGRAM,
     bad_read: int | None = None,
@@ -185,6 +186,8 @@ def walk(
             ctx.set(entry.valid, 1)
 
     request = {"program": address, "rows": rows, "position": position}
+    if config.lanes:
+        request["source"] = source
     simulator = Simulator(dut)
     simulator.add_clock(1e-9)
     simulator.add_process(memory_port(dut, memory, bad_read))
@@ -237,7 +240,7 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
     return jobs
 
 
-def vector_command_of(d: Descriptor, rows: int, position: int) -> dict[str, int]:
+def vector_command_of(d: Descriptor, rows: int, position: int, source: int) -> dict[str, int]:
     """The command that a VECTOR means, by its definition."""
     names = ("values", "sharing", "k", "o", "argument", "detail", "first", "second", "results")
     return {
@@ -246,6 +249,7 @@ def vector_command_of(d: Descriptor, rows: int, position: int) -> dict[str, int]
         **{name: int(getattr(d, name)) for name in (*names, "outer", "inner")},
         "rows": rows,
         "position": position,
+        "source": source,
     }
 
 
@@ -330,12 +334,13 @@ def test_random_programs(data_bits, lanes):
     for trial in range(3):
         rows = 1 if lanes else rng.randint(1, ROWS)  # a QUANTIZE allows no more
         program = [random_descriptor(rng, lanes) for _ in range(20)]
-        position = rng.randint(0, MAX_K - ROWS)
+        position, source = (rng.randint(0, MAX_K - ROWS) for _ in range(2))
         got = walk(
             config,
             [*program, Descriptor(DescriptorKind.END)],
             rows=rows,
             position=position,
+            source=source,
             trial=trial,
         )
         events += got.events
@@ -347,7 +352,7 @@ def test_random_programs(data_bits, lanes):
             if d.kind is DescriptorKind.VECTOR:
                 name, values, overlaps = next(rest)
                 assert name == "vector" and not (overlaps and d.wait)
-                assert values == vector_command_of(d, rows, position)
+                assert values == vector_command_of(d, rows, position, source)
                 continue
             for i, job in enumerate(jobs_of(config, d, rows, position)):
                 name, values, overlaps = next(rest)

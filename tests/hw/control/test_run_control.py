@@ -16,6 +16,7 @@ from speq.hw.engine_config import EngineConfig
 from speq.sim.runner import seed
 
 CONFIG = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=256))
+VECTOR = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=256), lanes=4)
 START, STOP, CLEAR = 1, 2, 4
 HOST, DONE, ERROR = 1, 2, 4
 
@@ -111,9 +112,9 @@ class Bench:
         assert self.get("irq_status") == 0
 
 
-def simulate(process: Callable[[Bench], Coroutine]) -> None:
+def simulate(process: Callable[[Bench], Coroutine], config: AcceleratorConfig = CONFIG) -> None:
     """Run a test's process."""
-    unit = RunControl(CONFIG)
+    unit = RunControl(config)
 
     async def testbench(ctx: SimulatorContext) -> None:
         await process(Bench(ctx, unit))
@@ -206,6 +207,31 @@ def test_impossible_registers(values: dict[str, int], culprit: str) -> None:
         await bench.begin()
 
     simulate(process)
+
+
+def test_the_program_of_moves_counts_where_there_are_moves() -> None:
+    offsets = {each.name: each.offset for each in registers(VECTOR)}
+
+    async def process(bench: Bench) -> None:
+        for values, refused in (
+            (DECODE | {"run": 17, "move_program": 0x1000}, False),
+            (DECODE | {"run": 17, "move_program": 0x1020}, True),
+            (DECODE | {"run": 17, "move_program": 2**40}, True),
+            (DECODE | {"run": 17, "move_program": 1, "stop_tokens": 9}, True),
+            (DECODE | {"run": 1, "move_program": 1}, False),
+            (SINGLE | {"run": 16, "move_program": 1}, False),
+        ):
+            bench.configure(**values)
+            if refused:
+                assert await bench.control(START) == {}
+                name = "STOP_TOKENS" if "stop_tokens" in values else "MOVE_PROGRAM"
+                await bench.check_stops(ErrorCode.BAD_REGISTER, offsets[name])
+            else:
+                assert await bench.control(START) == {"begin": 1}
+                await bench.cycle(finished=1)
+                await bench.cycle(irq_status_write=1, write_data=DONE)
+
+    simulate(process, VECTOR)
 
 
 @pytest.mark.parametrize("state", [State.HOST, State.STEP])

@@ -58,10 +58,12 @@ EVENTS = {name: counter.lower() for name, counter in COUNTED.items()}
 pytestmark = pytest.mark.usefixtures("simulable_ram")
 
 
-def system(rows: int, data_bits: int = 128, history: int = HISTORY) -> AcceleratorConfig:
+def system(
+    rows: int, data_bits: int = 128, history: int = HISTORY, lanes: int = 0
+) -> AcceleratorConfig:
     engine = EngineConfig(rows=rows, cols=data_bits // 16, max_k=MAX_K)
     axi = AxiConfig(data_bits=data_bits, address_bits=36)
-    return AcceleratorConfig(engine, weights=axi, data=axi, history=history)
+    return AcceleratorConfig(engine, weights=axi, data=axi, history=history, lanes=lanes)
 
 
 # The golden side.
@@ -78,6 +80,7 @@ class Pass:
     tokens: list[int] | None = None
     places: list[tuple[int, int, int]] = field(default_factory=list)  # depth, parent, origin
     ranking: list[int] = field(default_factory=list)
+    source: int = 0  # of a MOVE
 
 
 @dataclass
@@ -92,7 +95,7 @@ class Commit:
 @dataclass
 class Run:
     """A run: registers, the history before it, and what must happen. It ends by the host if
-    `finish` is set, which only a run with `steps` can."""
+    `finish` is set, which only one that `waits` can."""
 
     values: dict[str, object]
     history: list[int] = field(default_factory=list)
@@ -101,6 +104,7 @@ class Run:
     commits: list[Commit] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     finish: bool = False
+    waits: bool = False  # for the host, behind every step
     stopped: bool = False  # behind a stop token
 
 
@@ -214,9 +218,11 @@ def golden_run(
     count = steps or rng.choice([None, None, rng.randint(1, limit)])
     stop_ids = rng.sample(range(vocab), rng.choice([0, 0, 0, 1]))
     stops = [labels[token] for token in stop_ids]
+    waits = count is not None or rng.random() < 0.5
+    moves = {"move": rng.random() < 0.8} if config.lanes else {}
     run = Run(
         {
-            "run": {"speculate": 1, "steps": count is not None or rng.random() < 0.5},
+            "run": {"speculate": 1, "steps": waits} | moves,
             "stop_tokens": len(stops),
             "stop_token": [*stops, *rng.choices(labels, k=MAX_STOP_TOKENS - len(stops))],
             "pass_rows": rng.randrange(256),
@@ -286,6 +292,13 @@ def golden_run(
         for step in islice(made, count):
             statistics.add(step)
             kept = cache.kept[: len(step.tokens)]  # nothing behind a stop token
+            if moves.get("move"):
+                start = cache.length - len(cache.kept)
+                run.passes += [
+                    Pass(PassKind.MOVE, 1, start + depth, source=start + row)
+                    for depth, row in enumerate(kept)
+                    if row != depth
+                ]
             run.commits.append(
                 Commit(
                     [labels[token] for token in step.tokens],
@@ -303,6 +316,7 @@ def golden_run(
     if rows_before and position >= rows_before:
         prefill(run, position - rows_before, rows)
     run.stopped = run.commits[-1].tokens[-1] in stops
+    run.waits = waits
     run.counts = Counter({event: asdict(statistics)[name] for name, event in EVENTS.items()})
     return run
 
@@ -497,12 +511,12 @@ class Bench:
             self.check("update behind a single pass", expected, (out.position, out.root))
         elif out.update:
             self.updates.append((out.position, out.root))
-            if not self.run.values["run"].get("steps"):
+            if not self.run.waits:
                 self.check_step(out, self.commits.popleft() if self.commits else None)
         if not out.step_request:
             self.answer = None
         elif self.answer is None:
-            self.check("a run with steps", True, self.run.values["run"]["steps"])
+            self.check("a run with steps", True, self.run.waits)
             self.check_step(out, self.commits.popleft() if self.commits else None)
             self.answer = self.rng.choice([0, 1, 10])
 
@@ -519,6 +533,11 @@ class Bench:
         got = (payload.kind, payload.rows, payload.position)
         self.check("pass", expected and (expected.kind, expected.rows, expected.position), got)
         registers = (PassKind(status.kind), status.rows, out.pass_position)
+        if expected.kind is PassKind.MOVE:
+            self.check("source of a move", expected.source, payload.source)
+            self.check("pass registers in a move", self.registers, registers)
+            return
+        self.registers = registers
         self.check("pass registers", got, registers)
         self.check("pass index", expected.index, status.index)
         rows = self.decoded(out, "row_place")
@@ -603,11 +622,17 @@ def simulate(
 
 
 @pytest.mark.parametrize(
-    ("rows", "data_bits", "history", "count"),
-    [(1, 64, 32, 4), (2, 128, 8, 20), (3, 64, 0, 30), (4, 256, 16, 25), (8, 128, 16, 20)],
+    ("rows", "data_bits", "history", "count", "lanes"),
+    [
+        (1, 64, 32, 4, 0),
+        (2, 128, 8, 20, 4),
+        (3, 64, 0, 30, 0),
+        (4, 256, 16, 25, 8),
+        (8, 128, 16, 20, 4),
+    ],
 )
-def test_runs_equal_the_golden_loop(rows, data_bits, history, count):
-    config = system(rows, data_bits, history)
+def test_runs_equal_the_golden_loop(rows, data_bits, history, count, lanes):
+    config = system(rows, data_bits, history, lanes)
     rng = random.Random(f"{seed()} {rows}")
     runs = [golden_run(config, rng) for _ in range(count)]
     total = sum((run.counts for run in runs), Counter())
@@ -615,6 +640,8 @@ def test_runs_equal_the_golden_loop(rows, data_bits, history, count):
     assert rows == 1 or {run.stopped for run in runs} == {run.finish for run in runs} == {0, 1}
     assert total["draft_passes"] > total["accepted"] > 0 or rows == 1
     assert total["alternates"] > total["alternate_hits"] > 0 or rows <= 2
+    moves = [each for run in runs for each in run.passes if each.kind is PassKind.MOVE]
+    assert bool(moves) == (lanes > 0 and rows > 2)
     if history and rows > 2:
         assert total["guesses"] > total["guess_hits"] > 0 and total["free_steps"] > 0
     runs += [single_run(config, rng) for _ in range(3)]
@@ -641,7 +668,7 @@ def test_long_chains_and_many_alternates():
 
 
 def test_clear_ends_a_run_at_any_time():
-    config = system(4)
+    config = system(4, lanes=4)
     rng = random.Random(seed())
     runs = [golden_run(config, rng, token_limit=rng.randint(4, 8)) for _ in range(15)]
     simulate(config, [*runs, single_run(config, rng)], rng, abort=True)
