@@ -123,7 +123,12 @@ def configuration(read: Callable[[str], int]) -> AcceleratorConfig:
         format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
     )
     config = AcceleratorConfig(
-        engine, **ports, choices=r["MAX_CHOICES"], history=r["HISTORY_SIZE"], **vector
+        engine,
+        **ports,
+        choices=r["MAX_CHOICES"],
+        history=r["HISTORY_SIZE"],
+        lanes=vector["lanes"],
+        query_heads=vector["query_heads"],
     )
     if bus["activation_bytes"] != config.activation_bytes:
         raise ValueError(

@@ -28,7 +28,12 @@ from speq.host.layout import (
 )
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
+from speq.hw.control.descriptor import (
+    DESCRIPTOR_BYTES,
+    Descriptor,
+    DescriptorKind,
+    VectorOperation,
+)
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import DRAFT_LANES, Mode
 from speq.model.arith import quantize_activations
@@ -526,6 +531,36 @@ def decoding(config: AcceleratorConfig, random: np.random.Generator) -> Workload
     workload.history = random.integers(0, o, random.integers(0, 30)).tolist()
     workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 0, 0, 1])).tolist()
     return workload
+
+
+def moving(config: AcceleratorConfig, random: np.random.Generator) -> tuple[Workload, Descriptor]:
+    """A workload that decodes in steps and moves entries of one block, and the descriptor that does
+    it, of a head that does not fill its tiles."""
+    engine = config.engine
+    workload = decoding(config, random)
+    heads, head, tiles = 2, engine.cols + 2, 64 // engine.cols
+    key_tile = heads * head * engine.cols * 2
+    value_tile = tiles * engine.cols * engine.cols * 2
+    move = workload.add(
+        DescriptorKind.VECTOR,
+        operation=VectorOperation.MOVE,
+        k=head,
+        o=heads,
+        first=workload._result("keys", tiles * key_tile),
+        second=workload._result("values", 2 * heads * value_tile),
+        inner=key_tile,
+        outer=value_tile,
+    )
+    program = workload.program + (len(workload.descriptors) - 1) * DESCRIPTOR_BYTES
+    workload.end()
+    workload.registers |= {
+        "RUN": 1 | 8 | 16,
+        "MOVE_PROGRAM": program,
+        "PROMPT_END": 0,
+        "DRAFT_LENGTH": max(1, engine.rows // 2 - 1),
+        "CHOICES": 3,
+    }
+    return workload, move
 
 
 def _random_workload(

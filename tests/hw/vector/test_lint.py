@@ -21,8 +21,10 @@ from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.lane import Lane
 from speq.hw.vector.operand_reader import OperandReader
 from speq.hw.vector.operand_requests import OperandRequests
+from speq.hw.vector.partial_sums import PartialSums
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
+from speq.hw.vector.row_values import RowValues
 from speq.hw.vector.sigmoid import Sigmoid
 from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
@@ -43,8 +45,12 @@ UNITS = {
     "fp32_multiplier": Fp32Multiplier,
     "fp32_to_fp16": Fp32ToFp16,
     "lane": Lane,
+    "partial_sums": lambda: PartialSums(CONFIG, 5, 14, 24),
+    "smallest_partial_sums": lambda: PartialSums(SMALLEST, 5, 14, 24),
     "reciprocal_unit": Reciprocal,
     "row_maximum": lambda: RowMaximum(8, 8),
+    "row_values": lambda: RowValues(CONFIG),
+    "smallest_row_values": lambda: RowValues(SMALLEST),
     "weight_sum": lambda: WeightSum(8, 2048, 8),
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
     "word_counter": lambda: WordCounter(CONFIG),
