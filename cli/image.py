@@ -248,6 +248,11 @@ def _summary(path: Path, image: Image) -> Iterator[str]:
         f"addresses of {config.address_bits}, rankings of {config.choices}, history of "
         f"{config.history}"
     )
+    if config.lanes:
+        yield (
+            f"             a vector unit of {config.lanes} lanes for up to {config.query_heads} "
+            "query heads"
+        )
     yield (
         f"memory:      {image.size:,} bytes from any multiple of {image.alignment} on, the last "
         f"{image.size - image.write_offset:,} written"

@@ -59,8 +59,9 @@ class Driver:
     ----------
     observer : callable, optional
         Called with the pass and the number of the HOST descriptor whenever one is about to be
-        served; with a vector unit, with 0, before each pass over the prompt, and with the verify
-        pass of each step when it is committed.
+        served. With a vector unit, before each pass over the prompt and each run that decodes,
+        whose pass has no rows then, with 0; and with 1 behind each pass over the prompt and, with
+        its verify pass, each step.
     verify_logits : torch.float32 [rows, vocabulary], optional
         Of all rows of the last step's verify pass, refused ones included.
 
@@ -125,11 +126,13 @@ class Driver:
         """All performance counters; between runs, or while the accelerator waits for the host."""
         return {name: self.registers[name] for name in COUNTERS}
 
-    def reranked_tiles(self) -> int:
-        """Tiles of the head that the last draft pass has computed exactly."""
+    def reranked_tiles(self, index: int = 0) -> int:
+        """Tiles of the head that the last draft pass has computed exactly; with a vector unit that
+        of this number in the chain of the last step."""
         if not (self._passes.reranked and self.layout.weights["head"].encoded):
             return 0
-        ranking = self._board.read(self.layout.ranking, ranking_bytes(self.config)).view("<u4")
+        address = self.layout.draft_ranking(index)
+        ranking = self._board.read(address, ranking_bytes(self.config)).view("<u4")
         candidates = min(self._passes.reranked, self.layout.weights["head"].drafted)
         return len(set(ranking[0 : 2 * candidates : 2] // self.config.engine.cols))
 
@@ -277,7 +280,7 @@ class Driver:
         r["PROMPT_END"] = r["STOP_TOKENS"] = 0  # prompts and ends of texts are dealt with here
         flags = {"speculate": 1, "sample": 0, "truncate": 0, "steps": 1}
         if self.config.lanes:
-            flags["move"] = 0
+            flags["move"] = 1
         if sampling is None:
             r["RUN"] = flags
         else:
@@ -316,10 +319,7 @@ class Driver:
         tokens = self._read_ring(written, fields["committed"])
         proposal = replace(verified.proposal, margins=self._passes.margins)
         rows = proposal.path(fields["last_row"])
-        for depth, row in enumerate(rows):
-            if row != depth:
-                # Its place is behind the accepted ones. No later one is there: rows rise.
-                self._passes.move_entry(verified.start + row, verified.start + depth)
+        self._passes.accept(verified.start, rows)
         self.verify_logits = read_results(
             self._board, self.layout, "head", self.layout.results, len(verified.tokens)
         )

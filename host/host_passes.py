@@ -94,8 +94,11 @@ class HostPasses(Passes):
     def nonfinite_row(self, product: str) -> int | None:
         return first_nonfinite_row(*self._operands)
 
-    def move_entry(self, source: int, target: int) -> None:
-        self._kv.move(source, target)
+    def accept(self, start: int, rows: Sequence[int]) -> None:
+        for depth, row in enumerate(rows):
+            if row != depth:
+                # Its place is behind the accepted ones. No later one is there: rows rise.
+                self._kv.move(start + row, start + depth)
 
     def _next_pass(self) -> Pass:
         """The pass of a decoding run whose first HOST descriptor waits."""

@@ -455,6 +455,8 @@ def _settings(layout: MemoryLayout, settings: Settings) -> Iterator[Setting]:
         "VERIFY_PROGRAM": layout.programs[PassKind.VERIFY],
         "RING": layout.ring,
     }
+    if PassKind.MOVE in layout.programs:
+        addresses["MOVE_PROGRAM"] = layout.programs[PassKind.MOVE]
     for name, value in addresses.items():
         yield Setting(known[name].offset, Action.WRITE_ADDRESS, value)
     numbers = {
@@ -484,7 +486,7 @@ def _relocations(layout: MemoryLayout, capacity: int, reranked: int) -> Iterator
         config.alignment,
         drafted_outputs=layout.weights["head"].drafted,
     )
-    for kind in PROGRAM_NAMES:
+    for kind in layout.programs:
         here, there = (
             np.frombuffer(each.program_content(kind, reranked), "<u8") for each in (layout, moved)
         )

@@ -36,7 +36,12 @@ from speq.model.schedule import (
 #: log2 of the tokens in the ring: more than any array commits in a step.
 RING_LOG2 = 8
 #: What the programs are called.
-PROGRAM_NAMES = {PassKind.SINGLE: "single", PassKind.DRAFT: "draft", PassKind.VERIFY: "verify"}
+PROGRAM_NAMES = {
+    PassKind.SINGLE: "single",
+    PassKind.DRAFT: "draft",
+    PassKind.VERIFY: "verify",
+    PassKind.MOVE: "move",
+}
 
 _MAX_SHARING = 255  # what the descriptor's field holds
 _WORD = 2  # bytes of a weight word, of an FP16 number
@@ -306,6 +311,8 @@ class MemoryLayout(ABC):
     ring: int = 0
     results: int = 0
     programs: dict[PassKind, int]
+    #: Of which there are programs.
+    _kinds: tuple[PassKind, ...] = (PassKind.SINGLE, PassKind.DRAFT, PassKind.VERIFY)
     read: Region
     write: Region
 
@@ -362,7 +369,7 @@ class MemoryLayout(ABC):
         """Take the bytes of the programs."""
         self.programs = {
             kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
-            for kind in PROGRAM_NAMES
+            for kind in self._kinds
         }
 
     def _take_draft_activations(self) -> None:
@@ -467,6 +474,10 @@ class MemoryLayout(ABC):
         number = (block * self.model.kv_heads + head) * self.value_tiles + tile
         return self.values + number * self.value_stride + entry * self.config.engine.cols * _WORD
 
+    def draft_ranking(self, index: int) -> int:
+        """Address of the ranking of a draft pass of this number in its chain."""
+        return self.ranking
+
     def schedule(self, kind: PassKind) -> list[Step]:
         """The steps of a pass."""
         return pass_schedule(self.model, prefill=kind is PassKind.SINGLE)
@@ -492,7 +503,7 @@ class MemoryLayout(ABC):
 
     def longest_program(self, reranked: int = 0) -> int:
         """Descriptors of the longest program."""
-        return max(len(self.program(kind, reranked)) for kind in PROGRAM_NAMES)
+        return max(len(self.program(kind, reranked)) for kind in self.programs)
 
     def product_at(self, kind: PassKind, address: int) -> str:
         """The name of the product whose descriptor is at an address of a pass's program: a linear

@@ -19,18 +19,22 @@ _RESULT_BITS = 32
 @dataclass(frozen=True)
 class PassShape:
     """What the cycles of a pass depend on: its kind, its rows, the KV entries before them, and the
-    tiles of the head that a draft pass computes exactly."""
+    tiles of the head that a draft pass computes exactly; of a verify pass that is measured with the
+    draft passes of its step, `drafts` are these tiles of each."""
 
     kind: PassKind
     rows: int
     position: int
     tiles: int = 0
+    drafts: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         """For users; a verify pass of one row is plain decoding."""
         if self.kind is PassKind.SINGLE:
             return "prefill"
+        if self.drafts:
+            return "step"
         is_plain = self.kind is PassKind.VERIFY and self.rows == 1
         return "plain" if is_plain else self.kind.name.lower()
 
@@ -48,7 +52,11 @@ class PassShape:
                 config, engine, formats, self.position, drafted_outputs, self.tiles
             ).cycles
         cost = prefill_pass if self.kind is PassKind.SINGLE else verify_pass
-        return cost(config, engine, formats, self.rows, self.position).cycles
+        drafting = sum(
+            draft_pass(config, engine, formats, self.position + i, drafted_outputs, tiles).cycles
+            for i, tiles in enumerate(self.drafts)
+        )
+        return drafting + cost(config, engine, formats, self.rows, self.position).cycles
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class MeasuredPass:
         What each counter of the accelerator has counted in it.
     stages : list of int
         Cycles from each of its HOST descriptors to the next, without the host's and without the
-        last stage.
+        last stage; none with a vector unit.
     """
 
     shape: PassShape
@@ -71,7 +79,8 @@ class MeasuredPass:
 
     @property
     def cycles(self) -> int:
-        """From its first HOST descriptor to its successor's, without the host's."""
+        """From its first HOST descriptor to its successor's, without the host's; all of it with a
+        vector unit."""
         return busy_cycles(self.counters)
 
 
@@ -83,7 +92,8 @@ def busy_cycles(counters: Mapping[str, int]) -> int:
 class Meter:
     """The counters of each pass of a driver's next run.
 
-    A pass lasts from its first HOST descriptor to that of its successor, or to `stop`.
+    A pass lasts from its first HOST descriptor to that of its successor, or to `stop`. With a
+    vector unit nothing tells the passes of a step apart, and they count as one.
 
     Parameters
     ----------
@@ -108,6 +118,18 @@ class Meter:
         driver.observer = self._observe
 
     def _observe(self, current: Pass, index: int) -> None:
+        if self._driver.layout.host_turns(current.kind):
+            self._observe_turn(current, index)
+            return
+        if index:
+            shape = PassShape(current.kind, len(current.tokens), current.start)
+            if current.kind is PassKind.VERIFY:
+                chain = range(len(current.proposal.chain))
+                shape = replace(shape, drafts=tuple(map(self._driver.reranked_tiles, chain)))
+            self._record(shape, [])
+        self._before = self._driver.counters()
+
+    def _observe_turn(self, current: Pass, index: int) -> None:
         if index == 0:
             self.stop()
             self._shape = PassShape(current.kind, len(current.tokens), current.start)
@@ -132,8 +154,11 @@ class Meter:
         shape, self._shape = self._shape, None
         if shape.kind is PassKind.DRAFT:
             shape = replace(shape, tiles=self._driver.reranked_tiles())
-        counted = {name: n - self._before[name] for name, n in self._driver.counters().items()}
         stages = [end - start for start, end in zip(self._times, self._times[1:], strict=False)]
+        self._record(shape, stages)
+
+    def _record(self, shape: PassShape, stages: list[int]) -> None:
+        counted = {name: n - self._before[name] for name, n in self._driver.counters().items()}
         self.passes.append(MeasuredPass(shape, counted, stages))
         if self._finished:
             self._finished(self.passes[-1])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,8 +56,7 @@ class Pass:
 
 NO_PASS = Pass(PassKind.SINGLE, [], 0)
 
-#: Called with a pass and the number of its HOST descriptor that is about to be served, 0 if it has
-#: none.
+#: What is told of passes (`speq.host.driver.Driver.observer`).
 Observe = Callable[[Pass, int], None]
 
 
@@ -127,5 +126,6 @@ class Passes(ABC):
         finite, is not; None if all operands but the weights are finite."""
 
     @abstractmethod
-    def move_entry(self, source: int, target: int) -> None:
-        """Copy an entry of the KV cache to another place."""
+    def accept(self, start: int, rows: Sequence[int]) -> None:
+        """Move the entries of the accepted rows of a verify pass behind `start` entries of the KV
+        cache to the places behind these, unless the accelerator has done so."""

@@ -21,7 +21,7 @@ from speq.host.layout import (
     results_bytes,
     round_up,
 )
-from speq.host.vector_programs import GELU_LINEAR, HEAD_MASK, ONES, vector_program
+from speq.host.vector_programs import GELU_LINEAR, HEAD_MASK, ONES, moves, vector_program
 from speq.hw.accelerator_config import PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor
 from speq.model.checkpoint import tensor_shapes
@@ -55,11 +55,18 @@ class VectorLayout(MemoryLayout):
         FP32 tiles of a product of vectors.
     """
 
+    _kinds = tuple(PassKind)
     stream: int = 0
     temporary: int = 0
 
     def _place_buffers(self) -> None:
         config, model = self.config, self.model
+        context = self.sharing * model.head_dim * config.activation_bytes
+        if model.kv_heads > 1 and context % config.data.beat_bytes:
+            raise ValueError(
+                f"the outputs of a KV head's attention have {context} bytes, which are no whole "
+                f"beats of the data port ({config.data.beat_bytes}): it needs a narrower one"
+            )
         self.embedding = self._take(Kind.EMBEDDING, model.vocab_size * self.embedding_pitch)
         names = ("global",) if model.local_rope_base is None else ("global", "local")
         self.rotary = {
@@ -118,6 +125,9 @@ class VectorLayout(MemoryLayout):
         """Bytes from the ranking of a draft pass of a chain to the next."""
         return round_up(ranking_bytes(self.config), self.config.data.beat_bytes)
 
+    def draft_ranking(self, index: int) -> int:
+        return self.ranking + index * self.ranking_pitch
+
     def heads_of(self, name: str) -> int:
         """Heads that the outputs of a linear layer are, 0 if they are none."""
         model, layer = self.model, name.rpartition(".")[2]
@@ -162,8 +172,10 @@ class VectorLayout(MemoryLayout):
         return 0
 
     def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
+        if kind is PassKind.MOVE:
+            return self._ended([(descriptor, "") for descriptor in moves(self)], kind, 0)
         return self._ended(vector_program(self, kind), kind, reranked)
 
     def _program_size(self, kind: PassKind) -> int:
-        length = len(vector_program(self, kind)) + 1 + (kind is PassKind.DRAFT)
-        return DESCRIPTOR_BYTES * length
+        reranks = kind is PassKind.DRAFT
+        return DESCRIPTOR_BYTES * (len(self._named_program(kind, reranked=0)) + reranks)

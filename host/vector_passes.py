@@ -13,6 +13,7 @@ from speq.host.layout import ceil_div, ranking_bytes, ranking_margin
 from speq.host.passes import NO_PASS, Observe, Pass, Passes, read_pass
 from speq.host.run_control import AcceleratorError, RunControl
 from speq.host.vector_layout import VectorLayout
+from speq.hw.accelerator_config import PassKind
 from speq.model.transformer import first_nonfinite_row
 
 _HALF = 2  # bytes of an FP16 number
@@ -27,8 +28,7 @@ class VectorPasses(Passes):
     control : RunControl
     layout : VectorLayout
     observe : callable
-        Called, with 0, with each single pass before it starts, and with the verify pass of each
-        step when it is committed.
+        As `Driver.observer`.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class VectorPasses(Passes):
         self._observe(current, 0)
         self._control.start()
         self._control.expect("IDLE")
+        self._observe(current, 1)
         # The last block's entries have been in no product yet.
         block = self._layout.model.blocks - 1
         for product, entries in (("scores", self._keys), ("values", self._values)):
@@ -54,6 +55,7 @@ class VectorPasses(Passes):
 
     def begin(self) -> None:
         self.current = NO_PASS
+        self._observe(Pass(PassKind.VERIFY, [], 0), 0)
 
     def step(self) -> str:
         try:
@@ -64,18 +66,14 @@ class VectorPasses(Passes):
         if state == "STEP":
             self.current, _ = read_pass(self._control.registers)
             self.margins = self._read_margins()
-            self._observe(self.current, 0)
+            self._observe(self.current, 1)
         return state
 
     def _read_margins(self) -> list[float]:
         """Of the step's draft passes, as many as its chain is long."""
         layout = self._layout
         return [
-            ranking_margin(
-                self._board.read(
-                    layout.ranking + i * layout.ranking_pitch, ranking_bytes(layout.config)
-                )
-            )
+            ranking_margin(self._board.read(layout.draft_ranking(i), ranking_bytes(layout.config)))
             for i in range(len(self.current.proposal.chain))
         ]
 
@@ -88,19 +86,8 @@ class VectorPasses(Passes):
             return first_nonfinite_row(self._queries(), self._keys(block, self._places()))
         return first_nonfinite_row(self._values(block, self._places()))
 
-    def move_entry(self, source: int, target: int) -> None:
-        layout, cols = self._layout, self._layout.config.engine.cols
-        for block in range(layout.model.blocks):
-            tile = layout.keys_address(block, target // cols)
-            keys = self._key_tile(block, target // cols)
-            keys[..., target % cols] = self._key_tile(block, source // cols)[..., source % cols]
-            self._board.write(tile, keys)
-            for head in range(layout.model.kv_heads):
-                for i in range(layout.value_tiles):
-                    entry = self._board.read(
-                        layout.values_address(block, head, i, source), _HALF * cols
-                    )
-                    self._board.write(layout.values_address(block, head, i, target), entry)
+    def accept(self, start: int, rows: Sequence[int]) -> None:
+        """Nothing: the run moves entries by itself."""
 
     # Operands in memory, float16 [rows of the pass, ...].
 

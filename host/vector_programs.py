@@ -28,6 +28,24 @@ def vector_program(layout: VectorLayout, kind: PassKind) -> list[tuple[Descripto
     return _Program(layout, kind).descriptors
 
 
+def moves(layout: VectorLayout) -> list[Descriptor]:
+    """What moves an entry of the KV cache, block by block."""
+    return [
+        Descriptor(
+            DescriptorKind.VECTOR,
+            operation=VectorOperation.MOVE,
+            target=Target.TILES,
+            k=layout.model.head_dim,
+            o=layout.model.kv_heads,
+            first=layout.keys_address(block, 0),
+            second=layout.values_address(block, 0),
+            inner=layout.key_stride,
+            outer=layout.value_stride,
+        )
+        for block in range(layout.model.blocks)
+    ]
+
+
 def float_bits(value: float) -> int:
     """The FP32 number that is nearest to a value, as bits."""
     return int(np.float32(value).view(np.uint32))
@@ -53,6 +71,10 @@ class _Program:
                     self._linears(step)
                 case Attention(block):
                     self._attention(block)
+                case Vector(Operation.ROUND, target="x"):
+                    pass  # what becomes x is FP16 already
+                case Vector(Operation.STORE | Operation.SELECT):
+                    pass  # keys and values are stored as soon as they are FP16
                 case Vector():
                     self._step(step)
 
@@ -153,7 +175,7 @@ class _Program:
                 self._add_bias(step)
             case Operation.ROTATE:
                 self._attention_operand(step, rotated=True)
-            case Operation.ROUND if step.target != "x":  # what becomes x is FP16 already
+            case Operation.ROUND:
                 self._attention_operand(step, rotated=False)
             case Operation.GATE:
                 self._gate(step)
@@ -168,8 +190,8 @@ class _Program:
                     second=stream,
                     **self._shape(step.target),
                 )
-            case Operation.ROUND | Operation.STORE | Operation.SELECT:
-                pass  # keys and values are stored as soon as they are FP16
+            case _:
+                raise ValueError(f"{step.operation} has no descriptor")
 
     def _shape(self, buffer: str) -> dict[str, Any]:
         """Segments and elements of a buffer."""

@@ -151,6 +151,20 @@ def test_an_image_is_described(
     assert line.startswith(f"speq: error: {path}: the program of verify is damaged")
 
 
+def test_images_for_a_vector_unit_say_so(
+    speq_command: Speq, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.image"
+    options = ("--rows", 4, "--cols", 8, "--lanes", 8, "--query-heads", 16)
+    assert speq_command("image", checkpoint, *options, "-o", path).code == 0
+    config = read_image(path).config
+    assert (config.lanes, config.query_heads) == (8, 16)
+    made = speq_command("image", "--info", path)
+    assert "             a vector unit of 8 lanes for up to 16 query heads\n" in made.out
+    lines = [line.split() for line in made.out.splitlines()]
+    assert any(line[:3] == ["channel", "vector", "final_norm"] for line in lines)
+
+
 def test_what_is_refused(
     speq_command: Speq,
     checkpoint: Path,

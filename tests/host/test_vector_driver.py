@@ -15,6 +15,7 @@ import torch
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.layout import exceeded_limits
 from speq.host.layouts import memory_layout
+from speq.host.meter import Meter
 from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind
@@ -167,6 +168,27 @@ def test_tiny():
     assert all(total.values())
 
 
+def test_a_meter_counts_passes_over_the_prompt_and_steps(qwen):
+    """What it counts adds up to the counters; of the prompt's passes these are cleared."""
+    meter = Meter(qwen.driver)
+    prompt = random_tokens(qwen.model.config, 10, SEED)
+    settings = Settings(8, 3, reranked=2)
+    steps = list(qwen.generate(prompt, max_tokens=8, settings=settings))
+    counters = qwen.driver.counters()
+    qwen.driver.observer = None
+    single, decoding = meter.passes[:2], meter.passes[2:]
+    assert [(p.shape.name, p.shape.rows, p.shape.position) for p in single] == [
+        ("prefill", 8, 0), ("prefill", 1, 8)
+    ]  # fmt: skip
+    assert all(p.counters["DESCRIPTORS"] for p in single)
+    shapes = [p.shape for p in decoding]
+    assert [(s.rows, len(s.drafts)) for s in shapes] == [(s.rows, s.drafted) for s in steps]
+    assert [s.name for s in shapes] == ["step" if s.drafted else "plain" for s in steps]
+    assert all(1 <= tiles <= 2 for s in shapes for tiles in s.drafts)
+    for name in ("DESCRIPTORS", "COMMITTED", "DRAFT_PASSES"):
+        assert sum(p.counters[name] for p in decoding) == counters[name] > 0
+
+
 # What is left for the host.
 
 
@@ -194,6 +216,30 @@ def test_the_driver_does_no_vector_work(qwen, monkeypatch):
     with pytest.raises(AssertionError, match="vector work"):
         next(qwen.golden(prompt, **options))
     assert_same_steps(list(qwen.generate(prompt, **options)), expected)
+
+
+def test_the_host_writes_nothing_but_tokens_of_the_prompt(qwen, monkeypatch):
+    """Not even when entries of alternates are accepted."""
+    written: list[tuple[int, bytes]] = []
+    write = AcceleratorModel.write
+
+    def noted(board: AcceleratorModel, address: int, values: np.ndarray) -> None:
+        written.append((address, values.tobytes()))
+        write(board, address, values)
+
+    prompt = random_tokens(qwen.model.config, 11, SEED)
+    hits = 0
+    for _ in range(2):  # the first run writes the program of its draft passes
+        monkeypatch.setattr(AcceleratorModel, "write", noted)
+        steps = list(qwen.generate(prompt, max_tokens=30, settings=Settings(8, 3)))
+        monkeypatch.undo()
+        hits += sum(step.alternate_hit for step in steps)
+        text = qwen.driver.layout.text
+        tokens = np.array(prompt, "<u4")
+        expected = [(text, tokens[:8].tobytes()), (text + 32, tokens[8:10].tobytes())]
+        assert written[-2:] == expected and len(written) <= 3
+        written.clear()
+    assert hits
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "granite"])
@@ -246,7 +292,7 @@ def test_what_may_overlap_has_no_order(architecture, vectors_first):
         moved += other != program
         content = b"".join(descriptor.pack() for descriptor in other)
         session.board.write(layout.programs[kind], content)
-    assert moved == len(PassKind)
+    assert moved == len(PassKind) - 1  # all but that of moves
     check(session, random_tokens(model.config, 9, SEED), Settings(4), max_tokens=6)
 
 
@@ -275,6 +321,15 @@ def test_models_with_too_many_query_heads_are_refused():
     with pytest.raises(ValueError, match="width of all heads is 48; the accelerator's largest O"):
         make_session(wide, None, few)
     make_session(wide, None, replace(few, lanes=0))
+
+
+def test_data_ports_that_are_too_wide_for_small_heads_are_refused():
+    model = drafted_model("llama", SEED, heads=2, kv_heads=2, head_dim=6)
+    wide = vector_system(EngineConfig(rows=2, cols=32, max_k=256))
+    with pytest.raises(ValueError, match=r"have 48 bytes, .* data port \(64\): it needs"):
+        make_session(model, None, wide)
+    session = make_session(model, None, vector_system(EngineConfig(rows=2, cols=32), data=128))
+    check(session, [1, 2, 3, 4], Settings(2), max_tokens=2)
 
 
 # Results that are not finite.
