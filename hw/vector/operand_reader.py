@@ -128,13 +128,12 @@ class OperandReader(wiring.Component):
         place = counter.place
         step = Signal()
         give = Signal()
-        again = Signal()
+        again = Signal(reset_less=True)  # the next word comes from there
         stored = Signal(reset_less=True)
         passed = Signal(word_bits, reset_less=True)
         m.d.comb += [
             packer.command.valid.eq(1),
             packer.command.payload.words.eq(self._words_per_row),
-            again.eq(channels & ~place.first.row),  # undefined while not active
             step.eq(~self.words.valid | self.words.ready),
             packer.words.ready.eq(step & counter.active & ~again),
             give.eq(step & counter.active & (again | packer.words.valid)),
@@ -153,6 +152,11 @@ class OperandReader(wiring.Component):
                 stored.eq(again),
                 self.words.valid.eq(counter.active & (again | packer.words.valid)),
             ]
+        with m.If(take):
+            m.d.sync += again.eq(0)
+        with m.Elif(give):
+            still_first = place.first.row & ~place.ends.row
+            m.d.sync += again.eq(channels & ~place.ends.tile & ~still_first)
         with m.If(take):
             m.d.sync += given.eq(0)
         with m.Elif(self.words.valid & self.words.ready & ~counter.active):

@@ -54,6 +54,7 @@ from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.row_values import RowValues
 from speq.hw.vector.run_planner import RunPlanner
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.token_reader import TokenReader
 from speq.hw.vector.transposer import Transposer
 from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
@@ -138,6 +139,7 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
             "transposer": lambda: Transposer(with_lanes),
             "vector_writer": lambda: VectorWriter(with_lanes),
             "activation_quantizer": lambda: ActivationQuantizer(with_lanes),
+            "token_reader": lambda: TokenReader(with_lanes),
             "attention_mask": lambda: AttentionMask(with_lanes),
             "partial_sums": lambda: PartialSums(with_lanes, *_PAUSES),
             "row_values": lambda: RowValues(with_lanes),

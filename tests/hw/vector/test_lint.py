@@ -26,6 +26,7 @@ from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.row_values import RowValues
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.token_reader import TokenReader
 from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
@@ -59,6 +60,8 @@ UNITS = {
     "operand_requests": lambda: OperandRequests(CONFIG),
     "operand_reader": lambda: OperandReader(CONFIG),
     "smallest_operand_reader": lambda: OperandReader(SMALLEST),
+    "token_reader": lambda: TokenReader(CONFIG),
+    "smallest_token_reader": lambda: TokenReader(SMALLEST),
     "vector_writer": lambda: VectorWriter(CONFIG),
     "smallest_vector_writer": lambda: VectorWriter(SMALLEST),
 }
