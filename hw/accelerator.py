@@ -153,6 +153,8 @@ class Accelerator(wiring.Component):
             for kind, program in programs.items():
                 with m.Case(kind):
                     m.d.comb += walker.walk.payload.program.eq(program)
+        if config.lanes:
+            self._connect_vector(m, speculation)
         wiring.connect(m, walker.jobs, datapath.jobs)
         wiring.connect(m, walker.rank_command, datapath.rank_command)
         wiring.connect(m, walker.axi, datapath.program_axi)
@@ -191,6 +193,19 @@ class Accelerator(wiring.Component):
             watchdog.timeout.eq(timeout),
             control.silent.eq(watchdog.silent),
         ]
+
+    def _connect_vector(self, m: Module, speculation: SpeculationController) -> None:
+        """The vector unit's work, and the rows of the pass that it is part of."""
+        walker, datapath = self.walker, self.datapath
+        wiring.connect(m, walker.vector, datapath.vector)
+        m.d.comb += walker.vector_idle.eq(datapath.vector_idle)
+        for i in range(self.config.engine.rows):
+            row, place = datapath.rows[i], speculation.row_place[i]
+            m.d.comb += [
+                row.token.eq(speculation.row_token[i]),
+                row.depth.eq(place.depth),
+                row.parent.eq(place.parent),
+            ]
 
     def _pass(self, m: Module, outer: Value, inner: Value, member: Member) -> None:
         """Connect a port with a unit's."""
@@ -241,6 +256,11 @@ class Accelerator(wiring.Component):
                 (current.kind == DescriptorKind.ARGMAX) | (current.kind == DescriptorKind.RERANK)
             ),
         ]
+        if self.config.lanes:
+            m.d.comb += [
+                events.vector_cycles.eq(~datapath.vector_idle),
+                events.vector_stalls.eq(datapath.vector_stalls),
+            ]
         for mode, name in _MODE_COUNTERS.items():
             m.d.comb += events[name].eq(
                 (current.kind == DescriptorKind.GEMM) & (current.mode == mode)

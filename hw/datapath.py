@@ -33,10 +33,13 @@ from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.write_mux import WriteMux
 from speq.hw.sampling.perturber import Perturber
+from speq.hw.vector.command import rows_layout, vector_command_layout
+from speq.hw.vector.vector_unit import VectorUnit
 
 #: Jobs that are taken before the first of them has finished.
 _JOBS = 8
 _RESULTS, _RANKING, _RING = range(3)
+_WRITERS = 3  # besides those of the vector unit
 _LABEL = data.StructLayout({"kind": 4, "mode": 2})
 #: Members of `Perturber` that say whether and how results are perturbed.
 _SAMPLING = ("sample", "truncate", "scale", "cutoff", "seed", "positions")
@@ -87,6 +90,11 @@ class Datapath(wiring.Component):
         The last ranking, for reading.
     ring_command, ring_data, ring_done
         A further writer.
+    vector : In(stream of vector_command_layout(config)), rows : In(rows_layout(config))
+        Work of the vector unit, and the rows of the pass that it is part of.
+    vector_idle, vector_stalls : Out(1)
+        It is finished, with all its effects on memory; it waits for operands. These four are there
+        if the configuration has lanes.
     idle : Out(1)
         No job is under way, all results are in memory.
     current : Out({kind: 4, mode: 2})
@@ -108,6 +116,15 @@ class Datapath(wiring.Component):
         self.config = config
         address = config.address_bits
         self._perturber = perturber = Perturber(config)
+        self._vector = VectorUnit(config) if config.lanes else None
+        vector = {}
+        if config.lanes:
+            vector = {
+                "vector": In(stream.Signature(vector_command_layout(config))),
+                "rows": In(rows_layout(config)),
+                "vector_idle": Out(1),
+                "vector_stalls": Out(1),
+            }
         super().__init__(
             {
                 "weights_axi": Out(config.weights.read_signature),
@@ -125,6 +142,7 @@ class Datapath(wiring.Component):
                 "ring_command": In(stream.Signature(config.data.command_layout)),
                 "ring_data": In(stream.Signature(write_layout(config.data))),
                 "ring_done": Out(1),
+                **vector,
                 "idle": Out(1),
                 "current": Out(_LABEL),
                 "step": Out(1),
@@ -142,6 +160,12 @@ class Datapath(wiring.Component):
         self.engine = GemmEngine(config.engine)
         self._nonfinite = Signal()
         self._culprit = Signal(address, name="culprit", reset_less=True)
+
+    @property
+    def modules(self) -> dict[str, wiring.Component]:
+        """Units that are instantiated, by the names of their Verilog modules."""
+        vector = {} if self._vector is None else self._vector.modules
+        return self.engine.array.modules | vector
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
@@ -170,26 +194,52 @@ class Datapath(wiring.Component):
         wiring.connect(m, groups.groups, engine.groups)
         wiring.connect(m, activations.activations, engine.activations)
         wiring.connect(m, weights.axi, wiring.flipped(self.weights_axi))
-        m.submodules.arbiter = arbiter = ReadArbiter(config.data, 3)
-        wiring.connect(m, wiring.flipped(self.program_axi), arbiter.ports[0])
-        wiring.connect(m, groups.axi, arbiter.ports[1])
-        wiring.connect(m, activations.axi, arbiter.ports[2])
+        masters = [wiring.flipped(self.program_axi), groups.axi, activations.axi]
+        sources = []
+        if self._vector is not None:
+            self._connect_vector(m, self._vector)
+            masters += [self._vector.reads[i] for i in range(VectorUnit.READERS)]
+            sources += [self._vector.writes[i] for i in range(VectorUnit.WRITERS)]
+            readers += (self._vector,)
+        m.submodules.arbiter = arbiter = ReadArbiter(config.data, len(masters))
+        for master, port in zip(
+            masters, (arbiter.ports[i] for i in range(len(masters))), strict=True
+        ):
+            wiring.connect(m, master, port)
         wiring.connect(m, arbiter.axi, wiring.flipped(self.data_read_axi))
 
         result_writer = ResultWriter(config)
-        writer = self._connect_writers(m, result_writer, resettable, drop)
-        self._dispatch(m, readers, result_writer)
+        writer = self._connect_writers(m, result_writer, sources, resettable, drop)
+        self._dispatch(m, (weights, groups, activations), result_writer)
         self._report(m, readers, writer)
         return m
 
+    def _connect_vector(self, m: Module, vector: VectorUnit) -> None:
+        """The vector unit, but for its ways to memory."""
+        m.submodules.vector = vector
+        wiring.connect(m, wiring.flipped(self.vector), vector.command)
+        m.d.comb += [
+            vector.base.eq(self.read_base),
+            vector.limit.eq(self.read_limit),
+            vector.clear.eq(self.clear),
+            vector.rows.eq(self.rows),
+            self.vector_idle.eq(vector.idle),
+            self.vector_stalls.eq(vector.stalls),
+        ]
+
     def _connect_writers(
-        self, m: Module, results: ResultWriter, resettable: ResetInserter, drop: Value
+        self,
+        m: Module,
+        results: ResultWriter,
+        others: list[wiring.PureInterface],
+        resettable: ResetInserter,
+        drop: Value,
     ) -> MemoryWriter:
         """All that is written, through one writer."""
         config = self.config
         m.submodules.writer = writer = MemoryWriter(config.data)
         m.submodules.result_writer = resettable(results)
-        mux = WriteMux(config.data, 3)
+        mux = WriteMux(config.data, _WRITERS + len(others))
         m.submodules.write_mux = resettable(mux)
         ranker = Ranker(config)
         m.submodules.ranker = resettable(ranker)
@@ -207,6 +257,8 @@ class Datapath(wiring.Component):
         wiring.connect(m, ranking.write_data, mux.sources[_RANKING].data)
         wiring.connect(m, wiring.flipped(self.ring_command), mux.sources[_RING].command)
         wiring.connect(m, wiring.flipped(self.ring_data), mux.sources[_RING].data)
+        for i, source in enumerate(others):
+            wiring.connect(m, source, mux.sources[_WRITERS + i])
         wiring.connect(m, mux.command, writer.command)
         wiring.connect(m, mux.data, writer.data)
         wiring.connect(m, writer.axi, wiring.flipped(self.data_write_axi))

@@ -659,6 +659,7 @@ class SpeculationController(wiring.Component):
             last = Cat(i < values.ring_log2 for i in range(MAX_RING_LOG2))  # slot of the ring
             m.d.sync += [
                 r.root.eq(self.entries[0].token),
+                r.chosen.eq(r.row),
                 r.slot.eq((r.ring_index + r.committed) & last),
                 r.committed.eq(r.committed + 1),
                 r.candidate.eq(r.row + 1),
@@ -693,15 +694,14 @@ class SpeculationController(wiring.Component):
                 m.next = "DRAIN"
             with m.Elif((r.tokens[candidate] == r.root) & (r.parents[candidate] == r.row)):
                 m.d.sync += [
+                    r.row.eq(candidate),
                     r.accepted.eq(r.accepted + (origin == Origin.CHAIN)),
                     r.alternate_hit.eq(r.alternate_hit | (origin == Origin.ALTERNATE)),
                     r.guess_hits.eq(r.guess_hits + (origin == Origin.GUESS)),
                 ]
+                m.next = "READ"
                 with m.If(r.ends):
                     m.next = "DRAIN"
-                with m.Else():
-                    m.d.sync += r.row.eq(candidate)
-                    m.next = "READ"
 
     def _move_states(self, m: Module, r: _Registers) -> None:
         """The moves of entries: that of row `path[place]` to `place`."""
@@ -734,7 +734,7 @@ class SpeculationController(wiring.Component):
                     r.position.eq(r.position + r.committed),
                     r.step.committed.eq(r.committed),
                     r.step.accepted.eq(r.accepted),
-                    r.step.last_row.eq(r.row),
+                    r.step.last_row.eq(r.chosen),
                     r.step.chain.eq(r.chain),
                 ]
                 m.next = "COMMIT"
@@ -835,6 +835,7 @@ class _Registers:
         self.place = register(count_bits, "place")
         self.rank = register(rank_bits, "rank")
         self.row = register(config.engine.row_bits, "row")
+        self.chosen = register(config.engine.row_bits, "chosen")  # that of the last token
         self.candidate = register(count_bits, "candidate")
         self.elapsed = register(range(_FIRST_COST + config.choices), "elapsed")
         # Writes to the ring: the slot, what was taken of the one on offer, those under way.

@@ -13,6 +13,8 @@ from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.memory_writer import write_layout
 from speq.hw.memory.write_mux import write_source_signature
 
+#: Pieces that are taken whatever becomes of them: they keep the way of `ready` short.
+_PIECES = 2
 #: Commands on offer.
 _COMMANDS = 4
 #: Bits of the number of commands that are on offer or not carried out: more than this unit, a mux
@@ -42,8 +44,8 @@ class WriteCombiner(wiring.Component):
     there, so that this unit never holds up other sources of a `WriteMux`.
 
     Flow control: all streams may stall in any cycle. Without stalls a piece is taken in every
-    cycle. A command is offered, with its first beat, four cycles after its last piece was taken if
-    that is marked with `last`, else after the next piece was.
+    cycle. A command is offered some cycles after its last piece was taken if that is marked with
+    `last`, else after the next piece was.
 
     Parameters
     ----------
@@ -83,6 +85,9 @@ class WriteCombiner(wiring.Component):
         commands = SyncFIFO(width=command_layout.size, depth=_COMMANDS)
         m.submodules.commands = ResetInserter(self.clear)(commands)
 
+        pieces = SyncFIFO(width=layout.size, depth=_PIECES)
+        m.submodules.pieces = ResetInserter(self.clear)(pieces)
+
         # A piece, and how it relates to the one before it.
         piece = Signal(layout, reset_less=True)
         has_piece = Signal()
@@ -91,9 +96,14 @@ class WriteCombiner(wiring.Component):
         follower = Signal(config.word_bits, reset_less=True)
         goes_on = Signal()
         moves = Signal()
-        offered = self.pieces.payload
-        m.d.comb += self.pieces.ready.eq(~has_piece | moves)
-        with m.If(self.pieces.valid & self.pieces.ready):
+        offered = data.View(layout, pieces.r_data)
+        m.d.comb += [
+            pieces.w_data.eq(self.pieces.payload),
+            pieces.w_en.eq(self.pieces.valid),
+            self.pieces.ready.eq(pieces.w_rdy),
+            pieces.r_en.eq(~has_piece | moves),
+        ]
+        with m.If(pieces.r_rdy & pieces.r_en):
             m.d.sync += [
                 has_piece.eq(1),
                 piece.eq(offered),
@@ -160,7 +170,9 @@ class WriteCombiner(wiring.Component):
         ]
         unanswered = Signal(_UNANSWERED_BITS)
         m.d.sync += unanswered.eq(unanswered + commands.w_en - writes.done)
-        m.d.comb += self.busy.eq(has_piece | has_beat | (count != 0) | (unanswered != 0))
+        m.d.comb += self.busy.eq(
+            pieces.r_rdy | has_piece | has_beat | (count != 0) | (unanswered != 0)
+        )
         with m.If(self.clear):
             m.d.sync += [
                 has_piece.eq(0),

@@ -16,9 +16,8 @@ class BeatWidener(wiring.Component):
     """With `half`, of each beat of FP16 numbers two beats of FP32 numbers, the lower half first;
     without, the beats as they are.
 
-    Flow control: both streams may stall in any cycle. With `half` a beat is offered `LATENCY`
-    cycles after the half that it is made of, one per cycle without stalls; without `half` in the
-    same cycle.
+    Flow control: both streams may stall in any cycle; without stalls there is a beat per cycle. A
+    beat is offered a cycle after it was taken, with `half` `LATENCY` cycles later than that.
 
     Parameters
     ----------
@@ -38,7 +37,7 @@ class BeatWidener(wiring.Component):
         If `data_bits` is not such a number.
     """
 
-    #: Cycles from a beat of FP16 numbers to the first of FP32 numbers.
+    #: Cycles that a beat takes longer with `half`.
     LATENCY = 1 + Fp16ToFp32.LATENCY
 
     def __init__(self, data_bits: int) -> None:
@@ -56,26 +55,35 @@ class BeatWidener(wiring.Component):
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         beats, widened = self.beats, self.widened
+        # What comes from a RAM is late in the cycle: nothing is done with it at first.
+        beat = Signal(self.data_bits, reset_less=True)
+        has_beat = Signal()
+        leaves = Signal()
+        m.d.comb += beats.ready.eq(~has_beat | leaves)
+        with m.If(beats.ready):
+            m.d.sync += [beat.eq(beats.payload), has_beat.eq(beats.valid)]
+
         upper = Signal()  # the half that is next
         chosen = Signal(self.data_bits // 2, reset_less=True)
-        stages = Signal(self.LATENCY)  # which of them hold numbers, the highest converted ones
+        stages = Signal(self.LATENCY)  # those with numbers: chosen, converted
         step = Signal()
-        m.d.comb += step.eq(~stages[-1] | widened.ready)
         numbers = []
         for i in range(self.data_bits // _FP32_BITS):
             converter = Fp16ToFp32()
             m.submodules[f"converter_{i}"] = EnableInserter(step)(converter)
             m.d.comb += converter.fp16.eq(chosen.word_select(i, _FP32_BITS // 2))
             numbers.append(converter.fp32)
+        chooses = has_beat & self.half
         with m.If(step):
             m.d.sync += [
-                chosen.eq(beats.payload.word_select(upper, len(chosen))),
-                stages.eq(Cat(beats.valid & self.half, stages)),
-                upper.eq(upper ^ (beats.valid & self.half)),
+                chosen.eq(beat.word_select(upper, len(chosen))),
+                stages.eq(Cat(chooses, stages)),
+                upper.eq(upper ^ chooses),
             ]
         m.d.comb += [
-            widened.payload.eq(Mux(self.half, Cat(*numbers), beats.payload)),
-            widened.valid.eq(Mux(self.half, stages[-1], beats.valid)),
-            beats.ready.eq(Mux(self.half, step & upper, widened.ready)),
+            step.eq(~stages[-1] | widened.ready),
+            leaves.eq(Mux(self.half, step & upper, widened.ready)),
+            widened.payload.eq(Mux(self.half, Cat(*numbers), beat)),
+            widened.valid.eq(Mux(self.half, stages[-1], has_beat)),
         ]
         return m

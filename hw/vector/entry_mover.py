@@ -132,7 +132,6 @@ class EntryMover(wiring.Component):
         tiles = Signal(range(-(-engine.max_k // engine.cols) + 1), reset_less=True)
         values = Signal()
         taken = Signal(2)
-        ready = Signal(2)
         commands = (reader.command, self.write.command)
         for command, place in zip(commands, places, strict=True):
             m.d.comb += [
@@ -141,7 +140,7 @@ class EntryMover(wiring.Component):
                     Mux(values, line_beats, move.k << (line_beats.bit_length() - 1))
                 ),
             ]
-        m.d.comb += ready.eq(taken | Cat(command.ready for command in commands))
+        ready = Cat(command.ready for command in commands)
         writes = Signal(range(config.data.outstanding + _COMMANDS_AHEAD + 1))
         new = self.write.command.valid & self.write.command.ready
         m.d.sync += writes.eq(writes + new - self.write.done)
@@ -168,8 +167,8 @@ class EntryMover(wiring.Component):
                     m.next = "TRANSFER"
             with m.State("TRANSFER"):
                 m.d.comb += Cat(command.valid for command in commands).eq(~taken)
-                m.d.sync += taken.eq(ready)
-                with m.If(ready.all()):
+                m.d.sync += taken.eq(taken | ready)
+                with m.If(taken.all()):
                     m.d.sync += [taken.eq(0), tiles.eq(tiles - 1)]
                     m.next = "NEXT"
             with m.State("NEXT"):

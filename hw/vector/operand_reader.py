@@ -76,7 +76,7 @@ class OperandReader(wiring.Component):
         resettable = ResetInserter(self.clear)
         requests = OperandRequests(config)
         widener = BeatWidener(config.data.data_bits)
-        packer = WordPacker(config.data.data_bits, word_bits)
+        packer = WordPacker(config.data.data_bits, word_bits, self._words_per_row.bit_length())
         counter = WordCounter(config)
         chunk = Ram(word_bits, max(2, self._words_per_row))
         m.submodules.reader = reader = MemoryReader(config.data)
@@ -87,18 +87,18 @@ class OperandReader(wiring.Component):
         m.submodules.chunk = chunk
         wiring.connect(m, reader.axi, wiring.flipped(self.axi))
         wiring.connect(m, requests.transfers, reader.command)
-        # What comes from the reader's RAM is late in a cycle, and much depends on `ready`.
+        wiring.connect(m, reader.data, widener.beats)
+        # So `ready` of the reader and of what widens its beats depends on little.
         beats = SyncFIFO(width=config.data.data_bits, depth=2)
         m.submodules.beats = resettable(beats)
         m.d.comb += [
-            beats.w_data.eq(reader.data.payload),
-            beats.w_en.eq(reader.data.valid),
-            reader.data.ready.eq(beats.w_rdy),
-            widener.beats.payload.eq(beats.r_data),
-            widener.beats.valid.eq(beats.r_rdy),
-            beats.r_en.eq(widener.beats.ready),
+            beats.w_data.eq(widener.widened.payload),
+            beats.w_en.eq(widener.widened.valid),
+            widener.widened.ready.eq(beats.w_rdy),
+            packer.beats.payload.eq(beats.r_data),
+            packer.beats.valid.eq(beats.r_rdy),
+            beats.r_en.eq(packer.beats.ready),
         ]
-        wiring.connect(m, widener.widened, packer.beats)
         guard(m, self, reader)
 
         # One command at a time.
@@ -128,27 +128,35 @@ class OperandReader(wiring.Component):
         place = counter.place
         step = Signal()
         give = Signal()
-        again = Signal()
+        again = Signal(reset_less=True)  # the next word comes from there
         stored = Signal(reset_less=True)
         passed = Signal(word_bits, reset_less=True)
         m.d.comb += [
             packer.command.valid.eq(1),
             packer.command.payload.words.eq(self._words_per_row),
-            again.eq(channels & ~place.first.row),
-            step.eq(counter.active & (~self.words.valid | self.words.ready)),
-            packer.words.ready.eq(step & ~again),
-            give.eq(step & (again | packer.words.valid)),
+            step.eq(~self.words.valid | self.words.ready),
+            packer.words.ready.eq(step & counter.active & ~again),
+            give.eq(step & counter.active & (again | packer.words.valid)),
             counter.advance.eq(give),
-            chunk.write_enable.eq(give & ~again),
+            # A word that is not there yet is stored, too, and replaced when it comes.
+            chunk.write_enable.eq(step & ~again),
             chunk.write_address.eq(place.word),
             chunk.write_data.eq(packer.words.payload),
-            chunk.read_enable.eq(give & again),
+            chunk.read_enable.eq(step & again),
             chunk.read_address.eq(place.word),
             self.words.payload.eq(Mux(stored, chunk.read_data, passed)),
         ]
-        with m.If(give):
-            m.d.sync += [passed.eq(packer.words.payload), stored.eq(again)]
-        m.d.sync += self.words.valid.eq(give | (self.words.valid & ~self.words.ready))
+        with m.If(step):
+            m.d.sync += [
+                passed.eq(packer.words.payload),
+                stored.eq(again),
+                self.words.valid.eq(counter.active & (again | packer.words.valid)),
+            ]
+        with m.If(take):
+            m.d.sync += again.eq(0)
+        with m.Elif(give):
+            still_first = place.first.row & ~place.ends.row
+            m.d.sync += again.eq(channels & ~place.ends.tile & ~still_first)
         with m.If(take):
             m.d.sync += given.eq(0)
         with m.Elif(self.words.valid & self.words.ready & ~counter.active):

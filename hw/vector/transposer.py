@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig
@@ -17,6 +18,8 @@ from speq.hw.vector.word_counter import place_layout, words_per_row
 _BYTE = 8
 #: Tiles that are held: one is filled while the other is passed on.
 _TILES = 2
+#: Runs that wait for being passed on.
+_RUNS = 2
 
 
 def placed_word_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -114,6 +117,75 @@ class Transposer(wiring.Component):
     def _bank_address(self, word: Value, half: Value) -> Value:
         return Cat(word[: words_per_row(self.config).bit_length() - 1], half)
 
+    def _group_layout(self) -> data.StructLayout:
+        """Lines of a run whose numbers lie in a word of the banks, from number `element` of the
+        tile on. The first is at `address`; `splits`: they are in two beats."""
+        config = self.config
+        run = run_layout(config)
+        return data.StructLayout(
+            {
+                "address": config.address_bits,
+                "element": range(config.engine.cols),
+                "lines": range(self._group + 1),
+                "splits": 1,
+                "ends_run": 1,
+                "run": run,
+            }
+        )
+
+    def _next_group(self, m: Module, planner: RunPlanner, takes: Value) -> tuple[Signal, data.View]:
+        """The groups of all runs, one behind the other, in a register that takes the next one."""
+        config = self.config
+        layout = run_layout(config)
+        # It also keeps the way of `ready` from the planner.
+        m.submodules.runs = runs = SyncFIFO(width=layout.size, depth=_RUNS)
+        following = data.View(layout, runs.r_data)
+        key_line = FP16_BITS // _BYTE * config.engine.cols
+
+        run = Signal(layout, reset_less=True)  # its address and lines move on
+        active = Signal()
+        element = Signal(range(config.engine.cols), reset_less=True)
+        is_last = Signal(reset_less=True)
+        step = Mux(run.keys, 1, self._group)
+        m.d.comb += [
+            runs.w_data.eq(planner.runs.payload),
+            runs.w_en.eq(planner.runs.valid),
+            planner.runs.ready.eq(runs.w_rdy),
+            runs.r_en.eq(~active | (takes & is_last)),
+        ]
+        with m.If(runs.r_en):
+            m.d.sync += [
+                active.eq(runs.r_rdy),
+                run.eq(following),
+                element.eq(0),
+                is_last.eq(following.lines <= Mux(following.keys, 1, self._group)),
+            ]
+        with m.Elif(takes):
+            m.d.sync += [
+                run.address.eq(
+                    run.address + Mux(run.keys, key_line, self._group * config.activation_bytes)
+                ),
+                run.lines.eq(run.lines - step),
+                element.eq(element + step),
+                is_last.eq(run.lines <= Mux(run.keys, 2, 2 * self._group)),
+            ]
+
+        valid = Signal()
+        group = Signal(self._group_layout(), reset_less=True)
+        lines = Mux(is_last, run.lines, step)
+        slot = run.address[: config.data.offset_bits][config.activation_bytes.bit_length() - 1 :]
+        with m.If(takes):
+            m.d.sync += [
+                valid.eq(active),
+                group.run.eq(run),
+                group.address.eq(run.address),
+                group.element.eq(element),
+                group.lines.eq(lines),
+                group.splits.eq(~run.keys & (slot + lines > self._slots)),
+                group.ends_run.eq(is_last),
+            ]
+        return valid, group
+
     def _drain(self, m: Module, planner: RunPlanner, banks: list[Ram], drained: Signal) -> None:
         """Lines from the banks, run by run.
 
@@ -122,110 +194,83 @@ class Transposer(wiring.Component):
         """
         config = self.config
         offset_bits = config.data.offset_bits
-        word_bits = config.address_bits - offset_bits
         lanes_bits = config.lanes.bit_length() - 1
         group_bits = self._group.bit_length() - 1
-        key_line = FP16_BITS // _BYTE * config.engine.cols
 
-        run = Signal(run_layout(config), reset_less=True)  # its address and lines move on
-        active = Signal()
-        element = Signal(range(config.engine.cols), reset_less=True)
-        part = Signal(range(max(2, self._parts)), reset_less=True)
+        part = Signal(range(max(2, self._parts)))
+        is_last_part = Signal()
         half = Signal()
         moves = Signal()
-        step = Mux(run.keys, 1, self._group)
-        is_last_group = run.lines <= step
-        lines = Mux(is_last_group, run.lines, step)
-        place = run.address[:offset_bits]  # in the beat
-        slot = place[config.activation_bytes.bit_length() - 1 :]
-        is_last_part = (
-            part == self._parts - 1
-            if self._parts > 1
-            else (part == 1) | run.keys | (slot + lines <= self._slots)
-        )
-        ends_run = is_last_group & is_last_part
+        takes = Signal()
+        valid, group = self._next_group(m, planner, takes)
         m.d.comb += [
+            is_last_part.eq(part == (self._parts - 1 if self._parts > 1 else group.splits)),
             moves.eq(~self.pieces.valid | self.pieces.ready),
-            planner.runs.ready.eq(~active | (moves & ends_run)),
-            drained.eq(active & moves & ends_run & run.ends_tile),
+            takes.eq(~valid | (moves & is_last_part)),
+            drained.eq(valid & takes & group.ends_run & group.run.ends_tile),
         ]
+        with m.If(valid & moves):
+            m.d.sync += part.eq(Mux(is_last_part, 0, part + 1))
         m.d.sync += half.eq(half ^ drained)
-        with m.If(planner.runs.ready):
-            m.d.sync += [
-                active.eq(planner.runs.valid),
-                run.eq(planner.runs.payload),
-                element.eq(0),
-                part.eq(0),
-            ]
-        with m.Elif(moves):
-            m.d.sync += part.eq(part + 1)
-            with m.If(is_last_part):
-                stride = Mux(run.keys, key_line, self._group * config.activation_bytes)
-                m.d.sync += [
-                    part.eq(0),
-                    run.address.eq(run.address + stride),
-                    run.lines.eq(run.lines - step),
-                    element.eq(element + step),
-                ]
         for bank in banks:
             m.d.comb += [
                 bank.read_enable.eq(moves),
-                bank.read_address.eq(self._bank_address(element[lanes_bits:], half)),
+                bank.read_address.eq(self._bank_address(group.element[lanes_bits:], half)),
             ]
 
         layout = data.StructLayout(
             {
-                "valid": 1,
-                "word": word_bits,
+                "word": config.data.word_bits,
                 "place": offset_bits,
                 "part": len(part),
                 "element": lanes_bits,
                 "lines": range(self._group + 1),
-                "shift": len(run.shift),
-                "places": len(run.places),
+                "shift": len(group.run.shift),
+                "places": len(group.run.places),
                 "keys": 1,
                 "last": 1,
             }
         )
-        read, chosen, rotated = (
-            Signal(layout, name=name) for name in ("read", "chosen", "rotated")
-        )
+        stages = ("read", "chosen", "rotated")
+        read, chosen, rotated = (Signal(layout, name=name, reset_less=True) for name in stages)
+        valids = [Signal(name=f"{name}_valid") for name in stages]
         with m.If(moves):
             m.d.sync += [
-                read.valid.eq(active),
-                read.word.eq(run.address[offset_bits:] + part),
-                read.place.eq(place),
+                read.word.eq(group.address[offset_bits:] + part),
+                read.place.eq(group.address),
                 read.part.eq(part),
-                read.element.eq(element),
-                read.lines.eq(lines),
-                read.shift.eq(run.shift),
-                read.places.eq(run.places),
-                read.keys.eq(run.keys),
-                read.last.eq(ends_run & run.ends_operation),
+                read.element.eq(group.element),
+                read.lines.eq(group.lines),
+                read.shift.eq(group.run.shift),
+                read.places.eq(group.run.places),
+                read.keys.eq(group.run.keys),
+                read.last.eq(is_last_part & group.ends_run & group.run.ends_operation),
                 chosen.eq(read),
                 rotated.eq(chosen),
+                Cat(valids).eq(Cat(valid, valids[:-1])),
+                self.pieces.valid.eq(valids[-1]),
             ]
 
         # For each line of the group, the number of each row.
         width = self._group * FP16_BITS
-        groups = [Signal(width, name=f"group_{i}", reset_less=True) for i in range(len(banks))]
+        by_row = [Signal(width, name=f"row_{i}", reset_less=True) for i in range(len(banks))]
         with m.If(moves):
-            for group, bank in zip(groups, banks, strict=True):
-                number = read.element[group_bits:]
-                m.d.sync += group.eq(bank.read_data.word_select(number, width))
+            for numbers, bank in zip(by_row, banks, strict=True):
+                index = read.element[group_bits:]
+                m.d.sync += numbers.eq(bank.read_data.word_select(index, width))
 
-        lines_now = [
+        lines = [
             Signal(self._line_bits, name=f"line_{i}", reset_less=True) for i in range(self._group)
         ]
-        for i, line in enumerate(lines_now):
-            by_row = Cat(group[FP16_BITS * i : FP16_BITS * (i + 1)] for group in groups)
-            turned = Cat(by_row, Const(0, self._line_bits - len(by_row)))
+        for i, line in enumerate(lines):
+            turned = Cat(numbers.word_select(i, FP16_BITS) for numbers in by_row)
+            turned = Cat(turned, Const(0, self._line_bits - len(turned)))
             for j in range(line_places(config).bit_length() - 1):
                 turned = Mux(chosen.shift[j], turned.rotate_left(FP16_BITS << j), turned)
             with m.If(moves):
                 m.d.sync += line.eq(turned)
 
-        self._put(m, rotated, lines_now, moves)
+        self._put(m, rotated, lines, moves)
 
     def _put(self, m: Module, head: data.View, lines: list[Signal], moves: Signal) -> None:
         """Lines into a beat, at their slots, and marks of the places that are written."""
@@ -261,7 +306,6 @@ class Transposer(wiring.Component):
             content, strobe = Cat(contents), Cat(strobes)
         with m.If(moves):
             m.d.sync += [
-                self.pieces.valid.eq(head.valid),
                 piece.word.eq(head.word),
                 piece.data.eq(content),
                 piece.strobe.eq(strobe),

@@ -105,7 +105,7 @@ def _accelerator_verilog(accelerator: Accelerator) -> str:
     return _file(
         accelerator.config,
         convert_unit(accelerator, ACCELERATOR_TOP),
-        accelerator.datapath.engine.array.modules,
+        accelerator.datapath.modules,
     )
 
 

@@ -48,10 +48,13 @@ from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.lane import Lane
 from speq.hw.vector.operand_reader import OperandReader
 from speq.hw.vector.operand_requests import OperandRequests
+from speq.hw.vector.partial_sums import PartialSums
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
+from speq.hw.vector.row_values import RowValues
 from speq.hw.vector.run_planner import RunPlanner
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.token_reader import TokenReader
 from speq.hw.vector.transposer import Transposer
 from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
@@ -59,6 +62,8 @@ from speq.hw.vector.word_counter import WordCounter
 
 #: Lanes of the vector unit, if the configuration has none.
 _LANES = 8
+#: Cycles that the vector unit's sums wait for operands, results and factors.
+_PAUSES = (5, 14, 24)
 #: Masters that share a port.
 _MASTERS = 3
 #: Of the ports to memory.
@@ -134,6 +139,9 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
             "transposer": lambda: Transposer(with_lanes),
             "vector_writer": lambda: VectorWriter(with_lanes),
             "activation_quantizer": lambda: ActivationQuantizer(with_lanes),
+            "token_reader": lambda: TokenReader(with_lanes),
             "attention_mask": lambda: AttentionMask(with_lanes),
+            "partial_sums": lambda: PartialSums(with_lanes, *_PAUSES),
+            "row_values": lambda: RowValues(with_lanes),
         }
     return array | memory | control | sampling | vector

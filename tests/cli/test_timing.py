@@ -30,7 +30,7 @@ from speq.hw.verilog.units import units
 
 #: Components that are others connected, parts of one unit alone, or a stand-in.
 NOT_ALONE = {
-    *("Accelerator", "Array", "Datapath", "GemmEngine", "Unit"),
+    *("Accelerator", "Array", "Datapath", "GemmEngine", "Unit", "VectorCore"),
     *("AddressChannel", "BurstSplitter", "FaultState", "FunctionUnit", "PlaneMerger", "Ram"),
     *("RamFifo", "Repeater", "TileReader", "WordPacker", "_Chunker"),
 }

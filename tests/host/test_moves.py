@@ -8,58 +8,24 @@ import numpy as np
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import (
-    DESCRIPTOR_BYTES,
-    Descriptor,
-    DescriptorKind,
-    VectorOperation,
-)
+from speq.hw.control.descriptor import Descriptor, DescriptorKind
 from speq.hw.engine_config import EngineConfig
 from speq.sim.runner import seed
-from tests.sim.workloads import BASE, SIZE, Workload, decoding, run
+from tests.sim.workloads import BASE, SIZE, Workload, moving, run
 
 SEED = seed()
 CONFIG = AcceleratorConfig(EngineConfig(rows=8, cols=8, max_k=256), lanes=4)
 COLS = CONFIG.engine.cols
-HEADS, HEAD, ENTRIES = 2, 10, 64
-RUN = 1 | 8 | 16  # speculate, steps, move
-#: Bytes of all lines of a tile of keys, and of a tile of values.
-KEY_TILE, VALUE_TILE = HEADS * HEAD * COLS * 2, ENTRIES * COLS * 2
-
-
-def moving(random: np.random.Generator) -> tuple[Workload, Descriptor]:
-    """A workload that decodes and moves entries, of one block, and the descriptor that does it."""
-    workload = decoding(CONFIG, random)
-    value_tiles = HEADS * -(-HEAD // COLS)
-    move = workload.add(
-        DescriptorKind.VECTOR,
-        operation=VectorOperation.MOVE,
-        k=HEAD,
-        o=HEADS,
-        first=workload._result("keys", ENTRIES // COLS * KEY_TILE),
-        second=workload._result("values", value_tiles * VALUE_TILE),
-        inner=KEY_TILE,
-        outer=VALUE_TILE,
-    )
-    program = workload.program + (len(workload.descriptors) - 1) * DESCRIPTOR_BYTES
-    workload.end()
-    workload.registers |= {
-        "RUN": RUN,
-        "MOVE_PROGRAM": program,
-        "PROMPT_END": 0,
-        "DRAFT_LENGTH": 3,
-        "CHOICES": 3,
-    }
-    return workload, move
 
 
 def entries_of(board: AcceleratorModel, move: Descriptor) -> np.ndarray:
-    """All keys and values of the block by entry, uint16 [ENTRIES, elements]."""
-    keys = board.read(move.first, ENTRIES // COLS * KEY_TILE).view("<u2")
-    keys = keys.reshape(ENTRIES // COLS, HEADS * HEAD, COLS).transpose(0, 2, 1)
-    values = board.read(move.second, HEADS * -(-HEAD // COLS) * VALUE_TILE).view("<u2")
-    values = values.reshape(-1, ENTRIES, COLS).transpose(1, 0, 2)
-    parts = [part.reshape(ENTRIES, -1) for part in (keys, values)]
+    """All keys and values of the block by entry, uint16 [entries, elements]."""
+    entries = move.outer // (2 * COLS)
+    keys = board.read(move.first, entries // COLS * move.inner).view("<u2")
+    keys = keys.reshape(entries // COLS, -1, COLS).transpose(0, 2, 1)
+    values = board.read(move.second, move.o * -(-move.k // COLS) * move.outer).view("<u2")
+    values = values.reshape(-1, entries, COLS).transpose(1, 0, 2)
+    parts = [part.reshape(entries, -1) for part in (keys, values)]
     return np.concatenate(parts, axis=1)
 
 
@@ -77,7 +43,7 @@ def test_entries_of_accepted_rows_are_moved() -> None:
     for _ in range(30):
         board = AcceleratorModel(CONFIG, SIZE, BASE)
         registers = Registers(board, CONFIG)
-        workload, move = moving(random)
+        workload, move = moving(CONFIG, random)
         verify = workload.descriptors[-4]
         assert verify.kind is DescriptorKind.ARGMAX
         waits = run(board, workload)
@@ -116,10 +82,11 @@ def test_a_move_that_fails_commits_nothing() -> None:
     for _ in range(60):
         board = AcceleratorModel(CONFIG, SIZE, BASE)
         registers = Registers(board, CONFIG)
-        workload, move = moving(random)
+        workload, move = moving(CONFIG, random)
         index = len(workload.descriptors) - 2
         workload.descriptors[index] = Descriptor(**vars(move) | {"k": 0})
         workload.write_program()
+        position, root, committed = workload.position, workload.registers["ROOT"], 0
         for status in run(board, workload):
             if status.state == "STEP":
                 position, root = registers["POSITION"], registers["ROOT"]
@@ -127,12 +94,8 @@ def test_a_move_that_fails_commits_nothing() -> None:
             elif status.error is ErrorCode.BAD_SIZE:
                 failed += 1
                 assert status.address == workload.registers["MOVE_PROGRAM"]
-                if registers["VERIFY_PASSES"] > 1:
-                    assert (registers["POSITION"], registers["ROOT"]) == (position, root)
-                    assert registers["COMMITTED"] == registers["RING_INDEX"] == committed
-                else:
-                    assert registers["POSITION"] == workload.position
-                    assert registers["RING_INDEX"] == 0
+                assert (registers["POSITION"], registers["ROOT"]) == (position, root)
+                assert registers["COMMITTED"] == registers["RING_INDEX"] == committed
     assert failed > 5, "the trials prove too little"
 
 
@@ -140,11 +103,12 @@ def test_without_move_entries_stay() -> None:
     random = np.random.default_rng(SEED)
     board = AcceleratorModel(CONFIG, SIZE, BASE)
     for _ in range(10):
-        workload, move = moving(random)
-        workload.registers |= {"RUN": RUN & ~16, "MOVE_PROGRAM": 1}  # which is not looked at
+        workload, move = moving(CONFIG, random)
+        workload.registers |= {"RUN": 9, "MOVE_PROGRAM": 1}  # which is not looked at
         *_, last = run(board, workload)
         assert last.state == "IDLE"
         assert np.array_equal(entries_of(board, move), entries_of_content(workload, move))
-    workload.registers |= {"RUN": RUN}
+    workload, _ = moving(CONFIG, random)
+    workload.registers |= {"MOVE_PROGRAM": 1}
     *_, last = run(board, workload)
     assert last.error is ErrorCode.BAD_REGISTER

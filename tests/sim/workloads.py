@@ -28,7 +28,14 @@ from speq.host.layout import (
 )
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
+from speq.hw.control.descriptor import (
+    DESCRIPTOR_BYTES,
+    TARGETS,
+    Descriptor,
+    DescriptorKind,
+    Target,
+    VectorOperation,
+)
 from speq.hw.control.register_map import ANSWERS, STATES
 from speq.hw.engine_config import DRAFT_LANES, Mode
 from speq.model.arith import quantize_activations
@@ -50,6 +57,19 @@ LIMIT = 200_000
 _OPERANDS_STOP = 0x88000
 _RESULTS_STOP = 0xE0000
 _ADDRESS_FIELDS = ("plane", "residual", "groups", "activations", "results")
+_VECTOR_ADDRESSES = ("first", "second", "results", "outer", "inner")
+#: Tokens that there is a row of an embedding for.
+EMBEDDED = 8
+#: Entries that a run of `decoding` adds to the KV cache at most.
+_ADDED = 40
+#: Operations whose second operand has a row for each of the first, unless `values` is set.
+_BINARY = (
+    VectorOperation.ADD,
+    VectorOperation.MULTIPLY,
+    VectorOperation.NORM,
+    VectorOperation.GATE,
+    VectorOperation.SIGMOID_GATE,
+)
 _SPECIAL = np.array([0x7C00, 0xFC00, 0x7E00, 0xFDFF, 0x0001, 0x83FF, 0x8000, 0x7BFF], np.uint16)
 _STATE_NAMES = {value: name for name, (value, _) in STATES.items()}
 
@@ -356,10 +376,224 @@ class Workload:
             stride=0 if gap is None else stride,
         )
 
+    # Vector work.
+
+    def numbers(self, *shape: int) -> np.ndarray:
+        """Finite FP32 numbers, of one of several kinds: of one magnitude, of many, small
+        integers."""
+        random = self.random
+        match random.choice(["sane", "wide", "integers"]):
+            case "integers":
+                return random.integers(-2, 3, shape).astype(np.float32)
+            case style:
+                exponents = random.integers(-20, 12, shape if style == "wide" else ())
+                return np.ldexp(random.standard_normal(shape), exponents).astype(np.float32)
+
+    def _put_tiles(self, name: str, segments: list[int], k: int, *, padded: bool = False) -> int:
+        """The address of a new operand [segment][tile][row][column] of segments with so many rows;
+        `padded` with zeros behind its k elements."""
+        cols = self.config.engine.cols
+        tiles = ceil_div(k, cols)
+        address = self._buffer(name, sum(segments) * tiles * cols * 4, self.config.data.beat_bytes)
+        place = address
+        for rows in segments:
+            x = self.numbers(rows, tiles * cols)
+            if padded:
+                x[:, k:] = 0
+            self.put(place, x.reshape(rows, tiles, cols).swapaxes(0, 1))
+            place += x.nbytes
+        if name == "first":
+            self._own_activations[len(self.descriptors)] = (address, place - address)
+        return address
+
+    def _put_table(self, rows: int, k: int, *, half: bool) -> tuple[int, int]:
+        """Address and distance of the rows of a new table."""
+        config, size = self.config, 2 if half else 4
+        beat = config.data.beat_bytes
+        width = ceil_div(k, config.engine.cols) * config.engine.cols
+        stride = width * size + int(self.random.integers(0, 3)) * beat
+        address = self._buffer("second" if not half else "first", rows * stride, beat)
+        for row in range(rows):
+            x = self.patterns(width) if half else self.numbers(width)
+            self.put(address + row * stride, x)
+        return address, stride
+
+    def _put_tokens(self, tokens: int) -> int:
+        """The address of a new text up to the pass's last row, of tokens below `tokens`; of each
+        number the lowest 24 bits count."""
+        beat, count = self.config.data.beat_bytes, self.position + self.rows
+        address = self._buffer("second", round_up(4 * count, beat), beat)
+        text = self.random.integers(0, 256, count, np.uint32) << 24
+        text |= self.random.integers(0, tokens, count, np.uint32)
+        self.put(address, text)
+        return address
+
+    def add_vector(
+        self,
+        operation: VectorOperation,
+        target: Target,
+        k: int,
+        segments: int = 1,
+        sharing: int = 1,
+        *,
+        values: bool = False,
+        wait: bool = False,
+        window: int = 0,
+        slot: int = 0,
+        text: bool = True,
+    ) -> Descriptor:
+        """Append a VECTOR with new operands.
+
+        Of SOFTMAX and NORMALIZE `segments` follow from `sharing` and the rows of the pass, and
+        `slot` is the number of the first query head. EMBED takes the tokens of a new text, or those
+        of the pass.
+        """
+        batches = [
+            min(self.config.engine.rows, self.rows * sharing - done)
+            for done in range(0, self.rows * sharing, self.config.engine.rows)
+        ]
+        rows = [self.rows] * segments
+        o, first, second, detail = segments, 0, 0, window
+        argument = self.numbers(1)
+        match operation:
+            case VectorOperation.EMBED:
+                first, detail = self._put_table(EMBEDDED, k, half=True)
+                second, values = self._put_tokens(EMBEDDED) if text else 0, text
+            case VectorOperation.ROTATE:
+                second, detail = self._put_table(self.position + self.rows, k, half=False)
+            case VectorOperation.NORM:
+                argument, values = np.array([1 / k], np.float32), True
+                eps = self.random.choice(np.array([1e-5, 1e-6, 0], np.float32))
+                detail = int(eps.view(np.uint32))
+            case VectorOperation.SOFTMAX:
+                rows, o, k = batches, slot, self.position + self.rows
+                argument = np.ldexp(np.float32(1), self.random.integers(-4, 2, 1))
+            case VectorOperation.NORMALIZE:
+                rows, o = batches, slot
+        if operation is VectorOperation.QUANTIZE:
+            first = self._activations(Mode.VERIFY, k, self.config.engine.rows)
+        elif operation is not VectorOperation.EMBED:
+            first = self._put_tiles("first", rows, k, padded=operation is VectorOperation.NORM)
+        if operation in _BINARY:
+            second = self._put_tiles("second", [1] * segments if values else rows, k)
+        return self.add(
+            DescriptorKind.VECTOR,
+            operation=operation,
+            target=target,
+            values=values,
+            wait=wait,
+            sharing=sharing,
+            k=0 if operation is VectorOperation.SOFTMAX else k,
+            o=o,
+            argument=int(argument.astype(np.float32).view(np.uint32)[0]),
+            detail=detail,
+            first=first,
+            second=second,
+            **self._vector_results(operation, target, k, rows, sharing),
+        )
+
+    def _vector_results(
+        self,
+        operation: VectorOperation,
+        target: Target,
+        k: int,
+        rows: list[int],
+        sharing: int,
+    ) -> dict[str, int]:
+        """Where the results of a VECTOR go, and the distances of its target."""
+        config, cols = self.config, self.config.engine.cols
+        word, beat = config.activation_bytes, config.data.beat_bytes
+        tiles, words, entries = ceil_div(k, cols), k * word, self.position + self.rows
+        segments = len(rows)
+        groups = ceil_div(segments, sharing)
+
+        def distance(size: int, multiple: int) -> int:
+            return round_up(size, multiple) + int(self.random.integers(0, 3)) * multiple
+
+        outer = inner = 0
+        match target:
+            case Target.TILES if operation is VectorOperation.QUANTIZE:
+                size = ceil_div(k, DRAFT_LANES) * word
+            case Target.TILES:
+                size = sum(rows) * tiles * cols * 4
+            case Target.ACTIVATIONS:
+                size = words
+            case Target.QUERIES:
+                inner = distance(words, word)
+                outer = distance(ceil_div(self.rows * sharing, config.engine.rows) * inner, word)
+                size = groups * outer
+            case Target.KEYS:
+                inner = distance(2 * cols * k, word)
+                outer = distance(ceil_div(entries, cols) * inner, word)
+                size = segments * outer
+            case Target.VALUES:
+                inner = distance(2 * cols * entries, max(word, beat))
+                outer = distance(tiles * inner, max(word, beat))
+                size = segments * outer
+            case Target.WEIGHTS:
+                inner = distance(words, word)  # has no effect
+                size = segments * round_up(words, beat)
+            case Target.CONTEXT:
+                outer = distance(words, word)
+                size = sharing * outer
+        size = round_up(size, beat)
+        address = self._result("results", size)
+        if target is Target.ACTIVATIONS:
+            self._written.append((address, size))
+        return {"results": address, "outer": outer, "inner": inner}
+
+    def add_random_vector(self, operation: VectorOperation | None = None) -> Descriptor:
+        """Append any VECTOR, and behind a SOFTMAX perhaps a NORMALIZE; the last of them."""
+        random, config = self.random, self.config
+        engine = config.engine
+        if operation is None:
+            others = (VectorOperation.NORMALIZE, VectorOperation.MOVE)
+            known = [each for each in TARGETS if each not in others]
+            operation = known[random.integers(len(known))]
+        if operation is VectorOperation.QUANTIZE and self.rows > engine.draft_rows:
+            operation = VectorOperation.ROUND
+        target = TARGETS[operation][random.integers(len(TARGETS[operation]))]
+        sharing = int(random.integers(1, min(5, config.query_heads)))
+        wait = random.random() < 0.4
+        limit = min(engine.max_k, 40 if operation is VectorOperation.ROTATE else 200)
+        k = self._size(limit, engine.cols)
+        if operation is VectorOperation.ROTATE:
+            k += k % 2
+        if operation is not VectorOperation.SOFTMAX:
+            is_one = operation is VectorOperation.QUANTIZE or target is Target.ACTIVATIONS
+            segments = 1 if is_one or random.random() < 0.3 else int(random.integers(1, 5))
+            values = bool(random.integers(2))
+            return self.add_vector(
+                operation, target, k, segments, sharing, values=values, wait=wait
+            )
+        slot = int(random.integers(0, config.query_heads - sharing + 1))
+        window = int(random.integers(1, self.position + self.rows + 3))
+        last = self.add_vector(
+            operation,
+            target,
+            k,
+            sharing=sharing,
+            wait=wait,
+            window=int(random.choice([0, window])),
+            slot=slot,
+        )
+        if random.random() < 0.6:
+            last = self.add_vector(
+                VectorOperation.NORMALIZE,
+                Target.CONTEXT,
+                k,
+                sharing=sharing,
+                wait=random.random() < 0.4,
+                slot=slot,
+            )
+        return last
+
     def add_random(self) -> Descriptor:
         """Append any descriptor that the accelerator can carry out, and behind an ARGMAX perhaps a
         RERANK; the last of them."""
         random, engine = self.random, self.config.engine
+        if self.config.lanes and random.random() < 0.6:
+            return self.add_random_vector()
         kind = random.choice(["gemm", "argmax", "attention", "host"], p=[0.5, 0.2, 0.2, 0.1])
         half, wait = (bool(random.integers(2)), random.random() < 0.3)
         if kind == "host":
@@ -462,6 +696,9 @@ class Workload:
         """The program, for the report of a mismatch."""
         lines = [f"{self.rows} rows at position {self.position}, program at {self.program:#x}"]
         for i, d in enumerate(self.descriptors):
+            if d.kind is DescriptorKind.VECTOR:
+                lines.append(f"{i}: {_vector_line(d)}")
+                continue
             words = [f"{i}: {d.kind.name} {d.mode.name} tokens={d.tokens} k={d.k} o={d.o}"]
             names = ("half", "wait", "discard", "values", "sharing", "candidates")
             words += [f"{name}={int(getattr(d, name))}" for name in names if getattr(d, name)]
@@ -469,6 +706,16 @@ class Workload:
             words += [f"{name}={getattr(d, name):#x}" for name in names if getattr(d, name)]
             lines.append(" ".join(words))
         return "\n".join(lines)
+
+
+def _vector_line(d: Descriptor) -> str:
+    """A VECTOR, for the report of a mismatch."""
+    words = [f"VECTOR {VectorOperation(d.operation).name} to {Target(d.target).name}"]
+    names = ("k", "o", "wait", "values", "sharing")
+    words += [f"{name}={int(getattr(d, name))}" for name in names]
+    names = (*_VECTOR_ADDRESSES, "argument", "detail")
+    words += [f"{name}={getattr(d, name):#x}" for name in names if getattr(d, name)]
+    return " ".join(words)
 
 
 def random_workload(
@@ -487,15 +734,21 @@ def random_workload(
 
 def decoding(config: AcceleratorConfig, random: np.random.Generator) -> Workload:
     """Draft and verify programs of one ARGMAX each, with few tokens, so that some are accepted; in
-    the draft program a RERANK may follow. Before the steps there may be single passes of a GEMM."""
+    the draft program a RERANK may follow. Before the steps there may be single passes of a GEMM.
+    With a vector unit all have work for it as well, on the rows of each pass."""
     engine = config.engine
     workload = Workload(config, random, rows=engine.rows, position=int(random.integers(0, 20)))
     o = int(random.integers(2, 7))
     workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, int(random.integers(1, 30)), o)
+    if config.lanes:
+        _add_work_on_rows(workload, text=True)
     workload.add(DescriptorKind.END)
+    starts = []
     for mode in (Mode.DRAFT, Mode.VERIFY):
         workload.rows = 1 if mode is Mode.DRAFT else engine.rows
-        start = len(workload.descriptors)
+        starts.append(len(workload.descriptors))
+        if config.lanes:
+            _add_work_on_rows(workload, text=False)
         workload.add_product(DescriptorKind.ARGMAX, mode, int(random.integers(1, 30)), o)
         if mode is Mode.DRAFT and random.integers(2):
             candidates = int(random.integers(1, config.choices + 1))
@@ -506,9 +759,9 @@ def decoding(config: AcceleratorConfig, random: np.random.Generator) -> Workload
     thresholds = np.array([0, 1, 4, np.inf], np.float32)
     workload.registers = {
         "RUN": int(random.choice([1, 9])),
-        "PROGRAM_LENGTH": 3,
-        "DRAFT_PROGRAM": workload.program + 2 * DESCRIPTOR_BYTES,
-        "VERIFY_PROGRAM": workload.program + start * DESCRIPTOR_BYTES,
+        "PROGRAM_LENGTH": 8,
+        "DRAFT_PROGRAM": workload.program + starts[0] * DESCRIPTOR_BYTES,
+        "VERIFY_PROGRAM": workload.program + starts[1] * DESCRIPTOR_BYTES,
         "ROOT": int(random.integers(o)),
         "PROMPT_END": workload.position + int(random.choice([0, 0, 1, 2 * engine.rows + 1])),
         "DRAFT_LENGTH": int(random.integers(engine.rows)),
@@ -526,6 +779,53 @@ def decoding(config: AcceleratorConfig, random: np.random.Generator) -> Workload
     workload.history = random.integers(0, o, random.integers(0, 30)).tolist()
     workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 0, 0, 1])).tolist()
     return workload
+
+
+def _add_work_on_rows(workload: Workload, text: bool) -> None:
+    """Vector work that depends on the rows of the pass, their tokens and depths and what they
+    follow, with room for the positions that a run moves on to."""
+    random, cols = workload.random, workload.config.engine.cols
+    position = workload.position
+    workload.position += _ADDED
+    k, heads = cols + 2, {"sharing": 3, "slot": 1}
+    workload.add_vector(VectorOperation.EMBED, Target.TILES, k, text=text)
+    workload.add_vector(VectorOperation.ROTATE, Target.KEYS, k, 2)
+    workload.add_vector(VectorOperation.ROUND, Target.VALUES, k, 2)
+    workload.add_vector(
+        VectorOperation.SOFTMAX, Target.WEIGHTS, 0, window=int(random.choice([0, 2, 7])), **heads
+    )
+    workload.add_vector(VectorOperation.NORMALIZE, Target.CONTEXT, k, **heads)
+    workload.position = position
+
+
+def moving(config: AcceleratorConfig, random: np.random.Generator) -> tuple[Workload, Descriptor]:
+    """A workload that decodes in steps and moves entries of one block, and the descriptor that does
+    it, of a head that does not fill its tiles."""
+    engine = config.engine
+    workload = decoding(config, random)
+    heads, head, tiles = 2, engine.cols + 2, 64 // engine.cols
+    key_tile = heads * head * engine.cols * 2
+    value_tile = tiles * engine.cols * engine.cols * 2
+    move = workload.add(
+        DescriptorKind.VECTOR,
+        operation=VectorOperation.MOVE,
+        k=head,
+        o=heads,
+        first=workload._result("keys", tiles * key_tile),
+        second=workload._result("values", 2 * heads * value_tile),
+        inner=key_tile,
+        outer=value_tile,
+    )
+    program = workload.program + (len(workload.descriptors) - 1) * DESCRIPTOR_BYTES
+    workload.end()
+    workload.registers |= {
+        "RUN": 1 | 8 | 16,
+        "MOVE_PROGRAM": program,
+        "PROMPT_END": 0,
+        "DRAFT_LENGTH": max(1, engine.rows // 2 - 1),
+        "CHOICES": 3,
+    }
+    return workload, move
 
 
 def _random_workload(

@@ -95,7 +95,7 @@ class Commit:
 @dataclass
 class Run:
     """A run: registers, the history before it, and what must happen. It ends by the host if
-    `finish` is set, which only a run with `steps` can."""
+    `finish` is set, which only one that `waits` can."""
 
     values: dict[str, object]
     history: list[int] = field(default_factory=list)
@@ -104,6 +104,7 @@ class Run:
     commits: list[Commit] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     finish: bool = False
+    waits: bool = False  # for the host, behind every step
     stopped: bool = False  # behind a stop token
 
 
@@ -217,10 +218,11 @@ def golden_run(
     count = steps or rng.choice([None, None, rng.randint(1, limit)])
     stop_ids = rng.sample(range(vocab), rng.choice([0, 0, 0, 1]))
     stops = [labels[token] for token in stop_ids]
+    waits = count is not None or rng.random() < 0.5
     moves = {"move": rng.random() < 0.8} if config.lanes else {}
     run = Run(
         {
-            "run": {"speculate": 1, "steps": count is not None or rng.random() < 0.5} | moves,
+            "run": {"speculate": 1, "steps": waits} | moves,
             "stop_tokens": len(stops),
             "stop_token": [*stops, *rng.choices(labels, k=MAX_STOP_TOKENS - len(stops))],
             "pass_rows": rng.randrange(256),
@@ -314,6 +316,7 @@ def golden_run(
     if rows_before and position >= rows_before:
         prefill(run, position - rows_before, rows)
     run.stopped = run.commits[-1].tokens[-1] in stops
+    run.waits = waits
     run.counts = Counter({event: asdict(statistics)[name] for name, event in EVENTS.items()})
     return run
 
@@ -508,12 +511,12 @@ class Bench:
             self.check("update behind a single pass", expected, (out.position, out.root))
         elif out.update:
             self.updates.append((out.position, out.root))
-            if not self.run.values["run"].get("steps"):
+            if not self.run.waits:
                 self.check_step(out, self.commits.popleft() if self.commits else None)
         if not out.step_request:
             self.answer = None
         elif self.answer is None:
-            self.check("a run with steps", True, self.run.values["run"]["steps"])
+            self.check("a run with steps", True, self.run.waits)
             self.check_step(out, self.commits.popleft() if self.commits else None)
             self.answer = self.rng.choice([0, 1, 10])
 

@@ -21,9 +21,12 @@ from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.lane import Lane
 from speq.hw.vector.operand_reader import OperandReader
 from speq.hw.vector.operand_requests import OperandRequests
+from speq.hw.vector.partial_sums import PartialSums
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
+from speq.hw.vector.row_values import RowValues
 from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.token_reader import TokenReader
 from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
@@ -43,8 +46,12 @@ UNITS = {
     "fp32_multiplier": Fp32Multiplier,
     "fp32_to_fp16": Fp32ToFp16,
     "lane": Lane,
+    "partial_sums": lambda: PartialSums(CONFIG, 5, 14, 24),
+    "smallest_partial_sums": lambda: PartialSums(SMALLEST, 5, 14, 24),
     "reciprocal_unit": Reciprocal,
     "row_maximum": lambda: RowMaximum(8, 8),
+    "row_values": lambda: RowValues(CONFIG),
+    "smallest_row_values": lambda: RowValues(SMALLEST),
     "weight_sum": lambda: WeightSum(8, 2048, 8),
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
     "word_counter": lambda: WordCounter(CONFIG),
@@ -53,6 +60,8 @@ UNITS = {
     "operand_requests": lambda: OperandRequests(CONFIG),
     "operand_reader": lambda: OperandReader(CONFIG),
     "smallest_operand_reader": lambda: OperandReader(SMALLEST),
+    "token_reader": lambda: TokenReader(CONFIG),
+    "smallest_token_reader": lambda: TokenReader(SMALLEST),
     "vector_writer": lambda: VectorWriter(CONFIG),
     "smallest_vector_writer": lambda: VectorWriter(SMALLEST),
 }

@@ -16,7 +16,7 @@ from speq.sim.benches.vector_writer import Command, command_fields, random_resul
 from speq.sim.runner import seed
 from tests.hw.streams import Sink, Source, simulate
 
-#: Cycles that filling pipelines and planning the first tile may take.
+#: Cycles that pipelines and the planning of the first tile may take.
 _START = 20
 
 
@@ -86,8 +86,9 @@ def test_lines_of_rows_take_a_cycle_for_a_beat_of_them(
     command = command_for(config, Target.ACTIVATIONS, rows, 1)
     taken, _, beats = run(config, command)
     drained = beats.cycles[-1] - taken[0]
-    filling, a_tile = len(taken), config.engine.cols / lines
-    assert drained <= max(filling + a_tile, command.k / lines) + _START
+    # The first tile is filled before, the last one drained behind all others.
+    filling, draining = len(taken), command.k / lines
+    assert drained <= max(filling + draining / 4, filling / 4 + draining) + _START
 
 
 @pytest.mark.usefixtures("simulable_ram")
@@ -95,5 +96,6 @@ def test_a_line_of_keys_takes_a_cycle() -> None:
     config = system(4, 16, 8, 128)
     command = command_for(config, Target.KEYS, 4, 2)
     taken, writes, beats = run(config, command)
-    assert beats.cycles[-1] - taken[0] <= 2 * command.k + _START
+    # The first of eight tiles is filled before.
+    assert beats.cycles[-1] - taken[0] <= len(taken) / 8 + 2 * command.k + _START
     assert all(write.beats == 1 for write in writes.items)

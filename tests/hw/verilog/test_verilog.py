@@ -49,10 +49,11 @@ CONFIGS = {
 
 SYSTEMS = {
     "smallest accelerator": AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
-    "accelerator 2x8, narrow ports": AcceleratorConfig(
+    "accelerator 2x8, narrow ports, with lanes": AcceleratorConfig(
         EngineConfig(rows=2, cols=8, draft_rows=2, max_k=300),
         weights=AxiConfig(data_bits=64, address_bits=64),
         data=AxiConfig(data_bits=128, address_bits=64),
+        lanes=4,
     ),
     # Words of all kinds are wider than a beat.
     "accelerator 3x64 without a history": AcceleratorConfig(

@@ -1,0 +1,1 @@
+from hw.vector.partial_sums import *

@@ -1,0 +1,1 @@
+from hw.vector.row_values import *

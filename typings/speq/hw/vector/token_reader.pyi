@@ -1,0 +1,1 @@
+from hw.vector.token_reader import *

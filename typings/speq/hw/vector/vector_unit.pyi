@@ -1,0 +1,1 @@
+from hw.vector.vector_unit import *

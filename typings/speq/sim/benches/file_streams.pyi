@@ -1,0 +1,1 @@
+from sim.benches.file_streams import *

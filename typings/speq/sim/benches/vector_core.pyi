@@ -1,0 +1,1 @@
+from sim.benches.vector_core import *
