@@ -8,7 +8,6 @@
 #define SPEQ_HEADER "speq_top.h"
 #endif
 #include SPEQ_HEADER
-
 #ifndef SPEQ_RUN_MOVE_MASK
 #error "this driver is for accelerators with a vector unit: speq verilog --lanes"
 #endif
@@ -354,6 +353,8 @@ static int decode(struct speq *s, const struct speq_run *run, uint32_t left, str
                       (kind == SPEQ_PASS_VERIFY && FIELD(PASS_ROWS, pass) > 1);
         }
         TRY(repeats ? stop(s) : result);
+        if (!repeats && !tokens->given)
+            return SPEQ_UNEXPECTED;
         left -= tokens->given;
         for (uint32_t i = 0; tokens->given && i < run->stop_count; i++)
             if (tokens->last == run->stops[i])

@@ -30,7 +30,7 @@ extern "C" {
     X(BAD_PROMPT, "the prompt is empty, too long or has a token that the model has not") \
     X(BAD_SETTING, "no token to decode, too many stop tokens, or a temperature not above 0") \
     X(HANGS, "the accelerator does not stop, perhaps memory does not answer: reset it") \
-    X(UNEXPECTED, "the accelerator is in a state that no run of this driver has") \
+    X(UNEXPECTED, "the accelerator has a state that no run of this driver has, or gives no tokens") \
     X(RUN_FAILED, "the run has ended with an error of the accelerator")
 #define SPEQ_RESULT(name, message) SPEQ_##name,
 enum speq_result { SPEQ_RESULTS(SPEQ_RESULT) SPEQ_RESULT_COUNT };

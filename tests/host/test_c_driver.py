@@ -18,10 +18,11 @@ import torch
 from speq.host.accelerator_model import AcceleratorModel
 from speq.host.image import model_image
 from speq.host.image_file import write_image
+from speq.host.layout import Kind
 from speq.host.registers import Registers
 from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.control.register_map import STATES
+from speq.hw.control.register_map import STATES, registers
 from speq.hw.verilog.register_docs import c_header
 from speq.model.encoding import encode_linears
 from speq.model.settings import Sampling, Settings
@@ -109,12 +110,74 @@ def test_sources_compile_without_warnings(tmp_path, history) -> None:
         ["gcc", "-std=c99", "-O2", *options, *sources, "-o", tmp_path / "main"], check=True
     )
     header = ["g++", "-std=c++17", *STRICT, "-fsyntax-only", "-xc++", HEADER]
-    made = subprocess.run(header, capture_output=True, text=True)
-    assert made.returncode == 0 or made.stderr.splitlines() == [], made.stderr
-    (tmp_path / "other.c").write_text('#include "speq_driver.c"\n')
+    subprocess.run(header, check=True)
+
+
+def started(folder: Path, made: SimpleNamespace, *arguments: object):
+    """Run main.c with files in the place of registers, whose state is IDLE, and of memory."""
+    window = np.zeros(4096, np.uint8)
+    board = AcceleratorModel(made.config, 64)
+    for register in registers(made.config):
+        for offset in register.offsets:
+            window[offset : offset + 4] = np.array([board.read_register(offset)], "<u4").view("u1")
+    known = {register.name: register.offset for register in registers(made.config)}
+    window[known["RING_INDEX"]] = 3
+    memory = np.zeros(made.image.size + 4096, np.uint8)
+    ring = next(part.start for part in made.image.parts if part.kind is Kind.RING)
+    memory[4096 + ring :][:12].view("<u4")[:] = [7, 1 << 20, 9]
+    (folder / "control").write_bytes(window)
+    (folder / "memory").write_bytes(memory)
+    (folder / "model.image").write_bytes(made.content)
+    command = [folder / "main", *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    window = np.fromfile(folder / "control", np.uint8)
+    words = {name: int(window[offset:][:4].view("<u4")[0]) for name, offset in known.items()}
+    return result, words, np.fromfile(folder / "memory", np.uint8)[4096:]
+
+
+def test_the_example_for_linux(qwen, tmp_path) -> None:
+    """It loads the image, writes the registers of a run and prints what is in the ring."""
+    (tmp_path / "speq_top.h").write_text(c_header(CONFIG))
+    sources = [SOURCES / "speq_driver.c", SOURCES / "main.c"]
+    command = ["gcc", "-std=c99", *STRICT, f"-I{tmp_path}", *sources, "-o", tmp_path / "main"]
+    subprocess.run(command, check=True)
+    places = ("control", "memory@4096", "0x10000", qwen.image.size, "model.image")
+    arguments = [str(argument) for argument in (*places, 5, 6, 8)]
+    options = ("-n", "3", "-s", "11", "-s", "12", "-t", "0.5", "-r", str((1 << 63) + 9))
+    made, words, memory = started(tmp_path, qwen, *options, *arguments)
+    assert (made.returncode, made.stdout, made.stderr) == (0, "7\n1048576\n9\n", "")
+    expected = {"ROOT": 8, "PROMPT_END": 2, "POSITION": 0, "TOKEN_LIMIT": 3, "STOP_TOKENS": 2}
+    assert {name: words[name] for name in expected} == expected
+    assert words["STOP_TOKEN"] == 11 and words["SEED"] == 9 and words["RUN"] == 1 | 2 | 16
+    assert np.uint32(words["SCALE"]).view(np.float32) == 2.0
+    board = AcceleratorModel(CONFIG, qwen.image.size, 0x10000)
+    qwen.image.load(board, 0x10000)
+    for part in qwen.image.parts:
+        if part.kind.is_given:
+            piece = board.read(0x10000 + part.start, part.size)
+            assert np.array_equal(memory[part.start :][: part.size], piece), part
+        elif part.kind is Kind.TEXT:
+            assert memory[part.start :][:12].view("<u4").tolist() == [5, 6, 8]
+    for changed, message in (
+        ([*arguments[:2], "0x10001", *arguments[3:]], "the load address is not aligned"),
+        ([*arguments[:3], "4096", *arguments[4:]], "the memory is too small"),
+        ([*arguments[:4], "control", "1"], "the file is no image"),
+        ([*arguments[:4], "missing", "1"], "the image cannot be read"),
+        (["missing", *arguments[1:]], "missing: cannot be opened"),
+        ([*arguments, "1x"], "1x: expected a number"),
+        ([*arguments, "64"], "a token that the model has not"),
+        (arguments[:5], "usage: CONTROL"),
+    ):
+        made, _, _ = started(tmp_path, qwen, *changed)
+        assert made.returncode == 1 and made.stdout == ""
+        assert message in made.stderr and made.stderr.count("\n") == 1
+
+
+def test_it_is_for_accelerators_with_a_vector_unit(tmp_path) -> None:
     (tmp_path / "speq_top.h").write_text(c_header(AcceleratorConfig()))
-    command = ["gcc", "-std=c99", "-fsyntax-only", *options, tmp_path / "other.c"]
+    command = ["gcc", "-fsyntax-only", f"-I{tmp_path}", SOURCES / "speq_driver.c"]
     made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode
     assert "this driver is for accelerators with a vector unit" in made.stderr
 
 
@@ -184,14 +247,14 @@ def test_tokens_that_the_ring_has_no_room_for(library, qwen) -> None:
 def test_nothing_follows_a_stop_token(library, qwen) -> None:
     driver = loaded(library, qwen)
     prompt = random_tokens(qwen.model.config, 6, SEED)
-    text = golden(qwen, prompt, max_tokens=20)
+    text = golden(qwen, prompt, max_tokens=12)
     other = next(token for token in range(64) if token not in text)
     for stops in ([text[0]], [other, text[7]], [text[3]] * 8, [other]):
-        expected = golden(qwen, prompt, max_tokens=20, stop_ids=frozenset(stops))
-        assert driver.generate(prompt, max_tokens=20, stops=stops) == ("OK", expected)
+        expected = golden(qwen, prompt, max_tokens=12, stop_ids=frozenset(stops))
+        assert driver.generate(prompt, max_tokens=12, stops=stops) == ("OK", expected)
         assert driver.state.known == len(prompt) + len(expected) - 1
     # Those of a run before do not count.
-    assert driver.generate(prompt, max_tokens=20) == ("OK", text)
+    assert driver.generate(prompt, max_tokens=12) == ("OK", text)
     assert driver.generate(prompt, stops=[other] * 9) == ("BAD_SETTING", [])
 
 
@@ -297,6 +360,7 @@ def test_steps_whose_drafts_are_not_finite_are_repeated(library, tmp_path) -> No
 def test_prompts_that_are_impossible_are_refused(library, qwen, tmp_path) -> None:
     driver = loaded(library, qwen)
     written = len(driver.board.written)
+    assert CDriver(library, driver.board, b"").generate([1]) == ("NOT_LOADED", [])
     context = qwen.model.config.context
     for prompt in ([], [64], [1, 1 << 31], [1] * context, [1] * (context + 1)):
         assert driver.generate(prompt) == ("BAD_PROMPT", [])
