@@ -13,13 +13,11 @@ from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.memory_writer import write_layout
 from speq.hw.memory.write_mux import write_source_signature
 
-#: Pieces that are taken whatever becomes of them: they keep the way of `ready` short.
-_PIECES = 2
-#: Commands on offer.
-_COMMANDS = 4
 #: Bits of the number of commands that are on offer or not carried out: more than this unit, a mux
 #: and a writer hold.
-_UNANSWERED_BITS = 8
+_UNANSWERED_BITS = 10
+#: Pieces that are taken whatever becomes of them: they keep the way of `ready` short.
+_PIECES = 2
 
 
 def piece_layout(config: AxiConfig) -> data.StructLayout:
@@ -77,53 +75,48 @@ class WriteCombiner(wiring.Component):
         config = self.config
         layout = piece_layout(config)
         burst = config.burst_beats
-        command_layout = data.StructLayout(
-            {"word": config.word_bits, "beats": (burst).bit_length()}
-        )
+        command_layout = data.StructLayout({"word": config.word_bits, "beats": burst.bit_length()})
         # Two bursts, so that one is filled while the other is passed on.
         m.submodules.beats = beats = RamFifo(write_layout(config).size, 2 * burst)
-        commands = SyncFIFO(width=command_layout.size, depth=_COMMANDS)
+        # As many as that has beats, with the one at its output.
+        commands = SyncFIFO(width=command_layout.size, depth=2 * burst + 1)
         m.submodules.commands = ResetInserter(self.clear)(commands)
 
-        pieces = SyncFIFO(width=layout.size, depth=_PIECES)
+        # Pieces, each with how it relates to the one before it.
+        related = data.StructLayout({"piece": layout, "same": 1, "follows": 1})
+        pieces = SyncFIFO(width=related.size, depth=_PIECES)
         m.submodules.pieces = ResetInserter(self.clear)(pieces)
-
-        # A piece, and how it relates to the one before it.
-        piece = Signal(layout, reset_less=True)
-        has_piece = Signal()
-        same = Signal(reset_less=True)
-        follows = Signal(reset_less=True)
+        offered = self.pieces.payload
+        word = Signal(config.word_bits, reset_less=True)
         follower = Signal(config.word_bits, reset_less=True)
         goes_on = Signal()
-        moves = Signal()
-        offered = data.View(layout, pieces.r_data)
+        taken = data.View(related, pieces.w_data)
         m.d.comb += [
-            pieces.w_data.eq(self.pieces.payload),
+            taken.piece.eq(offered),
+            taken.same.eq(goes_on & (offered.word == word)),
+            taken.follows.eq(goes_on & (offered.word == follower)),
             pieces.w_en.eq(self.pieces.valid),
             self.pieces.ready.eq(pieces.w_rdy),
-            pieces.r_en.eq(~has_piece | moves),
         ]
-        with m.If(pieces.r_rdy & pieces.r_en):
+        with m.If(self.pieces.valid & self.pieces.ready):
             m.d.sync += [
-                has_piece.eq(1),
-                piece.eq(offered),
-                same.eq(goes_on & (offered.word == piece.word)),
-                follows.eq(goes_on & (offered.word == follower)),
+                word.eq(offered.word),
                 follower.eq(offered.word + 1),
                 goes_on.eq(~offered.last),
             ]
-        with m.Elif(moves):
-            m.d.sync += has_piece.eq(0)
 
         # A beat, which waits for all its pieces.
+        head = data.View(related, pieces.r_data)
+        piece, same = head.piece, head.same
         beat = Signal(layout, reset_less=True)
         has_beat = Signal()
         leaves = Signal()
+        moves = Signal()
         m.d.comb += [
-            moves.eq(has_piece & (same | ~has_beat | leaves)),
-            leaves.eq(
-                has_beat & (beat.last | (has_piece & ~same)) & beats.write.ready & commands.w_rdy
-            ),
+            moves.eq(pieces.r_rdy & (same | ~has_beat | leaves)),
+            pieces.r_en.eq(moves),
+            # There is room for a command of each beat.
+            leaves.eq(has_beat & (beat.last | (pieces.r_rdy & ~same)) & beats.write.ready),
         ]
         with m.If(moves):
             m.d.sync += [
@@ -145,7 +138,7 @@ class WriteCombiner(wiring.Component):
         closes = Signal()
         command = Signal(command_layout)
         m.d.comb += [
-            closes.eq(beat.last | ~follows | place.all()),
+            closes.eq(beat.last | ~head.follows | place.all()),
             command.word.eq(Cat((place - count)[:place_bits], beat.word[place_bits:])),
             command.beats.eq(count + 1),
             beats.write.valid.eq(leaves),
@@ -158,11 +151,11 @@ class WriteCombiner(wiring.Component):
             m.d.sync += count.eq(Mux(closes, 0, count + 1))
 
         writes = self.writes
-        head = data.View(command_layout, commands.r_data)
+        first = data.View(command_layout, commands.r_data)
         m.d.comb += [
             writes.command.valid.eq(commands.r_rdy),
-            writes.command.payload.address.eq(Cat(Const(0, config.offset_bits), head.word)),
-            writes.command.payload.beats.eq(head.beats),
+            writes.command.payload.address.eq(Cat(Const(0, config.offset_bits), first.word)),
+            writes.command.payload.beats.eq(first.beats),
             commands.r_en.eq(writes.command.ready),
             writes.data.valid.eq(beats.read.valid),
             writes.data.payload.eq(beats.read.payload),
@@ -170,12 +163,9 @@ class WriteCombiner(wiring.Component):
         ]
         unanswered = Signal(_UNANSWERED_BITS)
         m.d.sync += unanswered.eq(unanswered + commands.w_en - writes.done)
-        m.d.comb += self.busy.eq(
-            pieces.r_rdy | has_piece | has_beat | (count != 0) | (unanswered != 0)
-        )
+        m.d.comb += self.busy.eq(pieces.r_rdy | has_beat | (count != 0) | (unanswered != 0))
         with m.If(self.clear):
             m.d.sync += [
-                has_piece.eq(0),
                 has_beat.eq(0),
                 goes_on.eq(0),
                 count.eq(0),

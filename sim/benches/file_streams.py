@@ -126,6 +126,8 @@ async def play_streams(
     items: Mapping[str, np.ndarray],
     pauses: Mapping[str, float],
     patience: int,
+    *,
+    cut: int = 0,
 ) -> dict[str, np.ndarray]:
     """Reset the bench, let it take the items and record what it gives, until everything was
     taken and it is no longer busy.
@@ -141,6 +143,8 @@ async def play_streams(
         Of streams the share of cycles in which they pause.
     patience : int
         Cycles.
+    cut : int
+        End it after so many cycles in any case, if not 0; what has been recorded is then not whole.
 
     Returns
     -------
@@ -150,7 +154,7 @@ async def play_streams(
 
     Raises
     ------
-    AssertionError
+    SimTimeoutError
         If it is busy for longer than `patience`.
     """
     bits = 0
@@ -167,7 +171,10 @@ async def play_streams(
     await Timer(_CLOCK_NS * _RESET, "ns")
     dut.rst.value = 0
     await Timer(_CLOCK_NS, "ns")
-    await with_timeout(RisingEdge(dut.finished), _CLOCK_NS * patience, "ns")
+    if cut:
+        await Timer(_CLOCK_NS * cut, "ns")
+    else:
+        await with_timeout(RisingEdge(dut.finished), _CLOCK_NS * patience, "ns")
     clock.stop()
     dut.run.value = 0
     await Timer(1, "ns")

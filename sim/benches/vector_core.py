@@ -56,6 +56,8 @@ CONFIGS = {
 _CONFIG = "SPEQ_BENCH_CONFIG"
 #: Random operations of each kind in a run without pauses and in one with them.
 _EACH = 12
+#: Resets before each run.
+_CUTS = 3
 _PATIENCE = 1_000_000
 
 
@@ -261,7 +263,7 @@ class _Golden:
         parents = [int(rng.integers(max(1, row))) for row in range(tokens)]
         if rng.random() < 0.5:
             parents = [max(0, row - 1) for row in range(tokens)]
-        window = int(rng.choice([0, 0, rng.integers(1, position + tokens + 2)]))
+        window = int(rng.choice([0, 0, int(rng.integers(1, position + tokens + 2))]))
         allowed = _allowed(parents, position, window)
         argument = np.float32(abs(self.argument()))
         elements = -(-(position + tokens) // self.cols) * self.cols
@@ -388,8 +390,11 @@ def _command(config: AcceleratorConfig, work: _Work) -> np.ndarray:
     return np.frombuffer((high << layout.size | low).to_bytes(-(-bits // 8), "little"), np.uint8)
 
 
-async def _play(dut: Any, works: Sequence[_Work], pauses: dict[str, float]) -> dict[str, Any]:
-    """Have the core do it, compare all results, and return the cycles of all streams."""
+async def _play(
+    dut: Any, works: Sequence[_Work], pauses: dict[str, float], cut: int = 0
+) -> dict[str, Any]:
+    """Have the core do it, compare all results, and return the cycles of all streams; `cut` ends it
+    after so many cycles."""
     config = CONFIGS[os.environ[_CONFIG]]
     bench = _Bench(config)
     items = {
@@ -399,7 +404,9 @@ async def _play(dut: Any, works: Sequence[_Work], pauses: dict[str, float]) -> d
     }
     for name in ("x", "y"):
         items[name] = np.ascontiguousarray(items[name]).view(np.uint8)
-    logs = await play_streams(dut, bench, items, pauses, _PATIENCE)
+    logs = await play_streams(dut, bench, items, pauses, _PATIENCE, cut=cut)
+    if cut:
+        return logs
     results = logs["results"][:, 1:]
     got = results[:, : config.lanes]
     halves = results[:, config.lanes :].copy().view(np.uint16)
@@ -434,13 +441,16 @@ async def _play(dut: Any, works: Sequence[_Work], pauses: dict[str, float]) -> d
 
 @cocotb.test()
 async def every_operation(dut: Any) -> None:
-    """Operations in any order, with and without pauses."""
+    """Operations in any order, with and without pauses, and resets in the middle before."""
     config = CONFIGS[os.environ[_CONFIG]]
     rng = np.random.default_rng(seed())
     golden = _Golden(config, rng)
     for pauses in ({}, {"x": 0.3, "y": 0.3, "results": 0.3}, {"results": 0.9}, {"x": 0.9}):
         groups = [group for _ in range(_EACH) for group in golden.every()]
         works = [work for i in rng.permutation(len(groups)) for work in groups[i]]
+        for _ in range(_CUTS):
+            first = int(rng.integers(len(works)))
+            await _play(dut, works[first:], pauses, cut=int(rng.integers(20, 300)))
         await _play(dut, works, pauses)
 
 

@@ -14,6 +14,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 
 import gguf
@@ -45,7 +46,8 @@ from tests.model.small_models import (
 )
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
-FUZZ_FILES = 1000  # per test: 2,000 of each format
+#: Damaged files of a test, of which each format has two; `make slow` reads the larger number.
+FUZZ_FILES = (250, pytest.param(1000, marks=pytest.mark.slow))
 HANG_SECONDS = 20
 MEMORY_LIMIT = 256 << 20  # above what the process has; the mutated files are below 100 kB
 KINDS = gguf.GGMLQuantizationType
@@ -522,11 +524,11 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def fuzz(path: Path, mutated: Iterator[None]) -> None:
-    """Loads `path` after each step of `mutated`, which changes the files it consists of."""
+def fuzz(path: Path, mutated: Iterator[None], files: int) -> None:
+    """Loads `path` after each of so many steps of `mutated`, which changes what it consists of."""
     loaded = refused = 0
     with bounded():
-        for i, _ in enumerate(mutated):
+        for i, _ in enumerate(islice(mutated, files)):
             signal.alarm(HANG_SECONDS)
             problems = header_problems(path) if i % 10 == 0 else []
             try:
@@ -540,8 +542,8 @@ def fuzz(path: Path, mutated: Iterator[None]) -> None:
                 loaded += 1
                 assert not problems
     print(f"SPEQ_SEED={SEED}: {loaded} loaded, {refused} refused")
-    assert loaded + refused == FUZZ_FILES
-    assert refused > FUZZ_FILES // 4
+    assert loaded + refused == files
+    assert refused > files // 4
 
 
 def header_problems(path: Path) -> list[str]:
@@ -558,7 +560,7 @@ def mutations(
 ) -> Iterator[None]:
     chance = random.Random(SEED)
     originals = [file.read_bytes() for file in files]
-    for i in range(FUZZ_FILES):
+    for i in count():
         which = i % len(files)
         files[which].write_bytes(mutators[which](originals[which], chance))
         yield
@@ -578,17 +580,19 @@ def no_warnings_of_mutations() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("files", FUZZ_FILES)
 @pytest.mark.parametrize("pieces", [False, True], ids=["byte-level", "sentencepiece"])
-def test_fuzz_gguf(tmp_path, tiny_config, pieces):
+def test_fuzz_gguf(tmp_path, tiny_config, pieces, files):
     config = replace(tiny_config, vocab_size=VOCABULARY["pieces" if pieces else "bytes"])
     path = tmp_path / "model.gguf"
     write_gguf(path, config, random_weights(config, SEED), pieces=pieces)
     load_model(path)
-    fuzz(path, mutations([path], [mutate_bytes]))
+    fuzz(path, mutations([path], [mutate_bytes]), files)
 
 
+@pytest.mark.parametrize("files", FUZZ_FILES)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_fuzz_hf(tmp_path, tiny_config, architecture):
+def test_fuzz_hf(tmp_path, tiny_config, architecture, files):
     changes = {name: getattr(tiny_config, name) for name in ("hidden", "ffn_hidden", "blocks")}
     if architecture == "gemma3":
         changes["windowed"] = (0,)
@@ -596,15 +600,16 @@ def test_fuzz_hf(tmp_path, tiny_config, architecture):
     folder = tmp_path / "folder"
     write_hf(folder, config, random_weights(config, SEED))
     load_model(folder)
-    files = [folder / "config.json", next(folder.glob("*.safetensors")), folder / "tokenizer.json"]
-    fuzz(folder, mutations(files, [mutate_json, mutate_bytes, mutate_bytes]))
+    parts = [folder / "config.json", next(folder.glob("*.safetensors")), folder / "tokenizer.json"]
+    fuzz(folder, mutations(parts, [mutate_json, mutate_bytes, mutate_bytes]), files)
 
 
+@pytest.mark.parametrize("files", FUZZ_FILES)
 @pytest.mark.parametrize("version", [0, 1])
-def test_fuzz_llama2c(tmp_path, tiny_config, version):
+def test_fuzz_llama2c(tmp_path, tiny_config, version, files):
     config = replace(tiny_config, vocab_size=VOCABULARY["pieces"])
     path = tmp_path / "model.bin"
     write_llama2c(path, config, random_weights(config, SEED), version)
     load_model(path)
-    files = [path, tmp_path / "tokenizer.bin"]
-    fuzz(path, mutations(files, [mutate_bytes, mutate_bytes]))
+    parts = [path, tmp_path / "tokenizer.bin"]
+    fuzz(path, mutations(parts, [mutate_bytes, mutate_bytes]), files)

@@ -1205,3 +1205,33 @@ def test_rate(mode):
 @pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.name)
 def test_rate_of_the_usual_array(mode):
     check_rate("8x16", mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operation", "target", "beats"),
+    [
+        (VectorOperation.ADD, Target.TILES, 2),
+        (VectorOperation.SOFTMAX, Target.WEIGHTS, 2),
+    ],
+    ids=lambda each: getattr(each, "name", None),
+)
+def test_rate_of_vector_work(operation, target, beats):
+    """A word of the lanes, a beat of the port here, takes as many cycles as beats are read for it:
+    one for each sweep and each operand. The rest is memory's latency and what lies between operands
+    and sweeps."""
+    with Pair("8x16 vector", np.random.default_rng(SEED)) as pair:
+        rows, lanes = pair.config.engine.rows, pair.config.lanes
+        k = 400 if operation is VectorOperation.SOFTMAX else 200
+        workload = pair.workload(rows=rows, position=k - rows)
+        segments = 1 if operation is VectorOperation.SOFTMAX else 4
+        workload.add_vector(operation, target, k, segments, segments)
+        pair.check(workload.end())
+        values = Registers(pair.rtl, pair.config)
+        cycles, stalls = values["VECTOR_CYCLES"], values["VECTOR_STALLS"]
+        assert values["CYCLES"] > cycles > stalls
+        words = segments * rows * k // lanes
+        print(f"{operation.name}: {words} words in {cycles} cycles, {stalls} without operands")
+        assert words * beats <= cycles <= words * beats + 200
+        pair.check(pair.workload().end())
+        assert values["VECTOR_CYCLES"] == values["VECTOR_STALLS"] == 0

@@ -67,7 +67,8 @@ def passes(config: AcceleratorConfig) -> list[Pass]:
         count = int(rng.integers(1, rows + 1))
         parents = tuple(int(rng.integers(max(1, row))) for row in range(count))
         position = int(rng.integers(0, most - count + 1))
-        window = int(rng.choice([0, 1, 2, rng.integers(1, most + 1), rng.integers(1, 2**32)]))
+        windows = rng.integers(1, (most + 1, 2**32)).tolist()
+        window = int(rng.choice([0, 1, 2, *windows]))
         found.append(Pass(parents, position, window))
     return found
 

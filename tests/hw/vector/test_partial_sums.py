@@ -10,6 +10,7 @@ from amaranth.sim import Simulator, SimulatorContext
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.vector.partial_sums import PARTIAL_SUMS, PartialSums
+from speq.model import vector_ops
 from speq.model.vector_ops import row_sum
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed
@@ -96,3 +97,7 @@ def test_the_sums_of_rows_of_any_length(name: str, simulable_ram: None) -> None:
     simulator.add_clock(1e-6)
     simulator.add_testbench(run)
     simulator.run()
+
+
+def test_they_are_as_many_as_in_the_golden_model() -> None:
+    assert PARTIAL_SUMS == vector_ops.PARTIAL_SUMS
