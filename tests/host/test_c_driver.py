@@ -330,28 +330,29 @@ def test_an_accelerator_without_a_history(tmp_path) -> None:
 
 
 def test_steps_whose_drafts_are_not_finite_are_repeated(library, tmp_path) -> None:
-    """Decoding ends where the golden model's does, with its tokens, and with NONFINITE."""
-    base = drafted_model("llama", SEED, blocks=1)
-    prompt = random_tokens(base.config, 4, SEED)
-    repeated = ended = 0
-    for token in range(0, 64, 5):
+    """Decoding ends where the golden model's does, with its tokens, and with NONFINITE. Whether
+    something is repeated depends on the model, so this one is always the same."""
+    base = drafted_model("llama", 0, blocks=1)
+    prompt = random_tokens(base.config, 4, 0)
+    repeated, ended = [], []
+    for token in (17, 20, 22, 23, 28, 58):
         model = overflowing(base, token, "block.0.down_proj")
-        encoded = encode_linears(model)
-        made = made_of(model, encoded, tmp_path, settings=Settings(ROWS, threshold=0.1))
+        settings = Settings(ROWS, 3, 0.1)
+        made = made_of(model, encode_linears(model), tmp_path, settings=settings)
         expected: list[int] = []
         result = "OK"
         try:
-            for step in made.golden.golden(prompt, max_tokens=8, settings=Settings(ROWS, 3, 0.1)):
+            for step in made.golden.golden(prompt, max_tokens=8, settings=settings):
                 expected += step.tokens
-                repeated += step.repeated
+                repeated += [token] * step.repeated
         except NonFiniteError:
             result = "RUN_FAILED"
-            ended += 1
+            ended.append(token)
         driver = loaded(library, made)
-        assert driver.generate(prompt, max_tokens=8) == (result, expected), f"SPEQ_SEED={SEED}"
+        assert driver.generate(prompt, max_tokens=8) == (result, expected)
         assert result == "OK" or (driver.error == "NONFINITE" and driver.state.error_address)
         assert count(driver, "STATUS") == STATES["IDLE"][0]
-    assert repeated and ended
+    assert set(ended) == {17, 20, 22, 58} and set(repeated) == {20, 23, 28}
 
 
 # What is refused.
