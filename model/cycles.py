@@ -37,8 +37,8 @@ Formats = Mapping[str, FormatConfig]
 _DISPATCH = 5
 #: From a job to its first weight word, and from a stage's last weight word to the host's turn,
 #: each without the memory's latency; the latter also without the results' way to memory.
-_LOAD = 8
-_STORE = 16
+_LOAD = 9
+_STORE = 17
 #: Beats by which the second plane's first words come later than the first plane's.
 _BURST = 16
 #: From a pass's last stage to its successor's first, without the latency: ranking, decision, fetch.
