@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
-from speq.hw.accelerator_config import AcceleratorConfig, PassKind
+from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
 from speq.hw.control import descriptor
 from speq.hw.control.descriptor import (
     DESCRIPTOR,
@@ -65,7 +65,7 @@ def c_header(config: AcceleratorConfig) -> str:
     - SPEQ_name_field_SHIFT, _MASK: a field of a register; the mask is in place.
     - SPEQ_VALUE_name: what a register that never changes reads.
     - SPEQ_STATE_, SPEQ_ANSWER_, SPEQ_ERROR_, SPEQ_PASS_, SPEQ_KIND_, SPEQ_MODE_, SPEQ_OPERATION_,
-      SPEQ_TARGET_: numbers.
+      SPEQ_TARGET_: numbers. SPEQ_ERROR_NAMES: strings, by number.
     - struct speq_descriptor: a descriptor, on a little-endian host.
     """
     parts = [
@@ -77,6 +77,7 @@ def c_header(config: AcceleratorConfig) -> str:
         "/* What the registers that never change read. */",
         _c_values(config),
         *(_c_numbers(*numbers) for numbers in _NUMBERS),
+        _c_error_names(),
         _c_descriptor(),
         "#endif",
     ]
@@ -182,6 +183,18 @@ def _c_values(config: AcceleratorConfig) -> str:
 def _c_numbers(prefix: str, title: str, rows: list[tuple[str, int, str]]) -> str:
     lines = [_define(f"{prefix}_{name}", f"{value}u", about) for name, value, about in rows]
     return "\n".join([f"/* {title}. */", *lines])
+
+
+def _c_error_names() -> str:
+    """The initializer of an array with the names of all errors."""
+    names = (f'    "{code.name}"' for code in sorted(ErrorCode, key=lambda code: code.value))
+    return "\n".join(
+        [
+            "/* Names of the errors, in order. */",
+            "#define SPEQ_ERROR_NAMES \\",
+            ", \\\n".join(names),
+        ]
+    )
 
 
 def _c_descriptor() -> str:

@@ -106,7 +106,20 @@ def test_header_agrees_with_the_map(
     lines = compile_and_run(program, compiler, tmp_path).decode().splitlines()
     assert {name: int(value) for name, value in map(str.split, lines)} == macros
     defined = re.findall(r"^#define (SPEQ_\w+) ", c_header(config), re.MULTILINE)
-    assert sorted(defined) == sorted(macros), "each macro once, and none that is not checked"
+    checked = [*macros, "SPEQ_ERROR_NAMES"]
+    assert sorted(defined) == sorted(checked), "each macro once, and none that is not checked"
+
+
+@pytest.mark.parametrize("compiler", COMPILERS.values(), ids=COMPILERS)
+def test_names_of_errors(compiler: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "speq.h").write_text(c_header(AcceleratorConfig()))
+    program = (
+        '#include "speq.h"\n#include <stdio.h>\nint main(void) {'
+        "static const char *const names[] = {SPEQ_ERROR_NAMES};"
+        "for (unsigned i = 0; i < sizeof names / sizeof *names; i++) puts(names[i]); return 0; }"
+    )
+    names = compile_and_run(program, compiler, tmp_path).decode().split()
+    assert names == [ErrorCode(i).name for i in range(len(ErrorCode))]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS.values(), ids=COMPILERS)
