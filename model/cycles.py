@@ -37,8 +37,8 @@ Formats = Mapping[str, FormatConfig]
 _DISPATCH = 5
 #: From a job to its first weight word, and from a stage's last weight word to the host's turn,
 #: each without the memory's latency; the latter also without the results' way to memory.
-_LOAD = 8
-_STORE = 14
+_LOAD = 9
+_STORE = 17
 #: Beats by which the second plane's first words come later than the first plane's.
 _BURST = 16
 #: From a pass's last stage to its successor's first, without the latency: ranking, decision, fetch.
@@ -47,7 +47,7 @@ _VERIFY_END = 55
 #: To find a tile of candidates, less the bits of its number, and from a tile's last weight word to
 #: the end of its ranking.
 _FIND = 12
-_RANK = 16
+_RANK = 18
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Engine:
     rows: int = 8
     cols: int = 16
     fill: int = 2
-    overhead: int = 12
+    overhead: int = 14
     latency: int = 16
     result_beats: int = 2
 

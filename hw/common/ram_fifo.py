@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Elaboratable, Module, Signal
+from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -56,12 +56,13 @@ class RamFifo(wiring.Component):
         written = Signal(range(self.depth))
         fetched = Signal(range(self.depth))
         stored = Signal(range(self.depth + 1))
+        has_words = Signal()  # stored != 0
         write = Signal()
         fetch = Signal()
         m.d.comb += [
-            self.write.ready.eq(stored != self.depth),
+            self.write.ready.eq(~stored[-1]),  # stored != depth
             write.eq(self.write.valid & self.write.ready),
-            fetch.eq((stored != 0) & (~self.read.valid | self.read.ready)),
+            fetch.eq(has_words & (~self.read.valid | self.read.ready)),
             ram.write_enable.eq(write),
             ram.write_address.eq(written),
             ram.write_data.eq(self.write.payload),
@@ -69,12 +70,16 @@ class RamFifo(wiring.Component):
             ram.read_address.eq(fetched),
             self.read.payload.eq(ram.read_data),
         ]
+        with m.If(write):
+            m.d.sync += written.eq(written + 1)
+        with m.If(fetch):
+            m.d.sync += fetched.eq(fetched + 1)
+        # Both outcomes are there before `fetch` is.
         m.d.sync += [
-            written.eq(written + write),
-            fetched.eq(fetched + fetch),
-            stored.eq(stored + write - fetch),
-            self.read.valid.eq(fetch | (self.read.valid & ~self.read.ready)),
+            stored.eq(Mux(fetch, stored - ~write, stored + write)),
+            has_words.eq(write | Mux(fetch, stored != 1, has_words)),
         ]
+        m.d.sync += self.read.valid.eq(fetch | (self.read.valid & ~self.read.ready))
         with m.If(self.clear):
-            m.d.sync += [written.eq(0), fetched.eq(0), stored.eq(0), self.read.valid.eq(0)]
+            m.d.sync += [Cat(written, fetched, stored, has_words).eq(0), self.read.valid.eq(0)]
         return m

@@ -34,11 +34,20 @@ def order_key(logit: Value) -> Value:
 
     NaN counts as minus infinity, and both zeros are equal.
     """
+    return _key(logit, _kind(logit))
+
+
+def _kind(logit: Value) -> Value:
+    """What of a logit's order key takes long to find: whether it is NaN, and below 0 else."""
     magnitude, negative = logit[:31], logit[31]
     is_nan = magnitude[23:].all() & magnitude[:23].any()
-    below = Cat(~magnitude, Const(0, 1))
-    above = Cat(magnitude, Const(1, 1))
-    return Mux(is_nan, _LEAST, Mux(negative & magnitude.any(), below, above))
+    return Cat(is_nan, negative & magnitude.any() & ~is_nan)
+
+
+def _key(logit: Value, kind: Value) -> Value:
+    """The order key of a logit of this kind."""
+    is_nan, is_below = kind[0], kind[1]
+    return Mux(is_nan, _LEAST, Cat(logit[:31] ^ is_below.replicate(31), ~is_below))
 
 
 class Ranker(wiring.Component):
@@ -55,9 +64,10 @@ class Ranker(wiring.Component):
     one after the other, lowest index first, if they still exceed it.
 
     Flow control: the results may stall in any cycle and must keep the beat on offer until it is
-    taken. A beat takes `CYCLES` cycles if no column exceeds the last entry, otherwise `CYCLES` + 1
-    and one for each that does. A start is taken only between GEMMs, and without `keep` drops the
-    entries of the one before: they must have been read by then. Results wait for their start.
+    taken. A beat takes `CYCLES` cycles if no column exceeds the last entry, otherwise
+    `INSERT_CYCLES` and one for each that does. A start is taken only between GEMMs, and without
+    `keep` drops the entries of the one before: they must have been read by then. Results wait for
+    their start.
 
     Parameters
     ----------
@@ -77,19 +87,22 @@ class Ranker(wiring.Component):
 
     #: Cycles from seeing a beat to seeing the next one, if nothing is inserted.
     CYCLES = 3
+    #: The same if something is, less one for each.
+    INSERT_CYCLES = CYCLES + 2
     #: Cycles from `row` to `entries`.
     LATENCY = 1
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
-        self._layout = config.ranking_layout
+        #: An entry with the kind of its logit.
+        self._kept = data.StructLayout({"entry": config.ranked_layout, "kind": 2})
         super().__init__(
             {
                 "start": In(stream.Signature(rank_start_layout(config))),
                 "results": In(stream.Signature(result_layout(config.engine))),
                 "busy": Out(1),
                 "row": In(config.engine.row_bits),
-                "entries": Out(self._layout),
+                "entries": Out(config.ranking_layout),
             }
         )
 
@@ -98,7 +111,8 @@ class Ranker(wiring.Component):
         config = self.config
         engine = config.engine
         beat = self.results.payload
-        m.submodules.ram = ram = Ram(self._layout.size, max(2, engine.rows))
+        kept_layout = data.ArrayLayout(self._kept, config.choices)
+        m.submodules.ram = ram = Ram(kept_layout.size, max(2, engine.rows))
 
         running = self.busy
         tokens = Signal(engine.token_bits, reset_less=True)
@@ -120,7 +134,7 @@ class Ranker(wiring.Component):
         # The row's entries are read from the RAM, changed, and written back.
         read_row = Signal(engine.row_bits)
         was_touched = Signal(reset_less=True)
-        stored = data.View(self._layout, ram.read_data)
+        stored = data.View(kept_layout, ram.read_data)
         m.d.comb += [
             read_row.eq(Mux(running, beat.row, self.row)),
             ram.read_address.eq(read_row),
@@ -128,16 +142,26 @@ class Ranker(wiring.Component):
         ]
         with m.If(ram.read_enable):
             m.d.sync += was_touched.eq(touched.bit_select(read_row, 1))
-        for entry, read in zip(self.entries, stored, strict=True):
-            m.d.comb += [entry.eq(read), entry.valid.eq(read.valid & was_touched)]
+        found = Signal(kept_layout)
+        for entry, read, kept in zip(self.entries, stored, found, strict=True):
+            m.d.comb += [
+                kept.eq(read),
+                kept.entry.valid.eq(read.entry.valid & was_touched),
+                entry.eq(kept.entry),
+            ]
 
-        best = Signal(self._layout, reset_less=True)
+        best = Signal(kept_layout, reset_less=True)
         pending = Signal(engine.cols)  # columns to be inserted
         lowest = Signal(engine.cols)  # the first of them
-        candidate = Signal(config.ranked_layout)
+        picked = Signal(config.ranked_layout)
+        candidate = Signal(self._kept)  # the same with its kind
         m.d.comb += ram.write_data.eq(best)
-        m.d.sync += candidate.valid.eq(0)
-        with m.If(candidate.valid):
+        m.d.sync += [
+            picked.valid.eq(0),
+            candidate.entry.eq(picked),
+            candidate.kind.eq(_kind(picked.logit)),
+        ]
+        with m.If(candidate.entry.valid):
             self._insert(m, best, candidate)
         with m.FSM():
             with m.State("READ"):
@@ -145,8 +169,8 @@ class Ranker(wiring.Component):
                 with m.If(running & self.results.valid):
                     m.next = "COMPARE"
             with m.State("COMPARE"):
-                least = self._rank(self.entries[config.choices - 1])
-                m.d.sync += best.eq(self.entries)
+                least = self._rank(found[config.choices - 1])
+                m.d.sync += best.eq(found)
                 for column, logit in enumerate(beat.data):
                     exceeds = Cat(order_key(logit), Const(1, 1)) > least
                     m.d.sync += pending[column].eq(beat.strobe[column] & columns[column] & exceeds)
@@ -157,11 +181,11 @@ class Ranker(wiring.Component):
                 logits = zip(lowest, beat.data, strict=True)
                 m.d.sync += [
                     pending.eq(pending & ~lowest),
-                    candidate.valid.eq(pending.any()),
-                    candidate.token.eq(Cat(column[:column_bits], tile)),
-                    candidate.logit.eq(any_of(bit.replicate(32) & logit for bit, logit in logits)),
+                    picked.valid.eq(pending.any()),
+                    picked.token.eq(Cat(column[:column_bits], tile)),
+                    picked.logit.eq(any_of(bit.replicate(32) & logit for bit, logit in logits)),
                 ]
-                with m.If(~pending.any() & ~candidate.valid):
+                with m.If(~pending.any() & ~picked.valid & ~candidate.entry.valid):
                     m.d.comb += [self.results.ready.eq(1), ram.write_enable.eq(1)]
                     m.d.sync += touched.bit_select(beat.row, 1).eq(1)
                     with m.If(beat.row + 1 == tokens):
@@ -171,14 +195,15 @@ class Ranker(wiring.Component):
                     m.next = "READ"
         return m
 
-    def _rank(self, entry: data.View) -> Value:
+    def _rank(self, kept: data.View) -> Value:
         """A number that is larger for a better entry; one that is not valid is below all."""
-        return Cat(order_key(entry.logit), Const(1, 1)) & entry.valid.replicate(33)
+        key = _key(kept.entry.logit, kept.kind)
+        return Cat(key, Const(1, 1)) & kept.entry.valid.replicate(33)
 
     def _insert(self, m: Module, best: data.View, candidate: data.View) -> None:
         """Put the candidate before the first entry that is worse, and drop the last."""
         rank = self._rank(candidate)
-        better = Cat(rank > self._rank(entry) for entry in best)
+        better = Cat(rank > self._rank(kept) for kept in best)
         for i in range(self.config.choices):
             with m.If(better[i]):
                 if i:

@@ -58,7 +58,7 @@ class MemoryReader(wiring.Component):
     """
 
     #: Cycles from taking a command to its first request on the bus.
-    LATENCY = 3
+    LATENCY = BurstSplitter.LATENCY + 1
 
     def __init__(self, config: AxiConfig) -> None:
         self.config = config
@@ -110,7 +110,7 @@ class MemoryReader(wiring.Component):
         with m.If(faults.restart):
             m.d.sync += room.eq(config.depth)
         with m.Else():
-            m.d.sync += room.eq(room + taken - Mux(request, burst.length + 1, 0))
+            m.d.sync += room.eq(Mux(request, room - (burst.length + ~taken), room + taken))
 
         channel.drive(m, axi, "ar", axi.rready)
         m.d.comb += [

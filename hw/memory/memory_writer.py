@@ -67,7 +67,7 @@ class MemoryWriter(wiring.Component):
     """
 
     #: Cycles from taking a command to its first request on the bus, if its beats are there.
-    LATENCY = 3
+    LATENCY = BurstSplitter.LATENCY + 1
     #: Cycles from taking a burst's last beat to its request, if the command was there before.
     DATA_LATENCY = 2
 
@@ -114,7 +114,9 @@ class MemoryWriter(wiring.Component):
         with m.If(faults.restart):
             m.d.sync += available.eq(0)
         with m.Else():
-            m.d.sync += available.eq(available + taken - Mux(request, burst.length + 1, 0))
+            m.d.sync += available.eq(
+                Mux(request, available - (burst.length + ~taken), available + taken)
+            )
 
         channel.drive(m, axi, "aw", axi.bready)
         self._send_data(m, request, faults)
@@ -153,6 +155,7 @@ class MemoryWriter(wiring.Component):
         layout = write_layout(config)
         m.submodules.buffer = buffer = RamFifo(layout.size, config.depth)
         m.submodules.lengths = lengths = SyncFIFO(width=LENGTH_BITS, depth=config.outstanding)
+        queued = Signal()  # there is a length
         index = Signal(LENGTH_BITS)
         sent = Signal()
         beat = data.View(layout, buffer.read.payload)
@@ -167,10 +170,14 @@ class MemoryWriter(wiring.Component):
             axi.wdata.eq(beat.data),
             axi.wstrb.eq(beat.strobe),
             axi.wlast.eq(index == lengths.r_data),
-            axi.wvalid.eq(lengths.r_rdy & buffer.read.valid),
+            axi.wvalid.eq(queued & buffer.read.valid),
             sent.eq(axi.wvalid & axi.wready),
             buffer.read.ready.eq(sent),
             lengths.r_en.eq(sent & axi.wlast),
         ]
         with m.If(sent):
             m.d.sync += index.eq(Mux(axi.wlast, 0, index + 1))
+        with m.If(request):
+            m.d.sync += queued.eq(1)
+        with m.Elif(lengths.r_en):
+            m.d.sync += queued.eq(lengths.level != 1)

@@ -115,12 +115,15 @@ class _Chunker(wiring.Component):
         plane = Signal.like(tile)
         residual = Signal.like(tile)
 
-        part = Signal.like(words)  # words of the plane in the chunk
+        # Words of the plane in the chunk, and in a tile's first one.
+        part = Signal.like(words, reset_less=True)
+        first_part = Signal.like(words, reset_less=True)
+        # Times `RESIDUAL_WORDS`, 3, by an adder, which is faster than a multiplier.
+        residual_part = (part << 1)[: chunk.bit_length() + 1] + part[: chunk.bit_length()]
         amount = Signal(_word_count_bits(config))
         step = Signal()
         m.d.comb += [
-            part.eq(Mux(verify & (left > chunk), chunk, left)),
-            amount.eq(Mux(in_residual, RESIDUAL_WORDS * part[: chunk.bit_length()], part)),
+            amount.eq(Mux(in_residual, residual_part, part)),
             self.busy.eq(tiles != 0),
             self.requests.valid.eq(self.busy & self.chunks.ready),
             self.requests.payload.address.eq(Mux(in_residual, residual, plane)),
@@ -141,24 +144,34 @@ class _Chunker(wiring.Component):
             with m.Else():
                 m.d.sync += plane.eq(plane + amount * word_bytes)
         with m.If(weights_done):
-            m.d.sync += left.eq(left - part)
+            rest = Signal.like(words)
+            m.d.comb += rest.eq(left - part)
+            m.d.sync += [left.eq(rest), part.eq(_part(rest, verify, chunk))]
         with m.If(tile_done):
-            m.d.sync += [tiles.eq(tiles - 1), left.eq(words)]
+            m.d.sync += [tiles.eq(tiles - 1), left.eq(words), part.eq(first_part)]
             with m.If(stride != 0):
                 m.d.sync += [plane.eq(tile), tile.eq(tile + stride)]
         with m.If(self.command.valid & self.command.ready):
             plane_words = Mux(command.mode == Mode.BYPASS, command.k, _draft_words(command.k))
+            new_part = _part(plane_words, command.mode == Mode.VERIFY, chunk)
             m.d.sync += [
                 tiles.eq(command.tiles),
                 verify.eq(command.mode == Mode.VERIFY),
                 words.eq(plane_words),
                 left.eq(plane_words),
+                part.eq(new_part),
+                first_part.eq(new_part),
                 plane.eq(command.plane),
                 tile.eq(command.plane + command.stride),
                 stride.eq(command.stride),
                 residual.eq(command.residual),
             ]
         return m
+
+
+def _part(left: Value, verify: Value, chunk: int) -> Value:
+    """Words of the plane in the next chunk if so many are left."""
+    return Mux(verify & (left > chunk), chunk, left)
 
 
 def _draft_words(k: Value) -> Value:

@@ -40,8 +40,7 @@ class PartialSums(wiring.Component):
     ----------
     config : AcceleratorConfig
         With lanes.
-    other_delay : int
-    pause, scale_pause : int
+    other_delay, pause, scale_pause : int
         2 or more.
 
     Members
@@ -73,7 +72,7 @@ class PartialSums(wiring.Component):
         self, config: AcceleratorConfig, other_delay: int, pause: int, scale_pause: int
     ) -> None:
         self._words = words_per_row(config)
-        check_range("other_delay", other_delay, 1, 30)
+        check_range("other_delay", other_delay, 2, 30)
         check_range("pause", pause, 2, 60)
         check_range("scale_pause", scale_pause, 2, 60)
         self.config = config
@@ -180,7 +179,7 @@ class PartialSums(wiring.Component):
             self.first.eq(firsts.read_data & ~is_missing(slot).replicate(32 * lanes)),
         ]
         other_row, other_slot = (
-            delayed(m, value, self.other_delay) for value in (row, slot | pairs)
+            delayed(m, value, self.other_delay - 1) for value in (row, slot | pairs)
         )
         m.d.comb += [
             others.read_address.eq(
@@ -188,9 +187,10 @@ class PartialSums(wiring.Component):
             ),
             self.partial.eq(others.read_data),
         ]
-        word = data.View(
-            self.partial.shape(), others.read_data & ~is_missing(other_slot).replicate(32 * lanes)
-        )
+        # A register between the RAM and the choice among its elements.
+        is_there = ~is_missing(other_slot)
+        other = delayed(m, others.read_data & is_there.replicate(32 * lanes), 1)
+        word = data.View(self.partial.shape(), other)
         for lane in range(lanes):
             choices = [word[lane] & pairs.any().replicate(32)]
             for bit in range(lanes.bit_length() - 1):

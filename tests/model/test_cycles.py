@@ -71,29 +71,29 @@ def test_gemm_cycles_by_hand(steps, outputs, tokens, cycles):
 
 
 def test_gemm_latency_by_hand():
-    # Command, 2 cycles, 700 words, and the last of 8 results 12 + 7 cycles after the last word.
-    assert gemm_latency(100, 100, 8, ENGINE) == 2 + 699 + 12 + 7
+    # Command, 2 cycles, 700 words, and the last of 8 results 14 + 7 cycles after the last word.
+    assert gemm_latency(100, 100, 8, ENGINE) == 2 + 699 + 14 + 7
     # 4 tiles of 5 words, of which three wait 3 cycles each.
-    assert gemm_latency(5, 50, 8, ENGINE) == 2 + (4 * 5 + 3 * 3 - 1) + 12 + 7
+    assert gemm_latency(5, 50, 8, ENGINE) == 2 + (4 * 5 + 3 * 3 - 1) + 14 + 7
     with pytest.raises(ValueError, match="9 tokens do not fit into 8 rows"):
         gemm_latency(5, 50, 9, ENGINE)
 
 
 def test_stage_cycles_by_hand():
-    """One job: 5 to dispatch, 8 + 16 to load, 4 tiles of 16 words, 14 + 16 to store, and a row of
+    """One job: 5 to dispatch, 9 + 16 to load, 4 tiles of 16 words, 17 + 16 to store, and a row of
     results of 2 beats is collected and sent. Two planes: a burst of 16 before the second's."""
-    assert stage_cycles([Job(16, 64, 1)], ENGINE) == 5 + 24 + 64 + 30 + 4
-    assert stage_cycles([Job(16, 64, 8, planes=2)], ENGINE) == 5 + 24 + 15 + 64 + 30 + 32
+    assert stage_cycles([Job(16, 64, 1)], ENGINE) == 5 + 25 + 64 + 33 + 4
+    assert stage_cycles([Job(16, 64, 8, planes=2)], ENGINE) == 5 + 25 + 15 + 64 + 33 + 32
     # The results of 8 rows take 16 beats, more than the 4 words of a tile.
-    assert stage_cycles([Job(4, 64, 8)], ENGINE) == 5 + 24 + 4 * 16 + 30 + 32
+    assert stage_cycles([Job(4, 64, 8)], ENGINE) == 5 + 25 + 4 * 16 + 33 + 32
     # The others follow without a gap.
-    assert stage_cycles([Job(16, 64, 1)] * 3, ENGINE) == 5 + 24 + 3 * 64 + 30 + 4
-    # The second is taken when the first is loaded, in cycle 33; only then is the third asked for.
-    assert stage_cycles([Job(4, 16, 1)] * 3, ENGINE) == 33 + 5 + 24 + 4 + 30 + 4
+    assert stage_cycles([Job(16, 64, 1)] * 3, ENGINE) == 5 + 25 + 3 * 64 + 33 + 4
+    # The second is taken when the first is loaded, in cycle 34; only then is the third asked for.
+    assert stage_cycles([Job(4, 16, 1)] * 3, ENGINE) == 34 + 5 + 25 + 4 + 33 + 4
     slow = Engine(latency=100)
     assert stage_cycles([Job(16, 64, 1)], slow) == stage_cycles([Job(16, 64, 1)], ENGINE) + 2 * 84
-    # The third is asked for in cycle 113 + 16 and comes just after the second is done.
-    assert stage_cycles([Job(16, 64, 1)] * 3, slow) == 129 + 5 + 108 + 64 + 114 + 4
+    # The third is asked for in cycle 114 + 16 and comes just after the second is done.
+    assert stage_cycles([Job(16, 64, 1)] * 3, slow) == 130 + 5 + 109 + 64 + 117 + 4
 
 
 def test_words_of_planes():
@@ -174,12 +174,12 @@ def test_exact_logits_of_a_draft_pass_by_hand():
     assert some.linear_cycles - whole.linear_cycles == 3 * 64
     # The first tile is found, loaded, multiplied and ranked; the second follows it at once, and the
     # third is only looked for when the first has been ranked.
-    one = 5 + (12 + 5) + 8 + 16 + 15 + 64 + 16
+    one = 5 + (12 + 5) + 9 + 16 + 15 + 64 + 18
     two = one + 64
     assert rerank_cycles(64, 264, 1, ENGINE) == one
     assert rerank_cycles(64, 264, 2, ENGINE) == two
     assert rerank_cycles(64, 264, 3, ENGINE) == two + 64
-    assert rerank_cycles(24, 264, 3, ENGINE) == one - 40 + (12 + 5) + 8 + 16 + 24 + 16
+    assert rerank_cycles(24, 264, 3, ENGINE) == one - 40 + (12 + 5) + 9 + 16 + 24 + 18
     assert some.cycles - whole.cycles == two + 64
     del formats["head"]
     assert draft_pass(config, ENGINE, formats, reranked_tiles=3) == draft_pass(

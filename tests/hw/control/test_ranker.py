@@ -254,7 +254,7 @@ def test_candidates_are_ranked_anew(shape: tuple[int, int, int], shift: int) -> 
 
 @each_shape
 def test_cycles(shape: tuple[int, int, int]) -> None:
-    """A beat without an entry takes `CYCLES`, one more with entries, and one for each."""
+    """A beat without an entry takes `CYCLES`, others `INSERT_CYCLES` and one for each."""
     bench = Bench(system(*shape))
     rows, cols, choices = shape
     logits = [[0x40000000 + i for i in range(cols)] for _ in range(rows)]
@@ -268,9 +268,9 @@ def test_cycles(shape: tuple[int, int, int]) -> None:
     async def testbench(ctx: SimulatorContext) -> None:
         assert await bench.feed(ctx, logits)
         cycles = [b - a for a, b in zip(bench.taken, bench.taken[1:], strict=False)]
-        idle, full = Ranker.CYCLES, Ranker.CYCLES + 1 + cols
+        idle, full = Ranker.CYCLES, Ranker.INSERT_CYCLES + cols
         expected = [full] * (rows - 1) + [idle] * 3 * rows
-        expected += [Ranker.CYCLES + 2] * rows + [full] * rows
+        expected += [Ranker.INSERT_CYCLES + 1] * rows + [full] * rows
         assert cycles == expected
         assert idle <= 3
 
