@@ -94,7 +94,7 @@ def run(
         refuse_unused("with --start", nth=nth)
     nth = 1 if nth is None else nth
     settings = Settings(rows, draft_length, DEFAULT_THRESHOLD)
-    check_array(rows, cols)
+    check_array(rows, cols, 0)
     from speq.sim.gtkwave import layout_marks, write_layout
 
     recording, save = output / f"{_STEM}.fst", output / f"{_STEM}.gtkw"
