@@ -20,8 +20,9 @@ from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
 from speq.model.settings import Sampling
 from speq.model.speculation import Settings, Step
-from speq.sim.session import simulated_session
+from speq.sim.session import board_for, simulated_session
 from speq.sim.simulated_board import CHANNELS
+from speq.sim.watched_board import WatchedBoard
 from tests.host.decoding import COUNTED, GUESSING, REPETITIVE, SEED, SMALL, check, check_end, system
 from tests.host.test_driver import add_counted
 from tests.model.drafted import drafted_model
@@ -155,6 +156,25 @@ def test_a_run_from_the_prompt_to_the_last_token_needs_no_host(llama, stops):
     assert board.read(driver.layout.ring, 4 * len(expected)).view("<u4").tolist() == expected
     assert registers["POSITION"] == len(prompt) - 1 + len(expected)
     assert registers["ROOT"] == expected[-1]
+
+
+def test_passes_are_seen_though_no_interrupt_tells_of_them():
+    """All of them, in the same cycles in every run."""
+    model = drafted_model("llama", SEED)
+    prompt = random_tokens(model.config, 6, SEED)
+    options = {"max_tokens": 5, "settings": Settings(4, 2, 0.5)}
+    encoded, seen = encode_linears(model), []
+    for _ in range(2):
+        board = board_for(model, encoded, CONFIG, latency=16)
+        watched = WatchedBoard(board, CONFIG, lambda _: False)
+        with Session(model, encoded, watched) as session:
+            steps = list(session.generate(prompt, **options))
+        seen.append(watched.events)
+        counts = {name: len(cycles) for name, cycles in watched.events.items()}
+        drafts = sum(step.drafted for step in steps)
+        assert counts == {"prompt": 2, "draft": drafts, "verify": len(steps), "step": len(steps)}
+        assert drafts and all(cycles == sorted(set(cycles)) for cycles in watched.events.values())
+    assert seen[0] == seen[1]
 
 
 # Larger ones.
