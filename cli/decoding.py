@@ -65,12 +65,12 @@ class Request:
         File of `speq encode`.
     number_format : FormatConfig
         Of the layers, without such a file.
-    cols : int
-        Columns of the simulated array.
+    cols, lanes : int
+        Columns of the simulated array, and lanes of its vector unit.
     chat : bool
         There are several turns, which may fill the model's context.
     image : Path, optional
-        File of `speq image`, which says `cols` and what is encoded.
+        File of `speq image`, which says `cols`, `lanes` and what is encoded.
     """
 
     model: str
@@ -82,6 +82,7 @@ class Request:
     encoded: Path | None
     number_format: FormatConfig
     cols: int
+    lanes: int
     chat: bool
     image: Path | None = None
 
@@ -272,7 +273,7 @@ class Decoder:
     def conditions(self) -> dict[str, Any]:
         """What is the same for all replies, ready for JSON."""
         request, settings = self._request, self._settings
-        array = {"rows": settings.rows, "cols": request.cols}
+        array = {"rows": settings.rows, "cols": request.cols, "lanes": request.lanes}
         return {
             "model": request.model,
             "backend": str(request.backend),
@@ -320,6 +321,6 @@ def rtl_board(
 
     most = model.config.context if request.chat else request.max_tokens
     capacity = kv_capacity(model, prompt, most, rows)
-    config = accelerator_for(model, encoded, rows, request.cols, capacity)
+    config = accelerator_for(model, encoded, rows, request.cols, capacity, request.lanes)
     detail(f"accelerator: {config}, {capacity} entries of the KV cache")
     return simulated_board(model, encoded, config, capacity), capacity

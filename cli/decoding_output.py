@@ -9,8 +9,8 @@ With `--json` standard output gets an object for each prompt, in one line each, 
     mode          "speq" or "fp16"
     settings      of speculation (rows, draft_length, threshold, choices, reranked, policy,
                   history), max_tokens, sampling (temperature, top_k, top_p, min_p and sampler; null
-                  if greedy), array (rows and cols of the RTL; null in the golden model), encoded
-                  and image (the files, or null), raw, chat, system
+                  if greedy), array (rows, cols and lanes of the RTL; null in the golden model),
+                  encoded and image (the files, or null), raw, chat, system
     seed          of everything random
     prompt_ids    the prompt's tokens
     known         how many of them the KV cache still held, from the turns before

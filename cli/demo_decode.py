@@ -26,7 +26,7 @@ from rich.text import Text
 
 from speq.cli.decoding import chosen_settings
 from speq.cli.notes import is_quiet, note
-from speq.cli.options import MOST_TOKENS, Cols, Continued, Rows, complete_model, finite
+from speq.cli.options import MOST_TOKENS, Cols, Continued, Lanes, Rows, complete_model, finite
 from speq.cli.progress import bar_columns, elapsed, remaining, with_passing_bar
 from speq.cli.simulation import check_array, rtl_figures, simulated_board
 from speq.cli.tables import figure_table, show
@@ -54,6 +54,7 @@ def run(
     ] = 12,
     rows: Rows = 8,
     cols: Cols = 32,
+    lanes: Lanes = 0,
     encoded: Annotated[
         Path | None, typer.Option(help="The model as speq encode has written it.")
     ] = None,
@@ -82,7 +83,7 @@ def run(
     given = {"draft_length": draft_length, "threshold": threshold, "reranked": reranked}
     given = usual | {name: value for name, value in given.items() if value is not None}
     settings = chosen_settings(None, rows=rows, **given)
-    check_array(rows, cols)
+    check_array(rows, cols, lanes)
     # These load torch: the options are right by now.
     from speq.host.meter import cycle_engine, passes_of
     from speq.host.session import Session, accelerator_for, kv_capacity
@@ -102,7 +103,7 @@ def run(
     else:
         tensors = encode_linears(loaded, track=with_passing_bar)
     capacity = kv_capacity(loaded, ids, max_tokens, rows)
-    config = accelerator_for(loaded, tensors, rows, cols, capacity)
+    config = accelerator_for(loaded, tensors, rows, cols, capacity, lanes)
     note(f"{loaded.name}: the golden model decodes ...")
     runs = golden_runs(Session(loaded, tensors), ids, settings, max_tokens)
     board = simulated_board(loaded, tensors, config, capacity)

@@ -34,6 +34,7 @@ from speq.cli.decoding_output import JsonOutput, TextOutput
 from speq.cli.notes import detail
 from speq.cli.options import (
     DEFAULT_THRESHOLD,
+    LANES_HELP,
     DraftLength,
     GroupOfEncode,
     MaxTokens,
@@ -129,6 +130,9 @@ def run(
         int | None,
         typer.Option(help="With rtl: columns of the array.", show_default=str(DEFAULT_COLS)),
     ] = None,
+    lanes: Annotated[
+        int | None, typer.Option(help=f"With rtl: {LANES_HELP}", show_default="0")
+    ] = None,
 ) -> None:
     """Generate text losslessly with the draft model inside the weights, and report the speedup.
 
@@ -140,8 +144,10 @@ def run(
     sampling = chosen_sampling(temperature, top_k, top_p, min_p, sampler)
     if rtl and sampling is not None:
         sampling.check_accelerated()
-    if not rtl and cols is not None:
-        raise ValueError("--cols is of the simulated array: give --backend rtl")
+    if not rtl:
+        for option, value in (("--cols", cols), ("--lanes", lanes)):
+            if value is not None:
+                raise ValueError(f"{option} is of the simulated array: give --backend rtl")
     if image is not None:
         if not rtl:
             raise ValueError("--image is for the simulated accelerator: give --backend rtl")
@@ -150,6 +156,7 @@ def run(
             encoded=encoded,
             rows=rows,
             cols=cols,
+            lanes=lanes,
             group=group,
             split=split,
         )
@@ -186,13 +193,14 @@ def run(
         encoded=encoded,
         number_format=chosen_format(group, split, encoded),
         cols=DEFAULT_COLS if cols is None else cols,
+        lanes=lanes or 0,
         chat=chat,
         image=image,
     )
     if encoded is None and image is None:
         chosen_settings(None, **given)
     if rtl:
-        check_array(Settings().rows if rows is None else rows, request.cols)
+        check_array(Settings().rows if rows is None else rows, request.cols, request.lanes)
     first = given_prompt(prompt, prompt_file, chat)
     check_model(model)
     # These load torch: the options are right by now, as far as they can be known to be.
@@ -204,7 +212,8 @@ def run(
     loaded_image = read_image(image) if image else None
     if loaded_image:
         settings = changed(loaded_image.settings, **given)
-        request = replace(request, cols=loaded_image.config.engine.cols)
+        config = loaded_image.config
+        request = replace(request, cols=config.engine.cols, lanes=config.lanes)
     else:
         settings = chosen_settings(file, **given)
     loaded = load_model(model)

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from speq.sim.simulated_board import SimulatedBoard
 
 
-def check_array(rows: int, cols: int) -> None:
+def check_array(rows: int, cols: int, lanes: int) -> None:
     """Refuse an accelerator of an impossible size, whatever the model, and a machine that lacks
     what builds a simulation. Raises ValueError and OSError."""
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.engine_config import EngineConfig
     from speq.sim.builder import check_tools
 
-    AcceleratorConfig(EngineConfig(rows=rows, cols=cols))
+    AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes)
     check_tools()
 
 
@@ -68,7 +68,10 @@ def interruptible(board: SimulatedBoard) -> Iterator[None]:
 
 def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:
     """Lines with what the accelerator has counted since the prompt was in, per token; and how fast
-    the simulation was, which took so many cycles and seconds, the prompt included."""
+    the simulation was, which took so many cycles and seconds, the prompt included.
+
+    With a vector unit they name its work, without one the time of waiting for the host's.
+    """
     tokens = counters["COMMITTED"]
     if not tokens:
         return []
@@ -79,12 +82,13 @@ def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> 
         )
 
     cycles = counters["CYCLES"] - counters["HOST_CYCLES"]
-    kinds = per_token("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX", suffix="CYCLES")
-    stalls = per_token("WEIGHT", "GROUP", "ACTIVATION", "RESULT", suffix="STALLS")
+    vector = ("VECTOR",) if counters["VECTOR_CYCLES"] else ()
+    kinds = per_token("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX", *vector, suffix="CYCLES")
+    stalls = per_token("WEIGHT", "GROUP", "ACTIVATION", "RESULT", *vector, suffix="STALLS")
     busy = f" (the array computes in {counters['COMPUTE_CYCLES'] / cycles:.1%})" if cycles else ""
+    waiting = f", and {counters['HOST_CYCLES'] / tokens:,.0f} of waiting for the host"
     return [
-        f"cycles per token: {cycles / tokens:,.0f}{busy}, and "
-        f"{counters['HOST_CYCLES'] / tokens:,.0f} of waiting for the host",
+        f"cycles per token: {cycles / tokens:,.0f}{busy}{'' if vector else waiting}",
         f"  by descriptor: {kinds}",
         f"  stalls: {stalls}",
         f"simulation: {simulated:,} cycles in {seconds:.1f} s, {simulated / seconds:,.0f} cycles/s",

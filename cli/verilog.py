@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from speq.cli.notes import detail
-from speq.cli.options import COLS_HELP, GROUP_HELP, ROWS_HELP, SPLIT_HELP, Force, refuse_unused
+from speq.cli.options import (
+    COLS_HELP,
+    GROUP_HELP,
+    LANES_HELP,
+    ROWS_HELP,
+    SPLIT_HELP,
+    Force,
+    refuse_unused,
+)
 from speq.cli.presets import PRESETS, complete_preset
 
 if TYPE_CHECKING:
@@ -75,11 +83,7 @@ History = Annotated[
 ]
 Lanes = Annotated[
     int | None,
-    typer.Option(
-        help="Elements that the vector unit takes in a cycle: a power of two, 4 to 64, or 0: the "
-        "host does the vector work.",
-        show_default="0",
-    ),
+    typer.Option(help=LANES_HELP, show_default="0"),
 ]
 QueryHeads = Annotated[
     int | None,

@@ -5,7 +5,8 @@ The RTL runs in the simulator as with `speq generate --backend rtl`. A window of
 recorded as FST, and beside it goes the GTKWave save file of `speq.sim.gtkwave`.
 
 A window may begin at an event. A first run then finds its cycle: the simulation stands still while
-the host works, so that a second run meets the same events in the same cycles.
+the host works, so that a second run meets the same events in the same cycles. Of the passes of an
+accelerator with a vector unit the host is not told; its registers are looked at for them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from speq.cli.options import (
     Continued,
     DraftLength,
     Force,
+    Lanes,
     MaxTokens,
     ModelName,
     Rows,
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
     from speq.sim.simulated_board import Waves
     from speq.sim.watched_board import WatchedBoard
 
-#: Cycles of the window before the interrupt that tells the host of the event: a pass is under way
-#: for about half of them.
+#: Cycles of the window before the event is reported, by the interrupt that tells the host of it or
+#: the registers: a pass is under way for about half of them.
 BEFORE = 100
 
 _STEM = "speq"
@@ -63,6 +65,7 @@ def run(
     prompt: Continued = "Once upon a time",
     rows: Rows = 4,
     cols: Cols = 8,
+    lanes: Lanes = 0,
     draft_length: DraftLength = None,
     max_tokens: MaxTokens = 8,
     start: Annotated[
@@ -94,7 +97,7 @@ def run(
         refuse_unused("with --start", nth=nth)
     nth = 1 if nth is None else nth
     settings = Settings(rows, draft_length, DEFAULT_THRESHOLD)
-    check_array(rows, cols)
+    check_array(rows, cols, lanes)
     from speq.sim.gtkwave import layout_marks, write_layout
 
     recording, save = output / f"{_STEM}.fst", output / f"{_STEM}.gtkw"
@@ -116,7 +119,7 @@ def run(
         token_limit(loaded, ids, max_tokens)
         encoded = encode_linears(loaded, track=with_passing_bar)
         capacity = kv_capacity(loaded, ids, max_tokens, rows)
-        config = accelerator_for(loaded, encoded, rows, cols, capacity)
+        config = accelerator_for(loaded, encoded, rows, cols, capacity, lanes)
         options = {"max_tokens": max_tokens, "settings": settings, "stop_ids": tokenizer.stop_ids}
 
         def simulate(waves: Waves, enough: Callable[[WatchedBoard], bool]) -> WatchedBoard:

@@ -14,7 +14,7 @@ from speq.host.board import Board
 from speq.host.checks import check_encoded, check_model
 from speq.host.driver import Driver
 from speq.host.image import Image
-from speq.host.layout import Region
+from speq.host.layout import Region, round_up
 from speq.host.layouts import memory_layout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
@@ -34,9 +34,15 @@ def kv_capacity(model: Model, prompt: Sequence[int], max_tokens: int, rows: int)
 
 
 def accelerator_for(
-    model: Model, encoded: Mapping[str, EncodedTensor], rows: int, cols: int, capacity: int
+    model: Model,
+    encoded: Mapping[str, EncodedTensor],
+    rows: int,
+    cols: int,
+    capacity: int,
+    lanes: int = 0,
 ) -> AcceleratorConfig:
-    """An accelerator for a model with a KV cache of so many entries.
+    """An accelerator for a model with a KV cache of so many entries, and a vector unit of so many
+    lanes, or none.
 
     Raises
     ------
@@ -57,7 +63,12 @@ def accelerator_for(
         # Powers of two, so that one simulation serves prompts of many lengths.
         max_k=1 << (max_k - 1).bit_length(),
     )
-    config = AcceleratorConfig(replace(engine, max_o=max(engine.max_o, c.vocab_size)))
+    max_o = max(engine.max_o, c.vocab_size)
+    if lanes:  # heads begin at tiles
+        max_o = max(max_o, c.heads * round_up(c.head_dim, cols))
+    config = AcceleratorConfig(replace(engine, max_o=max_o), lanes=lanes)
+    if lanes and c.heads > config.query_heads:
+        config = replace(config, query_heads=1 << (c.heads - 1).bit_length())
     check_encoded(config, encoded)
     return config
 

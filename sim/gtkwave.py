@@ -18,11 +18,12 @@ from amaranth.hdl import Elaboratable, Fragment, Signal
 from vcd.gtkw import GTKWSave, make_translation_filter
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
-from speq.hw.control.descriptor import DescriptorKind
+from speq.hw.control.descriptor import DescriptorKind, Target, VectorOperation
 from speq.hw.control.program_walker import ProgramWalker
 from speq.hw.control.register_map import STATES
 from speq.hw.control.speculation_controller import SpeculationController
 from speq.hw.engine_config import Mode
+from speq.hw.vector.vector_unit import VectorUnit
 from speq.sim import fst
 from speq.sim.board_server import CLOCK_NS
 
@@ -42,10 +43,12 @@ class Trace(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Signals that are shown together, of an instance or more."""
+    """Signals that are shown together, of an instance or more; `vector`: of the vector unit, which
+    not every accelerator has."""
 
     name: str
     traces: tuple[Trace, ...]
+    vector: bool = False
 
 
 def _stream(path: str, *payload: Trace) -> tuple[Trace, ...]:
@@ -70,11 +73,14 @@ _CONTROL = f"{_ACCELERATOR}.control"
 _SPECULATION = f"{_ACCELERATOR}.speculation"
 _WALKER = f"{_ACCELERATOR}.walker.steps"
 _DATAPATH = f"{_ACCELERATOR}.datapath"
+_VECTOR = f"{_DATAPATH}.vector.sequence"
+_CORE = f"{_DATAPATH}.vector.core"
+_WRITER = f"{_DATAPATH}.vector.writer"
 _LITE, _WEIGHTS, _DATA = (
     f"{_TOP}.{port}" for port in ("s_axi_control", "m_axi_weights", "m_axi_data")
 )
 
-#: What the save file shows, from top to bottom.
+#: What a save file can show, from top to bottom.
 LAYOUT = (
     Group("Clock", (Trace(f"{_TOP}.cycle", "cycle", "dec"),)),
     Group(
@@ -178,6 +184,30 @@ LAYOUT = (
         ),
     ),
     Group(
+        "Vector unit",
+        (
+            Trace(f"{_VECTOR}.fsm_state", "state", "Vector unit"),
+            Trace(f"{_VECTOR}.idle"),
+            Trace(f"{_VECTOR}.stalls", "stall: operands"),
+            Trace(f"{_VECTOR}.command.operation", "operation", "Operation"),
+            Trace(f"{_VECTOR}.command.target", "target", "Target"),
+            *(
+                Trace(f"{_VECTOR}.command.{name}", name, form)
+                for form, names in (
+                    ("dec", ("rows", "k", "o", "sharing", "position", "source")),
+                    ("hex", ("first", "second", "results", "inner", "outer")),
+                    ("hex", ("argument", "detail", "values")),
+                )
+                for name in names
+            ),
+            *_stream(f"{_CORE}.x"),
+            *_stream(f"{_CORE}.y"),
+            *_stream(f"{_WRITER}.words", Trace("", "results")),
+            Trace(f"{_WRITER}.busy", "results are written"),
+        ),
+        vector=True,
+    ),
+    Group(
         "AXI weights: read",
         (
             *_channel(_WEIGHTS, "ar", "id", "addr", "len"),
@@ -212,9 +242,24 @@ LAYOUT = (
 )
 
 
+def groups(config: AcceleratorConfig) -> list[Group]:
+    """What is shown of an accelerator."""
+    return [group for group in LAYOUT if config.lanes or not group.vector]
+
+
 def value_names(config: AcceleratorConfig) -> dict[str, dict[int, str]]:
     """What the values of enumerations are called, by the tables' names."""
     kinds = {kind.value: kind.name for kind in DescriptorKind}
+    vector: dict[str, dict[int, str]] = {}
+    if config.lanes:
+        unit = VectorUnit(config)
+        for module in unit.modules.values():
+            Fragment.get(module, None)  # Amaranth warns of what is never elaborated
+        vector = {
+            "Operation": {operation.value: operation.name for operation in VectorOperation},
+            "Target": {target.value: target.name for target in Target},
+            "Vector unit": _state_names(unit, "fsm_state", "sequence"),
+        }
     return {
         "State": {value: name for name, (value, _) in STATES.items()},
         "ErrorCode": {code.value: code.name for code in ErrorCode},
@@ -224,12 +269,15 @@ def value_names(config: AcceleratorConfig) -> dict[str, dict[int, str]]:
         "Under way": {0: "-", **kinds},
         "Speculation": _state_names(SpeculationController(config), "fsm_state"),
         "Walker": _state_names(ProgramWalker(config), "state_state"),
+        **vector,
     }
 
 
-def _state_names(unit: Elaboratable, register: str) -> dict[int, str]:
-    """States of the state machine in `unit` whose register has this name."""
+def _state_names(unit: Elaboratable, register: str, part: str | None = None) -> dict[int, str]:
+    """States of the state machine in `unit`, or the part of it, whose register has this name."""
     fragments = [Fragment.get(unit, None)]
+    if part is not None:
+        fragments = [inner for inner, name, _ in fragments[0].subfragments if name == part]
     for fragment in fragments:
         fragments += [inner for inner, *_ in fragment.subfragments]
         for statement in itertools.chain(*fragment.statements.values()):
@@ -307,7 +355,7 @@ def write_layout(
         layout.size(1600, 1000)
         layout.signals_width(330)
         layout.sst_expanded(False)
-        for group in LAYOUT:
+        for group in groups(config):
             with layout.group(group.name):
                 for trace in group.traces:
                     if name := recorded.get(trace.signal):

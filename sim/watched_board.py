@@ -8,10 +8,13 @@ from collections.abc import Callable
 import numpy as np
 
 from speq.host.host_layout import host_argument
+from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import registers
 from speq.sim.simulated_board import SimulatedBoard
 
+#: Cycles from one look at the pass under way to the next.
+_LOOK_CYCLES = 50
 #: Passes and what follows them, by name.
 EVENTS = {
     "prompt": PassKind.SINGLE,
@@ -29,18 +32,22 @@ class WatchedBoard:
     """A simulated board that notes the cycles of events and ends the run where it need not go on;
     a `speq.host.board.Board`.
 
+    With a vector unit no interrupt tells of a pass: the registers are looked at in between, which
+    does not disturb the accelerator and happens in the same cycles in every run.
+
     Parameters
     ----------
     board : SimulatedBoard
         That is closed with this one.
     config : AcceleratorConfig
     enough : function of the watched board
-        Whether the run shall end, by a `RunEnded` from `wait_interrupt`; asked before every wait.
+        Whether the run shall end, by a `RunEnded` from `wait_interrupt`; asked before every wait
+        and after every look.
 
     Attributes
     ----------
     events : dict
-        For each name of `EVENTS` the cycles of the interrupts that told of it.
+        For each name of `EVENTS` the cycles of the interrupts or of the looks that told of it.
     """
 
     def __init__(
@@ -50,8 +57,10 @@ class WatchedBoard:
         enough: Callable[[WatchedBoard], bool],
     ) -> None:
         self._board, self._enough = board, enough
+        self._registers = Registers(board, config) if config.lanes else None
         offsets = {register.name: register.offset for register in registers(config)}
         self._argument, self._step = offsets["HOST_ARGUMENT"], offsets["STEP"]
+        self._pass: tuple[int, int] | None = None  # its kind and position
         self._interrupt = 0  # cycle of the last one
         self.events: dict[str, list[int]] = {name: [] for name in EVENTS}
 
@@ -76,11 +85,34 @@ class WatchedBoard:
         self._board.write(address, values)
 
     def wait_interrupt(self, timeout_cycles: int | None = None) -> bool:
-        if self._enough(self):
-            raise RunEnded
-        raised = self._board.wait_interrupt(timeout_cycles)
+        self._end_if_enough()
+        if self._registers is None:
+            raised = self._board.wait_interrupt(timeout_cycles)
+        else:
+            raised = self._watch(self._registers, timeout_cycles)
         self._interrupt = self._board.cycles()
         return raised
+
+    def _end_if_enough(self) -> None:
+        if self._enough(self):
+            raise RunEnded
+
+    def _watch(self, registers: Registers, timeout_cycles: int | None) -> bool:
+        """Wait as `wait_interrupt` does, and note the passes that begin in the meantime."""
+        end = None if timeout_cycles is None else self.cycles() + timeout_cycles
+        while not self._board.wait_interrupt(_LOOK_CYCLES):
+            if end is not None and self.cycles() >= end:
+                return False
+            now = registers.fields("PASS")
+            current = (now["kind"], registers["PASS_POSITION"])
+            # If nothing has changed in between, both are of one pass.
+            if now["rows"] and registers.fields("PASS") == now and current != self._pass:
+                self._pass = current
+                for name, kind in EVENTS.items():
+                    if kind is not None and kind.value == current[0]:
+                        self.events[name].append(self.cycles())
+            self._end_if_enough()
+        return True
 
     def close(self) -> None:
         self._board.close()

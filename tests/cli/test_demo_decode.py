@@ -138,6 +138,7 @@ def test_missing_models_are_named(monkeypatch):
     [
         (("--draft-length", "4"), "draft length is 4; expected 0 to rows - 1 = 3"),
         (("--cols", "12"), "cols is 12"),
+        (("--lanes", "16"), "lanes is 16; allowed are powers of two from 4 to 8"),
         (("--prompt", "x" * 3000), "tokens; expected 1 to"),
         (("--model", "absent.gguf"), "absent.gguf"),
     ],

@@ -447,7 +447,7 @@ def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator, 
     for options in (
         (),
         ("--mode", "fp16"),
-        ("--rows", 4, "--cols", 8, "--choices", 2),
+        ("--rows", 4, "--cols", 8, "--choices", 2, "--lanes", 4),
         ("--encoded", encoded_file, "--rows", 6),
     ):
         made = speq_generate(*rtl, *options)
@@ -456,8 +456,8 @@ def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator, 
         assert f"{COUNT} tokens in" in made.err and "(RTL simulation" in made.err
         assert "cycles per token: 0, and 0 of waiting for the host" in made.err
         assert "simulation: 0 cycles in" in made.err
-    arrays = [(config.engine.rows, config.engine.cols) for config in accelerator]
-    assert arrays == [(8, 16), (8, 16), (4, 8), (6, 16)]
+    arrays = [(config.engine.rows, config.engine.cols, config.lanes) for config in accelerator]
+    assert arrays == [(8, 16, 0), (8, 16, 0), (4, 8, 4), (6, 16, 0)]
     assert accelerator[-1].engine.format == FormatConfig(32)
 
 
@@ -477,6 +477,12 @@ def test_figures_of_the_accelerator():
         "  stalls: weight 0, group 11, activation 0, result 0",
         "simulation: 50,000 cycles in 2.5 s, 20,000 cycles/s",
     ]
+    counters |= {"VECTOR_CYCLES": 4000, "VECTOR_STALLS": 400}
+    assert rtl_figures(counters, 50_000, 2.5)[:3] == [
+        "cycles per token: 2,000 (the array computes in 75.0%)",
+        "  by descriptor: draft 0, verify 1,250, bypass 0, attention 0, argmax 556, vector 1,000",
+        "  stalls: weight 0, group 11, activation 0, result 0, vector 100",
+    ]
     assert rtl_figures(dict.fromkeys(COUNTERS, 0), 1, 1.0) == []
 
 
@@ -488,7 +494,13 @@ def test_requests_that_the_accelerator_cannot_serve(speq_generate, accelerator):
         ),
         (("--backend", "rtl", "--temperature", 1, "--sampler", "rsd"), "the sampler gumbel"),
         (("--cols", 8), "--cols is of the simulated array: give --backend rtl"),
+        (("--lanes", 4), "--lanes is of the simulated array: give --backend rtl"),
         (("--backend", "rtl", "--cols", 12), "cols is 12"),
+        (("--backend", "rtl", "--lanes", 6), "lanes is 6; allowed are powers of two from 4 to 16"),
+        (
+            ("--backend", "rtl", "--lanes", 32),
+            "lanes is 32; allowed are powers of two from 4 to 16",
+        ),
         (("--backend", "rtl", "--choices", 9), "choices is 9; this accelerator ranks 1 to 8"),
         (("--reranked", 9), "reranked is 9; expected 0 (none) to 8"),
         (("--mode", "fp16", "--reranked", 8), "--reranked is not used with --mode fp16"),

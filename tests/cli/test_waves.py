@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,14 @@ from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import STATES
 from speq.hw.engine_config import EngineConfig
 from speq.sim.board_server import CLOCK_NS
-from speq.sim.gtkwave import LAYOUT, value_names
+from speq.sim.gtkwave import groups, value_names
 from tests.model.small_models import random_weights, small_config, write_gguf
 from tests.sim.fst_reader import FstFile
 
 SEED = int(os.environ.get("SPEQ_SEED", "0"))
 #: One accelerator for all tests, as it takes long to build.
 ARRAY = ("--rows", 2, "--cols", 4)
+CONFIG = AcceleratorConfig(EngineConfig(rows=2, cols=4))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,11 @@ def _shown(folder: Path) -> list[str]:
     return names
 
 
+def _traces(config: AcceleratorConfig) -> int:
+    """Signals that the layout has."""
+    return sum(len(group.traces) for group in groups(config))
+
+
 def _marker(folder: Path) -> int:
     (line,) = re.findall(r"(?m)^\*.*$", (folder / "speq.gtkw").read_text())
     return int(line.split()[1])
@@ -99,7 +106,7 @@ def test_window_at_a_pass(speq_waves, event, nth, kind):
     file = _file(made.folder)
     recorded = {name.replace(" ", "") for name in file.names}
     shown = _shown(made.folder)
-    assert set(shown) <= recorded and len(shown) == sum(len(group.traces) for group in LAYOUT)
+    assert set(shown) <= recorded and len(shown) == _traces(CONFIG)
     assert not any(".array." in name for name in recorded)
     # The edges of the clock, the first and the last included.
     assert file.last - file.first in range(599 * CLOCK_NS * 500, 601 * CLOCK_NS * 500)
@@ -130,7 +137,7 @@ def check_moved(folder: Path) -> None:
     text = (moved / "speq.gtkw").read_text()
     (recording,) = re.findall(r'(?m)^\[dumpfile\] "(.*)"$', text)
     assert _found(moved, recording).resolve() == moved / "speq.fst"
-    assert len(_shown(moved)) == sum(len(group.traces) for group in LAYOUT)
+    assert len(_shown(moved)) == _traces(CONFIG)
     assert not re.search(r'(?m)^(\^\d+ |\[.*\] ")/', text) and str(folder.parent) not in text
     shutil.move(moved, folder)
 
@@ -180,6 +187,7 @@ def test_impossible_options(speq_waves, tmp_path):
     for options, message in (
         (("--start", 5, "--at", "draft"), "--start and --at exclude each other"),
         (("--cols", 6), "cols is 6"),
+        (("--lanes", 8), "lanes is 8; allowed are powers of two from 4 to 4"),
         (("--draft-length", 2), "draft length is 2"),
         (("-o", tmp_path / "file"), "file is not a folder"),
     ):
@@ -188,9 +196,40 @@ def test_impossible_options(speq_waves, tmp_path):
         assert made.err.count("\n") == 1 and not made.out
 
 
-def test_values_have_names():
-    names = value_names(AcceleratorConfig(EngineConfig(rows=2, cols=4)))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("event", "nth", "kind"),
+    [("prompt", 1, PassKind.SINGLE), ("draft", 2, PassKind.DRAFT), ("verify", 2, PassKind.VERIFY)],
+)
+def test_a_vector_unit(speq_waves, event, nth, kind):
+    """Of its passes no interrupt tells."""
+    made = speq_waves("--lanes", 4, "--at", event, "--nth", nth, "--cycles", 300)
+    assert made.code == 0, made.err
+    file, marker = _file(made.folder), _marker(made.folder)
+    recorded = {name.replace(" ", "") for name in file.names}
+    shown = _shown(made.folder)
+    assert set(shown) <= recorded and len(shown) == _traces(replace(CONFIG, lanes=4))
+    passes = "board.accelerator.speculation.pass_status.kind [1:0]"
+    control = "board.accelerator.control.status.status [2:0]"
+    assert file.value(control, marker) == STATES["RUNNING"][0]
+    assert file.value(passes, marker) == kind.value
+    started = file.names["board.accelerator.speculation.passes__valid"]
+    assert any(
+        file.first < time < marker
+        for time, handle, value in file.changes
+        if handle == started and value == "1"
+    )
+
+
+@pytest.mark.parametrize("lanes", [0, 4])
+def test_values_have_names(lanes):
+    config = replace(CONFIG, lanes=lanes)
+    names = value_names(config)
     assert names["Walker"][0] == "FETCH" and "HOST" in names["Walker"].values()
     assert names["Speculation"][0] == "IDLE" and "COMMIT" in names["Speculation"].values()
-    used = {trace.form for group in LAYOUT for trace in group.traces}
+    used = {trace.form for group in groups(config) for trace in group.traces}
     assert used - {"hex", "dec"} == set(names)
+    if lanes:
+        states = names["Vector unit"].values()
+        assert names["Vector unit"][0] == "IDLE" and {"HAND", "RUN"} <= set(states)
+        assert names["Operation"][12] == "MOVE"
