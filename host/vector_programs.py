@@ -54,15 +54,16 @@ def float_bits(value: float) -> int:
 class _Program:
     """The steps of a schedule as descriptors.
 
-    A vector operation waits for the products before it and a product for vector operations: what
-    is of one kind and not separated by the other has operands of its own, or, of vector operations,
-    is carried out one after the other anyhow. Attention is the exception: while the vector unit
-    works on a head, the array goes on to the next.
+    A vector operation waits for the products before it and for those vector operations that give it
+    an operand, and a product for vector operations. Attention is the exception: while the vector
+    unit works on a head, the array goes on to the next.
     """
 
     def __init__(self, layout: VectorLayout, kind: PassKind) -> None:
         self._layout, self._model, self._kind = layout, layout.model, kind
         self.descriptors: list[tuple[Descriptor, str]] = []
+        #: Results of the vector operations since the last one that waits for all before it.
+        self._unfinished: set[int] = set()
         #: FP32 tiles by the names of the schedule's buffers. x are FP16 activations.
         self._buffers = {"h": layout.stream}
         for step in layout.schedule(kind):
@@ -97,7 +98,12 @@ class _Program:
         **fields: Any,
     ) -> None:
         if wait is None:
-            wait = bool(self.descriptors) and not self._follows(DescriptorKind.VECTOR)
+            operands = {first, fields.get("second")}
+            follows_products = bool(self.descriptors) and not self._follows(DescriptorKind.VECTOR)
+            wait = follows_products or not operands.isdisjoint(self._unfinished)
+            if wait:
+                self._unfinished.clear()
+        self._unfinished.add(results)
         descriptor = Descriptor(
             DescriptorKind.VECTOR,
             operation=operation,
@@ -125,6 +131,7 @@ class _Program:
                 Target.TILES,
                 layout.activations,
                 layout.draft_activations,
+                wait=True,
                 k=weights[0].k,
                 o=1,
             )
