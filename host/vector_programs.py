@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from speq.hw.accelerator_config import PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
 from speq.hw.engine_config import Mode
-from speq.model.schedule import Attention, Linears, Operation, Vector
+from speq.model.schedule import Attention, Linears, Operation, Step, Vector
 from speq.model.vector_ops import GELU_CUBIC
 
 if TYPE_CHECKING:
@@ -51,24 +53,41 @@ def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
+def _queries_first(schedule: Iterable[Step]) -> list[Step]:
+    """The steps of a schedule, in each block those of the queries before those of keys and values,
+    of which they are independent."""
+    steps = list(schedule)
+    for start, step in enumerate(steps):
+        if isinstance(step, Linears) and step.targets[0] == "q":
+            others = (i for i in range(start + 1, len(steps)) if not isinstance(steps[i], Vector))
+            end = next(others, len(steps))
+            part = steps[start + 1 : end]
+            steps[start + 1 : end] = sorted(part, key=lambda each: each.target != "q")
+    return steps
+
+
 class _Program:
     """The steps of a schedule as descriptors.
 
-    A vector operation waits for the products before it and a product for vector operations: what
-    is of one kind and not separated by the other has operands of its own, or, of vector operations,
-    is carried out one after the other anyhow. Attention is the exception: while the vector unit
-    works on a head, the array goes on to the next.
+    A vector operation waits for what gives it an operand, and a product for vector operations. But
+    in attention the array goes on to the next head while the vector unit works on one, and while
+    that works on the queries, the array multiplies for keys and values.
     """
 
     def __init__(self, layout: VectorLayout, kind: PassKind) -> None:
         self._layout, self._model, self._kind = layout, layout.model, kind
         self.descriptors: list[tuple[Descriptor, str]] = []
+        #: Results since the last descriptor that waits for all before it.
+        self._unfinished: set[int] = set()
         #: FP32 tiles by the names of the schedule's buffers. x are FP16 activations.
         self._buffers = {"h": layout.stream}
-        for step in layout.schedule(kind):
+        #: Products that may begin as soon as the next vector operation has.
+        self._late: list[tuple[Descriptor, str]] = []
+        steps = _queries_first(layout.schedule(kind))
+        for step, following in zip_longest(steps, steps[1:]):
             match step:
                 case Linears():
-                    self._linears(step)
+                    self._linears(step, following)
                 case Attention(block):
                     self._attention(block)
                 case Vector(Operation.ROUND, target="x"):
@@ -83,6 +102,9 @@ class _Program:
     def _product(self, descriptor: Descriptor, name: str, wait: bool | None = None) -> None:
         if wait is None:
             wait = self._follows(DescriptorKind.VECTOR)
+        if wait:
+            self._unfinished.clear()
+        self._unfinished.add(descriptor.results)
         self.descriptors.append((replace(descriptor, wait=wait), name))
 
     def _vector(
@@ -97,7 +119,11 @@ class _Program:
         **fields: Any,
     ) -> None:
         if wait is None:
-            wait = bool(self.descriptors) and not self._follows(DescriptorKind.VECTOR)
+            operands = {first, fields.get("second")}
+            wait = not operands.isdisjoint(self._unfinished)
+            if wait:
+                self._unfinished.clear()
+        self._unfinished.add(results)
         descriptor = Descriptor(
             DescriptorKind.VECTOR,
             operation=operation,
@@ -109,6 +135,9 @@ class _Program:
             **fields,
         )
         self.descriptors.append((descriptor, ""))
+        for late in self._late:
+            self._product(*late, wait=False)
+        self._late.clear()
 
     def _follows(self, kind: DescriptorKind) -> bool:
         """Whether the last descriptor is of this kind."""
@@ -116,7 +145,7 @@ class _Program:
 
     # Steps of the schedule.
 
-    def _linears(self, step: Linears) -> None:
+    def _linears(self, step: Linears, following: Step | None) -> None:
         layout = self._layout
         weights = [layout.weights[name] for name in step.names]
         if any(each.mode(self._kind) is Mode.DRAFT for each in weights):
@@ -125,10 +154,14 @@ class _Program:
                 Target.TILES,
                 layout.activations,
                 layout.draft_activations,
+                wait=True,
                 k=weights[0].k,
                 o=1,
             )
-        for product in layout.products(self._kind, step):
+        products = layout.products(self._kind, step)
+        if isinstance(following, Vector) and following.target == "q":
+            products, self._late = products[:1], products[1:]
+        for product in products:
             self._product(*product)
         results = layout.results_of(step.names)
         self._buffers.update(zip(step.targets, results, strict=True))

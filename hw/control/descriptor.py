@@ -6,7 +6,8 @@ ports' beats); it ends with END. `FORMS` says what each kind does and which fiel
 others must be 0. Sizes in bytes refer to an array of C columns.
 
 Descriptors run one after the other but overlap: with `wait` one starts only when all before it are
-finished, without it the order must not matter. HOST, ARGMAX, RERANK and END wait in any case.
+finished, without it the order must not matter. HOST, ARGMAX, RERANK and END wait in any case, and
+SOFTMAX and NORMALIZE with `wait` for products only.
 
 Planes and group bytes are those of `speq.model.format`, cut into tiles of C outputs, with two
 additions: a tile's group bytes are padded to a multiple of the data port's beat, and every buffer
@@ -274,8 +275,8 @@ FORMS = {
             "operation": Use("VectorOperation"),
             "target": Use("Target"),
             "wait": Use(
-                "1: start only when all descriptors before it are finished; those of this kind run "
-                "one after the other in any case"
+                "1: start only when all descriptors before it are finished, SOFTMAX and NORMALIZE: "
+                "all products"
             ),
             "values": Use(
                 "1: y is the same for all rows (ADD, MULTIPLY, NORM, where it must be 1); EMBED: "

@@ -92,11 +92,11 @@ class ProgramWalker(wiring.Component):
     mode, fields that must be 0, sizes, and the alignment of addresses, in this order. GEMM and
     ATTENTION become one job or more on `jobs`, VECTOR becomes a command on `vector`, and both
     overlap with their successors, as far as the takers allow; HOST, END, ARGMAX, RERANK and a
-    descriptor with `wait` start when `idle` and `vector_idle` say that all is finished. ARGMAX and
-    RERANK also wait for their own end, and for that of the ranking's transfer to memory, if they
-    ask for one. RERANK becomes a job for each tile that holds a candidate. With `truncate` they are
-    carried out twice, first without perturbation: that ranking has the largest logit of each row,
-    which the cut-off depends on.
+    descriptor with `wait` start when `idle` and `vector_idle` say that all is finished; of SOFTMAX
+    and NORMALIZE `wait` asks for `idle` alone. ARGMAX and RERANK also wait for their own end, and
+    for that of the ranking's transfer to memory, if they ask for one. RERANK becomes a job for each
+    tile that holds a candidate. With `truncate` they are carried out twice, first without
+    perturbation: that ranking has the largest logit of each row, which the cut-off depends on.
 
     Latency: the first job is offered 2 cycles after its descriptor has arrived.
 
@@ -255,8 +255,14 @@ class ProgramWalker(wiring.Component):
         idle = self.idle
         may_overlap = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ATTENTION)
         if config.lanes:
-            idle &= self.vector_idle
-            may_overlap |= kind == DescriptorKind.VECTOR
+            is_vector = kind == DescriptorKind.VECTOR
+            # Their operands are an ATTENTION's results, and what the vector unit keeps itself.
+            of_products = is_vector & (
+                (descriptor.operation == VectorOperation.SOFTMAX)
+                | (descriptor.operation == VectorOperation.NORMALIZE)
+            )
+            idle &= self.vector_idle | of_products
+            may_overlap |= is_vector
             self._word_vector_command(m, descriptor, walk)
             row_bytes = max(ranking_row_bytes(config), config.data.beat_bytes)
             place = self.chain << (row_bytes - 1).bit_length()

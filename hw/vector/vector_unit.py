@@ -40,16 +40,18 @@ _TWICE = (VectorOperation.NORM, VectorOperation.SOFTMAX)
 
 
 class VectorUnit(wiring.Component):
-    """Carries out VECTOR descriptors (`speq.hw.control.descriptor`), one after the other.
+    """Carries out VECTOR descriptors (`speq.hw.control.descriptor`), in order.
 
     Two `OperandReader`s give x and y, a `VectorCore` computes, a `VectorWriter` writes. EMBED may
     need a `TokenReader` before; QUANTIZE and MOVE go other ways, through an `ActivationQuantizer`
     and an `EntryMover`.
 
-    Flow control: a command is taken when the one before it is finished, its last write answered.
+    Flow control: a command is taken when all parts have taken theirs of the one before it, each as
+    soon as it has done its share. So operands are read while the lanes work on the command before,
+    and writes need not have been answered. QUANTIZE, MOVE and EMBED of tokens in memory are alone.
 
-    Faults: the first bad response or refused transfer of any reader sets `error`, and the command
-    stays unfinished until `clear`. Faults of writes are those of the writer that `writes` lead to.
+    Faults: the first bad response or refused transfer of any reader sets `error`, and `idle` stays
+    low until `clear`. Faults of writes are those of the writer that `writes` lead to.
 
     Parameters
     ----------
@@ -65,7 +67,7 @@ class VectorUnit(wiring.Component):
     reads : Out(config.data.read_signature).array(READERS)
     writes : Out(write_source_signature(config.data)).array(WRITERS)
     idle : Out(1)
-        No command is under way.
+        All commands are finished, their last write answered.
     stalls : Out(1)
         Lanes wait for an operand.
     and `guarded_members(address_bits)`
@@ -185,6 +187,8 @@ class VectorUnit(wiring.Component):
             m.d.comb += is_any[name].eq(Cat(operation == each for each in operations).any())
         reads_tokens = is_any["embeds"] & command.values
 
+        # Reads and writes do not go the usual way, or one reader's indices come from another.
+        is_alone = is_any["quantizes"] | is_any["moves"] | reads_tokens
         parts = self._parts(m, command, shape, elements, is_any)
         handed = Signal(len(parts))
         handing = Signal()
@@ -196,6 +200,12 @@ class VectorUnit(wiring.Component):
             ]
         self._index(m, command)
         tokens = self._tokens
+        units = (self._x, self._y, self._activations, self._mover)
+        units += (self._core, self._quantizer, self._writer)
+        # A part is not busy before the cycle after it has taken its command.
+        quiet = Signal()
+        m.d.sync += quiet.eq(~handing & ~Cat(unit.busy for unit in units).any())
+        m.d.comb += self.stalls.eq(self._core.waits)
         m.d.comb += [
             tokens.command.payload.address.eq(command.second),
             tokens.command.payload.position.eq(command.position),
@@ -203,7 +213,7 @@ class VectorUnit(wiring.Component):
         ]
         with m.FSM():
             with m.State("IDLE"):
-                m.d.comb += [self.idle.eq(1), self.command.ready.eq(1)]
+                m.d.comb += [self.idle.eq(quiet), self.command.ready.eq(1)]
                 m.d.sync += command.eq(self.command.payload)
                 with m.If(self.command.valid):
                     m.next = "MEASURE"
@@ -236,11 +246,15 @@ class VectorUnit(wiring.Component):
                     ]
                     m.next = "BATCHES"
             with m.State("FETCH"):
-                m.d.comb += tokens.command.valid.eq(reads_tokens)
-                with m.If(~reads_tokens):
+                with m.If(~is_alone):
                     m.next = "HAND"
-                with m.Elif(tokens.command.ready):
-                    m.next = "TOKENS"
+                with m.Elif(quiet):
+                    m.d.comb += tokens.command.valid.eq(reads_tokens)
+                    m.next = "HAND"
+                    with m.If(reads_tokens):
+                        m.next = "FETCH"
+                        with m.If(tokens.command.ready):
+                            m.next = "TOKENS"
             with m.State("TOKENS"):
                 with m.If(~tokens.busy):
                     m.next = "HAND"
@@ -249,12 +263,11 @@ class VectorUnit(wiring.Component):
                 m.d.sync += handed.eq(taken)
                 with m.If(taken.all()):
                     m.d.sync += handed.eq(0)
-                    m.next = "RUN"
-            with m.State("RUN"):
-                m.d.comb += self.stalls.eq(self._core.waits)
-                readers = (self._x, self._y, self._activations, self._mover)
-                others = (self._core, self._quantizer, self._writer)
-                with m.If(~Cat(unit.busy for unit in (*readers, *others)).any()):
+                    m.next = "IDLE"
+                    with m.If(is_alone):
+                        m.next = "ALONE"
+            with m.State("ALONE"):
+                with m.If(quiet):
                     m.next = "IDLE"
 
     def _parts(
@@ -324,14 +337,21 @@ class VectorUnit(wiring.Component):
     def _index(self, m: Module, command: Value) -> None:
         """The rows of tables that belong to rows of the pass: tokens and positions."""
         tokens, x, y = self._tokens, self._x, self._y
+        in_text = Signal(reset_less=True)
         of_pass = Signal.like(x.index, reset_less=True)
         depth = Signal.like(self.rows[0].depth, reset_less=True)
         m.d.sync += [
             of_pass.eq(self.rows[x.index_row].token),
             depth.eq(self.rows[y.index_row].depth),
         ]
+        # `command` may be the next one already.
+        position = Signal.like(command.position, reset_less=True)
+        with m.If(x.command.valid & x.command.ready):
+            m.d.sync += in_text.eq(command.values)
+        with m.If(y.command.valid & y.command.ready):
+            m.d.sync += position.eq(command.position)
         m.d.comb += [
             tokens.row.eq(x.index_row),
-            x.index.eq(Mux(command.values, tokens.token, of_pass)),
-            y.index.eq(command.position + depth),
+            x.index.eq(Mux(in_text, tokens.token, of_pass)),
+            y.index.eq(position + depth),
         ]

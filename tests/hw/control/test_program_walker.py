@@ -108,7 +108,7 @@ def walk(
     cycles: int = 4000,
 ) -> WalkRecord:
     """Run a program; jobs end at random times, in order, and so does vector work. `bad_read`
-    answers SLVERR there."""
+    answers SLVERR there. The event of a VECTOR ends with whether jobs are under way."""
     content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
     memory = dict(enumerate(content, start=address))
     dut = ProgramWalker(config)
@@ -139,7 +139,7 @@ def walk(
                         name: int(getattr(command[name], "value", command[name]))
                         for name, _ in dut.vector.payload.shape()
                     }
-                    record.events.append(("vector", values, under_way))
+                    record.events.append(("vector", values, under_way, bool(left)))
                     vectors.append(rng.randrange(2, 60))
             if taken:
                 names = _JOB_FIELDS + _ADDRESSES
@@ -353,7 +353,9 @@ def test_random_programs(data_bits, lanes):
                 assert next(rest) == ("host", d.argument, False)
                 continue
             if d.kind is DescriptorKind.VECTOR:
-                name, values, overlaps = next(rest)
+                name, values, overlaps, overlaps_jobs = next(rest)
+                if d.operation in (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE):
+                    overlaps = overlaps_jobs
                 assert name == "vector" and not (overlaps and d.wait)
                 assert values == vector_command_of(d, rows, position, source)
                 continue
@@ -562,6 +564,26 @@ REFUSED_VECTORS = [
     (replace(EMBED, detail=8), ErrorCode.MISALIGNED),
     (replace(ROTATE, detail=4), ErrorCode.MISALIGNED),
 ]
+
+
+def test_attention_waits_for_products_alone():
+    """SOFTMAX and NORMALIZE with `wait` overlap with vector work, but not with products."""
+    config = system(128, 8)
+    product = Descriptor(DescriptorKind.GEMM, Mode.BYPASS, k=8, o=8)
+    common = {"target": Target.VALUES, "k": 8, "o": 1, "sharing": 1}
+    vector = Descriptor(DescriptorKind.VECTOR, operation=VectorOperation.ROUND, **common)
+    for operation, target in (
+        (VectorOperation.SOFTMAX, Target.WEIGHTS),
+        (VectorOperation.NORMALIZE, Target.CONTEXT),
+    ):
+        size = 0 if operation is VectorOperation.SOFTMAX else 8
+        waits = replace(vector, operation=operation, target=target, wait=True, k=size)
+        program = [vector, product, waits, Descriptor(DescriptorKind.END)]
+        events = [walk(config, program, trial=trial).events for trial in range(12)]
+        kinds = ["vector", "job", "vector", "end"]
+        assert all([event[0] for event in got] == kinds for got in events)
+        assert not any(got[2][3] for got in events)
+        assert any(got[2][2] for got in events)
 
 
 def test_sound_vector_descriptors():
