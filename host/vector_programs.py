@@ -62,8 +62,13 @@ def _queries_first(schedule: Iterable[Step]) -> list[Step]:
             others = (i for i in range(start + 1, len(steps)) if not isinstance(steps[i], Vector))
             end = next(others, len(steps))
             part = steps[start + 1 : end]
-            steps[start + 1 : end] = sorted(part, key=lambda each: each.target != "q")
+            steps[start + 1 : end] = sorted(part, key=lambda each: not _is_of_queries(each))
     return steps
+
+
+def _is_of_queries(step: Step | None) -> bool:
+    """Whether a step is vector work on the queries."""
+    return isinstance(step, Vector) and step.target == "q"
 
 
 class _Program:
@@ -159,7 +164,7 @@ class _Program:
                 o=1,
             )
         products = layout.products(self._kind, step)
-        if isinstance(following, Vector) and following.target == "q":
+        if _is_of_queries(following):
             products, self._late = products[:1], products[1:]
         for product in products:
             self._product(*product)

@@ -54,7 +54,7 @@ class OperandRequests(wiring.Component):
 
     Products are sums over the bits of a factor, so they take time: in mode ROWS there is one for
     each of `rows` rows, with its index, in mode TILES one with `rows` and one with `last_rows`, and
-    in mode CHANNELS two with 1.
+    in mode CHANNELS two with 1; of a single segment only the second.
 
     Flow control: both streams may stall in any cycle. A command is taken when all transfers of the
     one before it have been taken. The first transfer is offered `LATENCY` cycles later, and for
@@ -171,7 +171,9 @@ class OperandRequests(wiring.Component):
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += [self.busy.eq(0), self.command.ready.eq(1)]
-                m.d.sync += row.eq(0)
+                given = self.command.payload
+                # A segment that is the only one is the last.
+                m.d.sync += row.eq((given.mode != OperandMode.ROWS) & (given.extent.segments == 1))
                 with m.If(self.command.valid):
                     m.d.sync += command.eq(self.command.payload)
                     m.next = "INDEX"

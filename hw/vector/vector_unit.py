@@ -232,9 +232,11 @@ class VectorUnit(wiring.Component):
                     shape.rows.eq(Mux(batches, Mux(left > rows, rows, left), command.rows)),
                     shape.last_rows.eq(Mux(batches, left, command.rows)),
                 ]
-                m.next = "FETCH"
+                m.next = "HAND"
                 with m.If(batches):
                     m.next = "BATCHES"
+                with m.Elif(is_alone):
+                    m.next = "QUIET"
             with m.State("BATCHES"):
                 m.next = "HAND"
                 with m.If(left > engine.rows):
@@ -245,16 +247,15 @@ class VectorUnit(wiring.Component):
                         shape.segments.eq(shape.segments + 1),
                     ]
                     m.next = "BATCHES"
-            with m.State("FETCH"):
-                with m.If(~is_alone):
-                    m.next = "HAND"
-                with m.Elif(quiet):
-                    m.d.comb += tokens.command.valid.eq(reads_tokens)
+            with m.State("QUIET"):
+                with m.If(quiet):
                     m.next = "HAND"
                     with m.If(reads_tokens):
                         m.next = "FETCH"
-                        with m.If(tokens.command.ready):
-                            m.next = "TOKENS"
+            with m.State("FETCH"):
+                m.d.comb += tokens.command.valid.eq(1)
+                with m.If(tokens.command.ready):
+                    m.next = "TOKENS"
             with m.State("TOKENS"):
                 with m.If(~tokens.busy):
                     m.next = "HAND"

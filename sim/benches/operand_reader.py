@@ -243,9 +243,9 @@ async def transfers_and_latency(dut: Any, index: int) -> None:
             bursts.append((cycle, int(address.value), int(length.value) + 1))
 
     world.agents.append(watch)
-    for mode in (*OperandMode, *OperandMode):
+    for mode, segments in itertools.product(OperandMode, (1, 2)):
         bursts.clear()
-        job = world.job(mode=mode)
+        job = world.job(mode=mode, segments=segments)
         await world.do([job])
         taken = world.command.taken[-1]
         extent = operand_command_layout(world.config).from_bits(job.command).extent
@@ -254,6 +254,8 @@ async def transfers_and_latency(dut: Any, index: int) -> None:
             OperandMode.CHANNELS: [1, 1],
             OperandMode.ROWS: [int(i) for i in world.indices[: extent.rows]],
         }[mode]
+        if mode is not OperandMode.ROWS:
+            factors = factors[-segments:]
         products = sum(OperandRequests.PRODUCT_LATENCY + factor.bit_length() for factor in factors)
         latency = OperandRequests.LATENCY + products + MemoryReader.LATENCY
         assert bursts[0][0] - taken == latency, f"{world.name}: {mode}: {bursts[0][0] - taken}"
