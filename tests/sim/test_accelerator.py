@@ -598,9 +598,10 @@ def test_bad_responses_to_vector_work(vector_pair, access, name, field, response
         *_, got = run(vector_pair.rtl, workload)
         vector_pair.check_stopped(workload)
         if got.state == "ERROR":
-            break
-    assert got.error is ErrorCode[f"{access}_{RESPONSES[response]}"]
-    assert got.address <= bad < got.address + burst
+            assert got.error is ErrorCode[f"{access}_{RESPONSES[response]}"]
+            assert got.address <= bad < got.address + burst
+            return
+    pytest.fail("no access came upon the bad byte")
 
 
 @pytest.mark.parametrize(
