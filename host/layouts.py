@@ -11,8 +11,8 @@ from speq.host.host_passes import HostPasses
 from speq.host.layout import MemoryLayout
 from speq.host.passes import Observe, Passes
 from speq.host.run_control import RunControl
-from speq.host.vector_layout import VectorLayout
 from speq.host.vector_passes import VectorPasses
+from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.model.checkpoint import Model, ModelConfig
 

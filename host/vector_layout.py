@@ -21,19 +21,21 @@ from speq.host.layout import (
     results_bytes,
     round_up,
 )
-from speq.host.vector_programs import GELU_LINEAR, HEAD_MASK, ONES, moves, vector_program
 from speq.hw.accelerator_config import PassKind
-from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor
 from speq.model.checkpoint import tensor_shapes
 from speq.model.schedule import Linears
 from speq.model.vector_ops import rotary_order
+
+#: Channel vectors that are no weights of the model: ones [H]; for each query head 1 for its
+#: elements and 0 for its padding; and the constant that GELU adds [F].
+ONES, HEAD_MASK, GELU_LINEAR = "ones", "head_mask", "gelu_linear"
 
 _HALF, _SINGLE = 2, 4  # bytes of an FP16 and of an FP32 number
 _TOKEN = 4  # bytes of a token id
 
 
-class VectorLayout(MemoryLayout):
-    """A layout whose programs do all vector work.
+class VectorPlaces(MemoryLayout):
+    """All of a layout whose programs do all vector work, but for the programs.
 
     The accelerator reads all of it, and writes what does not hold something before the first run.
 
@@ -167,15 +169,3 @@ class VectorLayout(MemoryLayout):
         if model.activation == "gelu_tanh":
             sizes[GELU_LINEAR] = (1, model.ffn_hidden)
         return sizes
-
-    def host_turns(self, kind: PassKind) -> int:
-        return 0
-
-    def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
-        if kind is PassKind.MOVE:
-            return self._ended([(descriptor, "") for descriptor in moves(self)], kind, 0)
-        return self._ended(vector_program(self, kind), kind, reranked)
-
-    def _program_size(self, kind: PassKind) -> int:
-        reranks = kind is PassKind.DRAFT
-        return DESCRIPTOR_BYTES * (len(self._named_program(kind, reranked=0)) + reranks)

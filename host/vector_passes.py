@@ -12,7 +12,7 @@ from speq.host.board import Board
 from speq.host.layout import ceil_div, ranking_bytes, ranking_margin
 from speq.host.passes import NO_PASS, Observe, Pass, Passes, read_pass
 from speq.host.run_control import AcceleratorError, RunControl
-from speq.host.vector_layout import VectorLayout
+from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import PassKind
 from speq.model.transformer import first_nonfinite_row
 

@@ -6,31 +6,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from speq.host.vector_layout import GELU_LINEAR, HEAD_MASK, ONES, VectorPlaces
 from speq.hw.accelerator_config import PassKind
-from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
+from speq.hw.control.descriptor import (
+    DESCRIPTOR_BYTES,
+    Descriptor,
+    DescriptorKind,
+    Target,
+    VectorOperation,
+)
 from speq.hw.engine_config import Mode
 from speq.model.schedule import Attention, Linears, Operation, Step, Vector
 from speq.model.vector_ops import GELU_CUBIC
 
-if TYPE_CHECKING:
-    from speq.host.vector_layout import VectorLayout
 
-#: Channel vectors that are no weights of the model: ones [H]; for each query head 1 for its
-#: elements and 0 for its padding; and the constant that GELU adds [F].
-ONES, HEAD_MASK, GELU_LINEAR = "ones", "head_mask", "gelu_linear"
-
-
-def vector_program(layout: VectorLayout, kind: PassKind) -> list[tuple[Descriptor, str]]:
+def vector_program(layout: VectorPlaces, kind: PassKind) -> list[tuple[Descriptor, str]]:
     """The program of a pass, but for RERANK and END, with the names of its products; "" for other
     descriptors."""
     return _Program(layout, kind).descriptors
 
 
-def moves(layout: VectorLayout) -> list[Descriptor]:
+def moves(layout: VectorPlaces) -> list[Descriptor]:
     """What moves an entry of the KV cache, block by block."""
     return [
         Descriptor(
@@ -79,7 +79,7 @@ class _Program:
     that works on the queries, the array multiplies for keys and values.
     """
 
-    def __init__(self, layout: VectorLayout, kind: PassKind) -> None:
+    def __init__(self, layout: VectorPlaces, kind: PassKind) -> None:
         self._layout, self._model, self._kind = layout, layout.model, kind
         self.descriptors: list[tuple[Descriptor, str]] = []
         #: Results since the last descriptor that waits for all before it.
@@ -374,3 +374,19 @@ class _Program:
             second=second,
             **shape,
         )
+
+
+class VectorLayout(VectorPlaces):
+    """A layout whose programs do all vector work."""
+
+    def host_turns(self, kind: PassKind) -> int:
+        return 0
+
+    def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
+        if kind is PassKind.MOVE:
+            return self._ended([(descriptor, "") for descriptor in moves(self)], kind, 0)
+        return self._ended(vector_program(self, kind), kind, reranked)
+
+    def _program_size(self, kind: PassKind) -> int:
+        reranks = kind is PassKind.DRAFT
+        return DESCRIPTOR_BYTES * (len(self._named_program(kind, reranked=0)) + reranks)

@@ -183,7 +183,7 @@ def test_a_conversation_on_the_rtl(say):
         assert reply["token_ids"] == plain_reply("tiny", reply["prompt_ids"], 4)
         assert reply["counters"]["committed"] == 4
         assert reply["counters"]["simulated_cycles"] > reply["counters"]["cycles"] > 0
-        assert reply["settings"]["array"] == {"rows": 4, "cols": 8}
+        assert reply["settings"]["array"] == {"rows": 4, "cols": 8, "lanes": 0}
     assert second["known"] >= len(first["prompt_ids"])
 
 

@@ -90,7 +90,7 @@ def test_an_image_decodes_on_the_array_that_it_was_made_for(
     assert speq_command(*rtl, "--choices", 2, "--reranked", 0, "--draft-length", 2).out == plain
     told = json.loads(speq_command(*rtl, "--json", "--draft-length", 2).out)
     assert told["text"] + "\n" == plain and told["settings"]["image"] == str(path)
-    assert told["settings"]["array"] == {"rows": 6, "cols": 8}
+    assert told["settings"]["array"] == {"rows": 6, "cols": 8, "lanes": 0}
     assert told["settings"]["draft_length"] == 2 and told["settings"]["reranked"] == 5
     (config,) = set(accelerator)
     assert (config.engine.rows, config.engine.cols, config.engine.max_k) == (6, 8, 256)

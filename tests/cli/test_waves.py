@@ -231,5 +231,5 @@ def test_values_have_names(lanes):
     assert used - {"hex", "dec"} == set(names)
     if lanes:
         states = names["Vector unit"].values()
-        assert names["Vector unit"][0] == "IDLE" and {"HAND", "RUN"} <= set(states)
+        assert names["Vector unit"][0] == "IDLE" and {"HAND", "ALONE"} <= set(states)
         assert names["Operation"][12] == "MOVE"

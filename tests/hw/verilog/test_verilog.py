@@ -80,7 +80,7 @@ def description(folder: Path) -> dict:
 
 def test_the_same_configuration_gives_the_same_bytes(generated: Generated, tmp_path: Path) -> None:
     """Also in a process with another order of sets."""
-    names = ("2x3", "2x3, FP16 only", "accelerator 2x8, narrow ports")
+    names = ("2x3", "2x3, FP16 only", "accelerator 2x8, narrow ports, with lanes")
     folders = {name: tmp_path / str(number) for number, name in enumerate(names)}
     code = (
         "import sys; from pathlib import Path\n"
@@ -160,7 +160,7 @@ def test_yosys_synthesises_an_accelerator_without_latches(generated: Generated) 
 
 
 def test_the_accelerators_example_fits_its_ports(generated: Generated) -> None:
-    config = SYSTEMS["accelerator 2x8, narrow ports"]
+    config = SYSTEMS["accelerator 2x8, narrow ports, with lanes"]
     folder = generated(config)
     example = folder / "engine_example.v"
     assert lint("speq_axi_example", example, folder / "engine.v") == (0, "")
