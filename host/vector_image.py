@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from speq.host.layout import Kind, MemoryLayout, Part, round_up
-from speq.host.vector_programs import GELU_LINEAR, HEAD_MASK, ONES, VectorLayout
+from speq.host.vector_layout import GELU_LINEAR, HEAD_MASK, ONES
+from speq.host.vector_programs import VectorLayout
 from speq.model import vector_ops
 from speq.model.checkpoint import Model
 from speq.model.transformer import rotary_tables
