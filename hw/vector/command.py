@@ -7,7 +7,10 @@ from amaranth.lib import data
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
 from speq.hw.control.descriptor import Target, VectorOperation
+from speq.hw.engine_config import FP16_BITS
 
+#: The operations that go twice through each segment.
+TWICE = (VectorOperation.NORM, VectorOperation.SOFTMAX)
 #: Bits of `detail`.
 DETAIL_BITS = 32
 
@@ -72,4 +75,14 @@ def rows_layout(config: AcceleratorConfig) -> data.ArrayLayout:
             {"token": TOKEN_BITS, "depth": engine.row_bits, "parent": engine.row_bits}
         ),
         engine.rows,
+    )
+
+
+def result_word_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """A word of results, as FP32 and rounded to FP16; a target needs one of the two."""
+    return data.StructLayout(
+        {
+            "fp32": data.ArrayLayout(32, config.lanes),
+            "fp16": data.ArrayLayout(FP16_BITS, config.lanes),
+        }
     )

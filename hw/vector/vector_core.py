@@ -14,9 +14,15 @@ from speq.hw.common.logic import any_of, delayed, pipeline_stage
 from speq.hw.common.ram_fifo import RamFifo
 from speq.hw.common.unit import Unit
 from speq.hw.control.descriptor import VectorOperation
-from speq.hw.engine_config import FP16_BITS
 from speq.hw.vector.attention_mask import AttentionMask
-from speq.hw.vector.command import DETAIL_BITS, rows_layout, segment_bits, shape_layout
+from speq.hw.vector.command import (
+    DETAIL_BITS,
+    TWICE,
+    result_word_layout,
+    rows_layout,
+    segment_bits,
+    shape_layout,
+)
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.lane import LATENCIES, Lane, LaneOperation
 from speq.hw.vector.partial_sums import PARTIAL_SUMS, PartialSums, slot_bits
@@ -114,8 +120,8 @@ _SETTINGS = {
     (VectorOperation.SOFTMAX, _Phase.SECOND): _Setting(LaneOperation.EXPONENTIAL, b=_B.ROW),
     (VectorOperation.NORMALIZE, _Phase.FIRST): _Setting(LaneOperation.SCALE, _A.ROW),
 }
-#: The operations that go twice through each segment.
-_TWICE = (VectorOperation.NORM, VectorOperation.SOFTMAX)
+#: The operations that have a second operand.
+BINARY = tuple(dict.fromkeys(each for (each, _), s in _SETTINGS.items() if s.takes_y))
 
 
 def core_command_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -131,16 +137,6 @@ def core_command_layout(config: AcceleratorConfig) -> data.StructLayout:
             "o": segment_bits(config),
             "rows": engine.token_bits,
             "position": engine.k_bits,
-        }
-    )
-
-
-def result_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A word of results: as they are, and rounded once more."""
-    return data.StructLayout(
-        {
-            "fp32": data.ArrayLayout(32, config.lanes),
-            "fp16": data.ArrayLayout(FP16_BITS, config.lanes),
         }
     )
 
@@ -167,7 +163,7 @@ class VectorCore(wiring.Component):
 
     `x`, `y` and `results` have the words in the order of `shape_layout`. NORM and SOFTMAX take each
     segment of x twice, and there are results, and words of y, for the second time only. Words of y
-    are taken by ADD, MULTIPLY, NORM, ROTATE, GATE and SIGMOID_GATE. Rows are as long as their
+    are taken by the operations in `BINARY`. Rows are as long as their
     tiles; of NORM what follows the row's elements must be 0.
 
     SOFTMAX keeps the reciprocals of the sums of row r of segment s as those of (o + s, r), for
@@ -193,7 +189,7 @@ class VectorCore(wiring.Component):
     rows : In(rows_layout(config))
         Of the pass; during SOFTMAX, from the cycle after its command was taken on.
     x, y : In(stream of ArrayLayout(32, lanes))
-    results : Out(stream of result_layout(config))
+    results : Out(stream of result_word_layout(config))
     busy : Out(1)
         A command, or results that have not been taken.
     waits : Out(1)
@@ -227,7 +223,7 @@ class VectorCore(wiring.Component):
                 "rows": In(rows_layout(config)),
                 "x": In(stream.Signature(words)),
                 "y": In(stream.Signature(words)),
-                "results": Out(stream.Signature(result_layout(config))),
+                "results": Out(stream.Signature(result_word_layout(config))),
                 "busy": Out(1),
                 "waits": Out(1),
             }
@@ -250,7 +246,7 @@ class VectorCore(wiring.Component):
         twice = Signal(reset_less=True)
         is_norm = Signal(reset_less=True)
         is_softmax = Signal(reset_less=True)
-        goes_twice = any_of([given.operation == each for each in _TWICE])
+        goes_twice = any_of([given.operation == each for each in TWICE])
         takes = self.command.valid & self.command.ready
         m.d.comb += [
             counter.start.eq(takes),
@@ -513,8 +509,8 @@ class VectorCore(wiring.Component):
 
     def _results(self, m: Module, kept: RowValues, emits: Value) -> None:
         """Results in both forms to where they wait; `emits` is a cycle ahead of the numbers."""
-        m.submodules.fifo = fifo = RamFifo(result_layout(self.config).size, _RESULTS)
-        word = data.View(result_layout(self.config), fifo.write.payload)
+        m.submodules.fifo = fifo = RamFifo(result_word_layout(self.config).size, _RESULTS)
+        word = data.View(result_word_layout(self.config), fifo.write.payload)
         for i, number in enumerate(kept.numbers):
             unit = Unit("speq_fp32_to_fp16", self.modules["speq_fp32_to_fp16"])
             m.submodules[f"fp32_to_fp16_{i}"] = unit

@@ -14,29 +14,18 @@ from speq.hw.memory.axi import Fault, guarded_members
 from speq.hw.memory.tile_reader import TileReader
 from speq.hw.memory.write_mux import write_source_signature
 from speq.hw.vector.activation_quantizer import ActivationQuantizer
-from speq.hw.vector.command import rows_layout, shape_layout, vector_command_layout
+from speq.hw.vector.command import TWICE, rows_layout, shape_layout, vector_command_layout
 from speq.hw.vector.entry_mover import EntryMover
 from speq.hw.vector.operand_reader import OperandReader
 from speq.hw.vector.operand_requests import OperandMode
 from speq.hw.vector.token_reader import TokenReader
-from speq.hw.vector.vector_core import VectorCore
+from speq.hw.vector.vector_core import BINARY, VectorCore
 from speq.hw.vector.vector_writer import VectorWriter
 
-#: Operations that have a second operand.
-_BINARY = (
-    VectorOperation.ADD,
-    VectorOperation.MULTIPLY,
-    VectorOperation.NORM,
-    VectorOperation.ROTATE,
-    VectorOperation.GATE,
-    VectorOperation.SIGMOID_GATE,
-)
-#: Those of them whose second operand may be the same for all rows.
+#: Operations whose second operand may be the same for all rows.
 _BY_CHANNEL = (VectorOperation.ADD, VectorOperation.MULTIPLY, VectorOperation.NORM)
 #: Operations on the rows of an ATTENTION, batch by batch.
 _ON_BATCHES = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
-#: Operations that go through each segment twice.
-_TWICE = (VectorOperation.NORM, VectorOperation.SOFTMAX)
 
 
 class VectorUnit(wiring.Component):
@@ -176,10 +165,10 @@ class VectorUnit(wiring.Component):
             )
         }
         for name, operations in (
-            ("binary", _BINARY),
+            ("binary", BINARY),
             ("by_channel", _BY_CHANNEL),
             ("on_batches", _ON_BATCHES),
-            ("twice", _TWICE),
+            ("twice", TWICE),
             ("embeds", (VectorOperation.EMBED,)),
             ("quantizes", (VectorOperation.QUANTIZE,)),
             ("moves", (VectorOperation.MOVE,)),

@@ -12,22 +12,13 @@ from speq.hw.control.descriptor import Target
 from speq.hw.engine_config import FP16_BITS
 from speq.hw.memory.write_combiner import WriteCombiner, piece_layout
 from speq.hw.memory.write_mux import write_source_signature
+from speq.hw.vector.command import result_word_layout
 from speq.hw.vector.run_planner import writer_command_layout
 from speq.hw.vector.transposer import Transposer
 from speq.hw.vector.word_counter import WordCounter
 
 _BYTE = 8
 _FP32_BITS = 32
-
-
-def result_word_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """Results of the lanes, as FP32 and rounded to FP16; a target needs one of the two."""
-    return data.StructLayout(
-        {
-            "fp32": data.ArrayLayout(_FP32_BITS, config.lanes),
-            "fp16": data.ArrayLayout(FP16_BITS, config.lanes),
-        }
-    )
 
 
 class VectorWriter(wiring.Component):

@@ -21,13 +21,12 @@ from speq.hw.common.ieee754 import FP16_NAN, FP32_NAN
 from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.control.descriptor import VectorOperation
 from speq.hw.engine_config import EngineConfig
-from speq.hw.vector.command import rows_layout
+from speq.hw.vector.command import result_word_layout, rows_layout
 from speq.hw.vector.partial_sums import PARTIAL_SUMS
 from speq.hw.vector.vector_core import (
     RECURRENCE,
     VectorCore,
     core_command_layout,
-    result_layout,
 )
 from speq.hw.verilog import convert_unit
 from speq.model.arith import to_float16
@@ -73,7 +72,7 @@ class _Bench(wiring.Component):
                 "command": In(stream.Signature(self.rows_bits + self.command_bits)),
                 "x": In(stream.Signature(32 * config.lanes)),
                 "y": In(stream.Signature(32 * config.lanes)),
-                "results": Out(stream.Signature(result_layout(config).size)),
+                "results": Out(stream.Signature(result_word_layout(config).size)),
                 "busy": Out(1),
             }
         )

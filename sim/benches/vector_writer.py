@@ -7,7 +7,6 @@ lines of NumPy have made of the text of `speq.hw.control.descriptor.Target`, byt
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cocotb
@@ -23,23 +22,19 @@ from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig, Fault
 from speq.hw.memory.memory_writer import MemoryWriter, write_layout
 from speq.hw.memory.write_mux import WriteMux
+from speq.hw.vector.command import result_word_layout
 from speq.hw.vector.run_planner import writer_command_layout
-from speq.hw.vector.vector_writer import VectorWriter, result_word_layout
+from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.verilog import convert_unit
-from speq.sim.benches.axi import Memory, serve_writes
-from speq.sim.benches.streams import Source
-from speq.sim.benches.world import Ports, SideBySide, World
+from speq.sim.benches.world import SideBySide
+from speq.sim.benches.writer_world import MEMORY_BASE, MEMORY_SIZE, WriterWorld
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
 _TOP = "vector_writer_tb"
-#: Bytes of the memory, which fills a region that begins at a multiple of its size, and those of
-#: them that are the other source's.
-_SIZE = 1 << 16
-_BASE = 5 * _SIZE
+#: Bytes of the memory that are the other source's.
 _OTHER = 1 << 12
 _PAUSE = 0.4
-_PATIENCE = 50_000
 _COMMANDS = 3  # of each target
 _CLEARS = 12
 _MAX_SEGMENTS = 4
@@ -276,44 +271,19 @@ def store(
         memory[first + i] = values >> 8 * i & 0xFF
 
 
-class _World(World):
+class _World(WriterWorld):
     """The units of one configuration, their memory, and what should be in it."""
 
     def __init__(self, dut: Any, index: int, pause: float) -> None:
-        self.config = config = _CONFIGS[index]
-        rng = np.random.default_rng([seed(), index])
-        super().__init__(dut, f"vector writer, {config}", rng, _PATIENCE)
-        self.ports = Ports(dut, f"u{index}")
-        self.pause = pause
-        self.layouts = {
+        config = _CONFIGS[index]
+        layouts = {
             "command": writer_command_layout(config),
             "words": result_word_layout(config),
             "other_command": config.data.command_layout,
             "other_data": write_layout(config.data),
         }
-        self.memory = Memory(self.rng.bytes(_SIZE), _BASE)
+        super().__init__(dut, index, "vector writer", config, layouts, pause)
         self.golden = np.frombuffer(bytearray(self.memory.content), np.uint8)
-
-    @classmethod
-    async def start(cls, dut: Any, index: int, pause: float) -> _World:
-        """After a reset."""
-        world = cls(dut, index, pause)
-        world.start_clock()
-        world.ports["base"].value = _BASE
-        world.ports["limit"].value = _BASE + _SIZE - 1
-        world.ports["clear"].value = 0
-        serve_writes(world.ports, world.memory, world.rng, pause)
-        await world.reset()
-        return world
-
-    def connect(self) -> list[Callable[[int], None]]:
-        self.sources = {name: Source(self.ports, name, self.rng) for name in self.layouts}
-        for source in self.sources.values():
-            source.pause = self.pause
-        return [source.step for source in self.sources.values()]
-
-    def _add(self, stream: str, **fields: object) -> None:
-        self.sources[stream].queue.append(self.layouts[stream].const(fields).as_bits())
 
     def random_target(self) -> Target:
         """Any of them."""
@@ -321,11 +291,11 @@ class _World(World):
 
     def add_command(self, target: Target) -> Command:
         """Queue a random command and its results."""
-        command = random_command(self.config, target, self.rng, _SIZE - _OTHER)
+        command = random_command(self.config, target, self.rng, MEMORY_SIZE - _OTHER)
         results = random_results(self.config, command, self.rng)
-        self._add("command", **command_fields(self.config, command, _BASE))
+        self.add("command", **command_fields(self.config, command, MEMORY_BASE))
         for word in results.words:
-            self._add("words", **word)
+            self.add("words", **word)
         store(self.golden, self.config, command, results)
         return command
 
@@ -333,11 +303,11 @@ class _World(World):
         """Queue a random transfer of the other source."""
         rng, size = self.rng, self.config.data.beat_bytes
         beats = int(rng.integers(1, 8))
-        place = _SIZE - _OTHER + int(rng.integers(_OTHER // size - beats)) * size
-        self._add("other_command", address=_BASE + place, beats=beats)
+        place = MEMORY_SIZE - _OTHER + int(rng.integers(_OTHER // size - beats)) * size
+        self.add("other_command", address=MEMORY_BASE + place, beats=beats)
         for i in range(beats):
             content = rng.bytes(size)
-            self._add("other_data", data=int.from_bytes(content, "little"), strobe=(1 << size) - 1)
+            self.add("other_data", data=int.from_bytes(content, "little"), strobe=(1 << size) - 1)
             start = place + i * size
             self.golden[start : start + size] = np.frombuffer(content, np.uint8)
 

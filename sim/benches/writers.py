@@ -27,19 +27,14 @@ from speq.hw.memory.ranking_writer import RankingWriter, ranking_command_layout
 from speq.hw.memory.result_writer import ResultWriter, result_command_layout
 from speq.hw.memory.write_mux import WriteMux
 from speq.hw.verilog import convert_unit
-from speq.sim.benches.axi import Memory, serve_writes
-from speq.sim.benches.streams import Source
-from speq.sim.benches.world import Ports, SideBySide, World
+from speq.sim.benches.world import SideBySide
+from speq.sim.benches.writer_world import MEMORY_BASE, MEMORY_SIZE, WriterWorld
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
 _TOP = "writers_tb"
 _RESULTS, _RANKING, _OTHER = range(3)
-#: Bytes of the memory, which fills a region that begins at a multiple of its size.
-_SIZE = 1 << 16
-_BASE = 5 * _SIZE
 _PAUSE = 0.4
-_PATIENCE = 50_000
 _ROUNDS = 12
 _LEAST = 0xFF80_0000
 
@@ -137,16 +132,12 @@ def run() -> None:
     simulate(convert_unit(SideBySide(units), _TOP) + RAM_VERILOG, _TOP, __name__)
 
 
-class _World(World):
+class _World(WriterWorld):
     """The units of one configuration, their memory, and what should be in it."""
 
     def __init__(self, dut: Any, index: int, pause: float) -> None:
-        self.config = config = _CONFIGS[index]
-        rng = np.random.default_rng([seed(), index])
-        super().__init__(dut, f"writers, {config}", rng, _PATIENCE)
-        self.ports = Ports(dut, f"u{index}")
-        self.pause = pause
-        self.layouts = {
+        config = _CONFIGS[index]
+        layouts = {
             "command": result_command_layout(config),
             "results": result_layout(config.engine),
             "start": rank_start_layout(config),
@@ -154,38 +145,19 @@ class _World(World):
             "other_command": config.data.command_layout,
             "other_data": write_layout(config.data),
         }
+        super().__init__(dut, index, "writers", config, layouts, pause)
         self.done = 0
         self.written = [0, 0, 0]
-        self.memory = Memory(self.rng.bytes(_SIZE), _BASE)
         self.golden = bytearray(self.memory.content)
 
-    @classmethod
-    async def start(cls, dut: Any, index: int, pause: float) -> _World:
-        """After a reset."""
-        world = cls(dut, index, pause)
-        world.start_clock()
-        world.ports["base"].value = _BASE
-        world.ports["limit"].value = _BASE + _SIZE - 1
-        world.ports["clear"].value = 0
-        serve_writes(world.ports, world.memory, world.rng, pause)
-        await world.reset()
-        return world
-
     def connect(self) -> list[Callable[[int], None]]:
-        self.sources = {name: Source(self.ports, name, self.rng) for name in self.layouts}
-        for source in self.sources.values():
-            source.pause = self.pause
-        return [*(source.step for source in self.sources.values()), self._count]
+        return [*super().connect(), self._count]
 
     def _count(self, cycle: int) -> None:
         self.done += self.ports.get("done")
         written = self.ports.get("written")
         for i in range(len(self.written)):
             self.written[i] += written >> i & 1
-
-    def add(self, stream: str, **fields: object) -> None:
-        """Queue an item of a stream."""
-        self.sources[stream].queue.append(self.layouts[stream].const(fields).as_bits())
 
     def is_idle(self) -> bool:
         """Whether nothing is being written."""
@@ -205,7 +177,10 @@ class _World(World):
     def place(self, size: int, lane: int) -> int:
         """Random place in the memory for `size` bytes; the lanes 0 to 3 are disjoint."""
         step = self.config.alignment
-        return lane * (_SIZE // 4) + int(self.rng.integers((_SIZE // 4 - size) // step + 1)) * step
+        return (
+            lane * (MEMORY_SIZE // 4)
+            + int(self.rng.integers((MEMORY_SIZE // 4 - size) // step + 1)) * step
+        )
 
     def contents(self) -> np.ndarray:
         """The memory's bytes, uint8 [bytes]."""
@@ -256,7 +231,7 @@ class _World(World):
             half=half,
             discard=discard,
             rank=rank,
-            address=_BASE + place,
+            address=MEMORY_BASE + place,
         )
         if not discard:
             self.golden[place : place + len(content)] = content
@@ -267,7 +242,7 @@ class _World(World):
         rng, size = self.rng, self.config.data.beat_bytes
         beats = int(rng.integers(1, 20))
         place = self.place(beats * size, lane)
-        self.add("other_command", address=_BASE + place, beats=beats)
+        self.add("other_command", address=MEMORY_BASE + place, beats=beats)
         for _ in range(beats):
             content, marks = rng.bytes(size), rng.integers(2, size=size)
             self.add(
@@ -283,7 +258,7 @@ class _World(World):
         """Queue the transfer of the ranking of FP32 results [T, O]."""
         content = _ranking(results, self.config.choices).astype("<u4").tobytes()
         place = self.place(len(content), lane)
-        self.add("rank_command", address=_BASE + place, tokens=len(results))
+        self.add("rank_command", address=MEMORY_BASE + place, tokens=len(results))
         self.golden[place : place + len(content)] = content
 
 

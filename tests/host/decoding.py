@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 
 import torch
@@ -10,13 +11,14 @@ import torch
 from speq.host.passes import Pass
 from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
+from speq.hw.control.register_map import STATES
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.model.settings import Policy
 from speq.model.speculation import Settings, Step
 from speq.model.transformer import NonFiniteError
 from speq.sim.runner import seed
-from tests.model.small_models import random_tokens
+from tests.model.small_models import BEHIND_PREFILL, random_tokens
 
 SEED = seed()
 #: Tokens that `check` decodes, unless told otherwise.
@@ -159,3 +161,25 @@ def check_end(
     assert_same_steps(got, expected)
     assert str(error) == str(golden), f"SPEQ_SEED={SEED}"
     return got, error
+
+
+def check_where_it_ends(
+    session: Session, layer: str, texts: Iterable[tuple[list[int], str, int]]
+) -> None:
+    """Behind each text, with the kind of the pass and the position in which results of a layer (a
+    name of `overflowing`) are not finite: the golden model's error, and an idle accelerator."""
+    for text, kind, position in texts:
+        steps, error = check_end(session, text, Settings(4, threshold=0.5), max_tokens=2)
+        if layer in BEHIND_PREFILL and kind == "prompt":
+            assert error is None or error.kind == "verify"
+            continue
+        assert steps == [] and error is not None
+        assert (error.kind, error.layer, error.position) == (kind, layer.split(" ")[0], position)
+        assert session.driver.registers["STATUS"] == STATES["IDLE"][0]
+
+
+def check_lowest_positions(session: Session, texts: Iterable[tuple[list[int], int]]) -> None:
+    """Each text's error names this position."""
+    for text, position in texts:
+        _, error = check_end(session, text, Settings(4))
+        assert error is not None and error.position == position

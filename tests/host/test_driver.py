@@ -47,11 +47,13 @@ from tests.host.decoding import (
     check,
     check_conversation,
     check_end,
+    check_lowest_positions,
     check_resumed,
+    check_where_it_ends,
     system,
 )
 from tests.model.drafted import drafted_model
-from tests.model.small_models import BEHIND_PREFILL, OVERFLOWS, overflowing, random_tokens
+from tests.model.small_models import OVERFLOWS, overflowing, random_tokens
 
 
 def make_session(
@@ -335,24 +337,14 @@ OVERFLOWING = [f"block.{block}.{layer}" for block in (0, 1) for layer in OVERFLO
 @pytest.mark.parametrize("layer", OVERFLOWING)
 def test_results_that_are_not_finite_end_decoding(layer):
     """Where the golden model ends, with the same error: in the prompt, at its end, and later."""
-    settings = Settings(4, threshold=0.5)
-    base, prompt = drafted_model("llama", SEED), [1, 2, 3, 4, 5, 6, 7]
-    model = overflowing(base, 5, layer)
-    session = make_session(model, encode_linears(model), system())
-    name = layer.split(" ")[0]
-    for text, kind, position in (
+    model, prompt = overflowing(drafted_model("llama", SEED), 5, layer), [1, 2, 3, 4, 5, 6, 7]
+    texts = (
         (prompt, "prompt", 4),  # the first row of a batch
         (prompt[1:], "prompt", 3),  # the last
         ([5, 6], "prompt", 0),
         (prompt[:5], "verify", 4),
-    ):
-        steps, error = check_end(session, text, settings, max_tokens=2)
-        if layer in BEHIND_PREFILL and kind == "prompt":
-            assert error is None or error.kind == "verify"
-            continue
-        assert steps == [] and error is not None
-        assert (error.kind, error.layer, error.position) == (kind, name, position)
-        assert session.driver.registers["STATUS"] == STATES["IDLE"][0]
+    )
+    check_where_it_ends(make_session(model, encode_linears(model), system()), layer, texts)
 
 
 def test_the_lowest_position_of_a_prompt_is_named():
@@ -360,14 +352,15 @@ def test_the_lowest_position_of_a_prompt_is_named():
     model = overflowing(drafted_model("llama", SEED), 7, "block.0.values")
     model = overflowing(model, 5, "block.1.values", axis=1)
     session = make_session(model, encode_linears(model), system())
-    for text, position in (
-        ([1, 2, 5, 7, 3], 2),
-        ([1, 2, 3, 5, 7, 7, 4], 3),
-        ([7, 5, 3], 0),
-        ([1, 2, 3, 4, 9, 5, 7, 3], 5),
-    ):
-        _, error = check_end(session, text, Settings(4))
-        assert error is not None and error.position == position
+    check_lowest_positions(
+        session,
+        (
+            ([1, 2, 5, 7, 3], 2),
+            ([1, 2, 3, 5, 7, 7, 4], 3),
+            ([7, 5, 3], 0),
+            ([1, 2, 3, 4, 9, 5, 7, 3], 5),
+        ),
+    )
 
 
 @pytest.mark.parametrize("guesses", [False, True])

@@ -1,0 +1,1 @@
+from sim.benches.writer_world import *
