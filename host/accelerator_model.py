@@ -827,9 +827,9 @@ def _has_bad_vector_size(
 ) -> bool:
     engine = config.engine
     operation, target = VectorOperation(fields["operation"]), Target(fields["target"])
-    quantizes = operation is VectorOperation.QUANTIZE
+    drafts = operation is VectorOperation.QUANTIZE or target is Target.DRAFT_ACTIVATIONS
     sizes = [
-        (rows, engine.draft_rows if quantizes else engine.rows),
+        (rows, engine.draft_rows if drafts else engine.rows),
         (position + rows, engine.max_k),
     ]
     if operation is not VectorOperation.SOFTMAX:
@@ -837,7 +837,7 @@ def _has_bad_vector_size(
     if operation in (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE):
         sizes.append((fields["sharing"], config.query_heads - fields["o"]))
     else:
-        is_one = quantizes or target is Target.ACTIVATIONS
+        is_one = drafts or target is Target.ACTIVATIONS
         sizes.append((fields["o"], 1 if is_one else config.query_heads))
     if target is Target.QUERIES:
         sizes.append((fields["sharing"], fields["sharing"]))

@@ -245,6 +245,8 @@ class VectorModel:
         match command.target:
             case Target.ACTIVATIONS:
                 self._memory.store_columns(address, columns, word_bytes)
+            case Target.DRAFT_ACTIVATIONS:
+                self._store_draft_activations(address, half[:, : command.elements])
             case Target.WEIGHTS:
                 beat = self.config.data.beat_bytes
                 batch = ceil_div(command.elements * word_bytes, beat) * beat
@@ -274,12 +276,17 @@ class VectorModel:
 
     def _quantize(self, command: _Command) -> None:
         """Draft activations of the rows of the pass."""
-        engine, size = self.config.engine, self.config.activation_bytes
+        size = self.config.activation_bytes
         words = self._memory.load(command.first, command.k * size).view(np.float16)
         x = np.ascontiguousarray(words.reshape(command.k, -1)[:, : len(command.rows)].T)
-        blocks = quantize_activations(torch.from_numpy(x), engine.format.group)
+        self._store_draft_activations(command.results, x)
+
+    def _store_draft_activations(self, address: int, x: np.ndarray) -> None:
+        """Quantise activations, float16 [rows, k], and write them."""
+        activations = torch.from_numpy(np.ascontiguousarray(x))
+        blocks = quantize_activations(activations, self.config.engine.format.group)
         content = draft_activation_words(blocks, self.config)
-        self._memory.store(command.results, content, content.nbytes)
+        self._memory.store(address, content, content.nbytes)
 
     def _move(self, command: _Command) -> None:
         """Copy a KV entry of all heads."""

@@ -86,10 +86,16 @@ class _Program:
         self._unfinished: set[int] = set()
         #: FP32 tiles by the names of the schedule's buffers. x are FP16 activations.
         self._buffers = {"h": layout.stream}
+        #: Whether x are draft activations already.
+        self._x_is_quantized = False
+        #: The linear layers that take the next x.
+        self._takers: tuple[str, ...] = ()
         #: Products that may begin as soon as the next vector operation has.
         self._late: list[tuple[Descriptor, str]] = []
         steps = _queries_first(layout.schedule(kind))
-        for step, following in zip_longest(steps, steps[1:]):
+        for i, (step, following) in enumerate(zip_longest(steps, steps[1:])):
+            later = (each.names for each in steps[i + 1 :] if isinstance(each, Linears))
+            self._takers = next(later, ())
             match step:
                 case Linears():
                     self._linears(step, following)
@@ -153,7 +159,8 @@ class _Program:
     def _linears(self, step: Linears, following: Step | None) -> None:
         layout = self._layout
         weights = [layout.weights[name] for name in step.names]
-        if any(each.mode(self._kind) is Mode.DRAFT for each in weights):
+        drafts = any(each.mode(self._kind) is Mode.DRAFT for each in weights)
+        if drafts and not self._x_is_quantized:
             self._vector(
                 VectorOperation.QUANTIZE,
                 Target.TILES,
@@ -163,6 +170,7 @@ class _Program:
                 k=weights[0].k,
                 o=1,
             )
+        self._x_is_quantized = False
         products = layout.products(self._kind, step)
         if _is_of_queries(following):
             products, self._late = products[:1], products[1:]
@@ -231,6 +239,16 @@ class _Program:
             case _:
                 raise ValueError(f"{step.operation} has no descriptor")
 
+    def _place_of_x(self) -> tuple[Target, int]:
+        """Where the next x goes: to draft activations at once if no product needs FP16 ones, as
+        those of a head that is computed anew do."""
+        layout = self._layout
+        modes = {layout.weights[name].mode(self._kind) for name in self._takers}
+        if modes == {Mode.DRAFT} and self._takers != ("head",):
+            self._x_is_quantized = True
+            return Target.DRAFT_ACTIVATIONS, layout.draft_activations
+        return Target.ACTIVATIONS, layout.activations
+
     def _shape(self, buffer: str) -> dict[str, Any]:
         """Segments and elements of a buffer."""
         model = self._model
@@ -261,7 +279,7 @@ class _Program:
             self._clear_padding(step.sources[0], step.weight.replace("_norm", "_proj"))
         target, results = Target.TILES, source
         if step.target == "x":
-            target, results = Target.ACTIVATIONS, layout.activations
+            target, results = self._place_of_x()
         scaled = step.factor != 1.0
         self._vector(
             VectorOperation.NORM,
@@ -350,9 +368,8 @@ class _Program:
             )
             self._multiply(second, gate, second, **shape)
             self._multiply(gate, up, first, **shape)
-        self._vector(
-            operation, Target.ACTIVATIONS, first, layout.activations, second=second, **shape
-        )
+        target, results = self._place_of_x()
+        self._vector(operation, target, first, results, second=second, **shape)
 
     def _multiply(
         self,

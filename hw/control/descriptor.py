@@ -88,18 +88,24 @@ class Target(enum.Enum, shape=unsigned(4)):
     #: Row n of an ATTENTION is row t of query head h of the KV head, n = h T + t: FP16 at
     #: ``results + h outer + e A + 2 t``, a GEMM's activations.
     CONTEXT = 6
+    #: Draft activations, words as of a GEMM in mode DRAFT, of FP16 results of at most as many rows
+    #: as can draft; zeros up to the end of a beat of the data port.
+    DRAFT_ACTIVATIONS = 7
 
+
+#: The targets that are the activations of all products with one input.
+SINGLE_TARGETS = (Target.ACTIVATIONS, Target.DRAFT_ACTIVATIONS)
 
 #: The targets of each operation.
 TARGETS = {
     VectorOperation.EMBED: (Target.TILES,),
     VectorOperation.ADD: (Target.TILES,),
-    VectorOperation.MULTIPLY: (Target.TILES, Target.ACTIVATIONS),
-    VectorOperation.NORM: (Target.TILES, Target.ACTIVATIONS),
+    VectorOperation.MULTIPLY: (Target.TILES, *SINGLE_TARGETS),
+    VectorOperation.NORM: (Target.TILES, *SINGLE_TARGETS),
     VectorOperation.ROTATE: (Target.QUERIES, Target.KEYS),
     VectorOperation.ROUND: (Target.QUERIES, Target.KEYS, Target.VALUES),
-    VectorOperation.GATE: (Target.ACTIVATIONS,),
-    VectorOperation.SIGMOID_GATE: (Target.ACTIVATIONS,),
+    VectorOperation.GATE: SINGLE_TARGETS,
+    VectorOperation.SIGMOID_GATE: SINGLE_TARGETS,
     VectorOperation.SOFTMAX: (Target.WEIGHTS,),
     VectorOperation.NORMALIZE: (Target.CONTEXT,),
     VectorOperation.QUANTIZE: (Target.TILES,),

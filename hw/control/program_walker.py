@@ -606,11 +606,12 @@ class _VectorCheck:
         )
 
         has_slots = is_softmax | is_any(VectorOperation.NORMALIZE)
-        has_one_segment = is_quantize | (d.target == Target.ACTIVATIONS)
+        drafts = is_quantize | (d.target == Target.DRAFT_ACTIVATIONS)
+        has_one_segment = drafts | (d.target == Target.ACTIVATIONS)
         seen = walk.position + walk.rows
         last_slot = d.o[: config.query_heads.bit_length()] + d.sharing
         self.has_bad_size = is_vector & (
-            _is_outside(walk.rows, Mux(is_quantize, engine.draft_rows, engine.rows))
+            _is_outside(walk.rows, Mux(drafts, engine.draft_rows, engine.rows))
             | (seen > engine.max_k)
             | (~is_softmax & _is_outside(d.k, engine.max_k))
             | (d.o > config.query_heads)

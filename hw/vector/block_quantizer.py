@@ -61,6 +61,8 @@ class BlockQuantizer(wiring.Component):
         Activations of a word: a power of two, 4 to 64.
     block : int
         Activations that share an exponent: a multiple of `lanes`.
+    ahead : int
+        Words that are taken behind a block even if none of it has been.
 
     Members
     -------
@@ -75,11 +77,12 @@ class BlockQuantizer(wiring.Component):
         If `lanes` or `block` is not such a number.
     """
 
-    def __init__(self, lanes: int, block: int) -> None:
+    def __init__(self, lanes: int, block: int, ahead: int = 0) -> None:
         check_power_of_two("lanes", lanes, 4, 64)
         if block < lanes or block % lanes:
             raise ValueError(f"block is {block!r}; allowed are multiples of lanes, {lanes}")
         self.lanes = lanes
+        self.ahead = ahead
         self.words = block // lanes
         #: Cycles from taking a word to having its block's exponent.
         self._measuring = ((lanes - 1).bit_length() + 1) // 2 + 1
@@ -96,7 +99,7 @@ class BlockQuantizer(wiring.Component):
         m = Module()
         # Words wait for their block's exponent. There is room for a block, and for those that come
         # while its exponent is on the way.
-        waiting = self.words + self._measuring + RamFifo.LATENCY + 1
+        waiting = self.words + self.ahead + self._measuring + RamFifo.LATENCY + 1
         depth = 1 << (waiting - 1).bit_length()
         word_layout = activation_word_layout(self.lanes)
         m.submodules.buffer = buffer = RamFifo(word_layout.size, depth)

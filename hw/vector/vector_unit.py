@@ -13,7 +13,7 @@ from speq.hw.control.descriptor import Target, VectorOperation
 from speq.hw.memory.axi import Fault, guarded_members
 from speq.hw.memory.tile_reader import TileReader
 from speq.hw.memory.write_mux import write_source_signature
-from speq.hw.vector.activation_quantizer import ActivationQuantizer
+from speq.hw.vector.activation_quantizer import ActivationQuantizer, words_at_once
 from speq.hw.vector.command import TWICE, rows_layout, shape_layout, vector_command_layout
 from speq.hw.vector.entry_mover import EntryMover
 from speq.hw.vector.operand_reader import OperandReader
@@ -86,10 +86,9 @@ class VectorUnit(wiring.Component):
         self._x = OperandReader(config)
         self._y = OperandReader(config)
         self._tokens = TokenReader(config)
-        self._activations = TileReader(
-            port, 8 * config.activation_bytes, config.engine.k_bits, tile_bits=1
-        )
         self._quantizer = ActivationQuantizer(config)
+        word_bits = 8 * words_at_once(config) * config.activation_bytes
+        self._activations = TileReader(port, word_bits, config.engine.k_bits, tile_bits=1)
         self._mover = EntryMover(config)
         self._core = VectorCore(config)
         self._writer = VectorWriter(config)
@@ -135,7 +134,8 @@ class VectorUnit(wiring.Component):
         wiring.connect(top, self._x.words, core.x)
         wiring.connect(top, self._y.words, core.y)
         wiring.connect(top, core.results, writer.words)
-        wiring.connect(top, self._activations.words, quantizer.words)
+        wiring.connect(top, self._activations.words, quantizer.activations)
+        wiring.connect(top, writer.drafts, quantizer.results)
         wiring.connect(top, quantizer.pieces, writer.pieces)
         wiring.connect(top, writer.writes, wiring.flipped(self.writes[0]))
         wiring.connect(top, self._mover.write, wiring.flipped(self.writes[1]))
@@ -275,6 +275,8 @@ class VectorUnit(wiring.Component):
         quantizer, activations = self._quantizer.command, self._activations.command
         by_channel = is_any["by_channel"] & command.values
         rotates = command.operation == VectorOperation.ROTATE
+        by_lanes = ~is_any["quantizes"] & ~is_any["moves"]
+        drafts = command.target == Target.DRAFT_ACTIVATIONS
         y_mode = Mux(
             rotates, OperandMode.ROWS, Mux(by_channel, OperandMode.CHANNELS, OperandMode.TILES)
         )
@@ -293,11 +295,12 @@ class VectorUnit(wiring.Component):
             writer.payload.sweep.eq(shape),
             writer.payload.k.eq(elements),
             activations.payload.address.eq(command.first),
-            activations.payload.words.eq(command.k),
+            activations.payload.words.eq(ceil_div(command.k, words_at_once(config))),
             activations.payload.tiles.eq(1),
             quantizer.payload.k.eq(command.k),
             quantizer.payload.rows.eq(command.rows),
             quantizer.payload.results.eq(command.results),
+            quantizer.payload.from_results.eq(by_lanes),
         ]
         # Batches of weights lie as an ATTENTION reads them.
         batch_beats = ceil_div(elements * config.activation_bytes, config.data.beat_bytes)
@@ -313,14 +316,13 @@ class VectorUnit(wiring.Component):
         mover = self._mover.command
         for name, _ in mover.payload.shape():
             m.d.comb += mover.payload[name].eq(command[name])
-        by_lanes = ~is_any["quantizes"] & ~is_any["moves"]
         return [
             (x, by_lanes),
             (y, is_any["binary"]),
             (core, by_lanes),
             (writer, by_lanes),
             (activations, is_any["quantizes"]),
-            (quantizer, is_any["quantizes"]),
+            (quantizer, is_any["quantizes"] | drafts),
             (mover, is_any["moves"]),
         ]
 

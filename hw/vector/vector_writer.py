@@ -14,7 +14,7 @@ from speq.hw.memory.write_combiner import WriteCombiner, piece_layout
 from speq.hw.memory.write_mux import write_source_signature
 from speq.hw.vector.command import result_word_layout
 from speq.hw.vector.run_planner import writer_command_layout
-from speq.hw.vector.transposer import Transposer
+from speq.hw.vector.transposer import Transposer, placed_word_layout
 from speq.hw.vector.word_counter import WordCounter
 
 _BYTE = 8
@@ -42,8 +42,10 @@ class VectorWriter(wiring.Component):
     command : In(stream of writer_command_layout(config))
     words : In(stream of result_word_layout(config))
         The words of a command in their order, those of one sweep.
+    drafts : Out(stream of placed_word_layout(config))
+        Words of DRAFT_ACTIVATIONS, for an `ActivationQuantizer`.
     pieces : In(stream of piece_layout(config.data))
-        Further writes, of an `ActivationQuantizer`; to be offered only between commands.
+        Its writes, to be offered only between commands or for these words.
     writes : Out(write_source_signature(config.data))
     busy : Out(1)
         There is a command, or a write that has not been answered.
@@ -57,6 +59,7 @@ class VectorWriter(wiring.Component):
             {
                 "command": In(stream.Signature(writer_command_layout(config))),
                 "words": In(stream.Signature(result_word_layout(config))),
+                "drafts": Out(stream.Signature(placed_word_layout(config))),
                 "pieces": In(stream.Signature(piece_layout(config.data))),
                 "writes": Out(write_source_signature(config.data)),
                 "busy": Out(1),
@@ -77,7 +80,8 @@ class VectorWriter(wiring.Component):
         start = Signal()
         command = Signal(writer_command_layout(config), reset_less=True)
         target = command.target
-        transposes = (target != Target.TILES) & (target != Target.VALUES)
+        drafts = target == Target.DRAFT_ACTIVATIONS
+        transposes = (target != Target.TILES) & (target != Target.VALUES) & ~drafts
         m.d.comb += [self.command.ready.eq(~active), counter.shape.eq(self.command.payload.sweep)]
         m.d.sync += start.eq(self.command.valid & self.command.ready)
         with m.If(self.command.valid & self.command.ready):
@@ -91,17 +95,23 @@ class VectorWriter(wiring.Component):
             self.busy.eq(active | combiner.busy),
         ]
 
-        # Words to one of two ways.
+        # Words to one of three ways.
         direct = stream.Signature(piece_layout(config.data)).create()
         takes_directly = self._pass_on(m, command, counter, start, direct)
         word = self.words
+        taken = Mux(
+            transposes, transposer.words.ready, Mux(drafts, self.drafts.ready, takes_directly)
+        )
         m.d.comb += [
-            word.ready.eq(counter.active & Mux(transposes, transposer.words.ready, takes_directly)),
+            word.ready.eq(counter.active & taken),
             counter.advance.eq(word.valid & word.ready),
-            transposer.words.valid.eq(word.valid & counter.active & transposes),
-            transposer.words.payload.values.eq(word.payload.fp16),
-            transposer.words.payload.place.eq(counter.place),
         ]
+        for way, is_chosen in ((transposer.words, transposes), (self.drafts, drafts)):
+            m.d.comb += [
+                way.valid.eq(word.valid & counter.active & is_chosen),
+                way.payload.values.eq(word.payload.fp16),
+                way.payload.place.eq(counter.place),
+            ]
 
         # Their pieces; there are never those of two at a time.
         sources = (self.pieces, direct, transposer.pieces)

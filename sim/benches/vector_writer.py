@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Testbench of the writer of the vector unit's results, with mux and writer, to a model of memory.
+"""Testbench of the writer of the vector unit's results, with the quantiser of draft activations,
+mux and writer, to a model of memory.
 
 The memory is cocotbext-axi's, which was written independently. Afterwards it must be what a few
 lines of NumPy have made of the text of `speq.hw.control.descriptor.Target`, byte for byte.
@@ -11,10 +12,12 @@ from typing import Any, NamedTuple
 
 import cocotb
 import numpy as np
+import torch
 from amaranth.hdl import Elaboratable, Module, ResetInserter
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.host.layout import draft_activation_words
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.control.descriptor import Target
@@ -22,10 +25,12 @@ from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig, Fault
 from speq.hw.memory.memory_writer import MemoryWriter, write_layout
 from speq.hw.memory.write_mux import WriteMux
+from speq.hw.vector.activation_quantizer import ActivationQuantizer, quantizer_command_layout
 from speq.hw.vector.command import result_word_layout
 from speq.hw.vector.run_planner import writer_command_layout
 from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.verilog import convert_unit
+from speq.model.arith import quantize_activations
 from speq.sim.benches.world import SideBySide
 from speq.sim.benches.writer_world import MEMORY_BASE, MEMORY_SIZE, WriterWorld
 from speq.sim.compare import assert_equal_bits
@@ -73,6 +78,7 @@ class _Writers(wiring.Component):
             {
                 "command": In(stream.Signature(writer_command_layout(config))),
                 "words": In(stream.Signature(result_word_layout(config))),
+                "drafts": In(stream.Signature(quantizer_command_layout(config))),
                 "other_command": In(stream.Signature(config.data.command_layout)),
                 "other_data": In(stream.Signature(write_layout(config.data))),
                 "axi": Out(config.data.write_signature),
@@ -89,12 +95,16 @@ class _Writers(wiring.Component):
         m = Module()
         config = self.config
         m.submodules.unit = unit = VectorWriter(config)
+        m.submodules.quantizer = quantizer = ActivationQuantizer(config)
         mux = WriteMux(config.data, 2)
         m.submodules.mux = ResetInserter(self.clear)(mux)
         m.submodules.writer = writer = MemoryWriter(config.data)
         outside = wiring.flipped
         wiring.connect(m, outside(self.command), unit.command)
         wiring.connect(m, outside(self.words), unit.words)
+        wiring.connect(m, outside(self.drafts), quantizer.command)
+        wiring.connect(m, unit.drafts, quantizer.results)
+        wiring.connect(m, quantizer.pieces, unit.pieces)
         wiring.connect(m, unit.writes, mux.sources[0])
         wiring.connect(m, outside(self.other_command), mux.sources[1].command)
         wiring.connect(m, outside(self.other_data), mux.sources[1].data)
@@ -103,13 +113,14 @@ class _Writers(wiring.Component):
         wiring.connect(m, writer.axi, outside(self.axi))
         m.d.comb += [
             mux.done_in.eq(writer.done),
-            self.busy.eq(unit.busy),
+            self.busy.eq(unit.busy | quantizer.busy),
             self.writer_busy.eq(writer.busy),
             self.error.eq(writer.error),
             writer.base.eq(self.base),
             writer.limit.eq(self.limit),
             writer.clear.eq(self.clear),
             unit.clear.eq(self.clear),
+            quantizer.clear.eq(self.clear),
         ]
         return m
 
@@ -153,8 +164,8 @@ def element_addresses(config: AcceleratorConfig, command: Command) -> np.ndarray
                     # Rows of all tiles and segments before, and in this tile.
                     before = (s * -(-k // cols) + i) * row_count + t
                     place = 4 * (before * cols + c)
-                case Target.ACTIVATIONS:
-                    place = e * size + 2 * t
+                case Target.ACTIVATIONS | Target.DRAFT_ACTIVATIONS:
+                    place = e * size + 2 * t  # of drafts before they are quantised
                 case Target.QUERIES:
                     n = s % sharing * tokens + t
                     place = s // sharing * outer + n // rows * inner + e * size + 2 * (n % rows)
@@ -191,6 +202,8 @@ def random_command(
         match target:
             case Target.ACTIVATIONS:
                 sizes = (rows,)
+            case Target.DRAFT_ACTIVATIONS:
+                sizes = (min(rows, engine.draft_rows),)
             case Target.QUERIES:
                 outer = -(-sharing * rows // most) * inner + slack
             case Target.KEYS:
@@ -263,6 +276,12 @@ def store(
     memory: np.ndarray, config: AcceleratorConfig, command: Command, results: Results
 ) -> None:
     """Write results into a memory, uint8 [bytes]."""
+    if command.target is Target.DRAFT_ACTIVATIONS:
+        rows = torch.from_numpy(results.halves[0, :, : command.k].view(np.float16))
+        blocks = quantize_activations(rows, config.engine.format.group)
+        content = draft_activation_words(blocks, config).ravel()
+        memory[command.results :][: len(content)] = content
+        return
     addresses = element_addresses(config, command)
     numbers = results.singles if command.target is Target.TILES else results.halves
     chosen = addresses >= 0
@@ -279,6 +298,7 @@ class _World(WriterWorld):
         layouts = {
             "command": writer_command_layout(config),
             "words": result_word_layout(config),
+            "drafts": quantizer_command_layout(config),
             "other_command": config.data.command_layout,
             "other_data": write_layout(config.data),
         }
@@ -293,7 +313,11 @@ class _World(WriterWorld):
         """Queue a random command and its results."""
         command = random_command(self.config, target, self.rng, MEMORY_SIZE - _OTHER)
         results = random_results(self.config, command, self.rng)
-        self.add("command", **command_fields(self.config, command, MEMORY_BASE))
+        fields = command_fields(self.config, command, MEMORY_BASE)
+        self.add("command", **fields)
+        if command.target is Target.DRAFT_ACTIVATIONS:
+            shape = {"k": command.k, "rows": command.sizes[0], "results": fields["results"]}
+            self.add("drafts", **shape, from_results=1)
         for word in results.words:
             self.add("words", **word)
         store(self.golden, self.config, command, results)

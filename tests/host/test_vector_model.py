@@ -15,6 +15,7 @@ from speq.host.registers import Registers
 from speq.host.vector_model import Memory, PassRow, VectorModel
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import (
+    SINGLE_TARGETS,
     TARGETS,
     Descriptor,
     DescriptorKind,
@@ -214,7 +215,9 @@ def test_elementwise(bench: Bench, operation: VectorOperation, same: bool) -> No
 @pytest.mark.parametrize("target", TARGETS[VectorOperation.NORM])
 def test_norm(bench: Bench, target: Target) -> None:
     k, eps = 3 * head_dim(bench) - 1, 1e-5
-    heads = 1 if target is Target.ACTIVATIONS else 3
+    heads = 1 if target in SINGLE_TARGETS else 3
+    if target is Target.DRAFT_ACTIVATIONS:
+        bench.rows = bench.rows[: bench.config.engine.draft_rows]
     x, weight = bench.numbers(heads, bench.tokens, k), bench.numbers(k).astype(np.float16)
     bench.place_tiles(X, list(x), pad=0.0)
     bench.place_tiles(Y, [weight.astype(np.float32)[None]] * heads, pad=0.0)
@@ -225,6 +228,8 @@ def test_norm(bench: Bench, target: Target) -> None:
     y = rms_norm(torch.from_numpy(x), torch.from_numpy(weight), eps).numpy()
     if target is Target.ACTIVATIONS:
         bench.expect_columns(RESULTS, half(y[0]))
+    elif target is Target.DRAFT_ACTIVATIONS:
+        expect_draft_activations(bench, half(y[0]))
     else:
         padded = np.zeros((heads, bench.tokens, whole_tiles(bench, k)), np.float32)
         padded[..., :k] = y
@@ -409,6 +414,23 @@ def test_attention(bench: Bench, window: int) -> None:
     bench.check()
 
 
+def expect_draft_activations(bench: Bench, x: np.ndarray) -> None:
+    """Block activations of FP16 numbers [rows, k] at RESULTS, up to the end of a beat."""
+    engine, size = bench.config.engine, bench.config.activation_bytes
+    blocks = quantize_activations(torch.from_numpy(x), engine.format.group)
+    beat, steps = bench.config.data.beat_bytes, -(-x.shape[1] // 4)
+    bench.expect(RESULTS, np.zeros(-(-steps * size // beat) * beat, np.uint8))
+    for step in range(steps):
+        word = 0
+        for row in range(len(x)):
+            for lane, mantissa in enumerate(blocks.mantissa[row, 4 * step : 4 * step + 4].tolist()):
+                number = abs(mantissa) | (mantissa < 0) << 7
+                word |= number << 37 * row + 8 * lane
+            exponent = int(blocks.exponent[row, 4 * step // engine.format.group])
+            word |= exponent << 37 * row + 32
+        bench.expect(RESULTS + step * size, np.frombuffer(word.to_bytes(size, "little"), np.uint8))
+
+
 def test_quantize(bench: Bench) -> None:
     k, engine, size = 3 * head_dim(bench) - 1, bench.config.engine, bench.config.activation_bytes
     x = half(bench.numbers(engine.rows, k))
@@ -418,18 +440,23 @@ def test_quantize(bench: Bench) -> None:
     rows = -(-engine.draft_rows // 2)  # what the others would have is 0
     bench.rows = bench.rows[:rows]
     bench.run(VectorOperation.QUANTIZE, Target.TILES, k=k, o=1)
-    blocks = quantize_activations(torch.from_numpy(x[:rows]), engine.format.group)
-    beat, steps = bench.config.data.beat_bytes, -(-k // 4)
-    bench.expect(RESULTS, np.zeros(-(-steps * size // beat) * beat, np.uint8))
-    for step in range(steps):
-        word = 0
-        for row in range(rows):
-            for lane, mantissa in enumerate(blocks.mantissa[row, 4 * step : 4 * step + 4].tolist()):
-                number = abs(mantissa) | (mantissa < 0) << 7
-                word |= number << 37 * row + 8 * lane
-            exponent = int(blocks.exponent[row, 4 * step // engine.format.group])
-            word |= exponent << 37 * row + 32
-        bench.expect(RESULTS + step * size, np.frombuffer(word.to_bytes(size, "little"), np.uint8))
+    expect_draft_activations(bench, x[:rows])
+    bench.check()
+
+
+@pytest.mark.parametrize("operation", [VectorOperation.MULTIPLY, VectorOperation.GATE])
+def test_results_to_draft_activations(bench: Bench, operation: VectorOperation) -> None:
+    rows, k = bench.config.engine.draft_rows, 3 * head_dim(bench) - 1
+    bench.rows = bench.rows[:rows]
+    x, y = (bench.numbers(rows, k) for _ in range(2))
+    bench.place_tiles(X, [x])
+    bench.place_tiles(Y, [y])
+    bench.run(operation, Target.DRAFT_ACTIVATIONS, k=k, o=1, argument=bits_of(0.3))
+    if operation is VectorOperation.GATE:
+        expected = gated(torch.from_numpy(x), torch.from_numpy(y), "silu").numpy()
+    else:
+        expected = half((x * y) * np.float32(0.3))
+    expect_draft_activations(bench, expected)
     bench.check()
 
 
@@ -530,6 +557,11 @@ def test_unknown_operations_and_targets() -> None:
         (VectorOperation.ADD, {"o": 0}, ErrorCode.BAD_SIZE),
         (VectorOperation.ADD, {"o": 65}, ErrorCode.BAD_SIZE),
         (VectorOperation.MULTIPLY, {"o": 2}, ErrorCode.BAD_SIZE),
+        (
+            VectorOperation.GATE,
+            {"target": Target.DRAFT_ACTIVATIONS.value, "o": 2},
+            ErrorCode.BAD_SIZE,
+        ),
         (VectorOperation.QUANTIZE, {"o": 2}, ErrorCode.BAD_SIZE),
         (VectorOperation.SOFTMAX, {"o": 1}, ErrorCode.BAD_SIZE),
         (VectorOperation.SOFTMAX, {"sharing": 0}, ErrorCode.BAD_SIZE),

@@ -499,6 +499,7 @@ SOUND_VECTORS = {
     "values": (VectorOperation.ROUND, Target.VALUES, {"segments": 2}),
     "softmax": (VectorOperation.SOFTMAX, Target.WEIGHTS, {"sharing": 3, "slot": 1}),
     "quantize": (VectorOperation.QUANTIZE, Target.TILES, {}),
+    "drafts": (VectorOperation.GATE, Target.DRAFT_ACTIVATIONS, {}),
 }
 
 
@@ -517,7 +518,7 @@ def malformed_vectors(
     return {
         ErrorCode.UNKNOWN_KIND: [
             *(("add", {"operation": value}) for value in (0, 13, 15)),
-            *(("norm", {"target": value}) for value in (2, 7, 15)),
+            *(("norm", {"target": value}) for value in (2, 8, 15)),
             ("values", {"target": Target.TILES.value, "reserved": 1}),
         ],
         ErrorCode.RESERVED: [

@@ -30,6 +30,7 @@ from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import (
     DESCRIPTOR_BYTES,
+    SINGLE_TARGETS,
     TARGETS,
     Descriptor,
     DescriptorKind,
@@ -512,10 +513,10 @@ class Workload:
 
         outer = inner = 0
         match target:
-            case Target.TILES if operation is VectorOperation.QUANTIZE:
-                size = ceil_div(k, DRAFT_LANES) * word
-            case Target.TILES:
+            case Target.TILES if operation is not VectorOperation.QUANTIZE:
                 size = sum(rows) * tiles * cols * 4
+            case Target.TILES | Target.DRAFT_ACTIVATIONS:
+                size = ceil_div(k, DRAFT_LANES) * word
             case Target.ACTIVATIONS:
                 size = words
             case Target.QUERIES:
@@ -552,7 +553,10 @@ class Workload:
             operation = known[random.integers(len(known))]
         if operation is VectorOperation.QUANTIZE and self.rows > engine.draft_rows:
             operation = VectorOperation.ROUND
-        target = TARGETS[operation][random.integers(len(TARGETS[operation]))]
+        targets = TARGETS[operation]
+        if self.rows > engine.draft_rows:
+            targets = tuple(each for each in targets if each is not Target.DRAFT_ACTIVATIONS)
+        target = targets[random.integers(len(targets))]
         sharing = int(random.integers(1, min(5, config.query_heads)))
         wait = random.random() < 0.4
         limit = min(engine.max_k, 40 if operation is VectorOperation.ROTATE else 200)
@@ -560,7 +564,7 @@ class Workload:
         if operation is VectorOperation.ROTATE:
             k += k % 2
         if operation is not VectorOperation.SOFTMAX:
-            is_one = operation is VectorOperation.QUANTIZE or target is Target.ACTIVATIONS
+            is_one = operation is VectorOperation.QUANTIZE or target in SINGLE_TARGETS
             segments = 1 if is_one or random.random() < 0.3 else int(random.integers(1, 5))
             values = bool(random.integers(2))
             return self.add_vector(

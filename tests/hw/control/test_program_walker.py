@@ -14,6 +14,7 @@ from amaranth.sim import Simulator, SimulatorContext
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
 from speq.hw.control.descriptor import (
     DESCRIPTOR_BYTES,
+    SINGLE_TARGETS,
     TARGETS,
     Descriptor,
     DescriptorKind,
@@ -259,7 +260,7 @@ def random_vector(rng: random.Random) -> Descriptor:
     operation = rng.choice(list(TARGETS))
     keeps = operation in (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
     target = rng.choice(TARGETS[operation])
-    single = operation is VectorOperation.QUANTIZE or target is Target.ACTIVATIONS
+    single = operation is VectorOperation.QUANTIZE or target in SINGLE_TARGETS
     sharing, o = rng.randint(1, HEADS), rng.randint(1, HEADS)
     if keeps:
         o = rng.randint(0, HEADS - sharing)
@@ -334,7 +335,7 @@ def test_random_programs(data_bits, lanes):
     rng = random.Random(1000 * seed() + data_bits + lanes)
     events = []
     for trial in range(3):
-        rows = 1 if lanes else rng.randint(1, ROWS)  # a QUANTIZE allows no more
+        rows = 1 if lanes else rng.randint(1, ROWS)  # draft activations allow no more
         program = [random_descriptor(rng, lanes) for _ in range(20)]
         position, source = (rng.randint(0, MAX_K - ROWS) for _ in range(2))
         got = walk(
@@ -461,8 +462,11 @@ ROTATE = replace(EMBED, operation=VectorOperation.ROTATE, target=Target.KEYS, sh
 QUERIES = replace(ROTATE, target=Target.QUERIES, sharing=255)
 GATE = replace(ADD, operation=VectorOperation.GATE, target=Target.ACTIVATIONS, o=1)
 QUANTIZE = replace(GATE, operation=VectorOperation.QUANTIZE, target=Target.TILES)
+DRAFTED = replace(GATE, target=Target.DRAFT_ACTIVATIONS)
+#: Of no more rows than draft.
+OF_DRAFTS = (QUANTIZE, DRAFTED)
 MOVE = replace(ADD, operation=VectorOperation.MOVE)
-SOUND = (ADD, EMBED, NORM, SOFTMAX, NORMALIZE, ROTATE, QUERIES, GATE, QUANTIZE, MOVE)
+SOUND = (ADD, EMBED, NORM, SOFTMAX, NORMALIZE, ROTATE, QUERIES, GATE, *OF_DRAFTS, MOVE)
 
 
 def refusals(
@@ -513,7 +517,7 @@ REFUSED_VECTORS = [
             ErrorCode.UNKNOWN_KIND,
         )
         for operation, targets in TARGETS.items()
-        for number in (*range(8), 15)
+        for number in (*range(9), 15)
         if number not in [target.value for target in targets]
     ),
     *((replace(ADD, **{name: 1}), ErrorCode.RESERVED) for name in ("half", "discard", "tokens")),
@@ -523,7 +527,7 @@ REFUSED_VECTORS = [
     (Descriptor(DescriptorKind.END, target=8), ErrorCode.RESERVED),
     (replace(SOFTMAX, k=1), ErrorCode.RESERVED),
     (replace(NORM, values=False), ErrorCode.RESERVED),
-    (QUANTIZE, ErrorCode.BAD_SIZE),  # two rows
+    *((d, ErrorCode.BAD_SIZE) for d in OF_DRAFTS),  # two rows
     *(
         (replace(d, k=k), ErrorCode.BAD_SIZE)
         for d in (ADD, NORM, NORMALIZE, QUERIES, GATE, MOVE)
@@ -534,7 +538,7 @@ REFUSED_VECTORS = [
         for d in (ADD, NORM, QUERIES, MOVE)
         for o in (0, HEADS + 1, 1 << 31)
     ),
-    *((replace(GATE, o=o), ErrorCode.BAD_SIZE) for o in (0, 2, 257)),
+    *((replace(d, o=o), ErrorCode.BAD_SIZE) for d in (GATE, DRAFTED) for o in (0, 2, 257)),
     (replace(SOFTMAX, o=HEADS - 2), ErrorCode.BAD_SIZE),
     (replace(SOFTMAX, o=1 << 31), ErrorCode.BAD_SIZE),
     (replace(NORMALIZE, sharing=255), ErrorCode.BAD_SIZE),
@@ -590,12 +594,12 @@ def test_sound_vector_descriptors():
     """At the edge of what is allowed."""
     got = walk(
         system(lanes=4),
-        [*(d for d in SOUND if d is not QUANTIZE), Descriptor(DescriptorKind.END)],
+        [*(d for d in SOUND if d not in OF_DRAFTS), Descriptor(DescriptorKind.END)],
         rows=ROWS,
         position=MAX_K - ROWS,
     )
-    assert [event[0] for event in got.events] == ["vector"] * (len(SOUND) - 1) + ["end"]
-    assert walk(system(lanes=4), [QUANTIZE, Descriptor(DescriptorKind.END)], rows=1).done
+    assert [event[0] for event in got.events] == ["vector"] * (len(SOUND) - 2) + ["end"]
+    assert walk(system(lanes=4), [*OF_DRAFTS, Descriptor(DescriptorKind.END)], rows=1).done
 
 
 def test_refusals_of_vector_descriptors():
