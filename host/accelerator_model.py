@@ -497,18 +497,21 @@ class AcceleratorModel:
         raise _Fault(ErrorCode.NO_END, address)
 
     def _product(self, fields: dict[str, int], rows: int) -> _Product:
+        tokens = fields["tokens"] or rows
+        row_bytes = self.config.engine.cols * (2 if fields["half"] else 4)
+        before = fields["sharing"] * tokens * row_bytes
         return _Product(
             mode=Mode(fields["mode"]),
             k=fields["k"],
             o=fields["o"],
-            tokens=fields["tokens"] or rows,
+            tokens=tokens,
             half=bool(fields["half"]),
             discard=bool(fields["discard"]),
             plane=fields["plane"],
             residual=fields["residual"],
             groups=fields["groups"],
             activations=fields["activations"],
-            results=fields["results"],
+            results=fields["results"] + before,
             stride=0,
         )
 

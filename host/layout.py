@@ -574,8 +574,22 @@ class MemoryLayout(ABC):
             "plane": weights.plane,
             "residual": weights.residual if mode is Mode.VERIFY else 0,
             "groups": weights.groups,
-            "activations": (self.draft_activations if mode is Mode.DRAFT else self.activations),
+            "activations": self.inputs_of(name, mode),
         }
+
+    def tile_bytes(self, mode: Mode, k: int) -> dict[str, int]:
+        """Bytes of a tile of a linear layer's operands in a mode, by the descriptor's fields."""
+        engine, beat = self.config.engine, self.config.data.beat_bytes
+        column = _WORD * engine.cols
+        if mode is Mode.BYPASS:
+            return {"plane": k * column}
+        groups = round_up(ceil_div(k, engine.format.group) * engine.cols, beat)
+        sizes = {"plane": draft_words(k) * column, "groups": groups}
+        return sizes | ({"residual": residual_words(k) * column} if mode is Mode.VERIFY else {})
+
+    def inputs_of(self, name: str, mode: Mode) -> int:
+        """Address of the activations of a linear layer in a mode."""
+        return self.draft_activations if mode is Mode.DRAFT else self.activations
 
     def _linears(self, kind: PassKind, names: Sequence[str]) -> list[Descriptor]:
         results = self.results_of(names)

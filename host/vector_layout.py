@@ -17,11 +17,13 @@ from speq.host.layout import (
     MemoryLayout,
     Region,
     activation_count,
+    ceil_div,
     ranking_bytes,
     results_bytes,
     round_up,
 )
 from speq.hw.accelerator_config import PassKind
+from speq.hw.engine_config import DRAFT_LANES, Mode
 from speq.model.checkpoint import tensor_shapes
 from speq.model.schedule import Linears
 from speq.model.vector_ops import rotary_order
@@ -55,11 +57,15 @@ class VectorPlaces(MemoryLayout):
         The residual stream, FP32 tiles.
     temporary : int
         FP32 tiles of a product of vectors.
+    gated, draft_gated : int
+        Activations of down projections, FP16 and block activations.
     """
 
     _kinds = tuple(PassKind)
     stream: int = 0
     temporary: int = 0
+    gated: int = 0
+    draft_gated: int = 0
 
     def _place_buffers(self) -> None:
         config, model = self.config, self.model
@@ -88,6 +94,13 @@ class VectorPlaces(MemoryLayout):
         words = activation_count(self._longest, config) * config.activation_bytes
         self.activations = self._take(Kind.ACTIVATIONS, words)
         self._take_draft_activations()
+        # What the gate leaves while other tiles of its operands are multiplied from the others.
+        words, draft_words = (
+            activation_count(count, config) * config.activation_bytes
+            for count in (model.ffn_hidden, ceil_div(model.ffn_hidden, DRAFT_LANES))
+        )
+        self.gated = self._take(Kind.ACTIVATIONS, words, "gated")
+        self.draft_gated = self._take(Kind.DRAFT_ACTIVATIONS, draft_words, "gated")
         heads, size = model.kv_heads, model.head_dim
         self.queries = self._take(Kind.QUERIES, heads * self.attention_stride(size))
         self.softmax_weights = self._take(
@@ -103,6 +116,11 @@ class VectorPlaces(MemoryLayout):
         )
         self.read = Region(self._base, self._end)
         self.write = Region(unwritten, self._end)
+
+    def inputs_of(self, name: str, mode: Mode) -> int:
+        if not name.endswith("down_proj"):
+            return super().inputs_of(name, mode)
+        return self.draft_gated if mode is Mode.DRAFT else self.gated
 
     def _width(self, size: int) -> int:
         """Elements of the tiles of so many."""

@@ -8,18 +8,25 @@ out by itself, from the description in `speq.hw.control.descriptor`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from speq.host.layout import ceil_div, draft_activation_words
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
-from speq.hw.control.descriptor import Target, VectorOperation
+from speq.hw.control.descriptor import SINGLE_TARGETS, Target, VectorOperation
 from speq.model.arith import quantize_activations, to_float16
 from speq.model.vector_ops import reciprocal, row_sum, rsqrt, sigmoid, softmax_weights
 
 _BATCHED = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
+#: Operations whose y may be tiles of rows.
+_TILED_SECOND = (
+    VectorOperation.ADD,
+    VectorOperation.MULTIPLY,
+    VectorOperation.GATE,
+    VectorOperation.SIGMOID_GATE,
+)
 
 #: A row of a pass: token, depth and the row that it follows.
 PassRow = tuple[int, int, int]
@@ -114,6 +121,7 @@ class VectorModel:
         if command.operation is VectorOperation.QUANTIZE:
             self._quantize(command)
             return
+        command = self._behind_tiles(command)
         if command.operation is VectorOperation.MOVE:
             self._move(command)
             return
@@ -122,6 +130,21 @@ class VectorModel:
             for segment, x in enumerate(first):
                 y = next(second) if second else None
                 self._write(command, segment, self._compute(command, segment, x, y))
+
+    def _behind_tiles(self, command: _Command) -> _Command:
+        """With the addresses of what lies behind other tiles."""
+        operation, target = command.operation, command.target
+        tiled = target in (Target.TILES, *SINGLE_TARGETS)
+        if not tiled or operation is VectorOperation.MOVE:
+            return command
+        before = 4 * command.sharing * len(command.rows) * self.config.engine.cols
+        of_rows = operation in _TILED_SECOND and not command.values
+        return replace(
+            command,
+            first=command.first + (0 if operation is VectorOperation.EMBED else before),
+            second=command.second + (before if of_rows else 0),
+            results=command.results + (before if target is Target.TILES else 0),
+        )
 
     def _segment_rows(self, command: _Command) -> list[int]:
         """The rows of each segment."""

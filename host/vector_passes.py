@@ -14,6 +14,7 @@ from speq.host.passes import NO_PASS, Observe, Pass, Passes, read_pass
 from speq.host.run_control import AcceleratorError, RunControl
 from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import PassKind
+from speq.hw.engine_config import Mode
 from speq.model.transformer import first_nonfinite_row
 
 _HALF = 2  # bytes of an FP16 number
@@ -80,7 +81,7 @@ class VectorPasses(Passes):
     def nonfinite_row(self, product: str) -> int | None:
         layout = self._layout
         if product in layout.weights:
-            return first_nonfinite_row(self._activations(layout.weights[product].k))
+            return first_nonfinite_row(self._activations(product))
         block = int(product.split(".")[1])
         if product.endswith("scores"):
             return first_nonfinite_row(self._queries(), self._keys(block, self._places()))
@@ -100,8 +101,9 @@ class VectorPasses(Passes):
         size = self._layout.config.activation_bytes
         return self._board.read(address, count * size).view(np.float16).reshape(count, -1)
 
-    def _activations(self, k: int) -> torch.Tensor:
-        words = self._words(self._layout.activations, k)
+    def _activations(self, product: str) -> torch.Tensor:
+        address = self._layout.inputs_of(product, Mode.VERIFY)
+        words = self._words(address, self._layout.weights[product].k)
         return torch.from_numpy(words[:, : len(self.current.tokens)].T.copy())
 
     def _queries(self) -> torch.Tensor:

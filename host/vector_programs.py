@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
+from speq.host.layout import ceil_div
 from speq.host.vector_layout import GELU_LINEAR, HEAD_MASK, ONES, VectorPlaces
 from speq.hw.accelerator_config import PassKind
 from speq.hw.control.descriptor import (
@@ -19,9 +19,19 @@ from speq.hw.control.descriptor import (
     Target,
     VectorOperation,
 )
-from speq.hw.engine_config import Mode
+from speq.hw.engine_config import DRAFT_LANES, Mode
 from speq.model.schedule import Attention, Linears, Operation, Step, Vector
 from speq.model.vector_ops import GELU_CUBIC
+
+_SINGLE = 4  # bytes of an FP32 number
+#: The largest `behind`.
+_MOST_BEHIND = 3
+#: Cycles of a vector operation in which no word is taken, about.
+_VECTOR_LATENCY = 160
+#: Vector operations of a gate with GELU.
+_GELU_SWEEPS = 5
+#: Tiles that may be before a piece.
+_MOST_TILES = 255
 
 
 def vector_program(layout: VectorPlaces, kind: PassKind) -> list[tuple[Descriptor, str]]:
@@ -53,70 +63,101 @@ def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
-def _queries_first(schedule: Iterable[Step]) -> list[Step]:
-    """The steps of a schedule, in each block those of the queries before those of keys and values,
-    of which they are independent."""
-    steps = list(schedule)
-    for start, step in enumerate(steps):
-        if isinstance(step, Linears) and step.targets[0] == "q":
-            others = (i for i in range(start + 1, len(steps)) if not isinstance(steps[i], Vector))
-            end = next(others, len(steps))
-            part = steps[start + 1 : end]
-            steps[start + 1 : end] = sorted(part, key=lambda each: not _is_of_queries(each))
-    return steps
-
-
-def _is_of_queries(step: Step | None) -> bool:
-    """Whether a step is vector work on the queries."""
-    return isinstance(step, Vector) and step.target == "q"
+def _does(step: Step, operation: Operation) -> bool:
+    """Whether a step is this vector operation."""
+    return isinstance(step, Vector) and step.operation is operation
 
 
 class _Program:
     """The steps of a schedule as descriptors.
 
-    A vector operation waits for what gives it an operand, and a product for vector operations. But
-    in attention the array goes on to the next head while the vector unit works on one, and while
-    that works on the queries, the array multiplies for keys and values.
+    Each waits for what gives it an operand, and for nothing else: descriptors are in an order in
+    which the array has other products to go on with, where there are some, while the vector unit
+    works. Where the results of a product are the vector unit's next, the product has two pieces,
+    so that only what is done with the last tiles is left when it ends.
     """
 
     def __init__(self, layout: VectorPlaces, kind: PassKind) -> None:
         self._layout, self._model, self._kind = layout, layout.model, kind
         self.descriptors: list[tuple[Descriptor, str]] = []
-        #: Results since the last descriptor that waits for all before it.
-        self._unfinished: set[int] = set()
+        #: Numbers, among those of their class, of the descriptors that have written a buffer.
+        self._writers: dict[int, list[tuple[bool, int]]] = {}
+        #: Descriptors of each class, by whether they are vector operations, and how many of them,
+        #: from the first one on, are finished when the next descriptor starts.
+        self._count, self._finished = [0, 0], [0, 0]
         #: FP32 tiles by the names of the schedule's buffers. x are FP16 activations.
         self._buffers = {"h": layout.stream}
         #: Whether x are draft activations already.
         self._x_is_quantized = False
         #: The linear layers that take the next x.
         self._takers: tuple[str, ...] = ()
-        #: Products that may begin as soon as the next vector operation has.
-        self._late: list[tuple[Descriptor, str]] = []
-        steps = _queries_first(layout.schedule(kind))
-        for i, (step, following) in enumerate(zip_longest(steps, steps[1:])):
-            later = (each.names for each in steps[i + 1 :] if isinstance(each, Linears))
+        steps = [step for step in layout.schedule(kind) if not self._is_implied(step)]
+        while steps:
+            step = steps.pop(0)
+            later = (each.names for each in steps if isinstance(each, Linears))
             self._takers = next(later, ())
             match step:
+                case Linears(targets=("q", _, _)):
+                    number = next(
+                        (i for i, each in enumerate(steps) if not isinstance(each, Vector)),
+                        len(steps),
+                    )
+                    of_heads, steps = steps[:number], steps[number:]
+                    block = steps.pop(0).block if steps else None
+                    self._attention(step, of_heads, block)
+                case Linears(targets=("gate", "up")) if _does(steps[0], Operation.GATE):
+                    self._gated(step, steps.pop(0))
+                case Linears(targets=("y",)) if _does(steps[0], Operation.ADD):
+                    self._added(step, steps.pop(0))
                 case Linears():
-                    self._linears(step, following)
-                case Attention(block):
-                    self._attention(block)
-                case Vector(Operation.ROUND, target="x"):
-                    pass  # what becomes x is FP16 already
-                case Vector(Operation.STORE | Operation.SELECT):
-                    pass  # keys and values are stored as soon as they are FP16
+                    self._linears(step)
                 case Vector():
                     self._step(step)
 
+    @staticmethod
+    def _is_implied(step: Step) -> bool:
+        """Whether a step needs no descriptor: what becomes x is FP16 already, and keys and values
+        are stored as soon as they are."""
+        return isinstance(step, Vector) and (
+            step.operation in (Operation.STORE, Operation.SELECT)
+            or (step.operation is Operation.ROUND and step.target == "x")
+        )
+
     # Descriptors.
 
-    def _product(self, descriptor: Descriptor, name: str, wait: bool | None = None) -> None:
-        if wait is None:
-            wait = self._follows(DescriptorKind.VECTOR)
+    def _emit(
+        self, descriptor: Descriptor, name: str, reads: Iterable[int], writes: int, goes_on: bool
+    ) -> None:
+        """Add a descriptor that reads and writes these buffers. If it goes on, what has been
+        written there before is still of use."""
+        mine = descriptor.kind is DescriptorKind.VECTOR
+        needs = [writer for buffer in reads for writer in self._writers.get(buffer, ())]
+        left = [(own, i) for own, i in needs if i >= self._finished[own]]
+        wait, behind = any(own is mine for own, _ in left), 0
         if wait:
-            self._unfinished.clear()
-        self._unfinished.add(descriptor.results)
-        self.descriptors.append((replace(descriptor, wait=wait), name))
+            self._finished[mine] = self._count[mine]
+        if others := [i for own, i in left if own is not mine]:
+            behind = min(_MOST_BEHIND, self._count[not mine] - max(others))
+            self._finished[not mine] = self._count[not mine] - (behind - 1)
+        self.descriptors.append((replace(descriptor, wait=wait, behind=behind), name))
+        if not goes_on:
+            self._writers[writes] = []
+        self._writers.setdefault(writes, []).append((mine, self._count[mine]))
+        self._count[mine] += 1
+
+    def _product(
+        self,
+        descriptor: Descriptor,
+        name: str,
+        reads: Iterable[int] = (),
+        writes: int | None = None,
+        goes_on: bool = False,
+    ) -> None:
+        """`reads` besides its activations; it writes the buffer at its results, or another."""
+        reads = (descriptor.activations, *reads)
+        self._emit(
+            descriptor, name, reads, descriptor.results if writes is None else writes, goes_on
+        )
 
     def _vector(
         self,
@@ -126,90 +167,192 @@ class _Program:
         results: int,
         *,
         factor: float = 0.0,
-        wait: bool | None = None,
+        reads: Iterable[int] | None = None,
+        writes: int | None = None,
+        goes_on: bool = False,
         **fields: Any,
     ) -> None:
-        if wait is None:
-            operands = {first, fields.get("second")}
-            wait = not operands.isdisjoint(self._unfinished)
-            if wait:
-                self._unfinished.clear()
-        self._unfinished.add(results)
+        """It reads the buffers at its operands, or others, and writes that at its results, or
+        another."""
         descriptor = Descriptor(
             DescriptorKind.VECTOR,
             operation=operation,
             target=target,
-            wait=wait,
             first=first,
             results=results,
             argument=float_bits(factor),
             **fields,
         )
-        self.descriptors.append((descriptor, ""))
-        for late in self._late:
-            self._product(*late, wait=False)
-        self._late.clear()
+        if reads is None:
+            reads = (first, fields.get("second", 0))
+        self._emit(descriptor, "", reads, results if writes is None else writes, goes_on)
 
-    def _follows(self, kind: DescriptorKind) -> bool:
-        """Whether the last descriptor is of this kind."""
-        return bool(self.descriptors) and self.descriptors[-1][0].kind is kind
+    def _piece(self, descriptor: Descriptor, tiles: range) -> Descriptor:
+        """A GEMM's part with these tiles of outputs; the others' results are left out."""
+        layout, cols = self._layout, self._layout.config.engine.cols
+        sizes = layout.tile_bytes(descriptor.mode, descriptor.k)
+        places = {
+            name: getattr(descriptor, name) + tiles.start * size for name, size in sizes.items()
+        }
+        o = min(descriptor.o, tiles.stop * cols) - tiles.start * cols
+        return replace(descriptor, o=o, tile=tiles.start, **places)
+
+    def _pieces(
+        self, products: list[tuple[Descriptor, str]], sweeps: int, multiple: int = 1
+    ) -> list[range]:
+        """The tiles of products of one shape in two pieces, the last one so long that the vector
+        unit has gone so often through all tiles before it when it ends; in one, if that is most.
+        The first piece is a multiple of so many tiles."""
+        config, (descriptor, _) = self._layout.config, products[0]
+        rows = 1 if self._kind is PassKind.DRAFT else config.engine.rows
+        steps = ceil_div(descriptor.k, DRAFT_LANES if descriptor.mode is Mode.DRAFT else 1)
+        words = sweeps * rows * config.engine.cols // config.lanes
+        tiles = ceil_div(descriptor.o, config.engine.cols)
+        cycles = len(products) * max(steps, rows)
+        last = ceil_div(tiles * words + sweeps * _VECTOR_LATENCY, cycles + words)
+        first = max(0, tiles - last) // multiple * multiple
+        if 2 * first < tiles or first > _MOST_TILES:
+            return [range(tiles)]
+        return [range(first), range(first, tiles)]
+
+    def _multiply_pieces(self, products: list[tuple[Descriptor, str]], pieces: list[range]) -> None:
+        """Piece i of a product writes a buffer of its own, i behind the product's address."""
+        for i, piece in enumerate(pieces):
+            for descriptor, name in products:
+                self._product(self._piece(descriptor, piece), name, writes=descriptor.results + i)
 
     # Steps of the schedule.
 
-    def _linears(self, step: Linears, following: Step | None) -> None:
-        layout = self._layout
-        weights = [layout.weights[name] for name in step.names]
+    def _quantize(self, names: Sequence[str]) -> None:
+        """Draft activations for linear layers, if one of them is in mode DRAFT."""
+        weights = [self._layout.weights[name] for name in names]
         drafts = any(each.mode(self._kind) is Mode.DRAFT for each in weights)
         if drafts and not self._x_is_quantized:
             self._vector(
                 VectorOperation.QUANTIZE,
                 Target.TILES,
-                layout.activations,
-                layout.draft_activations,
-                wait=True,
+                self._layout.inputs_of(names[0], Mode.VERIFY),
+                self._layout.inputs_of(names[0], Mode.DRAFT),
                 k=weights[0].k,
                 o=1,
             )
-        self._x_is_quantized = False
-        products = layout.products(self._kind, step)
-        if _is_of_queries(following):
-            products, self._late = products[:1], products[1:]
-        for product in products:
-            self._product(*product)
-        results = layout.results_of(step.names)
-        self._buffers.update(zip(step.targets, results, strict=True))
 
-    def _attention(self, block: int) -> None:
+    def _place_of_x(self) -> tuple[Target, int]:
+        """Where the next x goes: to draft activations at once if no product needs FP16 ones, as
+        those of a head that is computed anew do."""
+        layout = self._layout
+        modes = {layout.weights[name].mode(self._kind) for name in self._takers}
+        self._x_is_quantized = modes == {Mode.DRAFT} and self._takers != ("head",)
+        if self._x_is_quantized:
+            return Target.DRAFT_ACTIVATIONS, layout.inputs_of(self._takers[0], Mode.DRAFT)
+        return Target.ACTIVATIONS, layout.inputs_of(self._takers[0], Mode.VERIFY)
+
+    def _begin(self, step: Linears) -> list[tuple[Descriptor, str]]:
+        """A stage's products, whose activations are on their way."""
+        self._quantize(step.names)
+        self._x_is_quantized = False
+        results = self._layout.results_of(step.names)
+        self._buffers.update(zip(step.targets, results, strict=True))
+        return self._layout.products(self._kind, step)
+
+    def _linears(self, step: Linears) -> None:
+        for product in self._begin(step):
+            self._product(*product)
+
+    def _attention(self, step: Linears, of_heads: list[Step], block: int | None) -> None:
+        """From the projections of queries, keys and values to what attention gives, or without a
+        block to the keys and values alone.
+
+        While the array multiplies for values, the vector unit works on queries and keys, and from
+        then on each for another KV head than the other.
+        """
         layout, model = self._layout, self._model
+        q, k, v = self._begin(step)
+
+        def finish(name: str) -> None:
+            for each in of_heads:
+                if isinstance(each, Vector) and each.target == name:
+                    self._step(each)
+
+        self._product(*q)
+        self._product(*k)
+        finish("q")
+        self._product(*v)
+        finish("k")
+        if block is None:
+            finish("v")
+            return
         scores, values = (layout.products(self._kind, s) for s in Attention(block, "", "").stages)
         window = 0 if model.is_global(block) else model.sliding_window or 0
-        for head, product in enumerate(scores):
-            self._product(*product, wait=head == 0)
+
+        def weigh(head: int) -> None:
             self._vector(
                 VectorOperation.SOFTMAX,
                 Target.WEIGHTS,
-                product[0].results,
-                layout.softmax_weights + head * layout.attention_stride(layout.capacity),
+                scores[head][0].results,
+                values[head][0].activations,
                 factor=model.attention_scale,
-                wait=True,
                 o=head * layout.sharing,
                 sharing=layout.sharing,
                 detail=window,
             )
-        head_bytes = model.head_dim * layout.config.activation_bytes
+
+        last = model.kv_heads - 1
+        for head, product in enumerate(scores):
+            self._product(*product, reads=(layout.queries, layout.keys_address(block, 0)))
+            if head == 0:
+                finish("v")
+            else:
+                weigh(head - 1)
+        if last == 0:
+            weigh(last)
         for head, product in enumerate(values):
-            self._product(*product, wait=head == 0)
-            self._vector(
-                VectorOperation.NORMALIZE,
-                Target.CONTEXT,
-                product[0].results,
-                layout.activations + head * layout.sharing * head_bytes,
-                wait=True,
-                o=head * layout.sharing,
-                sharing=layout.sharing,
-                k=model.head_dim,
-                outer=head_bytes,
-            )
+            self._product(*product, reads=(layout.values_address(block, 0),))
+            if head > 0:
+                self._normalize(values, head - 1)
+            elif last > 0:
+                weigh(last)
+        self._normalize(values, last)
+
+    def _normalize(self, values: list[tuple[Descriptor, str]], head: int) -> None:
+        """The outputs of a KV head's attention."""
+        layout, model = self._layout, self._model
+        head_bytes = model.head_dim * layout.config.activation_bytes
+        self._vector(
+            VectorOperation.NORMALIZE,
+            Target.CONTEXT,
+            values[head][0].results,
+            layout.activations + head * layout.sharing * head_bytes,
+            writes=layout.activations,
+            goes_on=head > 0,
+            o=head * layout.sharing,
+            sharing=layout.sharing,
+            k=model.head_dim,
+            outer=head_bytes,
+        )
+
+    def _gated(self, step: Linears, gate: Vector) -> None:
+        """The projections whose product the gate is, and the gate, piece by piece."""
+        layout, cols = self._layout, self._layout.config.engine.cols
+        products = self._begin(step)
+        sweeps = 1 if self._model.activation == "silu" else _GELU_SWEEPS
+        # A piece's draft activations are whole blocks and begin with a beat.
+        in_beat = DRAFT_LANES * layout.config.data.beat_bytes // layout.config.activation_bytes
+        multiple = max(1, max(layout.config.engine.format.group, in_beat) // cols)
+        pieces = self._pieces(products, sweeps, multiple)
+        self._multiply_pieces(products, pieces)
+        for i, piece in enumerate(pieces):
+            self._gate(gate, piece, i)
+
+    def _added(self, step: Linears, add: Vector) -> None:
+        """A layer whose outputs are added to the residual stream, piece by piece."""
+        products, cols = self._begin(step), self._layout.config.engine.cols
+        pieces = self._pieces(products, 1)
+        self._multiply_pieces(products, pieces)
+        for i, piece in enumerate(pieces):
+            k = min(self._model.hidden, piece.stop * cols) - piece.start * cols
+            reads = (products[0][0].results + i,)
+            self._add(add, o=1, k=k, tile=piece.start, reads=reads, goes_on=i > 0)
 
     def _step(self, step: Vector) -> None:
         match step.operation:
@@ -224,30 +367,24 @@ class _Program:
             case Operation.ROUND:
                 self._attention_operand(step, rotated=False)
             case Operation.GATE:
-                self._gate(step)
+                size = self._shape("gate")["k"]
+                self._gate(step, range(ceil_div(size, self._layout.config.engine.cols)), 0)
             case Operation.ADD:
-                stream, y = (self._buffers[name] for name in step.sources)
-                self._vector(
-                    VectorOperation.ADD,
-                    Target.TILES,
-                    y,
-                    stream,
-                    factor=step.factor,
-                    second=stream,
-                    **self._shape(step.target),
-                )
+                self._add(step, **self._shape(step.target))
             case _:
                 raise ValueError(f"{step.operation} has no descriptor")
 
-    def _place_of_x(self) -> tuple[Target, int]:
-        """Where the next x goes: to draft activations at once if no product needs FP16 ones, as
-        those of a head that is computed anew do."""
-        layout = self._layout
-        modes = {layout.weights[name].mode(self._kind) for name in self._takers}
-        if modes == {Mode.DRAFT} and self._takers != ("head",):
-            self._x_is_quantized = True
-            return Target.DRAFT_ACTIVATIONS, layout.draft_activations
-        return Target.ACTIVATIONS, layout.activations
+    def _add(self, step: Vector, **fields: Any) -> None:
+        stream, y = (self._buffers[name] for name in step.sources)
+        self._vector(
+            VectorOperation.ADD,
+            Target.TILES,
+            y,
+            stream,
+            factor=step.factor,
+            second=stream,
+            **fields,
+        )
 
     def _shape(self, buffer: str) -> dict[str, Any]:
         """Segments and elements of a buffer."""
@@ -349,13 +486,18 @@ class _Program:
             **self._shape(name),
         )
 
-    def _gate(self, step: Vector) -> None:
-        layout, shape = self._layout, self._shape("gate")
+    def _gate(self, step: Vector, tiles: range, number: int) -> None:
+        """The gate of these tiles, which are piece `number`."""
+        layout, cols = self._layout, self._layout.config.engine.cols
         gate, up = (self._buffers[name] for name in step.sources)
+        start = tiles.start * cols
+        shape = {"o": 1, "k": min(self._model.ffn_hidden, tiles.stop * cols) - start}
+        shape |= {"tile": tiles.start}
+        operands = (gate + number, up + number)
         operation, first, second = VectorOperation.GATE, gate, up
         if self._model.activation == "gelu_tanh":
             operation, first, second = VectorOperation.SIGMOID_GATE, up, layout.temporary
-            self._multiply(gate, gate, second, GELU_CUBIC, **shape)
+            self._multiply(gate, gate, second, GELU_CUBIC, reads=operands, **shape)
             self._vector(
                 VectorOperation.ADD,
                 Target.TILES,
@@ -363,13 +505,25 @@ class _Program:
                 second,
                 factor=1.0,
                 values=True,
-                second=layout.channels[GELU_LINEAR],
+                second=layout.channels[GELU_LINEAR] + _SINGLE * start,
                 **shape,
             )
             self._multiply(second, gate, second, **shape)
-            self._multiply(gate, up, first, **shape)
+            self._multiply(gate, up, first, reads=operands, **shape)
+            operands = (first, second)
         target, results = self._place_of_x()
-        self._vector(operation, target, first, results, second=second, **shape)
+        words = start // DRAFT_LANES if target is Target.DRAFT_ACTIVATIONS else start
+        self._vector(
+            operation,
+            target,
+            first,
+            results + words * layout.config.activation_bytes,
+            writes=results,
+            goes_on=number > 0,
+            reads=operands,
+            second=second,
+            **shape,
+        )
 
     def _multiply(
         self,

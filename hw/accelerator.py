@@ -115,6 +115,7 @@ class Accelerator(wiring.Component):
             # Their jobs.
             datapath.kind.eq(walker.kind),
             datapath.descriptor.eq(walker.error_address),
+            datapath.last.eq(walker.last),
             walker.idle.eq(datapath.idle),
             walker.rank_idle.eq(datapath.rank_idle),
             walker.rank_entries.eq(datapath.rank_entries),  # of row 0 while a pass is under way
@@ -198,7 +199,10 @@ class Accelerator(wiring.Component):
         """The vector unit's work, and the rows of the pass that it is part of."""
         walker, datapath = self.walker, self.datapath
         wiring.connect(m, walker.vector, datapath.vector)
-        m.d.comb += walker.vector_idle.eq(datapath.vector_idle)
+        m.d.comb += [
+            walker.products_left.eq(datapath.products_left),
+            walker.vectors_left.eq(datapath.vectors_left),
+        ]
         for i in range(self.config.engine.rows):
             row, place = datapath.rows[i], speculation.row_place[i]
             m.d.comb += [

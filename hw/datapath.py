@@ -31,6 +31,7 @@ from speq.hw.memory.ranking_writer import RankingWriter, ranking_command_layout
 from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.weight_reader import WeightReader
+from speq.hw.memory.write_combiner import LASTS
 from speq.hw.memory.write_mux import WriteMux
 from speq.hw.sampling.perturber import Perturber
 from speq.hw.vector.command import rows_layout, vector_command_layout
@@ -81,7 +82,8 @@ class Datapath(wiring.Component):
         `keep` only one at a time.
     kind : In(8)
     descriptor : In(address_bits)
-        Kind and address of the descriptor that the job is from.
+    last : In(1)
+        Kind and address of the descriptor that the job is from, and whether it is its last one.
     rank_command, rank_idle
         Transfers of the last ranking to memory, and whether none is under way.
     sample, truncate : In(1), scale, cutoff, seed, positions : In
@@ -93,8 +95,11 @@ class Datapath(wiring.Component):
     vector : In(stream of vector_command_layout(config)), rows : In(rows_layout(config))
         Work of the vector unit, and the rows of the pass that it is part of.
     vector_idle, vector_stalls : Out(1)
-        It is finished, with all its effects on memory; it waits for operands. These four are there
-        if the configuration has lanes.
+        It is finished, with all its effects on memory; it waits for operands.
+    products_left, vectors_left : Out
+        Descriptors whose last job, or whose vector work, has been taken, and whose results are not
+        all in memory. They finish in their order. These six are there if the configuration has
+        lanes.
     idle : Out(1)
         No job is under way, all results are in memory.
     current : Out({kind: 4, mode: 2})
@@ -124,6 +129,8 @@ class Datapath(wiring.Component):
                 "rows": In(rows_layout(config)),
                 "vector_idle": Out(1),
                 "vector_stalls": Out(1),
+                "products_left": Out(range(_JOBS + 1)),
+                "vectors_left": Out(range(LASTS + 1)),
             }
         super().__init__(
             {
@@ -134,6 +141,7 @@ class Datapath(wiring.Component):
                 "jobs": In(stream.Signature(config.job_layout)),
                 "kind": In(8),
                 "descriptor": In(address),
+                "last": In(1),
                 "rank_command": In(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": Out(1),
                 **{name: perturber.signature.members[name] for name in _SAMPLING},
@@ -225,6 +233,7 @@ class Datapath(wiring.Component):
             vector.rows.eq(self.rows),
             self.vector_idle.eq(vector.idle),
             self.vector_stalls.eq(vector.stalls),
+            self.vectors_left.eq(vector.left),
         ]
 
     def _connect_writers(
@@ -301,27 +310,33 @@ class Datapath(wiring.Component):
         labels = SyncFIFO(width=layout.size, depth=_JOBS)
         oldest = data.View(layout, labels.r_data)
         m.submodules.labels = ResetInserter(self.clear)(labels)
+        room = labels.w_rdy
+        if config.lanes:
+            room &= self.products_left != _JOBS
         handed = Signal(len(takers))
         taken = Signal(len(takers))
         accept = Signal()
         for i, (taker, needed, other) in enumerate(takers):
             m.d.comb += [
-                taker.valid.eq(self.jobs.valid & labels.w_rdy & ~handed[i] & needed),
+                taker.valid.eq(self.jobs.valid & room & ~handed[i] & needed),
                 taken[i].eq((taker.valid & taker.ready) | handed[i] | ~needed),
             ]
             for name, _ in taker.payload.shape():
                 m.d.comb += taker.payload[name].eq(other[name] if name in other else job[name])
         m.d.comb += [
-            self.jobs.ready.eq(taken.all() & labels.w_rdy),
+            self.jobs.ready.eq(taken.all() & room),
             accept.eq(self.jobs.valid & self.jobs.ready),
             labels.w_data.eq(Cat(self.kind[:4], job.mode, self.descriptor)),
             labels.w_en.eq(accept),
             labels.r_en.eq(results.done),
         ]
-        with m.If(self.jobs.valid & labels.w_rdy):
+        with m.If(self.jobs.valid & room):
             m.d.sync += handed.eq(Mux(accept, 0, taken))
         with m.If(self.clear):
             m.d.sync += handed.eq(0)
+
+        if config.lanes:
+            self._count(m, accept, tiles)
 
         # Writes that have not been answered, and the label of what they belong to.
         unanswered = Signal(16)
@@ -353,6 +368,32 @@ class Datapath(wiring.Component):
         with m.Elif(self._mux.sources[_RANKING].done | self.clear):
             m.d.sync += transfer.eq(0)
         m.d.comb += self.rank_idle.eq(~transfer)
+
+    def _count(self, m: Module, accept: Value, tiles: Value) -> None:
+        """Products whose results are not in memory. Each tile is a write, and they are answered in
+        their order."""
+        bits = self.config.tiles_bits + _JOBS.bit_length()
+        asked = Signal(bits)  # by all jobs that have been taken
+        answered = Signal(bits)
+        ends = SyncFIFO(width=bits, depth=_JOBS)
+        m.submodules.ends = ResetInserter(self.clear)(ends)
+        following = (asked + Mux(self.jobs.payload.discard, 0, tiles))[:bits]
+        finished = Signal()
+        m.d.comb += [
+            ends.w_data.eq(following),
+            ends.w_en.eq(accept & self.last),
+            ends.r_en.eq(finished),
+            self.products_left.eq(ends.level),
+        ]
+        # The next one's end is there two cycles after the end of the one before has been taken.
+        m.d.sync += [
+            finished.eq(ends.r_rdy & ~finished & ~(answered - ends.r_data)[bits - 1]),
+            answered.eq(answered + self._mux.sources[_RESULTS].done),
+        ]
+        with m.If(accept):
+            m.d.sync += asked.eq(following)
+        with m.If(self.clear):
+            m.d.sync += [asked.eq(0), answered.eq(0), finished.eq(0)]
 
     def _report(self, m: Module, readers: tuple, writer: MemoryWriter) -> None:
         """The first error, and whether all transactions are over."""

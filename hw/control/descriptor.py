@@ -5,9 +5,9 @@ A program is an array of descriptors of 64 bytes, little-endian, at a multiple o
 ports' beats); it ends with END. `FORMS` says what each kind does and which fields it uses; the
 others must be 0. Sizes in bytes refer to an array of C columns.
 
-Descriptors run one after the other but overlap: with `wait` one starts only when all before it are
-finished, without it the order must not matter. HOST, ARGMAX, RERANK and END wait in any case, and
-SOFTMAX and NORMALIZE with `wait` for products only.
+Descriptors run one after the other but overlap: with `wait` one starts only when all before it that
+are of its class, products or VECTORs, are finished, with `behind` when enough of the other class
+are, and otherwise the order must not matter. HOST, ARGMAX, RERANK and END wait for all in any case.
 
 Planes and group bytes are those of `speq.model.format`, cut into tiles of C outputs, with two
 additions: a tile's group bytes are padded to a multiple of the data port's beat, and every buffer
@@ -122,7 +122,7 @@ DESCRIPTOR = data.StructLayout(
         "wait": 1,
         "discard": 1,
         "values": 1,
-        "reserved": 2,
+        "behind": 2,
         "tokens": 8,
         "sharing": 8,
         "k": 24,
@@ -174,10 +174,15 @@ class Form:
 
 
 _HALF = Use("1: results are FP16, 0: FP32")
-_WAIT = Use("1: start only when all descriptors before it are finished")
+_WAIT = Use("1: start only when all products before it are finished")
+_BEHIND = Use(
+    "n > 0: start only when all VECTORs before it but the last n - 1 are finished; 0: whatever "
+    "they do"
+)
 _GEMM = {
     "mode": Use("what the weights' words hold"),
     "wait": _WAIT,
+    "behind": _BEHIND,
     "tokens": Use(
         "rows of activations and results, 0: the rows of the pass; at most R, in mode DRAFT at "
         "most the rows that can draft"
@@ -194,7 +199,14 @@ _GEMM = {
 FORMS = {
     DescriptorKind.GEMM: Form(
         "results[tokens, o] = activations[tokens, k] times weights[o, k] transposed.",
-        {"half": _HALF} | _GEMM,
+        {"half": _HALF}
+        | _GEMM
+        | {
+            "sharing": Use(
+                "tiles of another product before the results, which are that far behind `results`",
+                name="tile",
+            )
+        },
     ),
     DescriptorKind.ARGMAX: Form(
         "A GEMM in FP32 whose results are ranked as they leave the array: the best of each "
@@ -245,6 +257,7 @@ FORMS = {
         {
             "half": _HALF,
             "wait": _WAIT,
+            "behind": _BEHIND,
             "values": Use("0: a product with keys, 1: with values"),
             "sharing": Use("query heads that share the KV head, from 1"),
             "k": Use("elements of a query, 1 to the largest K", values=False),
@@ -280,15 +293,20 @@ FORMS = {
         {
             "operation": Use("VectorOperation"),
             "target": Use("Target"),
-            "wait": Use(
-                "1: start only when all descriptors before it are finished, SOFTMAX and NORMALIZE: "
-                "all products"
+            "wait": Use("1: start only when all VECTORs before it are finished"),
+            "behind": Use(
+                "n > 0: start only when all products before it but the last n - 1 are finished; 0: "
+                "whatever they do"
             ),
             "values": Use(
                 "1: y is the same for all rows (ADD, MULTIPLY, NORM, where it must be 1); EMBED: "
                 "row t's token is the uint32 at y + 4 (position + t), 0: that of the pass"
             ),
-            "sharing": Use("query heads per KV head (SOFTMAX, NORMALIZE, target QUERIES)"),
+            "sharing": Use(
+                "query heads per KV head (SOFTMAX, NORMALIZE, target QUERIES); to TILES, ACTIVATIONS "
+                "and DRAFT_ACTIVATIONS: tiles before those of x (not EMBED), of y without `values`, "
+                "and of results to TILES, which are that far behind their addresses"
+            ),
             "k": Use("elements of a row of a segment, 1 to the largest K (not SOFTMAX)"),
             "o": Use(
                 "segments, 1 to the most query heads; SOFTMAX, NORMALIZE: the number of the KV "
@@ -339,10 +357,12 @@ class Descriptor:
     mode: Mode = Mode.VERIFY
     half: bool = False
     wait: bool = False
+    behind: int = 0
     discard: bool = False
     values: bool = False
     tokens: int = 0
     sharing: int = 0
+    tile: int = 0
     k: int = 0
     o: int = 0
     argument: int = 0
@@ -369,6 +389,8 @@ class Descriptor:
             raise ValueError("a descriptor has either a ranking or a stride")
         if self.tokens and self.candidates:
             raise ValueError("a descriptor has either tokens or candidates")
+        if self.sharing and self.tile:
+            raise ValueError("a descriptor has either sharing heads or tiles before it")
         word = 0
         for name, value in vars(self).items():  # asdict copies, which is slow
             offset, width = _PLACES[_MEMBERS.get(name, name)]

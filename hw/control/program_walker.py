@@ -30,6 +30,8 @@ from speq.hw.vector.command import DETAIL_BITS, vector_command_layout
 #: Descriptors that are fetched ahead.
 _AHEAD = 4
 _PROGRAM_LENGTH_BITS = 16
+#: Bits of a number of descriptors that are not finished.
+_LEFT_BITS = 4
 _FP16_BYTES = 2
 
 #: The number of two bits that is no mode.
@@ -49,9 +51,7 @@ def _kinds(config: AcceleratorConfig) -> list[DescriptorKind]:
 
 def _unused(kind: DescriptorKind) -> list[str]:
     """Fields that must be 0 in a kind, whatever the others are."""
-    names = [name for name, _ in DESCRIPTOR if name not in ("kind", *FORMS[kind].uses)]
-    # The order shows in the Verilog, not in the result.
-    return sorted(names, key=lambda name: name != "reserved") if kind in _PRODUCTS else names
+    return [name for name, _ in DESCRIPTOR if name not in ("kind", *FORMS[kind].uses)]
 
 
 def _unused_in(mode: Mode) -> list[str]:
@@ -91,11 +91,11 @@ class ProgramWalker(wiring.Component):
     Descriptors are fetched up to four ahead. Each is checked before it has any effect: its kind and
     mode, fields that must be 0, sizes, and the alignment of addresses, in this order. GEMM and
     ATTENTION become one job or more on `jobs`, VECTOR becomes a command on `vector`, and both
-    overlap with their successors, as far as the takers allow; HOST, END, ARGMAX, RERANK and a
-    descriptor with `wait` start when `idle` and `vector_idle` say that all is finished; of SOFTMAX
-    and NORMALIZE `wait` asks for `idle` alone. ARGMAX and RERANK also wait for their own end, and
-    for that of the ranking's transfer to memory, if they ask for one. RERANK becomes a job for each
-    tile that holds a candidate. With `truncate` they are carried out twice, first without
+    overlap with their successors, as far as the takers allow; HOST, END, ARGMAX and RERANK start
+    when all is finished, a product or VECTOR with `wait` when all others of its class are, and with
+    `behind` when few enough of the other class are left. ARGMAX and RERANK also wait for their own
+    end, and for that of the ranking's transfer to memory, if they ask for one. RERANK becomes a job
+    for each tile that holds a candidate. With `truncate` they are carried out twice, first without
     perturbation: that ranking has the largest logit of each row, which the cut-off depends on.
 
     Latency: the first job is offered 2 cycles after its descriptor has arrived.
@@ -115,15 +115,17 @@ class ProgramWalker(wiring.Component):
         Pulse: the walk has reached END.
     jobs : Out(stream of config.job_layout)
     kind : Out(8)
-        Of the descriptor that the job on offer comes from.
+    last : Out(1)
+        Of the descriptor that the job on offer comes from, and whether it is its last job.
     idle : In(1)
         All jobs taken are finished, with all their effects on memory.
     vector : Out(stream of vector_command_layout(config))
-    vector_idle : In(1)
-        The same of these commands.
+    products_left, vectors_left : In
+        Descriptors of each class that are not finished, with all their effects on memory, as far as
+        their last job or their command has been taken; they count from the next cycle on.
     chain : In(row_bits)
         Number of a draft pass in its chain, else 0: so many rows the ranking goes behind the
-        descriptor's address. These three are there if the configuration has lanes.
+        descriptor's address. These four are there if the configuration has lanes.
     rank_command : Out(stream of ranking_command_layout(config))
         Asks for the transfer of the ranking of the last ARGMAX or RERANK.
     rank_idle : In(1)
@@ -167,7 +169,8 @@ class ProgramWalker(wiring.Component):
         if config.lanes:
             vector = {
                 "vector": Out(stream.Signature(vector_command_layout(config))),
-                "vector_idle": In(1),
+                "products_left": In(_LEFT_BITS),
+                "vectors_left": In(_LEFT_BITS),
                 "chain": In(config.engine.row_bits),
             }
         super().__init__(
@@ -177,6 +180,7 @@ class ProgramWalker(wiring.Component):
                 "done": Out(1),
                 "jobs": Out(stream.Signature(config.job_layout)),
                 "kind": Out(8),
+                "last": Out(1),
                 "idle": In(1),
                 **vector,
                 "rank_command": Out(stream.Signature(ranking_command_layout(config))),
@@ -237,6 +241,9 @@ class ProgramWalker(wiring.Component):
         kind = descriptor.kind
         job = Signal(config.job_layout, reset_less=True)
         rows_left = Signal(config.engine.token_bits + 8, reset_less=True)
+        before = Signal.like(rows_left)  # rows of the tiles before the results
+        tokens = Mux(descriptor.tokens == 0, walk.rows, descriptor.tokens)
+        m.d.sync += before.eq(Mux(kind == DescriptorKind.GEMM, tokens * descriptor.sharing, 0))
         failed = Signal(ErrorCode)
         code = self._check(m, descriptor, walk)
         m.submodules.tiles = tiles = CandidateTiles(config)
@@ -246,6 +253,7 @@ class ProgramWalker(wiring.Component):
             *(tiles.layer[name].eq(descriptor[name]) for name, _ in tiles.layer.shape()),
             self.jobs.payload.eq(job),
             self.kind.eq(kind),
+            self.last.eq(rows_left == 0),
             self.rank_command.payload.address.eq(descriptor.extra),
             self.rank_command.payload.tokens.eq(job.tokens),
             self.perturbs.eq(job.perturb),
@@ -253,16 +261,24 @@ class ProgramWalker(wiring.Component):
         ]
         m.d.sync += self.error_address.eq(address)
         idle = self.idle
-        may_overlap = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ATTENTION)
+        is_product = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ATTENTION)
+        may_start = (is_product & ~descriptor.wait) | idle
         if config.lanes:
             is_vector = kind == DescriptorKind.VECTOR
-            # Their operands are an ATTENTION's results, and what the vector unit keeps itself.
-            of_products = is_vector & (
-                (descriptor.operation == VectorOperation.SOFTMAX)
-                | (descriptor.operation == VectorOperation.NORMALIZE)
+            behind, no_vector = descriptor.behind, self.vectors_left == 0
+            may_start = (
+                (idle & no_vector)
+                | (
+                    is_product
+                    & (~descriptor.wait | idle)
+                    & ((behind == 0) | (self.vectors_left < behind))
+                )
+                | (
+                    is_vector
+                    & (~descriptor.wait | no_vector)
+                    & ((behind == 0) | (self.products_left < behind))
+                )
             )
-            idle &= self.vector_idle | of_products
-            may_overlap |= is_vector
             self._word_vector_command(m, descriptor, walk)
             row_bytes = max(ranking_row_bytes(config), config.data.beat_bytes)
             place = self.chain << (row_bytes - 1).bit_length()
@@ -285,14 +301,14 @@ class ProgramWalker(wiring.Component):
                     m.next = "FAILED"
             with m.State("CHECK"):
                 m.d.sync += failed.eq(code)
-                self._make_job(m, job, rows_left, descriptor, walk)
+                self._make_job(m, job, rows_left, descriptor, walk, before)
                 with m.If(code != ErrorCode.NONE):
                     m.next = "FAILED"
                 with m.Else():
                     m.d.comb += self.started.eq(1)
                     m.next = "WAIT"
             with m.State("WAIT"):
-                with m.If((may_overlap & ~descriptor.wait) | idle):
+                with m.If(may_start):
                     with m.Switch(kind):
                         with m.Case(DescriptorKind.HOST):
                             m.d.sync += self.host_argument.eq(descriptor.argument)
@@ -515,9 +531,15 @@ class ProgramWalker(wiring.Component):
             m.d.comb += Value.cast(command[name]).eq(source)
 
     def _make_job(
-        self, m: Module, job: data.View, rows_left: Signal, d: data.View, walk: data.View
+        self,
+        m: Module,
+        job: data.View,
+        rows_left: Signal,
+        d: data.View,
+        walk: data.View,
+        before: Signal,
     ) -> None:
-        """The descriptor's first job."""
+        """The descriptor's first job; `before` rows of tiles are before its results."""
         engine = self.config.engine
         rows = engine.rows
         is_attention = d.kind == DescriptorKind.ATTENTION
@@ -528,6 +550,7 @@ class ProgramWalker(wiring.Component):
         first_batch = Mux(all_rows > rows, rows, all_rows)
         tokens = Mux(is_rerank, 1, Mux(d.tokens == 0, walk.rows, d.tokens))
         outputs = Mux(is_rerank, tile_outputs, d.o)
+        half_row = engine.cols * _FP16_BYTES
         m.d.sync += [
             job.mode.eq(Mux(is_attention, Mode.BYPASS, d.mode)),
             job.k.eq(Mux(is_attention & d.values, seen, d.k)),
@@ -544,7 +567,7 @@ class ProgramWalker(wiring.Component):
             job.residual.eq(d.residual),
             job.groups.eq(d.groups),
             job.activations.eq(d.activations),
-            job.results.eq(d.results),
+            job.results.eq(d.results + Mux(d.half, before * half_row, before * (2 * half_row))),
             job.stride.eq(Mux(is_attention, d.extra, 0)),
             rows_left.eq(Mux(is_attention, all_rows - first_batch, 0)),
         ]

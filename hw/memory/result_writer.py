@@ -39,13 +39,13 @@ class ResultWriter(wiring.Component):
 
     A result beat becomes 32 * cols / data_bits beats of the data port (FP16: half as many), the
     lowest columns first. Columns that are not strobed are written as 0. Each tile is one write
-    command; the commands are offered as soon as their GEMM's command is there, ahead of the
-    results. The results' `last`, not the number of tiles, ends a command.
+    command, offered when its first beat is there: other sources of a `WriteMux` would wait for
+    beats that are not. The results' `last`, not the number of tiles, ends a command.
 
     Flow control: all streams may stall in any cycle. A result beat is taken with its last beat for
     memory, and when the ranker has taken it; without stalls there is a beat for memory in every
-    cycle, also from tile to tile and from command to command. Discarded results take one cycle.
-    The outputs follow the results in the same cycle, behind a command by one cycle or more. Three
+    cycle but one before each tile. Discarded results take one cycle. The outputs follow the results
+    in the same cycle, behind a command by one cycle or more, beats behind their command. Three
     commands are taken before the first of them has finished; tiles and tokens must not be 0.
 
     Parameters
@@ -61,8 +61,7 @@ class ResultWriter(wiring.Component):
     write_command : Out(stream of config.data.command_layout)
     write_data : Out(stream of write_layout(config.data))
     done : Out(1)
-        Pulse: a command's last result beat has been taken. If beats are taken only behind their
-        command, as by a `WriteMux`, all its write commands have been taken, too.
+        Pulse: a command's last result beat has been taken, and so have all its write commands.
     """
 
     def __init__(self, config: AcceleratorConfig) -> None:
@@ -97,11 +96,12 @@ class ResultWriter(wiring.Component):
             formats.w_data.eq(command.payload),
             formats.w_en.eq(command.valid & command.ready),
         ]
-        self._place(m, places)
-        self._pass_on(m, formats)
+        offered = Signal()  # the first beat of a tile whose command has not been taken
+        self._place(m, places, offered)
+        self._pass_on(m, formats, offered)
         return m
 
-    def _place(self, m: Module, places: SyncFIFO) -> None:
+    def _place(self, m: Module, places: SyncFIFO, offered: Signal) -> None:
         """One write command per tile."""
         config = self.config
         layout = result_command_layout(config)
@@ -119,10 +119,10 @@ class ResultWriter(wiring.Component):
                     job.tokens * self._beats(_FP32_BITS),
                 )
             ),
-            self.write_command.valid.eq(running),
+            self.write_command.valid.eq(running & offered),
             self.write_command.payload.address.eq(job.address),
             self.write_command.payload.beats.eq(beats),
-            step.eq(running & self.write_command.ready),
+            step.eq(self.write_command.valid & self.write_command.ready),
             last.eq(job.tiles == 1),
             places.r_en.eq(~running | (step & last)),
         ]
@@ -134,13 +134,14 @@ class ResultWriter(wiring.Component):
         with m.If(places.r_en):
             m.d.sync += [running.eq(places.r_rdy), job.eq(places.r_data)]
 
-    def _pass_on(self, m: Module, formats: SyncFIFO) -> None:
+    def _pass_on(self, m: Module, formats: SyncFIFO, offered: Signal) -> None:
         """Result beats to the ranker and, cut into beats, to the writer."""
         config = self.config
         results, ranked, write = self.results, self.ranked, self.write_data
         layout = result_command_layout(config)
         job = data.View(layout, formats.r_data)
         present = results.valid & formats.r_rdy
+        asked = Signal()  # the command of the tile that this beat is of has been taken
         was_ranked = Signal()  # the ranker has this beat
         was_written = Signal()  # memory has this beat
         part = Signal(range(self._beats(_FP32_BITS)))
@@ -154,16 +155,21 @@ class ResultWriter(wiring.Component):
             ),
             ranked.payload.eq(results.payload),
             ranked.valid.eq(present & job.rank & ~was_ranked),
-            write.valid.eq(present & ~job.discard & ~was_written),
+            write.valid.eq(present & ~job.discard & ~was_written & asked),
             write.payload.data.eq(self._part(m, part, job.half)),
             write.payload.strobe.eq(-1),
             ranked_all.eq(~job.rank | was_ranked | ranked.ready),
-            written_all.eq(job.discard | was_written | (write.ready & last_part)),
+            written_all.eq(job.discard | was_written | (asked & write.ready & last_part)),
             results.ready.eq(formats.r_rdy & ranked_all & written_all),
             taken.eq(results.valid & results.ready),
             self.done.eq(taken & results.payload.last),
             formats.r_en.eq(self.done),
         ]
+        m.d.comb += offered.eq(present & ~job.discard & ~asked)
+        with m.If(taken & (results.payload.row == job.tokens - 1)):
+            m.d.sync += asked.eq(0)
+        with m.Elif(self.write_command.valid & self.write_command.ready):
+            m.d.sync += asked.eq(1)
         with m.If(write.valid & write.ready):
             m.d.sync += part.eq(Mux(last_part, 0, part + 1))
         with m.If(taken):

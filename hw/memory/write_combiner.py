@@ -16,6 +16,8 @@ from speq.hw.memory.write_mux import write_source_signature
 #: Bits of the number of commands that are on offer or not carried out: more than this unit, a mux
 #: and a writer hold.
 _UNANSWERED_BITS = 10
+#: Pieces marked with `last` whose commands may not have been carried out.
+LASTS = 8
 #: Pieces that are taken whatever becomes of them: they keep the way of `ready` short.
 _PIECES = 2
 
@@ -45,6 +47,8 @@ class WriteCombiner(wiring.Component):
     cycle. A command is offered some cycles after its last piece was taken if that is marked with
     `last`, else after the next piece was.
 
+    At most `LASTS` pieces with `last` may be taken before `finished` has told of the first of them.
+
     Parameters
     ----------
     config : AxiConfig
@@ -53,6 +57,8 @@ class WriteCombiner(wiring.Component):
     -------
     pieces : In(stream of piece_layout(config))
     writes : Out(write_source_signature(config))
+    finished : Out(1)
+        Pulse: all up to a piece with `last`, the oldest that is left, has been written.
     busy : Out(1)
         There are pieces, or commands that have not been carried out.
     clear : In(1)
@@ -65,6 +71,7 @@ class WriteCombiner(wiring.Component):
             {
                 "pieces": In(stream.Signature(piece_layout(config))),
                 "writes": Out(write_source_signature(config)),
+                "finished": Out(1),
                 "busy": Out(1),
                 "clear": In(1),
             }
@@ -164,11 +171,26 @@ class WriteCombiner(wiring.Component):
         unanswered = Signal(_UNANSWERED_BITS)
         m.d.sync += unanswered.eq(unanswered + commands.w_en - writes.done)
         m.d.comb += self.busy.eq(pieces.r_rdy | has_beat | (count != 0) | (unanswered != 0))
+
+        # Numbers of the commands that end with `last`; commands are carried out in order.
+        asked = Signal(_UNANSWERED_BITS)
+        answered = Signal(_UNANSWERED_BITS)
+        lasts = SyncFIFO(width=_UNANSWERED_BITS, depth=LASTS)
+        m.submodules.lasts = ResetInserter(self.clear)(lasts)
+        m.d.sync += [asked.eq(asked + commands.w_en), answered.eq(answered + writes.done)]
+        m.d.comb += [
+            lasts.w_data.eq(asked),
+            lasts.w_en.eq(commands.w_en & beat.last),
+            self.finished.eq(writes.done & lasts.r_rdy & (lasts.r_data == answered)),
+            lasts.r_en.eq(self.finished),
+        ]
         with m.If(self.clear):
             m.d.sync += [
                 has_beat.eq(0),
                 goes_on.eq(0),
                 count.eq(0),
                 unanswered.eq(0),
+                asked.eq(0),
+                answered.eq(0),
             ]
         return m

@@ -9,9 +9,10 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
-from speq.hw.control.descriptor import Target, VectorOperation
+from speq.hw.control.descriptor import SINGLE_TARGETS, Target, VectorOperation
 from speq.hw.memory.axi import Fault, guarded_members
 from speq.hw.memory.tile_reader import TileReader
+from speq.hw.memory.write_combiner import LASTS
 from speq.hw.memory.write_mux import write_source_signature
 from speq.hw.vector.activation_quantizer import ActivationQuantizer, words_at_once
 from speq.hw.vector.command import TWICE, rows_layout, shape_layout, vector_command_layout
@@ -38,6 +39,7 @@ class VectorUnit(wiring.Component):
     Flow control: a command is taken when all parts have taken theirs of the one before it, each as
     soon as it has done its share. So operands are read while the lanes work on the command before,
     and writes need not have been answered. QUANTIZE, MOVE and EMBED of tokens in memory are alone.
+    At most `LASTS` commands are under way.
 
     Faults: the first bad response or refused transfer of any reader sets `error`, and `idle` stays
     low until `clear`. Faults of writes are those of the writer that `writes` lead to.
@@ -55,8 +57,11 @@ class VectorUnit(wiring.Component):
         Those of the pass, until the unit is idle.
     reads : Out(config.data.read_signature).array(READERS)
     writes : Out(write_source_signature(config.data)).array(WRITERS)
+    left : Out(range(LASTS + 1))
+        Commands that are not finished: their last write has not been answered. They finish in
+        their order.
     idle : Out(1)
-        All commands are finished, their last write answered.
+        All commands are finished.
     stalls : Out(1)
         Lanes wait for an operand.
     and `guarded_members(address_bits)`
@@ -78,6 +83,7 @@ class VectorUnit(wiring.Component):
                 "rows": In(rows_layout(config)),
                 "reads": Out(port.read_signature).array(self.READERS),
                 "writes": Out(write_source_signature(port)).array(self.WRITERS),
+                "left": Out(range(LASTS + 1)),
                 "idle": Out(1),
                 "stalls": Out(1),
             }
@@ -195,6 +201,9 @@ class VectorUnit(wiring.Component):
         quiet = Signal()
         m.d.sync += quiet.eq(~handing & ~Cat(unit.busy for unit in units).any())
         m.d.comb += self.stalls.eq(self._core.waits)
+        taken_one = self.command.valid & self.command.ready
+        moved = Signal()
+        m.d.sync += self.left.eq(self.left + taken_one - (self._writer.finished | moved))
         m.d.comb += [
             tokens.command.payload.address.eq(command.second),
             tokens.command.payload.position.eq(command.position),
@@ -202,9 +211,9 @@ class VectorUnit(wiring.Component):
         ]
         with m.FSM():
             with m.State("IDLE"):
-                m.d.comb += [self.idle.eq(quiet), self.command.ready.eq(1)]
+                m.d.comb += [self.idle.eq(quiet), self.command.ready.eq(self.left != LASTS)]
                 m.d.sync += command.eq(self.command.payload)
-                with m.If(self.command.valid):
+                with m.If(taken_one):
                     m.next = "MEASURE"
             with m.State("MEASURE"):
                 seen = command.position + command.rows
@@ -221,6 +230,17 @@ class VectorUnit(wiring.Component):
                     shape.rows.eq(Mux(batches, Mux(left > rows, rows, left), command.rows)),
                     shape.last_rows.eq(Mux(batches, left, command.rows)),
                 ]
+                # Rows of the tiles before these.
+                before = left << (4 * engine.cols).bit_length() - 1
+                to_tiles = command.target == Target.TILES
+                single = Cat(command.target == target for target in SINGLE_TARGETS).any()
+                is_behind = (to_tiles & ~is_any["embeds"]) | single
+                with m.If(is_behind & ~is_any["quantizes"] & ~is_any["moves"]):
+                    m.d.sync += command.first.eq(command.first + before)
+                    with m.If(~(is_any["by_channel"] & command.values)):
+                        m.d.sync += command.second.eq(command.second + before)
+                with m.If(to_tiles & ~is_any["quantizes"] & ~is_any["moves"]):
+                    m.d.sync += command.results.eq(command.results + before)
                 m.next = "HAND"
                 with m.If(batches):
                     m.next = "BATCHES"
@@ -258,6 +278,7 @@ class VectorUnit(wiring.Component):
                         m.next = "ALONE"
             with m.State("ALONE"):
                 with m.If(quiet):
+                    m.d.comb += moved.eq(is_any["moves"])
                     m.next = "IDLE"
 
     def _parts(

@@ -47,6 +47,9 @@ class VectorWriter(wiring.Component):
     pieces : In(stream of piece_layout(config.data))
         Its writes, to be offered only between commands or for these words.
     writes : Out(write_source_signature(config.data))
+    finished : Out(1)
+        Pulse: the writes of a command, or all further ones up to the last, have been answered, in
+        their order. At most `LASTS` of these may be under way.
     busy : Out(1)
         There is a command, or a write that has not been answered.
     clear : In(1)
@@ -62,6 +65,7 @@ class VectorWriter(wiring.Component):
                 "drafts": Out(stream.Signature(placed_word_layout(config))),
                 "pieces": In(stream.Signature(piece_layout(config.data))),
                 "writes": Out(write_source_signature(config.data)),
+                "finished": Out(1),
                 "busy": Out(1),
                 "clear": In(1),
             }
@@ -92,6 +96,7 @@ class VectorWriter(wiring.Component):
             combiner.clear.eq(self.clear),
             transposer.start.eq(start & transposes),
             transposer.command.eq(command),
+            self.finished.eq(combiner.finished),
             self.busy.eq(active | combiner.busy),
         ]
 

@@ -602,13 +602,11 @@ def bad_descriptors() -> Iterator[tuple[ErrorCode, str, str, int]]:
             yield ErrorCode.UNKNOWN_KIND, kind, "kind", value
     yield ErrorCode.UNKNOWN_KIND, "gemm", "mode", 3
     unused = {
-        "gemm": ("reserved", "discard", "values", "sharing", "argument", "extra"),
-        "argmax": ("reserved", "half", "values", "sharing", "argument"),
-        "scores": (
-            *("reserved", "mode", "discard", "tokens", "argument", "residual", "groups", "o"),
-        ),
+        "gemm": ("discard", "values", "argument", "extra"),
+        "argmax": ("half", "values", "sharing", "argument"),
+        "scores": ("mode", "discard", "tokens", "argument", "residual", "groups", "o"),
         "values": ("k",),
-        "rerank": ("reserved", "mode", "half", "wait", "discard", "sharing", "o", "results"),
+        "rerank": ("behind", "mode", "half", "wait", "discard", "sharing", "o", "results"),
         "draft": ("residual",),
         "bypass": ("residual", "groups"),
         "host": ("mode", "wait", "tokens", "k", "o", "plane", "results", "extra"),

@@ -521,7 +521,7 @@ def test_sound_descriptors(operation: VectorOperation) -> None:
     assert code_of(operation, rows=most, position=513 - most) is ErrorCode.BAD_SIZE
     assert code_of(operation, rows=most + 1) is ErrorCode.BAD_SIZE
     assert code_of(operation, extra=1 << 32) is ErrorCode.BAD_SIZE
-    for name in ("mode", "half", "discard", "reserved", "tokens"):
+    for name in ("mode", "half", "discard", "tokens"):
         assert code_of(operation, **{name: 1}) is ErrorCode.RESERVED
     for name, multiple in (("activations", 32), ("plane", 32), ("results", 32)):
         assert code_of(operation, **{name: 5 * multiple}) is ErrorCode.NONE

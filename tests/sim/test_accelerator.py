@@ -350,10 +350,9 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
     weights, data = config.weights.beat_bytes, config.data.beat_bytes
     products = ("verify", "draft", "bypass", "argmax")
     wide = 1 << config.address_bits
-    reserved = [(name, {"reserved": value}) for name in (*products, "scores") for value in (1, 2)]
-    reserved += [
-        (name, {field: 1}) for name in products for field in ("values", "sharing", "argument")
-    ]
+    reserved = [(name, {field: 1}) for name in products for field in ("values", "argument")]
+    reserved += [("argmax", {"sharing": 1})]
+    reserved += [("rerank", {"behind": value}) for value in (1, 2)]
     reserved += [(name, {field: 1}) for name in products[:3] for field in ("discard", "extra")]
     reserved += [("draft", {"residual": wide}), ("bypass", {"residual": weights})]
     reserved += [("bypass", {"groups": 1 << 63}), ("argmax", {"half": 1})]
@@ -399,10 +398,10 @@ def malformed(config: AcceleratorConfig) -> dict[ErrorCode, list[tuple[str, dict
     ]
     unknown = [(name, {"kind": kind}) for name in ("verify", "end") for kind in (0, 7, 33, 255)]
     unknown += [("verify", {"mode": 3}), ("argmax", {"mode": 3})]
-    several = [("verify", {"kind": 0, "reserved": 1}), ("verify", {"mode": 3, "k": 0})]
+    several = [("verify", {"kind": 0, "values": 1}), ("verify", {"mode": 3, "k": 0})]
     return {
         ErrorCode.UNKNOWN_KIND: unknown + several,
-        ErrorCode.RESERVED: [*reserved, ("verify", {"reserved": 1, "k": 0, "plane": 1})],
+        ErrorCode.RESERVED: [*reserved, ("verify", {"values": 1, "k": 0, "plane": 1})],
         ErrorCode.BAD_SIZE: [*sizes, ("verify", {"k": 0, "plane": 1})],
         ErrorCode.MISALIGNED: places,
     }
@@ -519,11 +518,11 @@ def malformed_vectors(
         ErrorCode.UNKNOWN_KIND: [
             *(("add", {"operation": value}) for value in (0, 13, 15)),
             *(("norm", {"target": value}) for value in (2, 8, 15)),
-            ("values", {"target": Target.TILES.value, "reserved": 1}),
+            ("values", {"target": Target.TILES.value, "discard": 1}),
         ],
         ErrorCode.RESERVED: [
             *((name, {"mode": 1}) for name in SOUND_VECTORS),
-            *(("add", {field: 1}) for field in ("half", "discard", "reserved", "tokens")),
+            *(("add", {field: 1}) for field in ("half", "discard", "tokens")),
             ("softmax", {"k": 1}),
             ("norm", {"values": 0, "o": 0}),
         ],

@@ -275,7 +275,11 @@ class Workload:
     # Descriptors.
 
     def add(self, kind: DescriptorKind, **values: object) -> Descriptor:
-        """Append a descriptor with the given fields."""
+        """Append a descriptor with the given fields; with lanes products and VECTORs may be behind
+        some of the other class."""
+        waits = (DescriptorKind.GEMM, DescriptorKind.ATTENTION, DescriptorKind.VECTOR)
+        if self.config.lanes and kind in waits and "behind" not in values:
+            values["behind"] = int(self.random.choice((0, 0, 1, 2, 3)))
         self.descriptors.append(Descriptor(kind, **values))
         return self.descriptors[-1]
 
@@ -305,13 +309,18 @@ class Workload:
         if earlier is None:
             operands["activations"] = self._activations(mode, k, actual)
         else:
+            # That of a product or of vector work.
             operands["activations"], wait = earlier, True
+            operands["behind"] = int(bool(self.config.lanes))
         if discard:
             results = self.base  # which must not be written
         else:
             size = ceil_div(o, engine.cols) * engine.cols * actual * (2 if half else 4)
             results = self._product_results(size, half)
         place = self._result("ranking", ranking_bytes(self.config) * actual) if ranking else 0
+        tile = 0
+        if kind is DescriptorKind.GEMM:
+            tile, results = self._tiles_before(actual * engine.cols * (2 if half else 4), results)
         return self.add(
             kind,
             mode=mode,
@@ -321,10 +330,18 @@ class Workload:
             half=half,
             wait=wait,
             discard=discard,
+            tile=tile,
             results=results,
             ranking=place,
             **operands,
         )
+
+    def _tiles_before(self, size: int, *places: int) -> tuple[int, ...]:
+        """A number of tiles of `size` bytes, often 0, and the addresses that are so far before
+        these."""
+        most = min(255, (min(places) - self.base) // size)
+        tile = int(self.random.integers(0, most + 1)) if self.random.random() < 0.3 else 0
+        return tile, *(place - tile * size for place in places)
 
     def add_rerank(self, o: int, k: int, candidates: int, *, ranking: bool = False) -> Descriptor:
         """Append a RERANK with new operands, for a ranking of `o` outputs."""
@@ -477,6 +494,24 @@ class Workload:
             first = self._put_tiles("first", rows, k, padded=operation is VectorOperation.NORM)
         if operation in _BINARY:
             second = self._put_tiles("second", [1] * segments if values else rows, k)
+        places = self._vector_results(operation, target, k, rows, sharing)
+        others = (VectorOperation.EMBED, VectorOperation.QUANTIZE)
+        if target in (Target.TILES, *SINGLE_TARGETS) and operation not in others:
+            size = self.rows * self.config.engine.cols * 4
+            moved = [first]
+            if operation in _BINARY and not values:
+                moved.append(second)
+            if target is Target.TILES:
+                moved.append(places["results"])
+            sharing, first, *moved = self._tiles_before(size, *moved)
+            if target is Target.TILES:
+                places["results"] = moved.pop()
+            if moved:
+                second = moved.pop()
+        elif operation is VectorOperation.EMBED:
+            sharing, places["results"] = self._tiles_before(
+                self.rows * self.config.engine.cols * 4, places["results"]
+            )
         return self.add(
             DescriptorKind.VECTOR,
             operation=operation,
@@ -490,7 +525,7 @@ class Workload:
             detail=detail,
             first=first,
             second=second,
-            **self._vector_results(operation, target, k, rows, sharing),
+            **places,
         )
 
     def _vector_results(

@@ -17,7 +17,7 @@ def test_the_table_names_fields_that_there_are() -> None:
     assert set(FORMS) == set(DescriptorKind)
     members = {name for name, _ in DESCRIPTOR}
     for form in FORMS.values():
-        assert set(form.uses) <= members - {"kind", "reserved"}
+        assert set(form.uses) <= members - {"kind"}
         assert {use.name or member for member, use in form.uses.items()} <= NAMES
     assert FORMS[DescriptorKind.ARGMAX].uses["extra"].name == "ranking"
     assert FORMS[DescriptorKind.ATTENTION].uses["extra"].name == "stride"

@@ -109,7 +109,8 @@ def walk(
     cycles: int = 4000,
 ) -> WalkRecord:
     """Run a program; jobs end at random times, in order, and so does vector work. `bad_read`
-    answers SLVERR there. The event of a VECTOR ends with whether jobs are under way."""
+    answers SLVERR there. Events of jobs and VECTORs end with how many jobs, products and VECTORs
+    are under way."""
     content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
     memory = dict(enumerate(content, start=address))
     dut = ProgramWalker(config)
@@ -121,7 +122,6 @@ def walk(
         transfer = host = 0
         ctx.set(dut.idle, 1)
         if config.lanes:
-            ctx.set(dut.vector_idle, 1)
             ctx.set(dut.chain, chain)
         ctx.set(dut.rank_idle, 1)
         for _ in range(cycles):
@@ -132,6 +132,7 @@ def walk(
             taken = ctx.get(dut.jobs.valid) and ctx.get(dut.jobs.ready)
             ranking = ctx.get(dut.rank_command.valid) and ctx.get(dut.rank_command.ready)
             under_way = bool(left or vectors)
+            products = sum(ends for _, ends in left)
             if config.lanes:
                 ctx.set(dut.vector.ready, rng.random() < 0.2)
                 if ctx.get(dut.vector.valid) and ctx.get(dut.vector.ready):
@@ -140,14 +141,16 @@ def walk(
                         name: int(getattr(command[name], "value", command[name]))
                         for name, _ in dut.vector.payload.shape()
                     }
-                    record.events.append(("vector", values, under_way, bool(left)))
-                    vectors.append(rng.randrange(2, 60))
+                    counts = (len(left), products, len(vectors))
+                    record.events.append(("vector", values, under_way, counts))
+                    vectors.append([rng.randrange(2, 60), True])
             if taken:
                 names = _JOB_FIELDS + _ADDRESSES
                 values = {n: int(getattr(job[n], "value", job[n])) for n in names}
                 values["descriptor"] = ctx.get(dut.error_address)
-                record.events.append(("job", values, under_way))
-                left.append(rng.randrange(2, 30))
+                counts = (len(left), products, len(vectors))
+                record.events.append(("job", values, under_way, counts))
+                left.append([rng.randrange(2, 30), ctx.get(dut.last)])
             if ranking:
                 payload = ctx.get(dut.rank_command.payload)
                 record.events.append(("ranking", payload.address, payload.tokens, under_way))
@@ -171,13 +174,14 @@ def walk(
             await ctx.tick()
             for queue in (left, vectors):
                 if queue:
-                    queue[0] -= 1
-                    if queue[0] == 0:
+                    queue[0][0] -= 1
+                    if queue[0][0] == 0:
                         queue.pop(0)
             transfer = max(0, transfer - 1)
             ctx.set(dut.idle, not left)
             if config.lanes:
-                ctx.set(dut.vector_idle, not vectors)
+                ctx.set(dut.products_left, sum(ends for _, ends in left))
+                ctx.set(dut.vectors_left, len(vectors))
             ctx.set(dut.rank_idle, transfer == 0)
 
     async def configure(ctx):
@@ -227,7 +231,8 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
             for i, tile in enumerate(sorted({c // engine.cols for c in candidates}))
         ]
     if d.kind is not DescriptorKind.ATTENTION:
-        return [job]
+        before = d.tile * job["tokens"] * engine.cols * (2 if d.half else 4)
+        return [job | {"results": job["results"] + before}]
     job |= {"mode": Mode.BYPASS.value, "stride": d.stride}
     job["k" if d.values else "o"] = position + rows
     jobs = []
@@ -269,6 +274,7 @@ def random_vector(rng: random.Random) -> Descriptor:
         operation=operation,
         target=target,
         wait=rng.random() < 0.4,
+        behind=rng.choice((0, 0, 1, 2, 3)),
         values=operation is VectorOperation.NORM or rng.random() < 0.5,
         sharing=sharing if keeps or target is Target.QUERIES else rng.choice([0, 255]),
         k=0 if operation is VectorOperation.SOFTMAX else rng.randint(1, MAX_K),
@@ -300,13 +306,14 @@ def random_descriptor(rng: random.Random, lanes: int) -> Descriptor:
     if kind is DescriptorKind.HOST:
         return Descriptor(kind, argument=rng.randrange(1 << 32))
     wait, k, o = rng.random() < 0.3, rng.randint(1, MAX_K), rng.randint(1, MAX_O)
+    behind = rng.choice((0, 0, 1, 2, 3)) if lanes else 0
     if kind is DescriptorKind.ATTENTION:
         values = rng.random() < 0.5
         return Descriptor(
-            kind, wait=wait, half=rng.random() < 0.5, values=values, sharing=rng.randint(1, 5),
-            k=0 if values else k, o=o if values else 0, plane=addresses["plane"],
-            activations=addresses["activations"], results=addresses["results"],
-            stride=rng.randrange(3) * 128,
+            kind, wait=wait, behind=behind, half=rng.random() < 0.5, values=values,
+            sharing=rng.randint(1, 5), k=0 if values else k, o=o if values else 0,
+            plane=addresses["plane"], activations=addresses["activations"],
+            results=addresses["results"], stride=rng.randrange(3) * 128,
         )  # fmt: skip
     if kind is DescriptorKind.RERANK:
         del addresses["results"]
@@ -319,12 +326,12 @@ def random_descriptor(rng: random.Random, lanes: int) -> Descriptor:
     if mode is Mode.BYPASS:
         addresses["groups"] = 0
     d = Descriptor(
-        kind, mode, wait=wait, k=k, o=o, tokens=1 if mode is Mode.DRAFT else rng.randint(0, ROWS),
-        **addresses,
+        kind, mode, wait=wait, behind=behind, k=k, o=o,
+        tokens=1 if mode is Mode.DRAFT else rng.randint(0, ROWS), **addresses,
     )  # fmt: skip
     if kind is DescriptorKind.ARGMAX:
         return replace(d, discard=rng.random() < 0.5, ranking=rng.randrange(2) * 128)
-    return replace(d, half=rng.random() < 0.5)
+    return replace(d, half=rng.random() < 0.5, tile=rng.choice((0, 0, 1, rng.randrange(256))))
 
 
 @pytest.mark.parametrize(
@@ -354,18 +361,18 @@ def test_random_programs(data_bits, lanes):
                 assert next(rest) == ("host", d.argument, False)
                 continue
             if d.kind is DescriptorKind.VECTOR:
-                name, values, overlaps, overlaps_jobs = next(rest)
-                if d.operation in (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE):
-                    overlaps = overlaps_jobs
-                assert name == "vector" and not (overlaps and d.wait)
+                name, values, _, (_, products, vectors) = next(rest)
+                assert name == "vector" and not (d.wait and vectors)
+                assert not d.behind or products < d.behind
                 assert values == vector_command_of(d, rows, position, source)
                 continue
             for i, job in enumerate(jobs_of(config, d, rows, position)):
-                name, values, overlaps = next(rest)
+                name, values, overlaps, (jobs, _, vectors) = next(rest)
                 assert (name, values) == ("job", job | {"descriptor": place})
                 ranks = d.kind in (DescriptorKind.ARGMAX, DescriptorKind.RERANK)
-                first_alone = d.wait or ranks
-                assert not (overlaps and first_alone and i == 0)
+                if i == 0:
+                    assert not (overlaps and ranks) and not (jobs and d.wait)
+                    assert not d.behind or vectors < d.behind
             if d.ranking:
                 ranked = 1 if d.kind is DescriptorKind.RERANK else d.tokens or rows
                 # Of a later pass of a chain it is behind the others: 8 pairs, or a beat.
@@ -414,7 +421,9 @@ RERANK = Descriptor(DescriptorKind.RERANK, k=8, candidates=8)
         (replace(RERANK, discard=True), ErrorCode.RESERVED),
         (replace(RERANK, results=128), ErrorCode.RESERVED),
         (replace(GEMM, argument=1), ErrorCode.RESERVED),
-        (replace(GEMM, sharing=1), ErrorCode.RESERVED),
+        (replace(GEMM, kind=DescriptorKind.ARGMAX, tile=1), ErrorCode.RESERVED),
+        (replace(RERANK, behind=1), ErrorCode.RESERVED),
+        (Descriptor(DescriptorKind.END, behind=2), ErrorCode.RESERVED),
         (replace(GEMM, ranking=128), ErrorCode.RESERVED),
         (replace(GEMM, stride=128), ErrorCode.RESERVED),
         (replace(GEMM, mode=Mode.BYPASS, residual=0), ErrorCode.RESERVED),
@@ -482,7 +491,7 @@ def refusals(
         ctx.set(dut.base, BASE)
         ctx.set(dut.limit, LIMIT)
         ctx.set(dut.length, 2)
-        for taker in (dut.jobs.ready, dut.vector.ready, dut.idle, dut.vector_idle):
+        for taker in (dut.jobs.ready, dut.vector.ready, dut.idle):
             ctx.set(taker, 1)
         ctx.set(dut.walk.payload, {"program": PROGRAM, "rows": rows, "position": position})
         for program in programs:
@@ -570,24 +579,23 @@ REFUSED_VECTORS = [
 ]
 
 
-def test_attention_waits_for_products_alone():
-    """SOFTMAX and NORMALIZE with `wait` overlap with vector work, but not with products."""
+def test_waiting_for_one_class_and_for_some_of_the_other():
+    """`wait` and `behind` of products and VECTORs: as many are left as may be, and no more."""
     config = system(128, 8)
-    product = Descriptor(DescriptorKind.GEMM, Mode.BYPASS, k=8, o=8)
     common = {"target": Target.VALUES, "k": 8, "o": 1, "sharing": 1}
+    product = Descriptor(DescriptorKind.GEMM, Mode.BYPASS, k=8, o=8)
     vector = Descriptor(DescriptorKind.VECTOR, operation=VectorOperation.ROUND, **common)
-    for operation, target in (
-        (VectorOperation.SOFTMAX, Target.WEIGHTS),
-        (VectorOperation.NORMALIZE, Target.CONTEXT),
-    ):
-        size = 0 if operation is VectorOperation.SOFTMAX else 8
-        waits = replace(vector, operation=operation, target=target, wait=True, k=size)
-        program = [vector, product, waits, Descriptor(DescriptorKind.END)]
-        events = [walk(config, program, trial=trial).events for trial in range(12)]
-        kinds = ["vector", "job", "vector", "end"]
-        assert all([event[0] for event in got] == kinds for got in events)
-        assert not any(got[2][3] for got in events)
-        assert any(got[2][2] for got in events)
+    for one, other, place in ((product, vector, 2), (vector, product, 1)):
+        own = {1: 2, 2: 1}[place]
+        for behind, wait in ((0, False), (0, True), (1, False), (2, False), (3, False), (2, True)):
+            waits = replace(one, wait=wait, behind=behind)
+            program = [one, other, other, other, waits, Descriptor(DescriptorKind.END)]
+            left = set()
+            for trial in range(24):
+                counts = walk(config, program, trial=trial).events[4][3]
+                left.add((counts[own], counts[place]))
+            assert max(b for _, b in left) == (behind - 1 if behind else 3)
+            assert not wait or all(a == 0 for a, _ in left)
 
 
 def test_sound_vector_descriptors():

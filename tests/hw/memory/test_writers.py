@@ -141,14 +141,19 @@ def test_results_of_random_commands(shape: tuple[int, int, int], pause: float) -
 
 @each_shape
 @pytest.mark.parametrize("half", [0, 1])
-def test_a_beat_for_memory_in_every_cycle(shape: tuple[int, int, int], half: int) -> None:
-    """Also from tile to tile and from command to command, and while they are ranked."""
+def test_a_beat_for_memory_in_every_cycle_of_a_tile(shape: tuple[int, int, int], half: int) -> None:
+    """And a cycle between them for the command, from command to command as well, and while they are
+    ranked."""
     config = system(*shape)
     rng = random.Random(seed())
     gemms = [Gemm(config, rng, half=half, discard=0, rank=i % 2) for i in range(8)]
     bench = ResultBench(config, gemms, 0)
-    cycles = bench.beats.cycles
-    assert cycles == list(range(cycles[0], cycles[0] + len(cycles)))
+    expected, cycle = [], bench.writes.cycles[0]
+    for gemm in gemms:
+        for _, beats in gemm.writes:
+            expected += range(cycle + 1, cycle + 1 + beats)
+            cycle += 1 + beats
+    assert bench.beats.cycles == expected
 
 
 def test_a_discarded_result_takes_a_cycle() -> None:
@@ -159,14 +164,26 @@ def test_a_discarded_result_takes_a_cycle() -> None:
     assert taken == list(range(taken[0], taken[0] + len(taken)))
 
 
-def test_write_commands_come_before_the_results() -> None:
+def test_write_commands_come_with_the_results() -> None:
+    """Not before the tile's first one, and even if no beat is taken."""
     config = system(2, 4, 64)
     dut = ResultWriter(config)
     rng = random.Random(seed())
-    gemm = Gemm(config, rng, discard=0)
-    writes = Sink(dut.write_command, rng)
+    gemm = Gemm(config, rng, discard=0, rank=0, tiles=2)
     command = Source(dut.command, [gemm.command], rng)
-    simulate(dut, [command], [writes], lambda: len(writes.items) == len(gemm.writes))
+    cycles: list[int] = []
+
+    async def first_result(ctx: SimulatorContext) -> None:
+        ctx.set(dut.write_command.ready, 1)
+        for cycle in range(60):
+            ctx.set(dut.results.valid, cycle >= 40)
+            ctx.set(dut.results.payload, gemm.results[0])
+            if ctx.get(dut.write_command.valid):
+                cycles.append(cycle)
+            await ctx.tick()
+
+    simulate(dut, [command], [], lambda: len(cycles) == 1, first_result)
+    assert cycles == [40]
 
 
 # The write multiplexer
