@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exponential and sigmoid of FP32 numbers."""
+"""Exponential and sigmoid of FP32 numbers, in two units of which the second may be shared."""
 
 from __future__ import annotations
 
@@ -24,30 +24,40 @@ _HALVINGS_BITS = 8
 _PRODUCT_BITS = POWER.value_bits + SIGMOID.value_bits + 1
 
 
-class Sigmoid(wiring.Component):
-    """e^-|x| and 1 / (1 + e^-x), to the bit of `speq.model.vector_ops`.
+#: What of e^-|x| the sigmoid of x is computed from: t = e^-|x| without its last bits, and a factor
+#: of 1 / (1 + t) that is halved `halvings` times.
+PART = data.StructLayout(
+    {
+        "t": LOGARITHM_BITS,
+        "factor": POWER.value_bits + 1,
+        "halvings": _HALVINGS_BITS,
+        "nan": 1,
+    }
+)
 
-    Formula: ``exponential = vector_ops.exponential(x)``, ``sigmoid = vector_ops.sigmoid(x)``; the
-    sigmoid of a NaN is 0x7fc00000, its exponential 0.
 
-    Latency: `EXPONENTIAL_LATENCY` and `LATENCY` cycles, a number per cycle, no flow control.
+class Exponential(wiring.Component):
+    """e^-|x|, to the bit of `speq.model.vector_ops`, and what a `Sigmoid` needs of it.
+
+    Formula: ``exponential = vector_ops.exponential(x)``; that of a NaN is 0.
+
+    Latency `LATENCY` cycles, a number per cycle, no flow control.
 
     Members
     -------
     x : In(32)
-    exponential, sigmoid : Out(32)
+    exponential : Out(32)
+    part : Out(PART)
     """
 
-    EXPONENTIAL_LATENCY = 6
-    LATENCY = 12
+    LATENCY = 6
 
     def __init__(self) -> None:
-        super().__init__({"x": In(32), "exponential": Out(32), "sigmoid": Out(32)})
+        super().__init__({"x": In(32), "exponential": Out(32), "part": Out(PART)})
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         m.submodules.power = power = FunctionUnit([POWER])
-        m.submodules.inverse = inverse = FunctionUnit([SIGMOID])
         x = data.View(FP32, self.x)
 
         # Stage 1: |x| log2(e). Subnormal numbers, whose hidden bit is wrong here, are too small to
@@ -101,33 +111,66 @@ class Sigmoid(wiring.Component):
             n=Mux(negative, n, 0),
             nan=nan,
         )
-        m.d.comb += self.exponential.eq(exponential)
+        m.d.comb += [
+            self.exponential.eq(exponential),
+            self.part.t.eq(t),
+            self.part.factor.eq(factor),
+            self.part.halvings.eq(n),
+            self.part.nan.eq(nan),
+        ]
+        return m
 
-        # Stages 7 to 9: r.
-        m.d.comb += inverse.fraction.eq(t)
-        factor, n, nan = (delayed(m, value, inverse.latency) for value in (factor, n, nan))
 
-        # Stages 10 and 11: the product, first in two parts.
+class Sigmoid(wiring.Component):
+    """1 / (1 + e^-x), to the bit of `speq.model.vector_ops`, from what an `Exponential` gives.
+
+    Formula: ``sigmoid = vector_ops.sigmoid(x)``; that of a NaN is 0x7fc00000.
+
+    Latency `LATENCY` cycles, a number per cycle, no flow control.
+
+    Members
+    -------
+    part : In(PART)
+    sigmoid : Out(32)
+    """
+
+    LATENCY = 6
+
+    def __init__(self) -> None:
+        super().__init__({"part": In(PART), "sigmoid": Out(32)})
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        m.submodules.inverse = inverse = FunctionUnit([SIGMOID])
+        part = self.part
+
+        # Stages 1 to 3: r = 1 / (1 + t).
+        m.d.comb += inverse.fraction.eq(part.t)
+        factor, n, nan = (
+            delayed(m, value, inverse.latency) for value in (part.factor, part.halvings, part.nan)
+        )
+
+        # Stages 4 and 5: the product, first in two parts.
         half = len(factor) // 2
         low, high, n, nan = pipeline_stage(
             m,
-            10,
+            4,
             low=inverse.value * factor[:half],
             high=inverse.value * factor[half:],
             n=n,
             nan=nan,
         )
         product = (low + (high << half))[:_PRODUCT_BITS]
-        product, n, nan = pipeline_stage(m, 11, product=product, n=n, nan=nan)
+        product, n, nan = pipeline_stage(m, 5, product=product, n=n, nan=nan)
 
-        # Stage 12: the product is from 1/4 to 1; its first 24 bits.
+        # Stage 6: the product is from 1/4 to 1; its first 24 bits.
         tops = [Cat(product)[: _PRODUCT_BITS - i] for i in range(3)]
         fractions = [top[-1 - FP32_FRACTION : -1] for top in tops]
         whole, half = (top[-1] for top in tops[:2])
         fraction = Mux(whole, fractions[0], Mux(half, fractions[1], fractions[2]))
         exponent = FP32_BIAS - 2 + Mux(whole, 2, half)
         (sigmoid,) = pipeline_stage(
-            m, 12, sigmoid=Mux(nan, FP32_NAN, _scaled(fraction, exponent, n))
+            m, 6, sigmoid=Mux(nan, FP32_NAN, _scaled(fraction, exponent, n))
         )
         m.d.comb += self.sigmoid.eq(sigmoid)
         return m

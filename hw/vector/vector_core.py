@@ -24,9 +24,10 @@ from speq.hw.vector.command import (
     shape_layout,
 )
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
-from speq.hw.vector.lane import LATENCIES, Lane, LaneOperation
+from speq.hw.vector.lane import LATENCIES, SHARING, Lane, LaneOperation, SharedSigmoid
 from speq.hw.vector.partial_sums import PARTIAL_SUMS, PartialSums, slot_bits
 from speq.hw.vector.row_values import RowValues
+from speq.hw.vector.sigmoid import Exponential
 from speq.hw.vector.word_counter import WordCounter, words_per_row
 
 #: Results that wait to be taken: more than are on the way, so that there is one per cycle.
@@ -35,8 +36,11 @@ _ONE = 0x3F800000
 
 #: Cycles from taking a word to its operands at the lanes.
 _ISSUE = 3
+#: The turn of the shared sigmoids in which a word of GATE is taken: the next one is the first
+#: lane's when its part is there.
+_GATE_TURN = -(_ISSUE + Exponential.LATENCY) % SHARING
 #: From taking a word to reading the partial sum that it is added to, which is needed late.
-_READ_PARTIAL = _ISSUE + Lane.B_DELAY - 2
+_READ_PARTIAL = _ISSUE + Lane.B_DELAY - 1
 #: From taking a word to taking one that finds the new partial sum at once.
 _ADDED = _ISSUE + LATENCIES[LaneOperation.ADD_SCALED] + 1
 #: From taking a word to taking the next one that is added to the same partial sum.
@@ -58,13 +62,15 @@ class _Phase(enum.Enum, shape=unsigned(2)):
     SECOND = 3
 
 
-class _A(enum.Enum, shape=unsigned(2)):
+class _A(enum.Enum, shape=unsigned(3)):
     """What a lane's operand `a` is."""
 
     CONSTANT = 0
     Y = 1
     X = 2
     ROW = 3
+    #: The first element of y of the lane's pair.
+    PAIR = 4
 
 
 class _B(enum.Enum, shape=unsigned(3)):
@@ -77,6 +83,8 @@ class _B(enum.Enum, shape=unsigned(3)):
     PARTIAL = 3
     #: The other partial sum.
     OTHER = 4
+    #: The second element of y of the lane's pair; taken with y.
+    PAIR = 5
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,9 @@ _SETTINGS = {
     (VectorOperation.NORM, _Phase.SECOND): _Setting(
         LaneOperation.SCALE_TWICE, _A.ROW, _B.Y, takes_y=True
     ),
-    (VectorOperation.ROTATE, _Phase.FIRST): _Setting(LaneOperation.ROTATE, takes_y=True),
+    (VectorOperation.ROTATE, _Phase.FIRST): _Setting(
+        LaneOperation.ROTATE, _A.PAIR, _B.PAIR, takes_y=True
+    ),
     (VectorOperation.ROUND, _Phase.FIRST): _Setting(LaneOperation.SCALE, one=True),
     (VectorOperation.GATE, _Phase.FIRST): _Setting(LaneOperation.GATE, _A.Y, takes_y=True),
     (VectorOperation.SIGMOID_GATE, _Phase.FIRST): _Setting(
@@ -170,11 +180,11 @@ class VectorCore(wiring.Component):
     NORMALIZE with the same o.
 
     Flow control: all streams may stall in any cycle. A command is taken when the results of the one
-    before are on their way. A word in and a word out per cycle, but for the first sweep of a NORM:
-    with few rows and many lanes it takes rows * 64 / lanes words (64 / lanes if a tile has more
-    than 64 columns) in `RECURRENCE` cycles. Between two sweeps are 10 to 40 cycles; those of a
-    NORM have about 14 cycles for each halving of the 64 partial sums, and one for each row and
-    addition of words, between them.
+    before are on their way. A word in and a word out per cycle, but for GATE and SIGMOID_GATE,
+    which take one in `SHARING` cycles, and the first sweep of a NORM: with few rows and many lanes
+    it takes rows * 64 / lanes words (64 / lanes if a tile has more than 64 columns) in `RECURRENCE`
+    cycles. Between two sweeps are 10 to 40 cycles; those of a NORM have about 14 cycles for each
+    halving of the 64 partial sums, and one for each row and addition of words, between them.
 
     To drop everything, reset it.
 
@@ -214,6 +224,7 @@ class VectorCore(wiring.Component):
         #: Units that are instantiated, by the names of their Verilog modules.
         self.modules: dict[str, wiring.Component] = {
             "speq_lane": Lane(),
+            "speq_shared_sigmoid": SharedSigmoid(),
             "speq_fp32_to_fp16": Fp32ToFp16(),
         }
         words = data.ArrayLayout(32, config.lanes)
@@ -342,7 +353,10 @@ class VectorCore(wiring.Component):
         ]
         adds = issue | sums.adds
         may_add = self._may_add(m, adds, is_norm & ~second, sums.last_row)
-        goes = running & has_room & may_add
+        turn = Signal(range(SHARING))
+        m.d.sync += turn.eq(turn + 1)
+        has_turn = (setting.operation != LaneOperation.GATE) | (turn == _GATE_TURN)
+        goes = running & has_room & may_add & has_turn
         m.d.comb += [
             self.x.ready.eq(goes & (self.y.valid | ~setting.takes_y)),
             self.y.ready.eq(goes & setting.takes_y & self.x.valid),
@@ -396,7 +410,7 @@ class VectorCore(wiring.Component):
                 valid[cycle].eq(valid[cycle - 1] & ~is_drained),
             ]
 
-        results = self._lanes(m, setting, sums, tags)
+        results = self._lanes(m, setting, sums, tags, issue, turn)
         is_partial = is_norm & ((phase == _Phase.FIRST) | (phase == _Phase.ADD_UP))
         m.d.comb += [
             sums.write_enable.eq(valid[_ADDED - 1] & is_partial),
@@ -441,7 +455,13 @@ class VectorCore(wiring.Component):
         return m
 
     def _lanes(
-        self, m: Module, setting: data.View, sums: PartialSums, tags: list[Signal]
+        self,
+        m: Module,
+        setting: data.View,
+        sums: PartialSums,
+        tags: list[Signal],
+        issue: Value,
+        turn: Value,
     ) -> list[Value]:
         """The lanes and their operands; the results."""
         lanes = self.config.lanes
@@ -449,22 +469,40 @@ class VectorCore(wiring.Component):
             [pipeline_stage(m, 1, **{f"{name}_{i}": word[i]})[0] for i in range(lanes)]
             for name, word in (("x", self.x.payload), ("y", self.y.payload))
         )
-        y = [pipeline_stage(m, 2, **{f"y_{i}": y[i]})[0] for i in range(lanes)]
-        x = [
-            pipeline_stage(m, 2, **{f"x_{i}": Mux(sums.busy, sums.first[i], x[i])})[0]
-            for i in range(lanes)
-        ]
+        early_x, early_y = x, y
+        # They stay until the next word, as GATE needs them for some cycles.
+        x, y = (
+            [Signal(32, name=f"{name}_{i}_2", reset_less=True) for i in range(lanes)]
+            for name in "xy"
+        )
+        was_issued = delayed(m, issue, 1)
+        for i in range(lanes):
+            with m.If(sums.busy):
+                m.d.sync += x[i].eq(sums.first[i])
+            with m.Elif(was_issued):
+                m.d.sync += x[i].eq(early_x[i])
+            with m.If(was_issued):
+                m.d.sync += y[i].eq(early_y[i])
+        sigmoids = []
+        for i in range(lanes // SHARING):
+            unit = Unit("speq_shared_sigmoid", self.modules["speq_shared_sigmoid"])
+            m.submodules[f"sigmoid_{i}"] = unit
+            m.d.comb += unit.turn.eq(turn)
+            sigmoids.append(unit)
         row_value = self._kept.value
         late = _READ_PARTIAL - 2
         late_row_value = delayed(m, row_value, late)
-        is_fresh = tags[_READ_PARTIAL + 1].is_fresh
         m.d.comb += [
             sums.read_row.eq(tags[_READ_PARTIAL].row),
             sums.read_slot.eq(tags[_READ_PARTIAL].slot),
         ]
+        # With what comes from the RAM there is no time for a choice.
+        takes_partial = Signal()
+        m.d.sync += takes_partial.eq((setting.b == _B.PARTIAL) & ~tags[_READ_PARTIAL].is_fresh)
         results = []
         for i in range(lanes):
             m.submodules[f"lane_{i}"] = lane = Unit("speq_lane", self.modules["speq_lane"])
+            sigmoid = sigmoids[i // SHARING]
             a = Signal(32, name=f"a_{i}")
             with m.Switch(setting.a):
                 with m.Case(_A.CONSTANT):
@@ -475,6 +513,8 @@ class VectorCore(wiring.Component):
                     m.d.comb += a.eq(y[i])
                 with m.Case(_A.ROW):
                     m.d.comb += a.eq(row_value)
+                with m.Case(_A.PAIR):
+                    m.d.comb += a.eq(y[i & ~1])
             b = Signal(32, name=f"b_{i}", reset_less=True)
             late_y = delayed(m, y[i], late)
             with m.Switch(setting.b):
@@ -484,23 +524,23 @@ class VectorCore(wiring.Component):
                     m.d.sync += b.eq(late_row_value)
                 with m.Case(_B.OTHER):
                     m.d.sync += b.eq(sums.other[i])
+                with m.Case(_B.PAIR):
+                    m.d.sync += b.eq(early_y[i | 1])
+                with m.Case(_B.PARTIAL):
+                    m.d.sync += b.eq(0)
                 with m.Default():
                     m.d.sync += b.eq(setting.b_constant)
-            partial = Mux(is_fresh, 0, sums.partial[i])
-            late_b = Mux(setting.b == _B.PARTIAL, partial, b)
+            partial = sums.partial[i] & takes_partial.replicate(32)
+            operands = pipeline_stage(m, _ISSUE, **{f"x_{i}": x[i], f"a_{i}": a})
             gated = Mux(setting.a == _A.Y, x[i], y[i])
-            operands = pipeline_stage(
-                m,
-                _ISSUE,
-                **{
-                    f"x_{i}": x[i],
-                    f"y_{i}": Mux(setting.rotates, x[i ^ 1], gated),
-                    f"a_{i}": Mux(setting.rotates, y[i & ~1], a),
-                    f"b_{i}": Mux(setting.rotates, y[i | 1], late_b),
-                },
-            )
             m.d.comb += [
-                *(getattr(lane, n).eq(value) for n, value in zip("xyab", operands, strict=True)),
+                lane.x.eq(operands[0]),
+                lane.a.eq(operands[1]),
+                lane.y.eq(Mux(setting.rotates, x[i ^ 1], gated)),
+                lane.b.eq(b | partial),
+                sigmoid.parts[i % SHARING].eq(lane.part),
+                lane.sigmoid.eq(sigmoid.sigmoid),
+                lane.takes_sigmoid.eq(sigmoid.takes[i % SHARING]),
                 lane.operation.eq(setting.operation),
                 lane.subtract.eq(i % 2 == 0),
             ]

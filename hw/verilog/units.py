@@ -45,7 +45,7 @@ from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_maximum import Fp32Maximum
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
-from speq.hw.vector.lane import Lane
+from speq.hw.vector.lane import Lane, SharedSigmoid
 from speq.hw.vector.operand_reader import OperandReader
 from speq.hw.vector.operand_requests import OperandRequests
 from speq.hw.vector.partial_sums import PartialSums
@@ -53,7 +53,7 @@ from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.row_values import RowValues
 from speq.hw.vector.run_planner import RunPlanner
-from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.sigmoid import Exponential, Sigmoid
 from speq.hw.vector.token_reader import TokenReader
 from speq.hw.vector.transposer import Transposer
 from speq.hw.vector.vector_writer import VectorWriter
@@ -119,7 +119,9 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "fp32_maximum": Fp32Maximum,
         "fp32_to_fp16": Fp32ToFp16,
         "fp16_to_fp32": Fp16ToFp32,
+        "exponential": Exponential,
         "sigmoid": Sigmoid,
+        "shared_sigmoid": SharedSigmoid,
         "reciprocal": Reciprocal,
         "lane": Lane,
         "row_maximum": lambda: RowMaximum(_LANES, engine.rows),

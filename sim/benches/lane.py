@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Testbench of a lane of the vector unit: every operation, and the vector operations made of them.
 
-The design under test holds lanes side by side; each takes new operands in every cycle.
+The design under test holds lanes side by side, which share sigmoids; each takes new operands in
+every cycle, of a GATE as often as it can.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ieee754 import FP32_NAN
 from speq.hw.common.unit import Unit
-from speq.hw.vector.lane import LATENCIES, Lane, LaneOperation
+from speq.hw.vector.lane import LATENCIES, SHARING, Lane, LaneOperation, SharedSigmoid
+from speq.hw.vector.sigmoid import Exponential
 from speq.hw.verilog import convert_unit
 from speq.model.vector_ops import exponential, sigmoid
 from speq.sim.benches.stimulus import WORD_BITS, file_bench_verilog, play_files
@@ -25,13 +27,15 @@ from speq.sim.runner import seed, simulate
 
 _LANES = 8
 _CYCLES = 20_000  # of each operation
-_DRAIN = max(LATENCIES.values())
-_UNIT = Lane()
+_DRAIN = max(LATENCIES.values()) + 1
+_UNITS = {"lane": Lane(), "shared_sigmoid": SharedSigmoid()}
+#: Turns of the sigmoid that have passed when y of a GATE is taken.
+_TURNS = -(1 + Exponential.LATENCY)
 
 
 class _Bench(wiring.Component):
     """Lanes side by side. Two words of stimulus are a lane's operands; a last one holds the
-    operation, and above it the bits `subtract`."""
+    operation, above it the bits `subtract` and the turn of the sigmoids."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -44,8 +48,14 @@ class _Bench(wiring.Component):
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         flags = self.stimulus[2 * _LANES]
+        sigmoids = []
+        for i in range(_LANES // SHARING):
+            sigmoids.append(Unit("shared_sigmoid", _UNITS["shared_sigmoid"]))
+            m.submodules[f"sigmoid_{i}"] = sigmoids[i]
+            m.d.comb += sigmoids[i].turn.eq(flags[8 + _LANES :])
         for i in range(_LANES):
-            m.submodules[f"lane_{i}"] = lane = Unit("lane", _UNIT)
+            m.submodules[f"lane_{i}"] = lane = Unit("lane", _UNITS["lane"])
+            shared, place = sigmoids[i // SHARING], i % SHARING
             words = self.stimulus[2 * i], self.stimulus[2 * i + 1]
             m.d.comb += [
                 lane.operation.eq(flags[:8]),
@@ -54,6 +64,9 @@ class _Bench(wiring.Component):
                 lane.y.eq(words[0][32:]),
                 lane.a.eq(words[1][:32]),
                 lane.b.eq(words[1][32:]),
+                shared.parts[place].eq(lane.part),
+                lane.takes_sigmoid.eq(shared.takes[place]),
+                lane.sigmoid.eq(shared.sigmoid),
                 self.observed[i].eq(lane.result),
             ]
         return m
@@ -62,7 +75,8 @@ class _Bench(wiring.Component):
 def run() -> None:
     """Check the lane."""
     verilog = file_bench_verilog(_Bench(), "lane_tb")
-    simulate(verilog + convert_unit(_UNIT, "lane", reset=False), "lane_tb", __name__)
+    modules = [convert_unit(unit, name, reset=False) for name, unit in _UNITS.items()]
+    simulate(verilog + "".join(modules), "lane_tb", __name__)
 
 
 @cocotb.test()
@@ -75,25 +89,32 @@ async def every_operation(dut: Any) -> None:
     flags = int((subtract << np.arange(_LANES)).sum()) << 8
     operands, stimulus = {}, []
     for operation in LaneOperation:
-        operands[operation] = values = _operands(rng)
+        values = _operands(rng)
+        if operation is LaneOperation.GATE:
+            values = values[np.arange(_CYCLES) // SHARING * SHARING]
+        operands[operation] = values
         words = np.zeros((_CYCLES + _DRAIN, 2 * _LANES + 1), np.uint64)
         patterns = np.pad(values, ((0, _DRAIN), (0, 0), (0, 0)))
+        # x and a come a cycle behind y and perhaps b.
+        patterns[..., [0, 2]] = np.roll(patterns[..., [0, 2]], 1, axis=0)
         if operation != LaneOperation.ROTATE:
-            patterns[..., 3] = np.roll(patterns[..., 3], Lane.B_DELAY, axis=0)
+            patterns[..., 3] = np.roll(patterns[..., 3], 1 + Lane.B_DELAY, axis=0)
         words[:, :-1] = patterns.view(np.uint64).reshape(len(words), -1)
-        words[:, -1] = flags | operation.value
+        turns = (np.arange(len(words)) + _TURNS) % SHARING
+        words[:, -1] = (turns << 8 + _LANES) | flags | operation.value
         stimulus.append(words)
     observed = await play_files(dut, np.concatenate(stimulus))
     parts = np.split(observed.view(np.uint32), len(LaneOperation))
     for (operation, values), got in zip(operands.items(), parts, strict=True):
-        x, y, a, b = (values[..., i] for i in range(4))
-        latency = LATENCIES[operation]
+        step = SHARING if operation is LaneOperation.GATE else 1
+        x, y, a, b = (values[::step, :, i] for i in range(4))
+        latency = 1 + LATENCIES[operation]
         assert_equal_bits(
             f"Lane.result, {operation.name}",
             expected=_expected(operation, subtract, x, y, a, b),
-            got=got[latency:][:_CYCLES],
+            got=got[latency:][:_CYCLES:step],
             operands={"x": x, "y": y, "a": a, "b": b},
-            cycles=latency + np.arange(_CYCLES)[:, None],
+            cycles=latency + np.arange(_CYCLES)[::step, None],
         )
 
 

@@ -18,7 +18,7 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.common.ieee754 import FP32_FRACTION, FP32_INFINITY, FP32_NAN
 from speq.hw.common.unit import Unit
 from speq.hw.vector.reciprocal import Reciprocal
-from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.sigmoid import Exponential, Sigmoid
 from speq.hw.verilog import convert_unit
 from speq.model.function_tables import INVERSE
 from speq.model.vector_ops import exponential, reciprocal, rsqrt, sigmoid
@@ -33,7 +33,7 @@ _RESULT_BITS = 32
 _RANDOM, _FEWER = 5_000_000, 500_000
 _THOROUGH = "SPEQ_BENCH_THOROUGH"
 _ONES = (1 << FP32_FRACTION) - 1
-_UNITS = {"sigmoid": Sigmoid(), "reciprocal": Reciprocal()}
+_UNITS = {"exponential": Exponential(), "sigmoid": Sigmoid(), "reciprocal": Reciprocal()}
 
 
 class _Bench(wiring.Component):
@@ -51,15 +51,17 @@ class _Bench(wiring.Component):
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         for copy in range(_COPIES):
-            sigmoid, reciprocal = (Unit(name, unit) for name, unit in _UNITS.items())
-            m.submodules[f"sigmoid_{copy}"] = sigmoid
-            m.submodules[f"reciprocal_{copy}"] = reciprocal
+            units = [Unit(name, unit) for name, unit in _UNITS.items()]
+            for name, unit in zip(_UNITS, units, strict=True):
+                m.submodules[f"{name}_{copy}"] = unit
+            exponential, sigmoid, reciprocal = units
             m.d.comb += [
-                sigmoid.x.eq(self.stimulus[copy][:32]),
+                sigmoid.part.eq(exponential.part),
+                exponential.x.eq(self.stimulus[copy][:32]),
                 reciprocal.x.eq(self.stimulus[copy][32:]),
                 reciprocal.root.eq(self.stimulus[_COPIES][copy]),
             ]
-            results = (sigmoid.exponential, sigmoid.sigmoid, reciprocal.result)
+            results = (exponential.exponential, sigmoid.sigmoid, reciprocal.result)
             for i, result in enumerate(results):
                 m.d.comb += self.observed[_RESULTS * copy + i].eq(result)
         return m
@@ -83,13 +85,14 @@ async def every_cycle(dut: Any) -> None:
     words = x.astype(np.uint64) | positive.astype(np.uint64) << np.uint64(32)
     flags = np.packbits(root, axis=1, bitorder="little").astype(np.uint64)
     stimulus = np.concatenate([words, flags], axis=1)
-    observed = await play_files(dut, pad(stimulus, len(stimulus) + Sigmoid.LATENCY))
+    latency = Exponential.LATENCY + Sigmoid.LATENCY
+    observed = await play_files(dut, pad(stimulus, len(stimulus) + latency))
     results = observed.view(np.uint32).reshape(len(observed), _COPIES, _RESULTS)
     with np.errstate(all="ignore"):
         numbers = positive.view(np.float32)
         expected = {
-            "Sigmoid.exponential": (exponential(x.view(np.float32)), Sigmoid.EXPONENTIAL_LATENCY),
-            "Sigmoid.sigmoid": (sigmoid(x.view(np.float32)), Sigmoid.LATENCY),
+            "Exponential.exponential": (exponential(x.view(np.float32)), Exponential.LATENCY),
+            "Sigmoid.sigmoid": (sigmoid(x.view(np.float32)), latency),
             "Reciprocal.result": (
                 np.where(root, rsqrt(numbers), reciprocal(numbers)),
                 Reciprocal.LATENCY,
