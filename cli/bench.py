@@ -30,6 +30,7 @@ NAMES = (
     "verilog",
     "simulation",
     "accelerator",
+    "vector",
     "samplers",
     "area",
 )
@@ -132,10 +133,29 @@ def tables(figures: list[Figure]) -> list[RenderableType]:
     for note, group in groupby(figures, lambda f: f.note):
         out = figure_table("", "figure", "measured", "unit", "target", "met")
         out.columns[0].min_width = longest  # so that they stand below one another
+        rows: dict[str, list[Figure]] = {}
         for f in group:
+            if f.column:
+                rows.setdefault(f.name, []).append(f)
+                continue
             target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {f.target:g}"
             met = {True: Text("yes", "green"), False: Text("no", "red"), None: ""}[f.met]
-            value = f"{f.value:,.0f}" if f.value >= 1000 else f"{f.value:.4g}"
-            out.add_row(f.name, value, f.unit, target, met)
+            out.add_row(f.name, _number(f.value), f.unit, target, met)
         shown += ["", f"{note}:", out]
+        if rows:
+            shown += ["", _matrix(rows)]
     return shown
+
+
+def _matrix(rows: dict[str, list[Figure]]) -> RenderableType:
+    """A table of the figures with columns; all rows have the same."""
+    first = next(iter(rows.values()))
+    headings = [f"{f.column}\n{f.unit}" if f.unit else f.column for f in first]
+    out = figure_table("", "", *headings)
+    for name, figures in rows.items():
+        out.add_row(name, *(_number(f.value) for f in figures))
+    return out
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

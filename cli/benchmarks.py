@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from speq.cli.area import column_overhead, pe_overhead, unit_areas
+from speq.cli.vector_bench import POSITION, measure, shapes
 from speq.host.session import Session
 from speq.hw import EngineConfig
-from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.verilog import write_verilog
 from speq.model.arith import quantize_activations, verify_gemm
 from speq.model.checkpoint import CheckpointError
@@ -87,6 +88,8 @@ class Figure:
         Whether the target is an upper limit, else it is a lower one.
     note : str
         What it was measured on.
+    column : str
+        Of a table with a row for each name, where a thing has several values; "" otherwise.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Figure:
     target: float | None = None
     at_most: bool = True
     note: str = ""
+    column: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -222,6 +226,41 @@ def accelerator(settings: BenchSettings) -> list[Figure]:
         Figure("simulation of the accelerator", speed, "cycles/s", 20_000, False, note),
         Figure("decoding in simulation", rate, "tokens/s", 1, False, note),
     ]
+
+
+def vector(settings: BenchSettings) -> list[Figure]:
+    """Vector operations of whole passes, nothing left to a host, on four models.
+
+    Of each operation with its target: elements of results per cycle among others like it, cycles
+    of one alone from its start to its last result in memory, and what all of a pass add to it: the
+    cycles by which a program is longer with them than without, where it ends there.
+    """
+    figures = []
+    for shape in shapes(settings.seed):
+        for kind, measured in measure(shape).items():
+            rows = "a row" if kind is PassKind.DRAFT else f"{shape.rows} rows"
+            note = f"{shape.note}, {kind.name.lower()} pass of {rows} behind {POSITION} entries"
+            figures += [
+                Figure("pass", measured.cycles, "cycles", note=note),
+                Figure("its blocks", measured.blocks, "cycles", note=note),
+                *(
+                    Figure(name, measured.counters[name], "cycles", note=note)
+                    for name in ("VECTOR_CYCLES", "VECTOR_STALLS", "COMPUTE_CYCLES")
+                ),
+            ]
+            for (operation, target), cycles in measured.operations.items():
+                name = f"{operation.name} to {target.name}"
+                figures += [
+                    Figure(name, value, unit, note=note, column=column)
+                    for column, value, unit in (
+                        ("elements", cycles.elements, ""),
+                        ("elements\n/cycle", cycles.elements / cycles.repeated, ""),
+                        ("alone", cycles.alone, "cycles"),
+                        ("adds", cycles.adds, "cycles"),
+                        ("of the\nblocks", 100 * cycles.adds / measured.blocks, "%"),
+                    )
+                ]
+    return figures
 
 
 def samplers(settings: BenchSettings) -> list[Figure]:

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted cycles of passes: what the descriptors of their programs take on an accelerator.
+
+`speq.model.pass_cycles` is the model. Here descriptors become its works: sizes are those of the
+descriptors, latencies those of the units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from speq.host.layout import MemoryLayout, ceil_div
+from speq.host.layouts import memory_layout
+from speq.hw.accelerator_config import AcceleratorConfig, PassKind
+from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
+from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, Mode
+from speq.hw.vector.command import TWICE
+from speq.hw.vector.lane import LATENCIES, LaneOperation
+from speq.hw.vector.operand_requests import OperandMode, OperandRequests
+from speq.hw.vector.partial_sums import PARTIAL_SUMS
+from speq.hw.vector.row_values import RowValues
+from speq.hw.vector.run_planner import line_places
+from speq.hw.vector.vector_core import BINARY
+from speq.hw.vector.word_counter import words_per_row
+from speq.model.checkpoint import ModelConfig
+from speq.model.cycles import Formats
+from speq.model.number_format import draft_words
+from speq.model.pass_cycles import (
+    Kind,
+    Machine,
+    Operand,
+    Product,
+    VectorWork,
+    Work,
+    Writes,
+    pass_cycles,
+    walk_cycles,
+)
+
+_FP32_BITS = 32
+_BYTE = 8
+
+#: What a lane does for the results of an operation.
+_LANE = {
+    VectorOperation.EMBED: LaneOperation.SCALE,
+    VectorOperation.ADD: LaneOperation.ADD_SCALED,
+    VectorOperation.MULTIPLY: LaneOperation.SCALE_TWICE,
+    VectorOperation.NORM: LaneOperation.SCALE_TWICE,
+    VectorOperation.ROTATE: LaneOperation.ROTATE,
+    VectorOperation.ROUND: LaneOperation.SCALE,
+    VectorOperation.GATE: LaneOperation.GATE,
+    VectorOperation.SIGMOID_GATE: LaneOperation.GATE,
+    VectorOperation.SOFTMAX: LaneOperation.EXPONENTIAL,
+    VectorOperation.NORMALIZE: LaneOperation.SCALE,
+}
+_ON_BATCHES = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
+_BY_CHANNEL = (VectorOperation.ADD, VectorOperation.MULTIPLY, VectorOperation.NORM)
+
+# Of the VectorCore: cycles from taking a word to its operands at the lanes; to a sum that the next
+# one may be added to; and between the last word of a command and the first of the next.
+_ISSUE = 3
+_ADDED = _ISSUE + LATENCIES[LaneOperation.ADD_SCALED] + 1
+_PAUSE = _ISSUE + max(LATENCIES.values()) + 2
+#: From a lane's result to the word at the writer: masks, FP16 numbers, the buffer of results.
+_RESULT = 6
+#: Cycles of the round trip of a burst besides the memory's latency, which limits short bursts.
+_ROUND_TRIP = 9
+#: Of the writer: from a tile's last word to its first lines, and of the pipeline behind its last
+#: ones (`RunPlanner`, `Transposer`); of a run of lines, and of a tile besides. What goes on
+#: as it is comes sooner.
+_LEAD, _PASSING, _PASSING_ON = 4, 8, -3
+_RUN, _TILE = 3, 1
+#: Of QUANTIZE: from a block's last activation to its first draft word (`BlockQuantizer`), and from
+#: the command to the first request (`TileReader`).
+_QUANTIZED, _REQUEST = 12, 4
+
+
+def machine(config: AcceleratorConfig, latency: int) -> Machine:
+    """What the cycles of an accelerator depend on, with memory of this latency."""
+    engine = config.engine
+    beats = max(1, _FP32_BITS * engine.cols // config.data.data_bits)
+    return Machine(engine.rows, engine.cols, latency, beats)
+
+
+@dataclass(frozen=True)
+class WorkOf:
+    """What descriptors are for the model of cycles, in a pass.
+
+    Parameters
+    ----------
+    config : AcceleratorConfig
+        With lanes.
+    rows, position : int
+        Rows of the pass, and KV entries before it.
+    latency : int
+        Of the memory.
+    reranked_tiles : int
+        Tiles that a RERANK finds.
+    token : int
+        A usual token of the model: the product with it takes a cycle for each of its bits.
+    """
+
+    config: AcceleratorConfig
+    rows: int
+    position: int
+    latency: int
+    reranked_tiles: int = 0
+    token: int = 0
+
+    def program(self, descriptors: Iterable[Descriptor]) -> list[Work]:
+        """The works of a program, without its END."""
+        works, ranked = [], 0
+        for d in descriptors:
+            if d.kind is DescriptorKind.END:
+                continue
+            works.append(self.work(d, ranked))
+            if d.kind is DescriptorKind.ARGMAX:
+                ranked = d.o
+        return works
+
+    def work(self, d: Descriptor, ranked: int = 0) -> Work:
+        """That of a descriptor; of RERANK with so many outputs ranked before it.
+
+        Raises
+        ------
+        ValueError
+            If it is END, or of a kind whose cycles are not the accelerator's alone.
+        """
+        match d.kind:
+            case DescriptorKind.VECTOR:
+                return self._vector(d)
+            case DescriptorKind.GEMM | DescriptorKind.ARGMAX | DescriptorKind.RERANK:
+                return self._linear(d, ranked)
+            case DescriptorKind.ATTENTION:
+                k, o = (self._seen, d.o) if d.values else (d.k, self._seen)
+                tokens = self.rows * d.sharing
+                return Product(*_waits(d), words=k, outputs=o, tokens=tokens)
+            case _:
+                raise ValueError(f"the cycles of {d.kind.name} cannot be predicted")
+
+    @property
+    def _seen(self) -> int:
+        return self.position + self.rows
+
+    # Products.
+
+    def _linear(self, d: Descriptor, ranked: int) -> Product:
+        cols = self.config.engine.cols
+        tokens = d.tokens or self.rows
+        if d.kind is DescriptorKind.RERANK:
+            return Product(
+                words=d.k,
+                outputs=self.reranked_tiles * cols,
+                planes=2,
+                kind=Kind.RERANKED,
+                layer_tiles=max(1, ceil_div(ranked, cols)),
+            )
+        return Product(
+            *_waits(d),
+            words=draft_words(d.k) if d.mode is Mode.DRAFT else d.k,
+            outputs=d.o,
+            tokens=tokens,
+            planes=2 if d.mode is Mode.VERIFY else 1,
+            kind=Kind.RANKED if d.kind is DescriptorKind.ARGMAX else Kind.PLAIN,
+        )
+
+    # Vector work.
+
+    @cached_property
+    def _kept(self) -> RowValues:
+        return RowValues(self.config)
+
+    def _vector(self, d: Descriptor) -> VectorWork:
+        operation = VectorOperation(d.operation)
+        if operation is VectorOperation.QUANTIZE:
+            return self._quantize(d)
+        if operation not in _LANE:
+            raise ValueError(f"the cycles of {operation.name} cannot be predicted")
+        engine = self.config.engine
+        if operation in _ON_BATCHES:
+            n = self.rows * d.sharing
+            rows = tuple(min(engine.rows, n - i) for i in range(0, n, engine.rows))
+        else:
+            rows = (self.rows,) * d.o
+        elements = self._seen if operation is VectorOperation.SOFTMAX else d.k
+        tiles = ceil_div(elements, engine.cols)
+        lane = LATENCIES[_LANE[operation]]
+        ready = between = 0
+        behind = _PAUSE
+        if operation is VectorOperation.NORM:
+            between = _ADDED + 3 + self._adding_up()
+        elif operation is VectorOperation.SOFTMAX:
+            ready = self.rows  # their masks
+            scored = LATENCIES[LaneOperation.SCALE] + self._kept.maximum_latency
+            between = _ISSUE + 2 + scored
+            behind = _ISSUE + 2 + lane + self._kept.reciprocal_latency
+        x, y = self._operands(d, rows, tiles)
+        return VectorWork(
+            *_waits(d),
+            rows=rows,
+            tiles=tiles,
+            chunk=words_per_row(self.config),
+            x=x,
+            y=y,
+            sweeps=2 if operation in TWICE else 1,
+            setup=len(rows) if operation in _ON_BATCHES else 0,
+            ready=ready,
+            between=between,
+            behind=behind,
+            result=_ISSUE + lane + _RESULT,
+            writes=self._writes(d, rows, elements, tiles),
+        )
+
+    def _adding_up(self) -> int:
+        """Cycles in which the partial sums of a NORM's rows become factors: words are added to
+        words, then halves of a word, and at last the factor is found."""
+        lanes = self.config.lanes
+        counts, pairs, distance = [], PARTIAL_SUMS // lanes // 2, lanes // 2
+        while pairs:
+            counts.append(pairs * self.rows)
+            pairs //= 2
+        while distance:
+            counts.append(self.rows)
+            distance //= 2
+        levels = sum(count + _ADDED - 1 for count in counts)
+        return levels + self.rows + _ADDED + self._kept.factor_latency - 1
+
+    def _operands(
+        self, d: Descriptor, rows: tuple[int, ...], tiles: int
+    ) -> tuple[Operand, Operand | None]:
+        operation = VectorOperation(d.operation)
+        if operation is VectorOperation.EMBED:
+            return self._operand(OperandMode.ROWS, rows, tiles, self.token, half=True), None
+        x = self._operand(OperandMode.TILES, rows, tiles)
+        if operation not in BINARY:
+            return x, None
+        if operation is VectorOperation.ROTATE:
+            return x, self._operand(OperandMode.ROWS, rows, tiles, self.position)
+        by_channel = operation in _BY_CHANNEL and d.values
+        mode = OperandMode.CHANNELS if by_channel else OperandMode.TILES
+        return x, self._operand(mode, rows, tiles)
+
+    def _operand(
+        self,
+        mode: OperandMode,
+        rows: tuple[int, ...],
+        tiles: int,
+        index: int = 0,
+        half: bool = False,
+    ) -> Operand:
+        """An operand of segments of so many rows and tiles; in mode ROWS of rows with such an
+        index."""
+        config, port = self.config, self.config.data
+        bits = FP16_BITS if half else _FP32_BITS
+        chunk = max(1, config.engine.cols * bits // port.data_bits)  # beats of a row in a tile
+        if mode is OperandMode.ROWS:
+            factors, beats = [max(index, 1)] * self.rows, chunk
+        else:
+            # Of the last segment, and of the others if there are any.
+            counts = {rows[-1]} if len(rows) == 1 else (rows[0], rows[-1])
+            factors = [1 if mode is OperandMode.CHANNELS else count for count in counts]
+            beats = factors[0] * tiles * chunk
+        first = OperandRequests.LATENCY + sum(
+            OperandRequests.PRODUCT_LATENCY + factor.bit_length() for factor in factors
+        )
+        burst = min(port.burst_beats, beats)
+        per_word = bits * config.lanes / port.data_bits
+        under_way = port.outstanding * burst / per_word
+        given = min(1.0, port.data_bits / (_FP32_BITS * config.lanes))  # FP16 numbers are widened
+        rate = min(given, under_way / (self.latency + _ROUND_TRIP))
+        if mode is OperandMode.CHANNELS:  # the other rows' words are kept
+            per_word /= self.rows
+        return Operand(first, per_word, burst, rate)
+
+    def _writes(self, d: Descriptor, rows: tuple[int, ...], elements: int, tiles: int) -> Writes:
+        """What the writer does with the results."""
+        config, port = self.config, self.config.data
+        target, cols = Target(d.target), config.engine.cols
+        if target in (Target.TILES, Target.VALUES):
+            bits = FP16_BITS if target is Target.VALUES else _FP32_BITS
+            word = bits * config.lanes  # beats of each, or words of a beat
+            slow = max(1, word // port.data_bits) - 1
+            in_order = 1 if target is Target.VALUES else sum(rows) * tiles
+            beats = max(1, in_order * cols * bits // port.data_bits)
+            tile = rows[0] * words_per_row(config) * slow
+            tail = self._tail(beats, max(1.0, port.data_bits / word))
+            return Writes(tile=tile, passing=_PASSING_ON, tail=tail)
+        width = _BYTE * config.activation_bytes
+        parts = max(1, FP16_BITS * line_places(config) // port.data_bits)
+        together = max(1, min(port.data_bits // width, config.lanes))
+        runs, line = 1, width
+        if target is Target.CONTEXT:
+            runs = ceil_div(rows[0], self.rows)
+        elif target is Target.KEYS:
+            places = line_places(config)
+            runs = ceil_div(self.position % places + self.rows, places)
+            together, line = 1, FP16_BITS * cols
+        lines = min(cols, elements)
+        tile = max(_TILE + _RUN * runs, runs * ceil_div(lines, together) * parts)
+        in_order = elements if target in (Target.ACTIVATIONS, Target.WEIGHTS) else lines
+        if target is Target.KEYS:
+            in_order = lines * tiles * len(rows)
+        beats = ceil_div(in_order * line, port.data_bits)
+        period = 1.0
+        if target is not Target.CONTEXT:
+            period = max(1.0, tile * port.data_bits / (lines * line))
+        tail = self._tail(beats, period)
+        return Writes(_LEAD, tile, _PASSING, tail)
+
+    def _tail(self, beats: int, period: float) -> int:
+        """Cycles from the last beat of so many in order, one each `period` cycles, to its way to
+        memory: those of a burst are sent when all are there, and behind the burst before."""
+        full = self.config.data.burst_beats
+        rest = beats % full or full
+        return rest + (max(0, int(full - period * rest)) if beats > full else 0)
+
+    def _quantize(self, d: Descriptor) -> VectorWork:
+        """Blocks take the writer's place of tiles."""
+        tiles = ceil_div(d.k, self.config.engine.format.group)
+        block = ceil_div(d.k, tiles)
+        beats = _BYTE * self.config.activation_bytes / self.config.data.data_bits
+        return VectorWork(
+            *_waits(d),
+            tiles=tiles,
+            chunk=block,
+            x=Operand(_REQUEST, beats, self.config.data.burst_beats, 1.0),
+            alone=True,
+            writes=Writes(_QUANTIZED, ceil_div(block, DRAFT_LANES)),
+        )
+
+
+def _waits(d: Descriptor) -> tuple[int | None, int | None]:
+    """How many products and vector operations before it may be unfinished: if it waits none, of
+    SOFTMAX and NORMALIZE no products."""
+    if not d.wait:
+        return None, None
+    of_products = d.kind is DescriptorKind.VECTOR and d.operation in _ON_BATCHES
+    return 0, None if of_products else 0
+
+
+class PredictedPasses:
+    """Cycles of the passes of a model on an accelerator, everything included; a
+    `speq.model.pass_cycles.PassCycles`.
+
+    Parameters
+    ----------
+    config : AcceleratorConfig
+        With lanes.
+    model : ModelConfig
+    formats : formats of the encoded linear layers by name
+    latency : int
+        Of the memory, in cycles.
+    drafted_outputs : int, optional
+        Outputs of the head that draft passes compute; all when not given.
+
+    Raises
+    ------
+    ValueError
+        If the model does not fit the accelerator, or that has no vector unit.
+    """
+
+    def __init__(
+        self,
+        config: AcceleratorConfig,
+        model: ModelConfig,
+        formats: Formats,
+        latency: int,
+        drafted_outputs: int | None = None,
+    ) -> None:
+        if not config.lanes:
+            raise ValueError("cycles of passes are predicted for accelerators with a vector unit")
+        self._config, self._model, self._latency = config, model, latency
+        self._machine = machine(config, latency)
+        # Sizes and order of programs do not depend on the capacity of the KV cache.
+        layouts: Mapping[bool, MemoryLayout] = {
+            encoded: memory_layout(
+                *(config, model, list(formats) if encoded else [], config.engine.rows),
+                drafted_outputs=drafted_outputs if encoded else None,
+            )
+            for encoded in (False, True)
+        }
+        self._layouts = layouts
+        self._cycles = lru_cache(maxsize=None)(self._counted)
+
+    @property
+    def rows(self) -> int:
+        """Of the array."""
+        return self._config.engine.rows
+
+    def plain(self, context: int = 0) -> int:
+        """Cycles of a pass of one token over plain FP16 weights."""
+        return self._cycles(PassKind.VERIFY, 1, context, encoded=False)
+
+    def draft(self, context: int = 0, reranked_tiles: int = 0) -> int:
+        """Cycles of a draft pass that computes so many tiles of the head exactly."""
+        return self._cycles(PassKind.DRAFT, 1, context, reranked_tiles)
+
+    def verify(self, tokens: int, context: int = 0) -> int:
+        """Cycles of a verify pass of so many rows."""
+        return self._cycles(PassKind.VERIFY, tokens, context)
+
+    def prefill(self, tokens: int, context: int = 0) -> int:
+        """Cycles of a pass of so many rows that only fills the KV cache."""
+        return self._cycles(PassKind.SINGLE, tokens, context)
+
+    def _counted(
+        self, kind: PassKind, rows: int, context: int, tiles: int = 0, encoded: bool = True
+    ) -> int:
+        program = self._program(kind, rows, context, tiles, encoded)
+        if kind is PassKind.SINGLE:
+            return walk_cycles(program, self._machine)
+        return pass_cycles(program, self._machine, drafts=kind is PassKind.DRAFT)
+
+    def _program(
+        self, kind: PassKind, rows: int, context: int, tiles: int, encoded: bool
+    ) -> list[Work]:
+        # A product with a token takes a cycle for each of its bits: half of all have as many.
+        token = self._model.vocab_size // 2
+        works = WorkOf(self._config, rows, context, self._latency, tiles, token)
+        return works.program(self._layouts[encoded].program(kind, reranked=min(tiles, 1)))
+
+    def walk(self, kind: PassKind | None, rows: int, context: int) -> int:
+        """Cycles of a walk through the program of such a pass, and through one of END alone."""
+        program = [] if kind is None else self._program(kind, rows, context, 0, encoded=True)
+        return walk_cycles(program, self._machine)

@@ -1,0 +1,1 @@
+from cli.vector_bench import *

@@ -1,0 +1,1 @@
+from host.program_meter import *

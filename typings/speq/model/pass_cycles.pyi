@@ -1,0 +1,1 @@
+from model.pass_cycles import *
