@@ -57,7 +57,7 @@ sim: simulator-tools $(STAMP)  ## run the RTL regression (cocotb on Verilator)
 # Types are checked meanwhile, as that takes one core a while.
 test: simulator-tools style  ## check style and types and run the tests, golden model and RTL
 	@mkdir -p $(BUILD); $(PY) -m basedpyright >$(BUILD)/types.txt 2>&1 & types=$$!; \
-	$(PY) -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); tests=$$?; \
+	$(PY) -m pytest -m 'not slow and not long' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); tests=$$?; \
 	wait $$types || { cat $(BUILD)/types.txt; exit 1; }; exit $$tests
 
 slow: $(STAMP) smollm2  ## run the slow sweeps that `make test` leaves out

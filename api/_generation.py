@@ -48,7 +48,7 @@ class Generation:
     statistics : Statistics
         Over all steps: acceptance, tokens per pass, modelled speedup.
     counters : dict or None
-        What the accelerator's counters say since the prompt was in, by name as in the register map
+        What the accelerator's counters say, the prompt included, by name as in the register map
         (`hw/verilog/registers.md`); None without a board.
     """
 

@@ -66,7 +66,7 @@ class Request:
     number_format : FormatConfig
         Of the layers, without such a file.
     cols, lanes : int
-        Columns of the simulated array, and lanes of its vector unit.
+        Columns of the simulated array, and lanes of its vector unit, 0 if none is simulated.
     chat : bool
         There are several turns, which may fill the model's context.
     image : Path, optional

@@ -24,8 +24,8 @@ With `--json` standard output gets an object for each prompt, in one line each, 
                   earlier text were verified and accepted
     totals        their sums, the rates that follow from them, costs of passes and modelled speedup
                   (null after plain decoding), seconds and tokens per second
-    counters      of the accelerator since the prompt was in (null in the golden model), simulated
-                  cycles included
+    counters      of the accelerator, those of the prompt included (null in the golden model), and
+                  the cycles that were simulated
 
 What could not be measured (a ratio whose denominator is 0) is null.
 """

@@ -5,8 +5,8 @@ The golden model decodes first. Then the accelerator's RTL decodes a single toke
 prompt's first one, and the prompt's continuation speculatively. All that a step says must be the
 golden model's: its tokens, how many were drafted and with which margins, the tree of drafted,
 alternate and guessed tokens that was verified, and the FP32 bits of the logits of all its rows. The
-accelerator's own counters, read where a pass begins, give the cycles of each kind of pass, beside
-what `speq.model.cycles` predicts.
+accelerator's own counters, read behind each step, give its cycles, those of the first step with the
+prompt's, beside what `speq.model.cycles` predicts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(
     ] = 12,
     rows: Rows = 8,
     cols: Cols = 32,
-    lanes: Lanes = 0,
+    lanes: Lanes = None,
     encoded: Annotated[
         Path | None, typer.Option(help="The model as speq encode has written it.")
     ] = None,
@@ -264,14 +264,14 @@ class CycleProgress(Progress):
 
 
 def pass_table(meters: Iterable[Meter], predicted: Callable[[PassShape], int]) -> Table:
-    """Cycles of each kind of pass, predicted and counted, and what the array did in them."""
+    """Cycles of each kind of step, predicted and counted, and what the array did in them."""
     groups: dict[str, list[MeasuredPass]] = {}
     for meter in meters:
         for measured in meter.passes:
             groups.setdefault(measured.shape.name, []).append(measured)
     stalls = (f"{cause.lower()}\nstalls" for cause in STALLS)
     headings = ("cycles\neach", "predicted", "differs", "array\nbusy", *stalls)
-    table = figure_table("", "passes", *headings)
+    table = figure_table("", "steps", *headings)
     for name, passes in groups.items():
         cycles = sum(measured.cycles for measured in passes)
         expected = sum(predicted(measured.shape) for measured in passes)
@@ -298,7 +298,7 @@ class SimulatedRuns:
     counters : dict
         At the end of the last run.
     cycles, seconds : int, float
-        Of all runs, the host's time and the prompt included.
+        Of all runs.
     """
 
     comparison: Comparison = field(default_factory=Comparison)
@@ -324,19 +324,18 @@ def decode(
     def finished(measured: MeasuredPass) -> None:
         passed, shape = timedelta(seconds=round(time.perf_counter() - started)), measured.shape
         note(
-            f"{passed}  {shape.name} pass, rows {shape.rows}, position {shape.position}: "
-            f"{measured.cycles:,} cycles"
+            f"{passed}  {shape.name} at position {shape.position}, {len(shape.drafts)} drafted, "
+            f"{shape.rows} rows verified: {measured.cycles:,} cycles"
         )
 
     with CycleProgress(lambda: board.cycles() - first, total):
         for name, run in runs.items():
-            meter = done.meters[name] = Meter(session.driver, finished)
+            done.meters[name] = Meter(session.driver, finished)
             steps = session.generate(run.prompt, max_tokens=run.max_tokens, settings=run.settings)
             done.comparison.compare(name, run.golden, steps)
             if done.comparison.problems:
                 steps.close()
                 break
-            meter.stop()
             done.counters = session.driver.counters()
     done.cycles, done.seconds = board.cycles() - first, time.perf_counter() - started
     return done
@@ -344,7 +343,6 @@ def decode(
 
 def figures(done: SimulatedRuns, steps: Iterable[Step]) -> list[str]:
     """Lines with what the runs took; `steps` are those of the speculative one."""
-    from speq.host.meter import busy_cycles
     from speq.model.speculation import Statistics
 
     statistics = Statistics()
@@ -352,14 +350,18 @@ def figures(done: SimulatedRuns, steps: Iterable[Step]) -> list[str]:
         statistics.add(step)
     *per_token, speed = rtl_figures(done.counters, done.cycles, done.seconds)
     [measured] = done.meters["plain"].passes
-    plain = measured.cycles
-    ratio = plain * statistics.committed / busy_cycles(done.counters)
+    compared = f"plain: {measured.cycles:,} cycles per token"
+    if later := [each for each in done.meters["speculative"].passes if not each.shape.prompt]:
+        tokens = sum(each.counters["COMMITTED"] for each in later)
+        average = sum(each.cycles for each in later) / tokens
+        compared += f", {measured.cycles / average:.2f} times the {average:,.0f} of these steps"
+        compared += " behind the first" if len(later) < statistics.verify_passes else ""
     return [
         f"{statistics.committed} tokens in {statistics.verify_passes} steps; of "
         f"{statistics.draft_passes} drafted ones {statistics.accepted} accepted, and "
         f"{statistics.alternate_hits} alternates; {statistics.guess_hits} of "
         f"{statistics.guesses} guessed ones, {statistics.free_steps} steps without a draft pass",
         *per_token,
-        f"plain: {plain:,} cycles per token, {ratio:.2f} times as many",
+        compared,
         speed,
     ]

@@ -34,6 +34,7 @@ from speq.cli.decoding_output import JsonOutput, TextOutput
 from speq.cli.notes import detail
 from speq.cli.options import (
     DEFAULT_THRESHOLD,
+    LANES_DEFAULT,
     LANES_HELP,
     DraftLength,
     GroupOfEncode,
@@ -131,7 +132,7 @@ def run(
         typer.Option(help="With rtl: columns of the array.", show_default=str(DEFAULT_COLS)),
     ] = None,
     lanes: Annotated[
-        int | None, typer.Option(help=f"With rtl: {LANES_HELP}", show_default="0")
+        int | None, typer.Option(help=f"With rtl: {LANES_HELP}", show_default=LANES_DEFAULT)
     ] = None,
 ) -> None:
     """Generate text losslessly with the draft model inside the weights, and report the speedup.
@@ -183,6 +184,9 @@ def run(
         )
         if not rtl:
             refuse_unused("with --mode fp16 in the golden model", rows=rows)
+    used_rows = Settings().rows if rows is None else rows
+    used_cols = DEFAULT_COLS if cols is None else cols
+    used_lanes = check_array(used_rows, used_cols, lanes) if rtl else 0
     request = Request(
         model=model,
         mode=mode,
@@ -192,15 +196,13 @@ def run(
         sampling=sampling,
         encoded=encoded,
         number_format=chosen_format(group, split, encoded),
-        cols=DEFAULT_COLS if cols is None else cols,
-        lanes=lanes or 0,
+        cols=used_cols,
+        lanes=used_lanes,
         chat=chat,
         image=image,
     )
     if encoded is None and image is None:
         chosen_settings(None, **given)
-    if rtl:
-        check_array(Settings().rows if rows is None else rows, request.cols, request.lanes)
     first = given_prompt(prompt, prompt_file, chat)
     check_model(model)
     # These load torch: the options are right by now, as far as they can be known to be.

@@ -180,7 +180,9 @@ def _naming(encoded: Path | None) -> Iterator[None]:
 def chosen_accelerator(
     base: AcceleratorConfig | EngineConfig | None, options: dict[str, int]
 ) -> AcceleratorConfig:
-    """The configuration of the options. Raises ValueError if it is an engine's or impossible."""
+    """The configuration of the options. Raises ValueError if it is an engine's, impossible or
+    without a vector unit."""
+    from speq.host.checks import check_vector_unit
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.engine_config import EngineConfig
 
@@ -188,6 +190,7 @@ def chosen_accelerator(
         raise ValueError("--config is of a matrix engine alone: give one of an accelerator")
     chosen = configuration(base, False, options)
     assert isinstance(chosen, AcceleratorConfig)
+    check_vector_unit(chosen)
     return chosen
 
 
@@ -248,11 +251,10 @@ def _summary(path: Path, image: Image) -> Iterator[str]:
         f"addresses of {config.address_bits}, rankings of {config.choices}, history of "
         f"{config.history}"
     )
-    if config.lanes:
-        yield (
-            f"             a vector unit of {config.lanes} lanes for up to {config.query_heads} "
-            "query heads"
-        )
+    yield (
+        f"             a vector unit of {config.lanes} lanes for up to {config.query_heads} query "
+        "heads"
+    )
     yield (
         f"memory:      {image.size:,} bytes from any multiple of {image.alignment} on, the last "
         f"{image.size - image.write_offset:,} written"

@@ -72,11 +72,9 @@ ROWS_HELP = "Rows of the array: tokens in a verify pass."
 COLS_HELP = "Columns of the array: outputs in a tile."
 Rows = Annotated[int, typer.Option(help=ROWS_HELP)]
 Cols = Annotated[int, typer.Option(help=COLS_HELP)]
-LANES_HELP = (
-    "Elements that the vector unit takes in a cycle: a power of two, 4 to 64, or 0: the host does "
-    "the vector work."
-)
-Lanes = Annotated[int, typer.Option(help=LANES_HELP)]
+LANES_HELP = "Elements that the vector unit takes in a cycle: a power of two, 4 to 64."
+LANES_DEFAULT = "8, or the columns if there are fewer"
+Lanes = Annotated[int | None, typer.Option(help=LANES_HELP, show_default=LANES_DEFAULT)]
 
 # Decoding.
 Continued = Annotated[str, typer.Option(help="What to continue.")]

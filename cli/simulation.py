@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from speq.sim.simulated_board import SimulatedBoard
 
 
-def check_array(rows: int, cols: int, lanes: int) -> None:
-    """Refuse an accelerator of an impossible size, whatever the model, and a machine that lacks
-    what builds a simulation. Raises ValueError and OSError."""
+def check_array(rows: int, cols: int, lanes: int | None) -> int:
+    """Refuse an accelerator of an impossible size or without a vector unit, whatever the model, and
+    a machine that lacks what builds a simulation; the lanes, as usual if None are given. Raises
+    ValueError and OSError."""
+    from speq.host.checks import check_vector_unit
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.engine_config import EngineConfig
     from speq.sim.builder import check_tools
 
-    AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes)
+    config = AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes)
+    check_vector_unit(config)
     check_tools()
+    return config.lanes
 
 
 def simulated_board(
@@ -67,11 +71,8 @@ def interruptible(board: SimulatedBoard) -> Iterator[None]:
 
 
 def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> list[str]:
-    """Lines with what the accelerator has counted since the prompt was in, per token; and how fast
-    the simulation was, which took so many cycles and seconds, the prompt included.
-
-    With a vector unit they name its work, without one the time of waiting for the host's.
-    """
+    """Lines with what the accelerator has counted for prompt and reply, per token of the reply; and
+    how fast the simulation was, which took so many cycles and seconds."""
     tokens = counters["COMMITTED"]
     if not tokens:
         return []
@@ -82,13 +83,12 @@ def rtl_figures(counters: Mapping[str, int], simulated: int, seconds: float) -> 
         )
 
     cycles = counters["CYCLES"] - counters["HOST_CYCLES"]
-    vector = ("VECTOR",) if counters["VECTOR_CYCLES"] else ()
-    kinds = per_token("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX", *vector, suffix="CYCLES")
-    stalls = per_token("WEIGHT", "GROUP", "ACTIVATION", "RESULT", *vector, suffix="STALLS")
+    named = ("DRAFT", "VERIFY", "BYPASS", "ATTENTION", "ARGMAX", "VECTOR")
+    kinds = per_token(*named, suffix="CYCLES")
+    stalls = per_token("WEIGHT", "GROUP", "ACTIVATION", "RESULT", "VECTOR", suffix="STALLS")
     busy = f" (the array computes in {counters['COMPUTE_CYCLES'] / cycles:.1%})" if cycles else ""
-    waiting = f", and {counters['HOST_CYCLES'] / tokens:,.0f} of waiting for the host"
     return [
-        f"cycles per token: {cycles / tokens:,.0f}{busy}{'' if vector else waiting}",
+        f"cycles per token, with the prompt's: {cycles / tokens:,.0f}{busy}",
         f"  by descriptor: {kinds}",
         f"  stalls: {stalls}",
         f"simulation: {simulated:,} cycles in {seconds:.1f} s, {simulated / seconds:,.0f} cycles/s",

@@ -14,6 +14,7 @@ from speq.cli.notes import detail
 from speq.cli.options import (
     COLS_HELP,
     GROUP_HELP,
+    LANES_DEFAULT,
     LANES_HELP,
     ROWS_HELP,
     SPLIT_HELP,
@@ -83,7 +84,10 @@ History = Annotated[
 ]
 Lanes = Annotated[
     int | None,
-    typer.Option(help=LANES_HELP, show_default="0"),
+    typer.Option(
+        help=f"{LANES_HELP[:-1]}, or 0: no vector unit, for own programs.",
+        show_default=LANES_DEFAULT,
+    ),
 ]
 QueryHeads = Annotated[
     int | None,
@@ -216,7 +220,7 @@ def configuration(
             **chosen("weights_bits", "data_bits", "address_bits", *_OTHERS),
         )
         return engine
-    ports = base or AcceleratorConfig(engine)
+    ports = base or AcceleratorConfig(engine, lanes=given.get("lanes"))
     changed: dict[str, Any] = {name: getattr(ports, name) for name in _OTHERS}
     changed |= chosen(*_OTHERS)
     for name in ("weights", "data"):

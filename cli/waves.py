@@ -5,8 +5,8 @@ The RTL runs in the simulator as with `speq generate --backend rtl`. A window of
 recorded as FST, and beside it goes the GTKWave save file of `speq.sim.gtkwave`.
 
 A window may begin at an event. A first run then finds its cycle: the simulation stands still while
-the host works, so that a second run meets the same events in the same cycles. Of the passes of an
-accelerator with a vector unit the host is not told; its registers are looked at for them.
+the host works, so that a second run meets the same events in the same cycles. Of passes the host is
+not told; the accelerator's registers are looked at for them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(
     prompt: Continued = "Once upon a time",
     rows: Rows = 4,
     cols: Cols = 8,
-    lanes: Lanes = 0,
+    lanes: Lanes = None,
     draft_length: DraftLength = None,
     max_tokens: MaxTokens = 8,
     start: Annotated[

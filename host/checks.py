@@ -4,16 +4,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from speq.hw.accelerator_config import AcceleratorConfig
-from speq.model.checkpoint import Model, ModelConfig
-from speq.model.format import EncodedTensor
 from speq.model.settings import NO_GUESS, Settings
+
+# Only the names: these load torch, and commands look at an accelerator before that.
+if TYPE_CHECKING:
+    from speq.hw.accelerator_config import AcceleratorConfig
+    from speq.model.checkpoint import Model, ModelConfig
+    from speq.model.format import EncodedTensor
 
 
 def default_capacity(config: AcceleratorConfig, model: ModelConfig) -> int:
     """Entries of a KV cache for the model's whole context, or as many as the accelerator allows."""
     return min(model.context + config.engine.rows, config.engine.max_k)
+
+
+def check_vector_unit(config: AcceleratorConfig) -> None:
+    """Raises ValueError if the accelerator has no vector unit, which all programs here need."""
+    if not config.lanes:
+        raise ValueError(
+            "lanes is 0; only an accelerator with a vector unit can decode a model: take 4 to 64"
+        )
 
 
 def check_model(model: Model) -> None:

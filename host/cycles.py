@@ -7,12 +7,13 @@ descriptors, latencies those of the units.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from speq.host.layout import MemoryLayout, ceil_div
-from speq.host.layouts import memory_layout
+from speq.host.checks import check_vector_unit
+from speq.host.layout import ceil_div
+from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, Mode
@@ -369,19 +370,17 @@ class PredictedPasses:
         latency: int,
         drafted_outputs: int | None = None,
     ) -> None:
-        if not config.lanes:
-            raise ValueError("cycles of passes are predicted for accelerators with a vector unit")
+        check_vector_unit(config)
         self._config, self._model, self._latency = config, model, latency
         self._machine = machine(config, latency)
         # Sizes and order of programs do not depend on the capacity of the KV cache.
-        layouts: Mapping[bool, MemoryLayout] = {
-            encoded: memory_layout(
+        self._layouts = {
+            encoded: VectorLayout(
                 *(config, model, list(formats) if encoded else [], config.engine.rows),
                 drafted_outputs=drafted_outputs if encoded else None,
             )
             for encoded in (False, True)
         }
-        self._layouts = layouts
         self._cycles = lru_cache(maxsize=None)(self._counted)
 
     @property

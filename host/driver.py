@@ -2,15 +2,13 @@
 """The accelerator's driver: lays a model out in memory and starts runs.
 
 The array multiplies, the vector unit does what lies between the products, and the speculation loop
-is in hardware: the driver gives a run its tokens and takes those that it commits. Without a vector
-unit it serves HOST descriptors as well (`speq.host.host_passes`).
+is in hardware: the driver gives a run its tokens and takes those that it commits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,19 +17,18 @@ from speq.host.board import Board
 from speq.host.checks import check_capacity, check_settings
 from speq.host.image import Image, model_image
 from speq.host.layout import RING_LOG2, Region, ranking_bytes
-from speq.host.layouts import driver_passes
-from speq.host.passes import Pass, read_results
+from speq.host.passes import Operands, Pass, read_margins, read_pass, read_results
 from speq.host.registers import read_configuration, speculation_words
 from speq.host.run_control import AcceleratorError, RunControl
 from speq.hw.accelerator_config import ErrorCode, PassKind
-from speq.hw.control.register_map import COUNTERS
+from speq.hw.control.register_map import COUNTERS, MAX_STOP_TOKENS
 from speq.model.checkpoint import Model
 from speq.model.format import EncodedTensor
 from speq.model.settings import Sampling, Settings
 from speq.model.speculation import Step, committed_step, shared_prefix, token_limit
 from speq.model.transformer import NonFiniteError
 
-_T = TypeVar("_T")
+_TOKEN = 4  # bytes of a token id
 
 
 class Driver:
@@ -58,10 +55,8 @@ class Driver:
     Attributes
     ----------
     observer : callable, optional
-        Called with the pass and the number of the HOST descriptor whenever one is about to be
-        served. With a vector unit, before each pass over the prompt and each run that decodes,
-        whose pass has no rows then, with 0; and with 1 behind each pass over the prompt and, with
-        its verify pass, each step.
+        Called with None and 0 before each run, and behind each step with its verify pass and the
+        number of entries that the run has filled with the prompt before it.
     verify_logits : torch.float32 [rows, vocabulary], optional
         Of all rows of the last step's verify pass, refused ones included.
 
@@ -85,7 +80,7 @@ class Driver:
         patience: int | None = None,
     ) -> None:
         self._board, self._model = board, model
-        self.observer: Callable[[Pass, int], None] | None = None
+        self.observer: Callable[[Pass | None, int], None] | None = None
         self.verify_logits: torch.Tensor | None = None
         self.config = config = read_configuration(board)
         self._control = RunControl(board, config, patience)
@@ -103,11 +98,9 @@ class Driver:
             raise ValueError(f"the model needs {layout.size} bytes of memory, not {stop - start}")
         self._drafts = bool(image.encoded_names)
         self._capacity = image.capacity
-        self._passes = driver_passes(
-            board, self._control, layout, model, image.capacity, self._observe
-        )
-        self._text: list[int] = []  # whose entries are the first ones in it
-        self._passes.reranked = image.reranked
+        self._operands = Operands(board, layout)
+        self._text: list[int] = []  # whose entries are the first ones in the KV cache
+        self._reranked = image.reranked  # tokens, by the program of draft passes
         self._control.stop()
         image.load(board, start)
         image.write_registers(board, start)
@@ -116,24 +109,25 @@ class Driver:
 
     def _write_draft_program(self, reranked: int) -> None:
         """The one that re-ranks so many tokens."""
-        self._passes.reranked = reranked
+        self._reranked = reranked
         program = self.layout.program_content(PassKind.DRAFT, reranked)
         self._board.write(self.layout.programs[PassKind.DRAFT], program)
         # Of the longest program, so that what is fetched ahead in it ends with it.
         self.registers["PROGRAM_LENGTH"] = self.layout.longest_program(reranked)
 
     def counters(self) -> dict[str, int]:
-        """All performance counters; between runs, or while the accelerator waits for the host."""
+        """All performance counters, which begin with the prompt; between runs, or while the
+        accelerator waits for the host."""
         return {name: self.registers[name] for name in COUNTERS}
 
     def reranked_tiles(self, index: int = 0) -> int:
-        """Tiles of the head that the last draft pass has computed exactly; with a vector unit that
-        of this number in the chain of the last step."""
-        if not (self._passes.reranked and self.layout.weights["head"].encoded):
+        """Tiles of the head that the draft pass of this number in the chain of the last step has
+        computed exactly."""
+        if not (self._reranked and self.layout.weights["head"].encoded):
             return 0
         address = self.layout.draft_ranking(index)
         ranking = self._board.read(address, ranking_bytes(self.config)).view("<u4")
-        candidates = min(self._passes.reranked, self.layout.weights["head"].drafted)
+        candidates = min(self._reranked, self.layout.weights["head"].drafted)
         return len(set(ranking[0 : 2 * candidates : 2] // self.config.engine.cols))
 
     # Decoding.
@@ -154,7 +148,7 @@ class Driver:
         A run that ends with NONFINITE in a pass that plain decoding would not make is followed by
         another, which repeats the step as `speq.model.speculation.generate` does.
 
-        When the prompt but its last token is in the KV cache, the counters start at 0.
+        The counters start at 0 before the prompt.
 
         Parameters
         ----------
@@ -193,10 +187,12 @@ class Driver:
         known = self.known(prompt) if resume else 0
         del self._text[known:]
         try:
-            self._prefill(prompt[known:-1], known)
-            self._text += prompt[known:-1]
-            self.registers.command("clear_counters")
+            self._write_prompt(prompt, known)
             self._write_sampling(sampling, seed)
+            self._write_settings(settings, prompt)
+            # Where there are more, the host looks for the others behind each step.
+            self.registers.write_stop_tokens(sorted(stop_ids)[:MAX_STOP_TOKENS])
+            self.registers.command("clear_counters")
             yield from self._decode(prompt, limit, settings, stop_ids)
         except BaseException:
             self._control.abort()
@@ -207,59 +203,58 @@ class Driver:
         in the KV cache."""
         return shared_prefix(self._text, prompt[:-1])
 
-    def _prefill(self, tokens: Sequence[int], start: int) -> None:
-        """Fill the KV cache from entry `start` on."""
-        self.registers["RUN"] = 0
-        rows = self.config.engine.rows
-        for i in range(0, len(tokens), rows):
-            self._fill(list(tokens[i : i + rows]), start + i)
-
-    def _fill(self, tokens: list[int], start: int) -> None:
-        """A pass that fills the KV cache from entry `start` on."""
-        self.registers["PASS_ROWS"] = len(tokens)
-        self.registers["POSITION"] = start
-        current = Pass(PassKind.SINGLE, tokens, start)
-        try:
-            self._finished(lambda: self._passes.fill(current))
-        except NonFiniteError as error:
-            # A row before it may fail in a later product.
-            if error.position > start:
-                self._control.stop()
-                self._fill(tokens[: error.position - start], start)
-            raise
+    def _write_prompt(self, prompt: Sequence[int], known: int) -> None:
+        """The text of a run, of which so many tokens are in the KV cache."""
+        r = self.registers
+        if new := prompt[known:-1]:
+            self._board.write(self.layout.text + _TOKEN * known, np.array(new, "<u4"))
+        r["POSITION"], r["PROMPT_END"], r["ROOT"] = known, len(prompt) - 1, prompt[-1]
 
     def _decode(
         self, prompt: Sequence[int], limit: int, settings: Settings, stop_ids: frozenset[int]
     ) -> Generator[Step, None, None]:
         r = self.registers
-        r["POSITION"] = len(prompt) - 1
-        r["ROOT"] = root = prompt[-1]
-        self._write_settings(settings, prompt)
-        if settings.reranked != self._passes.reranked:
+        root, end = prompt[-1], len(prompt) - 1
+        if settings.reranked != self._reranked:
             self._write_draft_program(settings.reranked)
         longest = length = settings.length if self._drafts else 0
         chain: list[int] = []  # what is left of that of a verify pass that was not finite
         left, number, repeated = limit, 1, False
-        written = self._begin(length, left)
+        written, unfilled = 0, end - len(self._text)
+        self._begin(length, left)
         while True:
             try:
-                state = self._finished(self._passes.step)
-            except NonFiniteError as error:
-                failed = self._passes.current
+                state = self._control.expect("STEP", "IDLE")
+            except AcceleratorError as failure:
+                if failure.code is not ErrorCode.NONFINITE:
+                    raise
+                failed, _ = read_pass(r)
+                if unfilled:
+                    self._check_prompt(prompt, failed, failure)
+                    self._text += prompt[len(self._text) : -1]
+                    unfilled = 0
                 if failed.kind is PassKind.DRAFT:
                     length = failed.start - r["POSITION"]  # the chain ends before it
                 elif len(failed.tokens) > 1:
                     length, repeated = 0, True
                     chain = failed.proposal.chain
                 else:
+                    error = self._nonfinite(failed, failure)
                     error.step = number
-                    raise
+                    raise error from failure
                 self._control.stop()
-                written = self._begin(length, left)
+                written = 0
+                self._begin(length, left)
                 continue
             if state == "IDLE":
                 return
-            step = self._committed_step(written, stop_ids, repeated)
+            verified, _ = read_pass(r)
+            if self.observer is not None:
+                self.observer(verified, unfilled)
+            if unfilled:
+                self._text += prompt[len(self._text) : -1]
+                unfilled = 0
+            step = self._committed_step(verified, written, stop_ids, repeated)
             self._text += [root, *step.tokens[:-1]]
             root = step.tokens[-1]
             written, left = written + len(step.tokens), left - len(step.tokens)
@@ -271,16 +266,56 @@ class Driver:
             yield step
             if resumes:
                 self._control.expect("IDLE")
-                length = longest
-                written = self._begin(length, left)
+                length, written = longest, 0
+                self._begin(length, left)
+
+    def _nonfinite(self, failed: Pass, failure: AcceleratorError) -> NonFiniteError:
+        """What a run that ends so says of the product whose result is not finite."""
+        layer = self.layout.product_at(failed.kind, failure.address)
+        return failed.nonfinite(layer, self._operands.nonfinite_row(failed, layer))
+
+    def _check_prompt(self, prompt: Sequence[int], failed: Pass, failure: AcceleratorError) -> None:
+        """Raises the NonFiniteError of the lowest position of the prompt with one, if there is one:
+        of a run that has ended in the pass `failed` before its first step."""
+        known = len(self._text)
+        start = failed.start if failed.kind is PassKind.SINGLE else len(prompt) - 1
+        self._check_entries(range(known, start), failure)
+        if failed.kind is not PassKind.SINGLE:
+            return
+        error = self._nonfinite(failed, failure)
+        # A row before it may fail in a later product.
+        self._fill(failed.tokens[: error.position - start], start, failure)
+        raise error from failure
+
+    def _check_entries(self, places: range, failure: AcceleratorError) -> None:
+        """Raises a NonFiniteError if one of the prompt's entries in the last block, which are in no
+        product of its passes, is not finite."""
+        found = self._operands.nonfinite_entry(places)
+        if found is not None:
+            raise NonFiniteError("prompt", *found) from failure
+
+    def _fill(self, tokens: list[int], start: int, failure: AcceleratorError) -> None:
+        """A single pass once more, over the first of its rows. Raises as `_check_prompt`."""
+        if not tokens:
+            return
+        r = self.registers
+        self._control.stop()
+        r["RUN"], r["PASS_ROWS"], r["POSITION"] = 0, len(tokens), start
+        self._control.start()
+        try:
+            self._control.expect("IDLE")
+        except AcceleratorError as again:
+            if again.code is not ErrorCode.NONFINITE:
+                raise
+            error = self._nonfinite(Pass(PassKind.SINGLE, tokens, start), again)
+            self._fill(tokens[: error.position - start], start, failure)
+            raise error from failure
+        self._check_entries(range(start, start + len(tokens)), failure)
 
     def _write_sampling(self, sampling: Sampling | None, seed: int) -> None:
         """What a run is that decodes."""
         r = self.registers
-        r["PROMPT_END"] = r["STOP_TOKENS"] = 0  # prompts and ends of texts are dealt with here
-        flags = {"speculate": 1, "sample": 0, "truncate": 0, "steps": 1}
-        if self.config.lanes:
-            flags["move"] = 1
+        flags = {"speculate": 1, "sample": 0, "truncate": 0, "steps": 1, "move": 1}
         if sampling is None:
             r["RUN"] = flags
         else:
@@ -304,22 +339,29 @@ class Driver:
             for token in prompt[-self.config.history :]:
                 r["HISTORY"] = token
 
-    def _begin(self, draft_length: int, limit: int) -> int:
-        """Start a run that decodes from where the last one has ended; 0, the tokens in the ring."""
-        self._passes.begin()
+    def _begin(self, draft_length: int, limit: int) -> None:
+        """Start a run that decodes from where the last one has ended."""
+        if self.observer is not None:
+            self.observer(None, 0)
         self.registers["DRAFT_LENGTH"] = draft_length
         self.registers["TOKEN_LIMIT"] = limit
         self._control.start()
-        return 0
 
-    def _committed_step(self, written: int, stop_ids: frozenset[int], repeated: bool) -> Step:
-        """The step that the accelerator has just committed, but nothing behind a stop token."""
+    def _committed_step(
+        self, verified: Pass, written: int, stop_ids: frozenset[int], repeated: bool
+    ) -> Step:
+        """The step that the accelerator has just committed, with this verify pass, behind so many
+        tokens of the run."""
         fields = self.registers.fields("STEP")
-        verified = self._passes.current
         tokens = self._read_ring(written, fields["committed"])
-        proposal = replace(verified.proposal, margins=self._passes.margins)
+        proposal = verified.proposal
+        proposal = replace(
+            proposal, margins=read_margins(self._board, self.layout, len(proposal.chain))
+        )
         rows = proposal.path(fields["last_row"])
-        self._passes.accept(verified.start, rows)
+        # A row whose token ends the text counts as accepted, but chooses nothing.
+        behind = proposal.children(rows[-1])
+        rows += [row for row in behind if proposal.tokens[row - 1] == tokens[-1]][:1]
         self.verify_logits = read_results(
             self._board, self.layout, "head", self.layout.results, len(verified.tokens)
         )
@@ -336,28 +378,9 @@ class Driver:
         """Tokens number start .. start + count - 1 of a run."""
         size = 1 << RING_LOG2
         first = start % size
-        parts = [(first, min(count, size - first)), (0, max(0, count - (size - first)))]
-        return [
-            int(token)
-            for place, length in parts
-            if length
-            for token in self._board.read(self.layout.ring + 4 * place, 4 * length).view("<u4")
-        ]
-
-    # Passes.
-
-    def _observe(self, current: Pass, index: int) -> None:
-        if self.observer is not None:
-            self.observer(current, index)
-
-    def _finished(self, work: Callable[[], _T]) -> _T:
-        """What work on passes gives. Raises NonFiniteError instead of an AcceleratorError that says
-        that a product has a result that is not finite."""
-        try:
-            return work()
-        except AcceleratorError as error:
-            if error.code is not ErrorCode.NONFINITE:
-                raise
-            current = self._passes.current
-            layer = self.layout.product_at(current.kind, error.address)
-            raise current.nonfinite(layer, self._passes.nonfinite_row(layer)) from error
+        tokens: list[int] = []
+        for place, length in ((first, min(count, size - first)), (0, count - (size - first))):
+            if length > 0:
+                content = self._board.read(self.layout.ring + _TOKEN * place, _TOKEN * length)
+                tokens += content.view("<u4").tolist()
+        return tokens

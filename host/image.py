@@ -28,13 +28,11 @@ from speq.host.layout import (
     PROGRAM_NAMES,
     RING_LOG2,
     Kind,
-    MemoryLayout,
     Part,
     encoded_tensor,
     plain_words,
     weight_planes,
 )
-from speq.host.layouts import memory_layout
 from speq.host.registers import (
     ALL_INTERRUPTS,
     configuration,
@@ -44,6 +42,7 @@ from speq.host.registers import (
     split,
 )
 from speq.host.vector_image import VECTOR_PARTS, vector_part
+from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import Register, registers
 from speq.model.checkpoint import Model, ModelConfig
@@ -109,8 +108,7 @@ class Image:
     size : int
         Bytes of memory.
     write_offset : int
-        Where the region begins that the accelerator writes, up to the end; it reads what is before,
-        with a vector unit everything.
+        Where the region begins that the accelerator writes, up to the end; it reads everything.
     parts : Part by rising offset, which is its `start`
     registers : Setting in the order in which they are to be checked or written
     relocations : rising offsets of 64-bit words to which the load address is added
@@ -181,9 +179,9 @@ class Image:
         """Names of the linear layers that are encoded."""
         return [part.name for part in self.parts if part.kind is Kind.DRAFT_PLANE]
 
-    def layout(self, model: ModelConfig, base: int = 0) -> MemoryLayout:
+    def layout(self, model: ModelConfig, base: int = 0) -> VectorLayout:
         """The memory of its model behind a load address. Raises ValueError if it does not fit."""
-        return memory_layout(
+        return VectorLayout(
             self.config,
             model,
             self.encoded_names,
@@ -366,7 +364,7 @@ def model_image(
     drafted = encoded["head"].drafted_outputs if "head" in encoded else None
     if capacity is None:
         capacity = default_capacity(config, model.config)
-    layout = memory_layout(config, model.config, encoded, capacity, drafted_outputs=drafted)
+    layout = VectorLayout(config, model.config, encoded, capacity, drafted_outputs=drafted)
 
     @lru_cache(maxsize=1)
     def planes(name: str) -> dict[Kind, np.ndarray]:
@@ -427,7 +425,7 @@ def _registers(config: AcceleratorConfig) -> dict[str, Register]:
     return {register.name: register for register in registers(config)}
 
 
-def _plan(layout: MemoryLayout, capacity: int, settings: Settings) -> _Plan:
+def _plan(layout: VectorLayout, capacity: int, settings: Settings) -> _Plan:
     """An image but for its weights, from a layout behind address 0 with a KV cache of so many
     entries."""
     return _Plan(
@@ -440,7 +438,7 @@ def _plan(layout: MemoryLayout, capacity: int, settings: Settings) -> _Plan:
     )
 
 
-def _settings(layout: MemoryLayout, settings: Settings) -> Iterator[Setting]:
+def _settings(layout: VectorLayout, settings: Settings) -> Iterator[Setting]:
     """Registers that must have a value, then those that a run needs."""
     known = _registers(layout.config)
     for name, value in constant_words(layout.config).items():
@@ -454,9 +452,8 @@ def _settings(layout: MemoryLayout, settings: Settings) -> Iterator[Setting]:
         "DRAFT_PROGRAM": layout.programs[PassKind.DRAFT],
         "VERIFY_PROGRAM": layout.programs[PassKind.VERIFY],
         "RING": layout.ring,
+        "MOVE_PROGRAM": layout.programs[PassKind.MOVE],
     }
-    if PassKind.MOVE in layout.programs:
-        addresses["MOVE_PROGRAM"] = layout.programs[PassKind.MOVE]
     for name, value in addresses.items():
         yield Setting(known[name].offset, Action.WRITE_ADDRESS, value)
     numbers = {
@@ -474,11 +471,11 @@ def _settings(layout: MemoryLayout, settings: Settings) -> Iterator[Setting]:
             yield Setting(offset, Action.WRITE, word)
 
 
-def _relocations(layout: MemoryLayout, capacity: int, reranked: int) -> Iterator[int]:
+def _relocations(layout: VectorLayout, capacity: int, reranked: int) -> Iterator[int]:
     """Offsets of the words in the programs that are others behind another load address."""
     config = layout.config
     ports = {name: replace(getattr(config, name), address_bits=64) for name in ("weights", "data")}
-    moved = memory_layout(
+    moved = VectorLayout(
         replace(config, **ports),
         layout.model,
         [name for name, weights in layout.weights.items() if weights.encoded],

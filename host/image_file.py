@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from speq.host.checks import check_settings
+from speq.host.checks import check_settings, check_vector_unit
 from speq.host.image import AGAIN, Action, Image, Setting
 from speq.host.layout import Kind, Part
 from speq.hw.control.register_map import registers
@@ -293,6 +293,7 @@ def _check_registers(image: Image) -> None:
     """Raises ValueError unless its registers are such as are there for what is done with them, and
     tell a configuration, with the image's alignment, and settings."""
     config = image.config
+    check_vector_unit(config)
     if image.alignment != config.alignment:
         raise ValueError(f"its alignment is {image.alignment}; expected {config.alignment}")
     known = {offset: r for r in registers(config) for offset in r.offsets}

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speq.host.checks import check_model
+from speq.host.checks import check_model, check_vector_unit
 from speq.host.layout import exceeded_limits
-from speq.host.layouts import memory_layout
 from speq.host.meter import cycle_engine
+from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.model.checkpoint import Model, ModelConfig, linear_names, tensor_shapes
 from speq.model.cycles import Engine, draft_pass, kv_bytes, plain_pass, uniform_formats, verify_pass
@@ -46,7 +46,7 @@ _SIZES = {
 _MOST_TOKENS = 1 << 21  # that a tokenizer may have
 _WIDTH = 80
 _LABEL = 14  # of its columns
-#: What the vector unit computes, the host without one, by operation of the schedule.
+#: What the vector unit computes, by operation of the schedule.
 _VECTORS = {
     Operation.EMBED: "embedding",
     Operation.NORM: "RMSNorm",
@@ -187,7 +187,7 @@ class Report:
         What the architecture has besides plain attention and FFN. This and the following are empty
         or None if the model's settings are not supported.
     array, vector_unit, host : list of str
-        What runs where; without a vector unit its work is the host's.
+        What runs where.
     bytes : Bytes or None
     accelerator : dict or None
         Rows, columns, max_k and context that it was compared with.
@@ -270,6 +270,7 @@ def report(
         If a value is out of its range.
     """
     config = config or AcceleratorConfig()
+    check_vector_unit(config)
     if not (math.isfinite(clock) and clock > 0):
         raise ValueError(f"clock is {clock}; expected a number of MHz above 0")
     if not 0 <= acceptance <= 1:
@@ -310,8 +311,6 @@ def report(
     result["parameters"] = sum(math.prod(shape) for _, shape in tensor_shapes(c))
     engine = config.engine
     array, vectors, host = _places(c)
-    if not config.lanes:
-        vectors, host = [], vectors + host
     return Report(
         **result,
         traits=_traits(c),
@@ -373,7 +372,7 @@ def _bytes(
     layout = None
     if fits:
         capacity = context + config.engine.rows
-        layout = memory_layout(config, model, linear_names(model), capacity)
+        layout = VectorLayout(config, model, linear_names(model), capacity)
     return Bytes(
         fp16=2 * sum(math.prod(shape) for _, shape in tensor_shapes(model)),
         linear=plain.weights,
@@ -426,7 +425,7 @@ def _text(tokenizer: Tokenizer, sizes: Mapping[str, int]) -> Text:
 
 
 def _places(config: ModelConfig) -> tuple[list[str], list[str], list[str]]:
-    """What of a pass runs in the array, what is vector work and what is always the host's."""
+    """What of a pass runs in the array, in the vector unit and in the host."""
     schedule = pass_schedule(config)
     linears = sum(len(step.names) for step in schedule if isinstance(step, Linears))
     attentions = sum(isinstance(step, Attention) for step in schedule)
@@ -507,8 +506,7 @@ def _lines(r: Report) -> Iterator[str]:
         return
     yield ""
     yield from _entry("in the array", "; ".join(r.array))
-    if r.vector_unit:
-        yield from _entry("vector unit", "; ".join(r.vector_unit))
+    yield from _entry("vector unit", "; ".join(r.vector_unit))
     yield from _entry("in the host", "; ".join(r.host))
     yield ""
     layers = f"linear layers {_amount(b.linear)}, {b.draft / b.linear:.1%} of it the draft"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from speq.host.checks import check_vector_unit
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import DESCRIPTOR_BYTES, Descriptor, DescriptorKind
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
@@ -62,33 +63,6 @@ def activation_count(k: int, config: AcceleratorConfig) -> int:
     """Words in memory of `k` activation words: whole beats of the data port."""
     size = config.activation_bytes
     return round_up(k * size, config.data.beat_bytes) // size
-
-
-def activation_words(patterns: np.ndarray, config: AcceleratorConfig) -> np.ndarray:
-    """Activations for verify and bypass mode as they lie in memory.
-
-    Parameters
-    ----------
-    patterns : uint16 [..., N, K]
-        FP16 bit patterns of N rows.
-    config : AcceleratorConfig
-
-    Returns
-    -------
-    uint16 [..., ceil(N / R), words, activation_bytes / 2]
-        Batches of R rows: word k holds activation k of the batch's rows.
-    """
-    rows = config.engine.rows
-    *leading, n, k = patterns.shape
-    batches = ceil_div(n, rows)
-    if n % rows and batches > 1:
-        padding = np.zeros((*leading, batches * rows - n, k), np.uint16)
-        patterns = np.concatenate((patterns, padding), axis=-2)
-    batched = patterns.reshape(*leading, batches, -1, k).swapaxes(-1, -2)
-    shape = (*leading, batches, activation_count(k, config), config.activation_bytes // _WORD)
-    words = np.zeros(shape, np.uint16)
-    words[..., :k, : batched.shape[-1]] = batched
-    return words
 
 
 def pack_block_activations(x: BlockActivations) -> np.ndarray:
@@ -138,17 +112,6 @@ def unpack_results(content: np.ndarray, tokens: int, o: int, cols: int) -> np.nd
     """Results in memory, uint8 [tile][token][column][4], as float32 [tokens, o]."""
     tiles = content.view(np.float32).reshape(-1, tokens, cols)
     return tiles.transpose(1, 0, 2).reshape(tokens, -1)[:, :o]
-
-
-def unpack_batches(content: np.ndarray, n: int, o: int, cols: int, rows: int) -> np.ndarray:
-    """Results of an ATTENTION for n rows, in batches of at most `rows`, as float32 [n, o]."""
-    tiles, full = ceil_div(o, cols), n // rows * rows
-    split = full * tiles * cols * _RESULT
-    batches = content[:split].view(np.float32).reshape(n // rows, tiles, rows, cols)
-    result = batches.transpose(0, 2, 1, 3).reshape(full, tiles * cols)[:, :o]
-    if full == n:
-        return result
-    return np.concatenate((result, unpack_results(content[split:], n - full, o, cols)))
 
 
 def retile(plane: np.ndarray, rows: int, cols: int) -> np.ndarray:
@@ -260,8 +223,8 @@ class Weights:
 class MemoryLayout(ABC):
     """Addresses of everything that a decoder needs in the accelerator's memory.
 
-    What all accelerators have in common: weights, the KV cache and the products of a pass.
-    `speq.host.layouts.memory_layout` makes the one that an accelerator needs.
+    What does not depend on the vector work of a pass: weights, the KV cache and products.
+    `speq.host.vector_programs.VectorLayout` is all of it.
 
     Parameters
     ----------
@@ -296,7 +259,7 @@ class MemoryLayout(ABC):
     Raises
     ------
     ValueError
-        If the model does not fit the configuration.
+        If the model does not fit the configuration, or this has no vector unit.
     """
 
     keys: int = 0
@@ -311,8 +274,6 @@ class MemoryLayout(ABC):
     ring: int = 0
     results: int = 0
     programs: dict[PassKind, int]
-    #: Of which there are programs.
-    _kinds: tuple[PassKind, ...] = (PassKind.SINGLE, PassKind.DRAFT, PassKind.VERIFY)
     read: Region
     write: Region
 
@@ -326,6 +287,7 @@ class MemoryLayout(ABC):
         *,
         drafted_outputs: int | None = None,
     ) -> None:
+        check_vector_unit(config)
         self.config, self.model = config, model
         engine = config.engine
         #: Entries of the KV cache, whole tiles.
@@ -369,7 +331,7 @@ class MemoryLayout(ABC):
         """Take the bytes of the programs."""
         self.programs = {
             kind: self._take(Kind.PROGRAM, self._program_size(kind), PROGRAM_NAMES[kind])
-            for kind in self._kinds
+            for kind in PassKind
         }
 
     def _take_draft_activations(self) -> None:
@@ -405,14 +367,14 @@ class MemoryLayout(ABC):
     def _place_buffers(self) -> None:
         """Take the bytes of everything but weights."""
 
+    @abstractmethod
     def _stored_outputs(self, name: str, o: int) -> int:
         """Outputs in memory of a linear layer with o outputs."""
-        return o
 
+    @abstractmethod
     def order(self, name: str) -> np.ndarray | None:
         """Which output of the model each output of a linear layer in memory is, -1 where it is
         padding, int64 [outputs in memory]; None if they are the same."""
-        return None
 
     def _place(self, name: str, o: int, k: int, encoded: bool, drafted_head: int | None) -> Weights:
         config = self.config
@@ -474,9 +436,9 @@ class MemoryLayout(ABC):
         number = (block * self.model.kv_heads + head) * self.value_tiles + tile
         return self.values + number * self.value_stride + entry * self.config.engine.cols * _WORD
 
+    @abstractmethod
     def draft_ranking(self, index: int) -> int:
         """Address of the ranking of a draft pass of this number in its chain."""
-        return self.ranking
 
     def schedule(self, kind: PassKind) -> list[Step]:
         """The steps of a pass."""
@@ -485,10 +447,6 @@ class MemoryLayout(ABC):
     def stages(self, kind: PassKind) -> list[Stage]:
         """What the array computes in a pass."""
         return stages(self.schedule(kind))
-
-    @abstractmethod
-    def host_turns(self, kind: PassKind) -> int:
-        """How often the host is asked for vector work in a pass."""
 
     def program(self, kind: PassKind, reranked: int = 0) -> list[Descriptor]:
         """The program of a pass; of a draft pass one that computes so many of the best logits of an
@@ -669,10 +627,10 @@ def exceeded_limits(config: AcceleratorConfig, model: ModelConfig, capacity: int
         "width of all heads": model.heads * model.head_dim,
         "KV cache": capacity,
     }
-    o_sizes = k_sizes | {"vocabulary": model.vocab_size}
-    if config.lanes:  # they begin at tiles
-        width = round_up(model.head_dim, engine.cols)
-        o_sizes["width of all heads"] = model.heads * width
+    o_sizes = k_sizes | {
+        "vocabulary": model.vocab_size,
+        "width of all heads": model.heads * round_up(model.head_dim, engine.cols),
+    }
     found = [
         Excess(what, size, getattr(engine, name), name)
         for sizes, name in ((k_sizes, "max_k"), (o_sizes, "max_o"))
@@ -682,7 +640,7 @@ def exceeded_limits(config: AcceleratorConfig, model: ModelConfig, capacity: int
     sharing = model.heads // model.kv_heads
     if sharing > _MAX_SHARING:
         found.append(Excess("number of heads that share a KV head", sharing, _MAX_SHARING, ""))
-    if config.lanes and model.heads > config.query_heads:
+    if model.heads > config.query_heads:
         found.append(
             Excess("number of query heads", model.heads, config.query_heads, "query_heads")
         )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from speq.host.driver import Driver
 from speq.host.passes import Pass
@@ -20,19 +20,23 @@ _RESULT_BITS = 32
 class PassShape:
     """What the cycles of a pass depend on: its kind, its rows, the KV entries before them, and the
     tiles of the head that a draft pass computes exactly; of a verify pass that is measured with the
-    draft passes of its step, `drafts` are these tiles of each."""
+    draft passes of its step, `drafts` are these tiles of each, and `prompt` are the entries that
+    the passes over the prompt have filled in the same time."""
 
     kind: PassKind
     rows: int
     position: int
     tiles: int = 0
     drafts: tuple[int, ...] = ()
+    prompt: int = 0
 
     @property
     def name(self) -> str:
         """For users; a verify pass of one row is plain decoding."""
         if self.kind is PassKind.SINGLE:
             return "prefill"
+        if self.prompt:
+            return "first step"
         if self.drafts:
             return "step"
         is_plain = self.kind is PassKind.VERIFY and self.rows == 1
@@ -56,7 +60,12 @@ class PassShape:
             draft_pass(config, engine, formats, self.position + i, drafted_outputs, tiles).cycles
             for i, tiles in enumerate(self.drafts)
         )
-        return drafting + cost(config, engine, formats, self.rows, self.position).cycles
+        start = self.position - self.prompt
+        filling = sum(
+            prefill_pass(config, engine, formats, rows, first).cycles
+            for rows, first in batches(self.prompt, start, engine.rows)
+        )
+        return filling + drafting + cost(config, engine, formats, self.rows, self.position).cycles
 
 
 @dataclass(frozen=True)
@@ -68,19 +77,14 @@ class MeasuredPass:
     shape : PassShape
     counters : dict
         What each counter of the accelerator has counted in it.
-    stages : list of int
-        Cycles from each of its HOST descriptors to the next, without the host's and without the
-        last stage; none with a vector unit.
     """
 
     shape: PassShape
     counters: dict[str, int]
-    stages: list[int] = field(default_factory=list)
 
     @property
     def cycles(self) -> int:
-        """From its first HOST descriptor to its successor's, without the host's; all of it with a
-        vector unit."""
+        """All of them, but for those of waiting for the host behind a step."""
         return busy_cycles(self.counters)
 
 
@@ -90,10 +94,10 @@ def busy_cycles(counters: Mapping[str, int]) -> int:
 
 
 class Meter:
-    """The counters of each pass of a driver's next run.
+    """The counters of each step of a driver's next run.
 
-    A pass lasts from its first HOST descriptor to that of its successor, or to `stop`. With a
-    vector unit nothing tells the passes of a step apart, and they count as one.
+    Nothing tells the passes of a step apart: they count as one, that of the first step with the
+    passes over the prompt.
 
     Parameters
     ----------
@@ -112,33 +116,22 @@ class Meter:
     ) -> None:
         self.passes: list[MeasuredPass] = []
         self._driver, self._finished = driver, finished
-        self._shape: PassShape | None = None  # of the pass under way
         self._before: dict[str, int] = {}
-        self._times: list[int] = []
         driver.observer = self._observe
 
-    def _observe(self, current: Pass, index: int) -> None:
-        if self._driver.layout.host_turns(current.kind):
-            self._observe_turn(current, index)
-            return
-        if index:
-            shape = PassShape(current.kind, len(current.tokens), current.start)
-            if current.kind is PassKind.VERIFY:
-                chain = range(len(current.proposal.chain))
-                shape = replace(shape, drafts=tuple(map(self._driver.reranked_tiles, chain)))
-            self._record(shape, [])
+    def _observe(self, verified: Pass | None, prompt: int) -> None:
+        if verified is not None:
+            chain = range(len(verified.proposal.chain))
+            self._record(
+                PassShape(
+                    PassKind.VERIFY,
+                    len(verified.tokens),
+                    verified.start,
+                    drafts=tuple(map(self._driver.reranked_tiles, chain)),
+                    prompt=prompt,
+                )
+            )
         self._before = self._driver.counters()
-
-    def _observe_turn(self, current: Pass, index: int) -> None:
-        if index == 0:
-            self.stop()
-            self._shape = PassShape(current.kind, len(current.tokens), current.start)
-            self._before, self._times = self._driver.counters(), []
-        self._times.append(self.cycles())
-        # Nothing follows the last turn of a prefill pass; then the counters may start anew.
-        last = self._driver.layout.host_turns(current.kind) - 1
-        if current.kind is PassKind.SINGLE and index == last:
-            self.stop()
 
     def cycles(self) -> int:
         """Since the counters were last cleared, without the host's."""
@@ -147,19 +140,9 @@ class Meter:
             {name: self._driver.registers[name] for name in ("CYCLES", "HOST_CYCLES")}
         )
 
-    def stop(self) -> None:
-        """The pass under way, if there is one, has ended."""
-        if self._shape is None:
-            return
-        shape, self._shape = self._shape, None
-        if shape.kind is PassKind.DRAFT:
-            shape = replace(shape, tiles=self._driver.reranked_tiles())
-        stages = [end - start for start, end in zip(self._times, self._times[1:], strict=False)]
-        self._record(shape, stages)
-
-    def _record(self, shape: PassShape, stages: list[int]) -> None:
+    def _record(self, shape: PassShape) -> None:
         counted = {name: n - self._before[name] for name, n in self._driver.counters().items()}
-        self.passes.append(MeasuredPass(shape, counted, stages))
+        self.passes.append(MeasuredPass(shape, counted))
         if self._finished:
             self._finished(self.passes[-1])
 
@@ -170,13 +153,19 @@ def passes_of(
     """The passes that fill the KV cache with a prompt and make these steps, with the drafts' best
     tokens computed exactly as if each was in a tile of its own."""
     position = len(prompt) - 1
-    for start in range(0, position, rows):
-        yield PassShape(PassKind.SINGLE, min(rows, position - start), start)
+    for count, start in batches(position, 0, rows):
+        yield PassShape(PassKind.SINGLE, count, start)
     for step in steps:
         for i in range(step.drafted):
             yield PassShape(PassKind.DRAFT, 1, position + i, reranked)
         yield PassShape(PassKind.VERIFY, step.rows, position)
         position += len(step.tokens)
+
+
+def batches(entries: int, start: int, rows: int) -> Iterator[tuple[int, int]]:
+    """The passes that fill so many entries of the KV cache from `start` on: rows and position."""
+    for first in range(start, start + entries, rows):
+        yield min(rows, start + entries - first), first
 
 
 def cycle_engine(config: AcceleratorConfig, latency: int) -> Engine:

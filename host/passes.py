@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes of a run: what they are, and what a driver has to do for them."""
+"""Passes of a run: what the accelerator tells of them, and what they leave in memory."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from speq.host.board import Board
-from speq.host.layout import MemoryLayout, results_bytes, unpack_results
+from speq.host.layout import (
+    ceil_div,
+    ranking_bytes,
+    ranking_margin,
+    results_bytes,
+    unpack_results,
+)
 from speq.host.registers import Registers
+from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import PassKind
+from speq.hw.engine_config import Mode
 from speq.model.draft_tree import Origin, Proposal
-from speq.model.transformer import NonFiniteError
+from speq.model.transformer import NonFiniteError, first_nonfinite_row
+
+_HALF = 2  # bytes of an FP16 number
 
 #: What a `NonFiniteError` calls passes.
 _PASS_NAMES = {PassKind.SINGLE: "prompt", PassKind.DRAFT: "draft", PassKind.VERIFY: "verify"}
@@ -54,12 +64,6 @@ class Pass:
         return NonFiniteError(_PASS_NAMES[self.kind], layer, position)
 
 
-NO_PASS = Pass(PassKind.SINGLE, [], 0)
-
-#: What is told of passes (`speq.host.driver.Driver.observer`).
-Observe = Callable[[Pass, int], None]
-
-
 def read_pass(registers: Registers) -> tuple[Pass, int]:
     """The pass that the registers tell, of a run that decodes, and the index of a draft pass in its
     chain."""
@@ -75,7 +79,7 @@ def read_pass(registers: Registers) -> tuple[Pass, int]:
 
 
 def read_results(
-    board: Board, layout: MemoryLayout, name: str, address: int, tokens: int
+    board: Board, layout: VectorLayout, name: str, address: int, tokens: int
 ) -> torch.Tensor:
     """Results of a linear layer in memory, float32 [tokens, o]."""
     o, cols = layout.weights[name].o, layout.config.engine.cols
@@ -83,49 +87,99 @@ def read_results(
     return torch.from_numpy(unpack_results(content, tokens, o, cols))
 
 
-class Passes(ABC):
-    """What a driver does for the passes of a run while the accelerator computes.
+def read_margins(board: Board, layout: VectorLayout, count: int) -> list[float]:
+    """Logit margins of the first draft passes of the last chain, as of `Step`."""
+    size = ranking_bytes(layout.config)
+    return [ranking_margin(board.read(layout.draft_ranking(i), size)) for i in range(count)]
 
-    Attributes
+
+class Operands:
+    """Operands of the last pass in memory: which of them are not finite.
+
+    Parameters
     ----------
-    current : Pass
-        Under way, or the last one. Of a run that decodes it is known when `step` has returned or
-        raised an error.
-    margins : list of float
-        Of the draft passes of the last step, as of `Step`.
-    reranked : int
-        Tokens that the program of draft passes re-ranks.
+    board : Board
+    layout : VectorLayout
     """
 
-    current: Pass = NO_PASS
-    margins: list[float]
-    reranked: int
+    def __init__(self, board: Board, layout: VectorLayout) -> None:
+        self._board, self._layout = board, layout
 
-    @abstractmethod
-    def fill(self, current: Pass) -> None:
-        """Carry out a single pass, which fills the KV cache and whose registers are set.
-
-        Raises AcceleratorError if the run ends with an error, and NonFiniteError if one of the last
-        block's keys and values, which are in no product of the pass, is not finite.
-        """
-
-    @abstractmethod
-    def begin(self) -> None:
-        """A run that decodes is about to start."""
-
-    @abstractmethod
-    def step(self) -> str:
-        """The state, STEP or IDLE, in which a run that decodes has committed a step or ended.
-
-        Raises AcceleratorError if it has ended with an error.
-        """
-
-    @abstractmethod
-    def nonfinite_row(self, product: str) -> int | None:
-        """The lowest row of the pass of which an operand of this product, with a result that is not
+    def nonfinite_row(self, current: Pass, product: str) -> int | None:
+        """The lowest row of a pass of which an operand of this product, with a result that is not
         finite, is not; None if all operands but the weights are finite."""
+        layout, tokens = self._layout, len(current.tokens)
+        if product in layout.weights:
+            return first_nonfinite_row(self._activations(product, tokens))
+        block = int(product.split(".")[1])
+        places = range(current.start, current.start + tokens)
+        if product.endswith("scores"):
+            return first_nonfinite_row(self._queries(tokens), self._keys(block, places))
+        return first_nonfinite_row(self._values(block, places))
 
-    @abstractmethod
-    def accept(self, start: int, rows: Sequence[int]) -> None:
-        """Move the entries of the accepted rows of a verify pass behind `start` entries of the KV
-        cache to the places behind these, unless the accelerator has done so."""
+    def nonfinite_entry(self, places: range) -> tuple[str, int] | None:
+        """The first of these entries that is not finite in the last block, which is in no product
+        of a pass over the prompt: the product that would show it, and its place; None if all are
+        finite."""
+        block = self._layout.model.blocks - 1
+        found = [
+            (row, name)
+            for name, entries in (("scores", self._keys), ("values", self._values))
+            if places and (row := first_nonfinite_row(entries(block, places))) is not None
+        ]
+        if not found:
+            return None
+        row, name = min(found)
+        return f"block.{block}.{name}", places[row]
+
+    # Float16 [tokens, ...].
+
+    def _words(self, address: int, count: int) -> np.ndarray:
+        """Activation words, float16 [count, places of a word]."""
+        size = self._layout.config.activation_bytes
+        return self._board.read(address, count * size).view(np.float16).reshape(count, -1)
+
+    def _activations(self, product: str, tokens: int) -> torch.Tensor:
+        address = self._layout.inputs_of(product, Mode.VERIFY)
+        words = self._words(address, self._layout.weights[product].k)
+        return torch.from_numpy(words[:, :tokens].T.copy())
+
+    def _queries(self, tokens: int) -> torch.Tensor:
+        layout, rows = self._layout, self._layout.config.engine.rows
+        size, count = layout.model.head_dim, tokens * layout.sharing
+        heads = []
+        for group in range(layout.model.kv_heads):
+            start = layout.queries + group * layout.attention_stride(size)
+            batches = [
+                self._words(start + i * layout.batch_bytes(size), size)[:, :rows]
+                for i in range(ceil_div(count, rows))
+            ]
+            columns = np.concatenate(batches, axis=1)[:, :count]
+            heads.append(columns.reshape(size, layout.sharing, tokens))
+        return torch.from_numpy(np.concatenate(heads).transpose(2, 0, 1).copy())
+
+    def _key_tile(self, block: int, tile: int) -> np.ndarray:
+        """Keys of all heads, uint16 [kv_heads, head_dim, C]."""
+        layout = self._layout
+        content = self._board.read(layout.keys_address(block, tile), layout.key_stride)
+        shape = (layout.model.kv_heads, layout.model.head_dim, -1)
+        return content.view("<u2").reshape(shape)
+
+    def _keys(self, block: int, places: Sequence[int]) -> torch.Tensor:
+        cols = self._layout.config.engine.cols
+        first = places[0] // cols
+        tiles = [self._key_tile(block, tile) for tile in range(first, places[-1] // cols + 1)]
+        columns = np.concatenate(tiles, axis=2)[..., [place - first * cols for place in places]]
+        return torch.from_numpy(columns.transpose(2, 0, 1).copy().view(np.float16))
+
+    def _values(self, block: int, places: Sequence[int]) -> torch.Tensor:
+        layout, model = self._layout, self._layout.model
+        size = _HALF * layout.config.engine.cols * len(places)
+        tiles = [
+            self._board.read(layout.values_address(block, head, i, places[0]), size)
+            .view(np.float16)
+            .reshape(len(places), -1)
+            for head in range(model.kv_heads)
+            for i in range(layout.value_tiles)
+        ]
+        return torch.from_numpy(np.concatenate(tiles, axis=1))

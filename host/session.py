@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from speq.host.board import Board
-from speq.host.checks import check_encoded, check_model
+from speq.host.checks import check_encoded, check_model, check_vector_unit
 from speq.host.driver import Driver
 from speq.host.image import Image
 from speq.host.layout import Region, round_up
-from speq.host.layouts import memory_layout
+from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import Model
@@ -24,8 +24,9 @@ from speq.model.number_format import FormatConfig
 from speq.model.speculation import MAX_SEED, Sampling, Settings, Step, TextCache, generate
 from speq.model.transformer import DraftLinear, prepare_draft_linears
 
-# Up to here a longer dot product costs a simulation nothing worth another build.
-_COMMON_MAX_K = 2048
+# Up to here a longer dot product costs a simulation nothing worth another build: models with less
+# share one, and a longer context of others counts as a whole.
+_LEAST_MAX_K, _COMMON_MAX_K = 1024, 2048
 
 
 def kv_capacity(model: Model, prompt: Sequence[int], max_tokens: int, rows: int) -> int:
@@ -39,10 +40,10 @@ def accelerator_for(
     rows: int,
     cols: int,
     capacity: int,
-    lanes: int = 0,
+    lanes: int | None = None,
 ) -> AcceleratorConfig:
     """An accelerator for a model with a KV cache of so many entries, and a vector unit of so many
-    lanes, or none.
+    lanes, as usual when not given.
 
     Raises
     ------
@@ -55,7 +56,7 @@ def accelerator_for(
     c = model.config
     # The whole context of small models, so that no length of text needs another simulation.
     whole = min(c.context + rows, _COMMON_MAX_K)
-    max_k = max(c.hidden, c.ffn_hidden, c.heads * c.head_dim, capacity, whole)
+    max_k = max(c.hidden, c.ffn_hidden, c.heads * c.head_dim, capacity, whole, _LEAST_MAX_K)
     engine = EngineConfig(
         rows=rows,
         cols=cols,
@@ -63,11 +64,11 @@ def accelerator_for(
         # Powers of two, so that one simulation serves prompts of many lengths.
         max_k=1 << (max_k - 1).bit_length(),
     )
-    max_o = max(engine.max_o, c.vocab_size)
-    if lanes:  # heads begin at tiles
-        max_o = max(max_o, c.heads * round_up(c.head_dim, cols))
+    # Heads begin at tiles.
+    max_o = max(engine.max_o, c.vocab_size, c.heads * round_up(c.head_dim, cols))
     config = AcceleratorConfig(replace(engine, max_o=max_o), lanes=lanes)
-    if lanes and c.heads > config.query_heads:
+    check_vector_unit(config)
+    if c.heads > config.query_heads:
         config = replace(config, query_heads=1 << (c.heads - 1).bit_length())
     check_encoded(config, encoded)
     return config
@@ -85,7 +86,7 @@ def memory_size(
     Raises ValueError if the model does not fit the accelerator.
     """
     drafted = encoded["head"].drafted_outputs if "head" in encoded else None
-    layout = memory_layout(config, model.config, encoded, capacity, base, drafted_outputs=drafted)
+    layout = VectorLayout(config, model.config, encoded, capacity, base, drafted_outputs=drafted)
     return layout.size
 
 

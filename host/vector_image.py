@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from speq.host.layout import Kind, MemoryLayout, Part, round_up
+from speq.host.layout import Kind, Part, round_up
 from speq.host.vector_layout import GELU_LINEAR, HEAD_MASK, ONES
 from speq.host.vector_programs import VectorLayout
 from speq.model import vector_ops
@@ -17,13 +17,8 @@ from speq.model.transformer import rotary_tables
 VECTOR_PARTS = (Kind.EMBEDDING, Kind.ROTARY, Kind.CHANNELS)
 
 
-def vector_part(part: Part, layout: MemoryLayout, model: Model) -> np.ndarray:
-    """The content of such a part as it lies in memory.
-
-    Raises ValueError if the layout has no such parts.
-    """
-    if not isinstance(layout, VectorLayout):
-        raise ValueError("an accelerator without a vector unit has no vectors in memory")
+def vector_part(part: Part, layout: VectorLayout, model: Model) -> np.ndarray:
+    """The content of such a part as it lies in memory."""
     cols = layout.config.engine.cols
     match part.kind:
         case Kind.EMBEDDING:

@@ -61,7 +61,6 @@ class VectorPlaces(MemoryLayout):
         Activations of down projections, FP16 and block activations.
     """
 
-    _kinds = tuple(PassKind)
     stream: int = 0
     temporary: int = 0
     gated: int = 0

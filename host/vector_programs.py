@@ -550,9 +550,6 @@ class _Program:
 class VectorLayout(VectorPlaces):
     """A layout whose programs do all vector work."""
 
-    def host_turns(self, kind: PassKind) -> int:
-        return 0
-
     def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
         if kind is PassKind.MOVE:
             return self._ended([(descriptor, "") for descriptor in moves(self)], kind, 0)

@@ -16,6 +16,7 @@ from speq.hw.memory.axi import AxiConfig
 TOKEN_BITS = 24
 
 _MIN_COLS = 4
+_USUAL_LANES = 8
 #: Inputs of the smallest head whose results never wait for noise, so that only the ranking of the
 #: last tile takes longer than in greedy decoding.
 _HEAD_K = 512
@@ -73,7 +74,8 @@ class AcceleratorConfig:
         unit for it.
     lanes : int
         Elements that the vector unit takes in a cycle, a power of two from 4 to 64 and at most
-        cols; 0: no vector unit, its work is the host's.
+        cols; by default 8, or cols if these are fewer. 0: no vector unit, for experiments with own
+        programs; the driver has none for such an accelerator.
     query_heads : int
         Most query heads of a model, a power of two from 4 to 1,024: the vector unit keeps a sum
         for each of their rows.
@@ -99,7 +101,7 @@ class AcceleratorConfig:
         data: AxiConfig | None = None,
         choices: int = 8,
         history: int = 2048,
-        lanes: int = 0,
+        lanes: int | None = None,
         query_heads: int = 64,
     ) -> None:
         if choices not in _CHOICES:
@@ -120,11 +122,14 @@ class AcceleratorConfig:
         if not engine.draft_rows:
             raise ValueError("draft_rows is 0; the accelerator needs at least 1")
         object.__setattr__(self, "engine", engine)
+        if lanes is None:
+            lanes = min(_USUAL_LANES, cols)
         if lanes:
             check_power_of_two("lanes", lanes, 4, min(64, cols))
             if engine.rows > cols:
                 raise ValueError(
-                    f"rows is {engine.rows}; a vector unit needs at least as many columns ({cols})"
+                    f"rows is {engine.rows}; a vector unit needs at least as many columns "
+                    f"({cols}), or take lanes 0"
                 )
         object.__setattr__(self, "lanes", lanes)
         check_power_of_two("query_heads", query_heads, 4, 1024)

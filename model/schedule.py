@@ -181,8 +181,3 @@ def stages(schedule: Iterable[Step]) -> list[Stage]:
         elif isinstance(step, Linears):
             found.append(step)
     return found
-
-
-def ends_with_vector_work(schedule: list[Step]) -> bool:
-    """Whether something is left to do behind the last stage."""
-    return not isinstance(schedule[-1], Linears)

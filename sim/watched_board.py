@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from speq.host.host_layout import host_argument
 from speq.host.registers import Registers
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import registers
@@ -32,8 +31,8 @@ class WatchedBoard:
     """A simulated board that notes the cycles of events and ends the run where it need not go on;
     a `speq.host.board.Board`.
 
-    With a vector unit no interrupt tells of a pass: the registers are looked at in between, which
-    does not disturb the accelerator and happens in the same cycles in every run.
+    No interrupt tells of a pass: the registers are looked at in between, which does not disturb the
+    accelerator and happens in the same cycles in every run.
 
     Parameters
     ----------
@@ -47,7 +46,8 @@ class WatchedBoard:
     Attributes
     ----------
     events : dict
-        For each name of `EVENTS` the cycles of the interrupts or of the looks that told of it.
+        For each name of `EVENTS` the cycles of the looks that told of it, of steps those of their
+        interrupts.
     """
 
     def __init__(
@@ -57,23 +57,16 @@ class WatchedBoard:
         enough: Callable[[WatchedBoard], bool],
     ) -> None:
         self._board, self._enough = board, enough
-        self._registers = Registers(board, config) if config.lanes else None
-        offsets = {register.name: register.offset for register in registers(config)}
-        self._argument, self._step = offsets["HOST_ARGUMENT"], offsets["STEP"]
+        self._registers = Registers(board, config)
+        self._step = next(r.offset for r in registers(config) if r.name == "STEP")
         self._pass: tuple[int, int] | None = None  # its kind and position
         self._interrupt = 0  # cycle of the last one
         self.events: dict[str, list[int]] = {name: [] for name in EVENTS}
 
     def read_register(self, offset: int) -> int:
-        value = self._board.read_register(offset)
-        for name, kind in EVENTS.items():
-            if kind is None:
-                happened = offset == self._step
-            else:
-                happened = offset == self._argument and value == host_argument(kind, 0)
-            if happened:
-                self.events[name].append(self._interrupt)
-        return value
+        if offset == self._step:
+            self.events["step"].append(self._interrupt)
+        return self._board.read_register(offset)
 
     def write_register(self, offset: int, value: int) -> None:
         self._board.write_register(offset, value)
@@ -86,10 +79,7 @@ class WatchedBoard:
 
     def wait_interrupt(self, timeout_cycles: int | None = None) -> bool:
         self._end_if_enough()
-        if self._registers is None:
-            raised = self._board.wait_interrupt(timeout_cycles)
-        else:
-            raised = self._watch(self._registers, timeout_cycles)
+        raised = self._watch(timeout_cycles)
         self._interrupt = self._board.cycles()
         return raised
 
@@ -97,8 +87,9 @@ class WatchedBoard:
         if self._enough(self):
             raise RunEnded
 
-    def _watch(self, registers: Registers, timeout_cycles: int | None) -> bool:
+    def _watch(self, timeout_cycles: int | None) -> bool:
         """Wait as `wait_interrupt` does, and note the passes that begin in the meantime."""
+        registers = self._registers
         end = None if timeout_cycles is None else self.cycles() + timeout_cycles
         while not self._board.wait_interrupt(_LOOK_CYCLES):
             if end is not None and self.cycles() >= end:
@@ -109,7 +100,7 @@ class WatchedBoard:
             if now["rows"] and registers.fields("PASS") == now and current != self._pass:
                 self._pass = current
                 for name, kind in EVENTS.items():
-                    if kind is not None and kind.value == current[0]:
+                    if kind and kind.value == current[0]:
                         self.events[name].append(self.cycles())
             self._end_if_enough()
         return True

@@ -9,7 +9,7 @@
 #endif
 #include SPEQ_HEADER
 #ifndef SPEQ_RUN_MOVE_MASK
-#error "this driver is for accelerators with a vector unit: speq verilog --lanes"
+#error "this driver is for accelerators with a vector unit: speq verilog without --lanes 0"
 #endif
 
 #define IMAGE_VERSION 1u
@@ -246,7 +246,7 @@ int speq_load(struct speq *s, const struct speq_board *board, const struct speq_
     if (image.memory_bytes > size)
         return SPEQ_NO_ROOM;
     if (!s->text)
-        return SPEQ_NO_VECTOR_UNIT;
+        return SPEQ_DAMAGED;
     TRY(stop(s));
     image.writes = 1;
     TRY(load_tables(s, &image));

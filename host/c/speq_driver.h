@@ -23,7 +23,6 @@ extern "C" {
     X(NO_IMAGE, "the file is no image of this version: make one with speq image") \
     X(DAMAGED, "the image is damaged: copy it again, or make it again with speq image") \
     X(OTHER_BOARD, "the image is for another accelerator: make one with speq image --config") \
-    X(NO_VECTOR_UNIT, "the accelerator has no vector unit: take the Python driver") \
     X(BAD_ADDRESS, "the load address is not aligned as the image demands, or has too many bits") \
     X(NO_ROOM, "the memory is too small for the image") \
     X(NOT_LOADED, "no image has been loaded") \

@@ -303,9 +303,10 @@ FORMS = {
                 "row t's token is the uint32 at y + 4 (position + t), 0: that of the pass"
             ),
             "sharing": Use(
-                "query heads per KV head (SOFTMAX, NORMALIZE, target QUERIES); to TILES, ACTIVATIONS "
-                "and DRAFT_ACTIVATIONS: tiles before those of x (not EMBED), of y without `values`, "
-                "and of results to TILES, which are that far behind their addresses"
+                "query heads per KV head (SOFTMAX, NORMALIZE, target QUERIES); to TILES, "
+                "ACTIVATIONS and DRAFT_ACTIVATIONS: tiles before those of x (not EMBED), of y "
+                "without `values`, and of results to TILES, which are that far behind their "
+                "addresses"
             ),
             "k": Use("elements of a row of a segment, 1 to the largest K (not SOFTMAX)"),
             "o": Use(

@@ -183,7 +183,7 @@ def test_a_conversation_on_the_rtl(say):
         assert reply["token_ids"] == plain_reply("tiny", reply["prompt_ids"], 4)
         assert reply["counters"]["committed"] == 4
         assert reply["counters"]["simulated_cycles"] > reply["counters"]["cycles"] > 0
-        assert reply["settings"]["array"] == {"rows": 4, "cols": 8, "lanes": 0}
+        assert reply["settings"]["array"] == {"rows": 4, "cols": 8, "lanes": 8}
     assert second["known"] >= len(first["prompt_ids"])
 
 
@@ -322,7 +322,7 @@ def test_what_an_interruption_leaves(backend):
     figures = [line for line in made.err if not line.startswith("speq: ")]
     assert re.match(r"\d+ tokens in \d+\.\d s, ", figures[0])
     assert figures[-1] == "interrupted: the text is not complete"
-    assert any(line.startswith("cycles per token: ") for line in figures) == rtl
+    assert any(line.startswith("cycles per token, with ") for line in figures) == rtl
     tokenizer = load_model("tiny").tokenizer
     prompt = tokenizer.encode("Once upon a time")
     stream = TextStream(tokenizer, prompt)

@@ -90,7 +90,7 @@ def test_an_image_decodes_on_the_array_that_it_was_made_for(
     assert speq_command(*rtl, "--choices", 2, "--reranked", 0, "--draft-length", 2).out == plain
     told = json.loads(speq_command(*rtl, "--json", "--draft-length", 2).out)
     assert told["text"] + "\n" == plain and told["settings"]["image"] == str(path)
-    assert told["settings"]["array"] == {"rows": 6, "cols": 8, "lanes": 0}
+    assert told["settings"]["array"] == {"rows": 6, "cols": 8, "lanes": 8}
     assert told["settings"]["draft_length"] == 2 and told["settings"]["reranked"] == 5
     (config,) = set(accelerator)
     assert (config.engine.rows, config.engine.cols, config.engine.max_k) == (6, 8, 256)
@@ -148,10 +148,10 @@ def test_an_image_is_described(
     made = speq_command("image", "--info", path)
     assert made.code == 1 and made.out == ""
     (line,) = made.err
-    assert line.startswith(f"speq: error: {path}: the program of verify is damaged")
+    assert line.startswith(f"speq: error: {path}: the program of move is damaged")
 
 
-def test_images_for_a_vector_unit_say_so(
+def test_images_say_which_vector_unit_they_are_for(
     speq_command: Speq, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.image"
@@ -163,6 +163,8 @@ def test_images_for_a_vector_unit_say_so(
     assert "             a vector unit of 8 lanes for up to 16 query heads\n" in made.out
     lines = [line.split() for line in made.out.splitlines()]
     assert any(line[:3] == ["channel", "vector", "final_norm"] for line in lines)
+    none = speq_command("image", checkpoint, "--lanes", 0, "-o", tmp_path / "none.image")
+    assert none.code == 1 and none.err[0].startswith("speq: error: lanes is 0; only an accelerator")
 
 
 def test_what_is_refused(
@@ -215,7 +217,7 @@ def test_what_is_refused(
     content[-1] ^= 1
     path.write_bytes(content)
     made = speq_command(*generate, "--backend", "rtl", "--max-tokens", 2)
-    assert made.code == 1 and "the program of verify is damaged" in made.err[-1]
+    assert made.code == 1 and "the program of move is damaged" in made.err[-1]
     assert accelerator == []
 
 

@@ -150,7 +150,11 @@ def test_the_history_is_kept_and_changed():
 
 
 def test_the_vector_unit_is_kept_and_changed():
-    assert configuration(None, False, {}).lanes == 0
+    assert configuration(None, False, {}).lanes == 8
+    assert configuration(None, False, {"rows": 4, "cols": 4}).lanes == 4
+    with pytest.raises(ValueError, match=r"needs at least as many columns \(4\), or take lanes 0"):
+        configuration(None, False, {"cols": 4})
+    assert configuration(None, False, {"cols": 4, "lanes": 0}).engine.cols == 4
     some = configuration(None, False, {"lanes": 8, "query_heads": 32})
     assert (some.lanes, some.query_heads) == (8, 32)
     assert configuration(some, False, {"rows": 4}) == replace(some, engine=EngineConfig(rows=4))

@@ -10,7 +10,7 @@ import torch
 
 from speq.host.passes import Pass
 from speq.host.session import Session
-from speq.hw.accelerator_config import AcceleratorConfig, PassKind
+from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.register_map import STATES
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
@@ -49,14 +49,18 @@ REPETITIVE = "Once upon a time, there was a little girl named Lily. Once upon a 
 
 
 def system(
-    engine: EngineConfig = SMALL, weights: int | None = None, data: int | None = None
+    engine: EngineConfig = SMALL,
+    weights: int | None = None,
+    data: int | None = None,
+    lanes: int | None = None,
 ) -> AcceleratorConfig:
-    """A configuration with ports of so many bits, by default as wide as they can be."""
+    """A configuration with ports of so many bits, by default as wide as they can be, and so many
+    lanes, by default as usual."""
     ports = {
         name: bits and AxiConfig(data_bits=bits)
         for name, bits in (("weights", weights), ("data", data))
     }
-    return AcceleratorConfig(engine, **ports)
+    return AcceleratorConfig(engine, **ports, lanes=lanes)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -100,9 +104,9 @@ def check_resumed(
     options = {"max_tokens": TOKENS // 2, "settings": settings}
     filled = []
 
-    def note_entries(current: Pass, index: int) -> None:
-        if index == 0 and current.kind is PassKind.SINGLE:
-            filled.extend(current.start + depth for depth in current.depths)
+    def note_entries(verified: Pass | None, prompt: int) -> None:
+        if verified is not None:
+            filled.extend(range(verified.start - prompt, verified.start))
 
     assert session.known(prompt) == known
     session.driver.observer = note_entries

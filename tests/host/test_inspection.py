@@ -173,12 +173,11 @@ def test_remedies_help(folder) -> None:
     )
 
 
-def test_a_vector_unit_takes_the_host_s_work_and_has_a_limit_of_its_own(folder) -> None:
+def test_a_vector_unit_has_a_limit_of_its_own(folder) -> None:
     config = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=512), lanes=8, query_heads=4)
-    found, without = report(folder, config), report(folder, replace(config, lanes=0))
-    assert found.fits and found.bytes.accelerator > without.bytes.accelerator
-    assert found.host == ["tokenizer"] and [*found.vector_unit, *found.host] == without.host
-    assert "vector unit   embedding; RMSNorm" in str(found) and "vector unit" not in str(without)
+    found = report(folder, config)
+    assert found.fits and found.host == ["tokenizer"]
+    assert "vector unit   embedding; RMSNorm" in str(found)
     change(folder, num_attention_heads=8, num_key_value_heads=2)
     few = report(folder, config)
     limit = Limit("number of query heads", 8, 4, "query_heads of AcceleratorConfig: 8")

@@ -13,7 +13,7 @@ from speq.model.number_format import FormatConfig
 
 CONFIGS = {
     "usual": AcceleratorConfig(),
-    "vector unit": AcceleratorConfig(lanes=8, query_heads=1024),
+    "no vector unit": AcceleratorConfig(lanes=0, query_heads=1024),
     "all different": AcceleratorConfig(
         EngineConfig(3, 64, FormatConfig(32, 1), draft_rows=2, max_k=99, max_o=1234),
         AxiConfig(data_bits=128, address_bits=33),

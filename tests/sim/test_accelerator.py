@@ -38,6 +38,7 @@ from speq.model.number_format import (
 from speq.sim.runner import seed
 from speq.sim.session import top_verilog
 from speq.sim.simulated_board import CHANNELS, MemoryFault, MemoryOptions, SimulatedBoard
+from tests.sim.configurations import FEW, FULL, NARROW
 from tests.sim.workloads import (
     BASE,
     READ,
@@ -56,24 +57,22 @@ from tests.sim.workloads import (
 SEED = seed()
 
 
-def _narrow(bits: int) -> AxiConfig:
-    return AxiConfig(data_bits=bits)
-
-
+# Without lanes there is no vector unit: quick to build, and to simulate.
 CONFIGS = {
-    # What commands make of `tiny` and 4 x 8 PEs, so that their tests need no build of their own.
-    "4x8": AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=1024)),
+    "4x8": replace(FEW, lanes=0),
     "3x4 small": AcceleratorConfig(
-        EngineConfig(rows=3, cols=4, draft_rows=2, max_k=40, max_o=50, format=FormatConfig(32, 1))
+        EngineConfig(rows=3, cols=4, draft_rows=2, max_k=40, max_o=50, format=FormatConfig(32, 1)),
+        lanes=0,
     ),
-    "2x8 narrow": AcceleratorConfig(
-        EngineConfig(rows=2, cols=8, max_k=256, max_o=512), _narrow(64), _narrow(64)
-    ),
+    "2x8 narrow vector": NARROW,
     "2x64 wide data": AcceleratorConfig(
-        EngineConfig(rows=2, cols=64, max_k=256, max_o=512), _narrow(256), _narrow(1024)
+        EngineConfig(rows=2, cols=64, max_k=256, max_o=512),
+        AxiConfig(data_bits=256),
+        AxiConfig(data_bits=1024),
+        lanes=0,
     ),
-    "8x16": AcceleratorConfig(EngineConfig()),
-    "4x8 vector": AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=1024), lanes=4),
+    "8x16": replace(FULL, lanes=0),
+    "4x8 vector": FEW,
     "3x4 vector": AcceleratorConfig(
         EngineConfig(
             rows=3, cols=4, draft_rows=2, max_k=200, max_o=200, format=FormatConfig(32, 1)
@@ -81,13 +80,10 @@ CONFIGS = {
         lanes=4,
         query_heads=16,
     ),
-    "2x8 narrow vector": AcceleratorConfig(
-        EngineConfig(rows=2, cols=8, max_k=256, max_o=512), _narrow(64), _narrow(64), lanes=8
-    ),
-    "8x16 vector": AcceleratorConfig(EngineConfig(), lanes=8),
+    "8x16 vector": FULL,
 }
-QUICK = ["4x8", "3x4 small", "2x8 narrow", "4x8 vector"]
-SLOW = ["2x64 wide data", "3x4 vector", "2x8 narrow vector", "8x16 vector"]
+QUICK = ["4x8", "3x4 small", "2x8 narrow vector", "4x8 vector"]
+SLOW = ["2x64 wide data", "3x4 vector", "8x16 vector"]
 #: Counters of what a run verifies and accepts.
 TOKEN_COUNTERS = (
     "DRAFT_PASSES", "VERIFY_PASSES", "ALTERNATES", "ACCEPTED", "ALTERNATE_HITS", "COMMITTED",
@@ -286,7 +282,7 @@ def test_a_wrong_byte_is_noticed():
 # matrix, which change from step to step.
 
 
-@pytest.mark.parametrize("name", ["4x8", "2x8 narrow", "4x8 vector"])
+@pytest.mark.parametrize("name", ["4x8", "2x8 narrow vector", "4x8 vector"])
 def test_decoding_with_random_rankings(name):
     """With a vector unit, entries of accepted rows are moved as well."""
     with Pair(name, np.random.default_rng(SEED), **STALLED) as pair:
@@ -327,7 +323,7 @@ def ideal() -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def stalled() -> Iterator[Pair]:
     """Another, with narrow ports, that stalls and answers out of order."""
-    with Pair("2x8 narrow", np.random.default_rng(SEED), faults=FAULTS, **STALLED) as pair:
+    with Pair("2x8 narrow vector", np.random.default_rng(SEED), faults=FAULTS, **STALLED) as pair:
         yield pair
 
 

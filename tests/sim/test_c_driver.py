@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C driver on the RTL of an accelerator with a vector unit: the golden model's tokens."""
+"""The C driver on the RTL of an accelerator: the golden model's tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from speq.host.image import model_image
 from speq.host.image_file import write_image
 from speq.host.registers import Registers
 from speq.host.session import Session
-from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.engine_config import EngineConfig
 from speq.model.encoding import encode_linears
 from speq.model.settings import Sampling, Settings
 from speq.sim.session import top_verilog
@@ -23,15 +21,14 @@ from tests.host.c_driver import CDriver, compile_driver
 from tests.host.decoding import GUESSING, SEED
 from tests.model.drafted import drafted_model
 from tests.model.small_models import random_tokens
+from tests.sim.configurations import FEW
 
-# A simulation of it is built for test_accelerator.py as well.
-CONFIG = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=1024), lanes=4)
-ROWS = CONFIG.engine.rows
+ROWS = FEW.engine.rows
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compile_driver(CONFIG, tmp_path_factory.mktemp("driver"))
+    return compile_driver(FEW, tmp_path_factory.mktemp("driver"))
 
 
 def test_runs_without_steps_on_the_rtl(library: ctypes.CDLL, tmp_path: Path) -> None:
@@ -45,14 +42,14 @@ def test_runs_without_steps_on_the_rtl(library: ctypes.CDLL, tmp_path: Path) -> 
         steps = session.golden(text, settings=Settings(ROWS, 0), **options)
         return [token for step in steps for token in step.tokens]
 
-    image = model_image(CONFIG, model, encoded, settings=Settings(ROWS, 2, 0.1, 3, policy=GUESSING))
+    image = model_image(FEW, model, encoded, settings=Settings(ROWS, 2, 0.1, 3, policy=GUESSING))
     write_image(tmp_path / "model.image", image)
-    base = 3 * CONFIG.alignment
+    base = 3 * FEW.alignment
     memory = MemoryOptions(image.size, base, latency=16)
-    with SimulatedBoard(top_verilog(CONFIG), CONFIG, memory) as board:
+    with SimulatedBoard(top_verilog(FEW), FEW, memory) as board:
         driver = CDriver(library, board, (tmp_path / "model.image").read_bytes())
         assert driver.load(base, image.size) == "OK"
-        registers = Registers(board, CONFIG)
+        registers = Registers(board, FEW)
         for i in range(8):
             prompt = random_tokens(model.config, 3, SEED + i) * 3
             text = golden(prompt, max_tokens=12)

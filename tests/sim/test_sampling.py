@@ -9,17 +9,15 @@ import pytest
 import torch
 
 from speq.host.session import Session
-from speq.hw.engine_config import EngineConfig
 from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
 from speq.model.settings import Sampling
 from speq.model.speculation import Settings
 from speq.sim.session import simulated_session
-from tests.host.decoding import GUESSING, SEED, check, system
+from tests.host.decoding import GUESSING, SEED, check
 from tests.model.drafted import drafted_model
+from tests.sim.configurations import FULL
 
-# Other tests build a simulation of it as well.
-CONFIG = system(EngineConfig())
 CAPACITY = 300
 
 
@@ -28,7 +26,7 @@ def tiny() -> Iterator[Session]:
     """The model on 8 x 16 PEs."""
     model = load_model("tiny")
     encoded = encode_linears(model)
-    with simulated_session(model, encoded, CONFIG, capacity=CAPACITY, latency=16) as session:
+    with simulated_session(model, encoded, FULL, capacity=CAPACITY, latency=16) as session:
         yield session
 
 
@@ -67,7 +65,7 @@ def test_a_step_takes_no_longer_with_a_real_head():
     """
     model = drafted_model("llama", SEED, hidden=512, blocks=1, vocab_size=160, context=64)
     encoded, settings, cycles = encode_linears(model), Settings(8, 7, choices=1), []
-    with simulated_session(model, encoded, CONFIG, capacity=64, latency=16) as session:
+    with simulated_session(model, encoded, FULL, capacity=64, latency=16) as session:
         for sampling in (None, Sampling(1.0)):
             generator = torch.Generator().manual_seed(SEED)
             run = session.generate(

@@ -126,4 +126,4 @@ def test_every_entry_of_every_row(name: str, simulable_ram: None) -> None:
 
 def test_it_needs_lanes() -> None:
     with pytest.raises(ValueError, match="lanes is 0"):
-        AttentionMask(AcceleratorConfig())
+        AttentionMask(AcceleratorConfig(lanes=0))

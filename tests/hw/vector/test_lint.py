@@ -32,7 +32,7 @@ from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
 from tests.hw.verilog_tools import lint, write_unit
 
-CONFIG = AcceleratorConfig(lanes=8)
+CONFIG = AcceleratorConfig()
 SMALLEST = AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1), lanes=4, query_heads=4)
 UNITS = {
     "activation_quantizer": lambda: ActivationQuantizer(CONFIG),

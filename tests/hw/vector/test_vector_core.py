@@ -44,4 +44,4 @@ def test_verilator_lints_it_without_a_warning(config: AcceleratorConfig, tmp_pat
 
 def test_it_needs_lanes() -> None:
     with pytest.raises(ValueError, match="lanes is 0"):
-        VectorCore(AcceleratorConfig())
+        VectorCore(AcceleratorConfig(lanes=0))

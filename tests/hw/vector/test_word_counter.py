@@ -164,4 +164,4 @@ def test_numbers_of_words_that_a_row_does_not_have_are_refused(words: int) -> No
 def test_it_needs_lanes() -> None:
     WordCounter._MustUse__silence = True
     with pytest.raises(ValueError, match="lanes is 0"):
-        WordCounter(AcceleratorConfig())
+        WordCounter(AcceleratorConfig(lanes=0))

@@ -1,1 +1,0 @@
-from host.host_layout import *

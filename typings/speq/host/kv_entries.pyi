@@ -1,1 +1,0 @@
-from host.kv_entries import *

@@ -1,1 +1,0 @@
-from host.layouts import *
