@@ -120,9 +120,8 @@ class Accelerator(wiring.Component):
             walker.rank_idle.eq(datapath.rank_idle),
             walker.rank_entries.eq(datapath.rank_entries),  # of row 0 while a pass is under way
             datapath.rank_row.eq(speculation.row),
-            walker.sample.eq(values.run.sample),
-            walker.truncate.eq(values.run.truncate),
-            datapath.sample.eq(walker.perturbs),
+            walker.rank_missed.eq(datapath.rank_missed),
+            datapath.sample.eq(values.run.sample),
             datapath.truncate.eq(values.run.truncate),
             datapath.cutoff.eq(values.cutoff),
             datapath.scale.eq(values.scale),

@@ -205,7 +205,9 @@ class AcceleratorConfig:
         (draft: ceil(k / 4)) of `activation_bytes`. Results go to `results` as [tile][token][column]
         in FP32 (FP16 if `half`); with `discard` they are not written. With `rank` they are ranked:
         those in `columns`, as outputs of the tiles from number `tile` on, with `keep` beside what
-        has been ranked before, and with `perturb` as sampled decoding does.
+        has been ranked before, and with `whole` so that all entries of all rows are right, not
+        those of row 0 and the first of each other row alone. With `again` the job is the one
+        before, whose largest logits are known.
         """
         engine, address = self.engine, self.address_bits
         return data.StructLayout(
@@ -217,8 +219,9 @@ class AcceleratorConfig:
                 "half": 1,
                 "discard": 1,
                 "rank": 1,
-                "perturb": 1,
                 "keep": 1,
+                "whole": 1,
+                "again": 1,
                 "tile": self.tile_number_bits,
                 "columns": engine.cols,
                 "plane": address,

@@ -88,6 +88,8 @@ class Datapath(wiring.Component):
         Transfers of the last ranking to memory, and whether none is under way.
     sample, truncate : In(1), scale, cutoff, seed, positions : In
         Whether results are perturbed before they are ranked, and how (`Perturber`).
+    rank_missed : Out(1)
+        Whether an entry of the last ranking may be wrong (`Ranker`); while `idle`.
     rank_row : In, rank_entries : Out
         The last ranking, for reading.
     ring_command, ring_data, ring_done
@@ -145,6 +147,7 @@ class Datapath(wiring.Component):
                 "rank_command": In(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": Out(1),
                 **{name: perturber.signature.members[name] for name in _SAMPLING},
+                "rank_missed": Out(1),
                 "rank_row": In(config.engine.row_bits),
                 "rank_entries": Out(config.ranking_layout),
                 "ring_command": In(stream.Signature(config.data.command_layout)),
@@ -278,14 +281,11 @@ class Datapath(wiring.Component):
             writer.clear.eq(drop),
             mux.done_in.eq(writer.done),
             self.ring_done.eq(mux.sources[_RING].done),
-            ranker.row.eq(
-                Mux(
-                    self._perturber.loading,
-                    self._perturber.row,
-                    Mux(ranking.busy, ranking.row, self.rank_row),
-                )
-            ),
-            self._perturber.largest.eq(ranker.entries[0].logit),
+            ranker.row.eq(Mux(ranking.busy, ranking.row, self.rank_row)),
+            ranker.truncate.eq(self._perturber.truncates),
+            ranker.logits.eq(self._perturber.logits),
+            ranker.cutoff.eq(self._perturber.row_cutoff),
+            self.rank_missed.eq(ranker.missed),
             ranking.entries.eq(ranker.entries),
             self.rank_entries.eq(ranker.entries),
         ]

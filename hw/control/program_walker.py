@@ -95,8 +95,9 @@ class ProgramWalker(wiring.Component):
     when all is finished, a product or VECTOR with `wait` when all others of its class are, and with
     `behind` when few enough of the other class are left. ARGMAX and RERANK also wait for their own
     end, and for that of the ranking's transfer to memory, if they ask for one. RERANK becomes a job
-    for each tile that holds a candidate. With `truncate` they are carried out twice, first without
-    perturbation: that ranking has the largest logit of each row, which the cut-off depends on.
+    for each tile that holds a candidate. If a ranking may have missed an entry (`Ranker`), its
+    ARGMAX is carried out a second time, with `again`; a RERANK, of at most as many outputs as there
+    are entries, misses none.
 
     Latency: the first job is offered 2 cycles after its descriptor has arrived.
 
@@ -132,10 +133,8 @@ class ProgramWalker(wiring.Component):
         No such transfer is under way.
     rank_entries : In(config.ranking_layout)
         Those of row 0, while no job is under way.
-    sample, truncate : In(1)
-        Whether the run samples, and of what reaches the cut-off alone.
-    perturbs : Out(1)
-        Level: the results of the ranked jobs under way are to be perturbed.
+    rank_missed : In(1)
+        Whether an entry of the last ranking may be wrong, while no job is under way.
     host_request : Out(1)
         Level, until `host_answer`: a HOST descriptor waits.
     host_argument : Out(32)
@@ -186,9 +185,7 @@ class ProgramWalker(wiring.Component):
                 "rank_command": Out(stream.Signature(ranking_command_layout(config))),
                 "rank_idle": In(1),
                 "rank_entries": In(config.ranking_layout),
-                "sample": In(1),
-                "truncate": In(1),
-                "perturbs": Out(1),
+                "rank_missed": In(1),
                 "host_request": Out(1),
                 "host_argument": Out(32),
                 "host_answer": In(1),
@@ -256,7 +253,6 @@ class ProgramWalker(wiring.Component):
             self.last.eq(rows_left == 0),
             self.rank_command.payload.address.eq(descriptor.extra),
             self.rank_command.payload.tokens.eq(job.tokens),
-            self.perturbs.eq(job.perturb),
             self.error.eq(failed),
         ]
         m.d.sync += self.error_address.eq(address)
@@ -344,9 +340,9 @@ class ProgramWalker(wiring.Component):
             with m.State("RANKED"):  # the job may not be known as unfinished yet
                 m.next = "RANKING"
             with m.State("RANKING"):
-                with m.If(self.idle & self.sample & self.truncate & ~job.perturb):
-                    m.d.sync += [job.perturb.eq(1), job.keep.eq(0)]
-                    m.next = "AGAIN"
+                with m.If(self.idle & self.rank_missed & ~job.again):
+                    m.d.sync += job.again.eq(1)
+                    m.next = "JOB"
                 with m.Elif(self.idle):
                     with m.If(descriptor.extra == 0):
                         m.d.comb += next_one.eq(1)
@@ -355,11 +351,6 @@ class ProgramWalker(wiring.Component):
                         m.d.comb += self.rank_command.valid.eq(1)
                         with m.If(self.rank_command.ready):
                             m.next = "TRANSFER"
-            with m.State("AGAIN"):  # in this cycle the ranking can be read
-                m.next = "JOB"
-                with m.If(kind == DescriptorKind.RERANK):
-                    m.d.comb += tiles.start.eq(1)
-                    m.next = "TILES"
             with m.State("TRANSFER"):
                 with m.If(self.rank_idle):
                     m.d.comb += next_one.eq(1)
@@ -559,8 +550,9 @@ class ProgramWalker(wiring.Component):
             job.half.eq(d.half),
             job.discard.eq(d.discard | is_rerank),
             job.rank.eq((d.kind == DescriptorKind.ARGMAX) | is_rerank),
-            job.perturb.eq(self.sample & ~self.truncate),
             job.keep.eq(0),
+            job.whole.eq(d.extra != 0),
+            job.again.eq(0),
             job.tile.eq(0),
             job.columns.eq(-1),
             job.plane.eq(d.plane),

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits on their way to the ranker, scaled, with noise, and without those below the cut-off."""
+"""Logits on their way to the ranker, scaled and with noise, and the cut-off of each row."""
 
 from __future__ import annotations
 
-from amaranth.hdl import Array, Cat, Elaboratable, Module, Mux, Signal
+from amaranth.hdl import Array, Cat, Const, Elaboratable, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.logic import pipeline_stage
-from speq.hw.control.ranker import Ranker, order_key, rank_start_layout
+from speq.hw.control.ranker import order_key, rank_start_layout
 from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
@@ -19,27 +19,30 @@ _FP32_BITS = 32
 
 
 def perturber_start_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A product whose results are to be ranked, with the number of its tiles."""
+    """A product whose results are to be ranked, with the number of its tiles. With `again` it is
+    the one before, and the largest logits of that one stay."""
     members = rank_start_layout(config).members
-    return data.StructLayout(dict(members) | {"tiles": config.tiles_bits})
+    return data.StructLayout(dict(members) | {"tiles": config.tiles_bits, "again": 1})
 
 
 class Perturber(wiring.Component):
     """The results of products as sampled decoding ranks them, or as they are.
 
-    Formula, with `sample`: ``fp32(fp32(logit * scale) + noise)`` in every column. With `truncate`
-    as well, columns whose logit is below ``fp32(largest + cutoff)`` are not strobed; the largest
-    logit of each row is that of the last ranking, read at a start without `keep`. Together this is
-    `speq.model.speculation.perturbed` with min-p.
+    Formula, with `sample`: ``fp32(fp32(logit * scale) + noise)`` in every column.
+
+    With `truncate` as well, a row has a cut-off, ``fp32(largest + cutoff)``, of the largest of its
+    logits so far: in strobed columns that are among the start's, of its beats up to this one, and
+    with `keep` or `again` of the product before. It goes along with each beat, as do its logits,
+    for a `Ranker` that drops what is below it. As it never falls, columns that are below the row's
+    cut-off of the beat before, as most are, are not strobed to begin with.
 
     Without `sample`, starts and results pass in the same cycle. It may change when nothing is under
     way.
 
     Flow control: all streams may stall, and must keep what is on offer until it is taken. With
-    `sample`, a start is passed on when all noise of the one before has been asked for, and with
-    `truncate` but without `keep` `CUTOFF_CYCLES` cycles and one for each row later. A beat is taken
-    with its perturbed beat, which is offered cols / lanes + `LATENCY` cycles after it if its noise
-    is there.
+    `sample`, a start is passed on when all noise of the one before has been asked for. A beat is
+    taken with its perturbed beat, which is offered cols / lanes + `LATENCY` cycles after it if its
+    noise is there, with `truncate` `truncate_cycles` later.
 
     Parameters
     ----------
@@ -56,21 +59,28 @@ class Perturber(wiring.Component):
     rank_start : Out(stream of rank_start_layout(config))
     results : In(stream of gemm_engine.result_layout(config.engine))
     perturbed : Out(stream of gemm_engine.result_layout(config.engine))
-    loading : Out(1)
-        The last ranking is being read.
-    row : Out(range(rows))
-    largest : In(32)
-        Of `row` in the cycle before, if `loading`.
+    truncates : Out(1)
+        Both of `sample` and `truncate`.
+    logits : Out(ArrayLayout(32, cols)), row_cutoff : Out(32)
+        With a perturbed beat, if it truncates: the result beat's FP32 logits, and the order key of
+        the row's cut-off.
     """
 
     #: Cycles from the last column's choice to the whole beat on offer.
     LATENCY = 1 + Fp32Multiplier.LATENCY + Fp32Adder.LATENCY
-    #: Cycles from a row's choice to its cut-off, and one in which all are there.
-    CUTOFF_CYCLES = Ranker.LATENCY + Fp32Adder.LATENCY + 1
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         self._source = source = NoiseSource(config)
+        levels = (config.noise_lanes - 1).bit_length()
+        #: From the choice of the last column of each lane: its key, the lane's largest, the largest
+        #: of all lanes and that of the row.
+        self._largest_cycles = 4 + levels
+        # It is added to as soon as an adder is free.
+        adds = max(self._largest_cycles, self.LATENCY - Fp32Adder.LATENCY + 1)
+        self._settling = adds + Fp32Adder.LATENCY + 1
+        #: Cycles from a beat's last sum to its row's cut-off.
+        self.truncate_cycles = self._settling - self.LATENCY - 1
         results = stream.Signature(result_layout(config.engine))
         super().__init__(
             {
@@ -84,9 +94,9 @@ class Perturber(wiring.Component):
                 "rank_start": Out(stream.Signature(rank_start_layout(config))),
                 "results": In(results),
                 "perturbed": Out(results),
-                "loading": Out(1),
-                "row": Out(config.engine.row_bits),
-                "largest": In(_FP32_BITS),
+                "truncates": Out(1),
+                "logits": Out(data.ArrayLayout(_FP32_BITS, config.engine.cols)),
+                "row_cutoff": Out(_FP32_BITS),
             }
         )
 
@@ -96,75 +106,74 @@ class Perturber(wiring.Component):
         m.d.comb += [
             self._source.seed.eq(self.seed),
             self._source.positions.eq(self.positions),
+            self.truncates.eq(self.sample & self.truncate),
+            self.logits.eq(self.results.payload.data),
         ]
-        adders = [Fp32Adder() for _ in range(self.config.noise_lanes)]
-        for j, adder in enumerate(adders):
-            m.submodules[f"adder_{j}"] = adder
-        cutoffs = self._load(m, adders[0])
-        self._perturb(m, adders, cutoffs)
+        self._begin(m)
+        self._perturb(m)
         return m
 
-    def _load(self, m: Module, adder: Fp32Adder) -> Array:
-        """Pass starts on, some of them behind the sums of the cut-offs; their order keys by row."""
-        rows = self.config.engine.rows
-        cutoffs = Array(
-            Signal(_FP32_BITS, name=f"cutoff_{row}", reset_less=True) for row in range(rows)
-        )
-        delay = self.CUTOFF_CYCLES - 1
-        elapsed = Signal(range(rows + delay + 1))
-        loaded = elapsed == rows + delay
+    def _begin(self, m: Module) -> None:
+        """Pass starts on."""
         start, source, ranker = self.start, self._source.start, self.rank_start
-        needs = start.valid & self.sample & self.truncate & ~start.payload.keep
-        goes = self.sample & (~needs | loaded)
         for target in (source, ranker):
             for name, _ in target.payload.shape():
                 m.d.comb += target.payload[name].eq(start.payload[name])
         m.d.comb += [
-            self.loading.eq(needs & ~loaded),
-            self.row.eq(elapsed),
-            source.valid.eq(start.valid & goes & ranker.ready),
-            ranker.valid.eq(start.valid & Mux(self.sample, goes & source.ready, 1)),
-            start.ready.eq(ranker.ready & Mux(self.sample, goes & source.ready, 1)),
+            source.valid.eq(start.valid & self.sample & ranker.ready),
+            ranker.valid.eq(start.valid & (source.ready | ~self.sample)),
+            start.ready.eq(ranker.ready & (source.ready | ~self.sample)),
         ]
-        with m.If(self.loading):
-            m.d.sync += elapsed.eq(elapsed + 1)
-            for row, cutoff in enumerate(cutoffs):
-                with m.If(elapsed == row + delay):
-                    m.d.sync += cutoff.eq(order_key(adder.sum))
-        with m.Elif(start.valid & start.ready):
-            m.d.sync += elapsed.eq(0)
-        return cutoffs
 
-    def _perturb(self, m: Module, adders: list[Fp32Adder], cutoffs: Array) -> None:
+    def _perturb(self, m: Module) -> None:
         """Words of a beat, one column for each lane, go into the pipeline and come out together."""
         lanes, cols = self.config.noise_lanes, self.config.engine.cols
         beat, noise = self.results.payload, self._source.noise
         words = cols // lanes
         columns = [[2 * (lanes * (i // 2) + j) + i % 2 for i in range(words)] for j in range(lanes)]
         entered, left = Signal(range(words + 1)), Signal(range(words + 1))
-        wants, enters, complete = Signal(), Signal(), Signal()
+        wants, enters, complete, goes = Signal(), Signal(), Signal(), Signal()
         under_way = Signal(self.LATENCY)
         whole = Signal(data.ArrayLayout(_FP32_BITS, cols), reset_less=True)
         reached = Signal(cols, reset_less=True)
+        counted = Signal(cols, reset_less=True)
+        settled = Signal()
+        perturbed = self.perturbed
         m.d.comb += [
             wants.eq(self.results.valid & self.sample & (entered != words)),
             enters.eq(wants & noise.valid),
             noise.ready.eq(wants),
-            complete.eq(left == words),
+            complete.eq((left == words) & (settled | ~self.truncate)),
+            goes.eq(complete & perturbed.ready),
         ]
         m.d.sync += [
             under_way.eq(Cat(enters, under_way)),
             entered.eq(entered + enters),
             left.eq(left + under_way[-1]),
         ]
-        (word,) = pipeline_stage(m, 0, word=entered)
-        cutoff = cutoffs[beat.row]
-        for j, adder in enumerate(adders):
+        with m.If(self.start.valid & self.start.ready):
+            m.d.sync += counted.eq(self.start.payload.columns)
+
+        keys, counts = [], []
+        largest = Signal(_FP32_BITS)
+        first_cutoff = Signal(_FP32_BITS, reset_less=True)  # of the row when the beat came
+        (word,) = pipeline_stage(m, 1, word=entered)
+        (word,) = pipeline_stage(m, 2, word=word)
+        for j in range(lanes):
+            m.submodules[f"adder_{j}"] = adder = Fp32Adder()
             m.submodules[f"multiplier_{j}"] = multiplier = Fp32Multiplier()
             chosen = Array(beat.data[column] for column in columns[j])[entered]
-            names = {f"logit_{j}": chosen, f"noise_{j}": noise.payload[j]}
-            logit, added = pipeline_stage(m, 0, **names)
-            for stage in range(1, 1 + Fp32Multiplier.LATENCY):
+            counts_here = Array((beat.strobe & counted)[column] for column in columns[j])[entered]
+            logit, added, counts_here = pipeline_stage(
+                m,
+                1,
+                **{
+                    f"logit_{j}": chosen,
+                    f"noise_{j}": noise.payload[j],
+                    f"counts_{j}": counts_here & enters,
+                },
+            )
+            for stage in range(2, 2 + Fp32Multiplier.LATENCY):
                 (added,) = pipeline_stage(m, stage, **{f"noise_{j}": added})
             m.d.comb += [
                 multiplier.a.eq(logit),
@@ -173,23 +182,89 @@ class Perturber(wiring.Component):
                 adder.b.eq(added),
             ]
             if j == 0:
-                with m.If(self.loading):
-                    m.d.comb += [adder.a.eq(self.largest), adder.b.eq(self.cutoff)]
-            reaches = ~self.truncate | (order_key(logit) >= cutoff)
+                # When all words have left it, this adder makes the cut-off.
+                with m.If(~under_way[Fp32Multiplier.LATENCY]):
+                    m.d.comb += [adder.a.eq(largest), adder.b.eq(self.cutoff)]
+                (row_cutoff,) = pipeline_stage(m, 0, row_cutoff=order_key(adder.sum))
+                m.d.comb += self.row_cutoff.eq(row_cutoff)
+            key, counts_here = pipeline_stage(
+                m, 2, **{f"key_{j}": order_key(logit), f"counts_{j}": counts_here}
+            )
             for i, column in enumerate(columns[j]):
                 with m.If(word == i):
-                    m.d.sync += reached[column].eq(reaches)
+                    m.d.sync += reached[column].eq(key >= first_cutoff)
                 with m.If(under_way[-1] & (left == i)):
                     m.d.sync += whole[column].eq(adder.sum)
+            keys.append(key)
+            counts.append(counts_here)
+        self._track(m, keys, counts, largest, first_cutoff, goes)
 
-        perturbed = self.perturbed
+        # The cut-off is there so many cycles behind the last word's choice.
+        ends = Signal(self._settling - 1)
+        m.d.sync += ends.eq(Cat(enters & (entered == words - 1), ends))
+        with m.If(ends[-1]):
+            m.d.sync += settled.eq(1)
+
         m.d.comb += [perturbed.payload.eq(beat), perturbed.valid.eq(self.results.valid)]
         with m.If(self.sample):
             m.d.comb += [
                 perturbed.payload.data.eq(whole),
-                perturbed.payload.strobe.eq(beat.strobe & reached),
+                perturbed.payload.strobe.eq(
+                    beat.strobe & (reached | ~self.truncate.replicate(cols))
+                ),
                 perturbed.valid.eq(complete),
             ]
         m.d.comb += self.results.ready.eq(perturbed.ready & (complete | ~self.sample))
-        with m.If(complete & perturbed.ready):
-            m.d.sync += [entered.eq(0), left.eq(0)]
+        with m.If(goes):
+            m.d.sync += [entered.eq(0), left.eq(0), settled.eq(0)]
+
+    def _track(
+        self,
+        m: Module,
+        keys: list[Signal],
+        counts: list[Signal],
+        largest: Signal,
+        first_cutoff: Signal,
+        goes: Signal,
+    ) -> None:
+        """The largest logit of the beat's row, of order keys and whether they count, and those of
+        all rows with their cut-offs."""
+        rows, row = self.config.engine.rows, self.results.payload.row
+        start = self.start
+        row_keys, cutoffs = (
+            Array(Signal(_FP32_BITS, name=f"{name}_{i}", reset_less=True) for i in range(rows))
+            for name in ("largest", "cutoff")
+        )
+        known = Signal(rows)  # rows that have a largest logit
+        is_known = known.bit_select(row, 1).replicate(_FP32_BITS)
+        m.d.sync += first_cutoff.eq(cutoffs[row] & is_known)
+        (before,) = pipeline_stage(m, 1, before=row_keys[row] & is_known)
+
+        values = []
+        for j, (key, count) in enumerate(zip(keys, counts, strict=True)):
+            value = Signal(_FP32_BITS, name=f"lane_largest_{j}")
+            with m.If(goes):
+                m.d.sync += value.eq(0)
+            with m.Elif(count & (key > value)):
+                m.d.sync += value.eq(key)
+            values.append(value)
+        level = 2
+        while len(values) > 1:
+            pairs = enumerate(zip(values[::2], values[1::2], strict=True))
+            values = [
+                pipeline_stage(m, level, **{f"larger_{i}": Mux(a > b, a, b)})[0]
+                for i, (a, b) in pairs
+            ]
+            level += 1
+        (now,) = pipeline_stage(m, level, now=Mux(before > values[0], before, values[0]))
+        # The number that has this key.
+        m.d.comb += largest.eq(Mux(now[-1], Cat(now[:-1], Const(0, 1)), ~now))
+        with m.If(goes):
+            m.d.sync += [
+                row_keys[row].eq(now),
+                cutoffs[row].eq(self.row_cutoff),
+                known.bit_select(row, 1).eq(1),
+            ]
+        forgets = ~start.payload.keep & ~start.payload.again
+        with m.If(start.valid & start.ready & forgets):
+            m.d.sync += known.eq(0)

@@ -12,9 +12,9 @@ from typing import Any
 
 import cocotb
 import numpy as np
-from amaranth.hdl import Array, Elaboratable, Module, ResetInserter
-from amaranth.lib import data, wiring
-from amaranth.lib.wiring import In
+from amaranth.hdl import Cat, Elaboratable, Module, Mux, ResetInserter
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
@@ -45,28 +45,41 @@ def _system(rows: int, cols: int) -> AcceleratorConfig:
 _CONFIGS = (_system(2, 4), _system(8, 16), _system(9, 32), _system(12, 64))
 
 
+def _ranked_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """What a ranker sees of a beat."""
+    logits = data.ArrayLayout(32, config.engine.cols)
+    return data.StructLayout(
+        {"beat": result_layout(config.engine), "logits": logits, "row_cutoff": 32}
+    )
+
+
 class _Ranked(wiring.Component):
-    """A perturber that can be cleared, behind a ranking with these largest logits."""
+    """A perturber that can be cleared, and a stream of all that a ranker takes with a beat."""
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.unit = Perturber(config)
         members = dict(self.unit.signature.members)
-        for name in ("loading", "row", "largest"):
+        for name in ("truncates", "logits", "row_cutoff"):
             del members[name]
-        members |= {"clear": In(1), "logits": In(data.ArrayLayout(32, config.engine.rows))}
-        super().__init__(members)
+        ranked = stream.Signature(_ranked_layout(config))
+        super().__init__(members | {"clear": In(1), "perturbed": Out(ranked)})
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         unit = self.unit
         m.submodules.unit = ResetInserter(self.clear)(unit)
-        m.d.sync += unit.largest.eq(Array(self.logits)[unit.row])
         for name in ("sample", "truncate", "scale", "cutoff", "seed", "positions"):
             m.d.comb += getattr(unit, name).eq(getattr(self, name))
         for name in ("start", "results"):
             wiring.connect(m, wiring.flipped(getattr(self, name)), getattr(unit, name))
-        for name in ("rank_start", "perturbed"):
-            wiring.connect(m, getattr(unit, name), wiring.flipped(getattr(self, name)))
+        wiring.connect(m, unit.rank_start, wiring.flipped(self.rank_start))
+        beat = unit.perturbed.payload.as_value()
+        others = Cat(unit.logits, unit.row_cutoff)
+        m.d.comb += [
+            self.perturbed.valid.eq(unit.perturbed.valid),
+            self.perturbed.payload.eq(Cat(beat, Mux(unit.truncates, others, 0))),
+            unit.perturbed.ready.eq(self.perturbed.ready),
+        ]
         return m
 
 
@@ -86,6 +99,7 @@ class _World(World):
         self.ports = Ports(dut, f"u{index}")
         self.pause = pause
         self.layout = result_layout(config.engine)
+        self.largest: dict[int, np.float32] = {}  # logit of each row
 
     @classmethod
     async def start(cls, dut: Any, index: int, pause: float) -> _World:
@@ -107,7 +121,14 @@ class _World(World):
         return [end.step for end in ends]
 
     def begin(
-        self, tokens: int, tiles: int, *, sample: bool = True, truncate: bool = False
+        self,
+        tokens: int,
+        tiles: int,
+        *,
+        sample: bool = True,
+        truncate: bool = False,
+        keep: bool = False,
+        again: bool = False,
     ) -> list[int]:
         """Set the registers, queue a product, and say what is to come out."""
         config, rng = self.config, self.rng
@@ -122,17 +143,18 @@ class _World(World):
         self.ports["scale"].value = int(scale.view(np.uint32))
         self.ports["sample"].value = sample
         self.ports["truncate"].value = truncate
-        cutoff = np.float32(rng.choice([0, -0.1, -3.7, -100]))
-        largest = rng.normal(5, 5, rows).astype(np.float32)
-        cutoffs = largest + cutoff
+        if not keep and not again:
+            self.largest = {}
+            self.cutoff = np.float32(rng.choice([0, -0.1, -3.7, -100]))
+        cutoff = self.cutoff
         self.ports["cutoff"].value = int(cutoff.view(np.uint32))
-        words = largest.view(np.uint32).tolist()
-        self.ports["logits"].value = sum(word << 32 * i for i, word in enumerate(words))
         packed = sum(position << 32 * i for i, position in enumerate(positions.tolist()))
         self.ports["positions"].value = packed
-        fields = {"tokens": tokens, "tile": tile, "keep": 0, "columns": int(rng.integers(2**4))}
+        columns = int.from_bytes(rng.bytes(8), "little") & 2**cols - 1
+        fields = {"tokens": tokens, "tile": tile, "keep": keep, "columns": columns}
+        fields["whole"] = int(rng.integers(2))
         self.rank_start = rank_start_layout(config).const(fields).as_bits()
-        start = perturber_start_layout(config).const(fields | {"tiles": tiles})
+        start = perturber_start_layout(config).const(fields | {"tiles": tiles, "again": again})
         self.starts.queue.append(start.as_bits())
         expected = []
         for i in range(tiles):
@@ -140,21 +162,42 @@ class _World(World):
             for row in range(tokens):
                 logits = rng.normal(0, 10, cols).astype(np.float32)
                 logits[rng.random(cols) < 0.05] = rng.choice([0, -0.0, 1e-40, 3e38])
-                logits[rng.random(cols) < 0.05] = cutoffs[row]
+                before = self.largest.get(row)
+                if before is not None:  # just at the cut-off, and below it
+                    logits[rng.random(cols) < 0.05] = before + cutoff
+                    below = np.nextafter(before + cutoff, np.float32(-np.inf))
+                    logits[rng.random(cols) < 0.05] = below
                 others = {
-                    "strobe": int(rng.integers(1, 2**cols)) if cols < 63 else 2**cols - 1,
+                    "strobe": int.from_bytes(rng.bytes(8), "little") & 2**cols - 1,
                     "row": row,
                     "last": i == tiles - 1 and row == tokens - 1,
                 }
                 self.results.queue.append(self._beat(logits, others))
+                extra = {}
                 if sample and truncate:
-                    bits = (logits >= cutoffs[row]).tolist()
-                    others["strobe"] &= sum(bit << i for i, bit in enumerate(bits))
+                    extra = self._truncated(row, logits, columns, cutoff, others)
                 if sample:
                     with np.errstate(over="ignore"):
                         logits = logits * scale + _noise(key, int(positions[row]), ids)
-                expected.append(self._beat(logits, others))
+                fields = {"data": logits.view(np.uint32).tolist(), **others}
+                ranked = _ranked_layout(config).const({"beat": fields, **extra})
+                expected.append(ranked.as_bits())
         return expected
+
+    def _truncated(
+        self, row: int, logits: np.ndarray, columns: int, cutoff: np.float32, others: dict
+    ) -> dict:
+        """What goes with a beat; of its strobe, what reaches the row's cut-off before it."""
+        counted = [bool((others["strobe"] & columns) >> i & 1) for i in range(len(logits))]
+        before = self.largest.get(row)
+        if before is not None:
+            bits = (logits >= before + cutoff).tolist()
+            others["strobe"] &= sum(bit << i for i, bit in enumerate(bits))
+        now = np.float32(max([-np.inf if before is None else before, *logits[counted]]))
+        self.largest[row] = now
+        words = logits.view(np.uint32).tolist()
+        key = _order_key(now + cutoff)
+        return {"logits": words, "row_cutoff": key}
 
     def _beat(self, logits: np.ndarray, others: dict) -> int:
         fields = {"data": logits.view(np.uint32).tolist(), **others}
@@ -168,6 +211,12 @@ class _World(World):
         )
         self.sink.check(expected, first)
         assert self.rank_starts.items[-1] == self.rank_start
+
+
+def _order_key(value: np.float32) -> int:
+    """An unsigned number that is ordered as FP32 numbers are."""
+    bits = int((value + np.float32(0)).view(np.uint32))  # there is one zero
+    return bits ^ (0xFFFFFFFF if bits >> 31 else 0x80000000)
 
 
 def _noise(key: int, position: int, ids: np.ndarray) -> np.ndarray:
@@ -188,7 +237,8 @@ async def products(dut: Any, index: int, pause: float) -> None:
     for number in range(_PRODUCTS):
         first = len(world.sink.items)
         tokens = int(rng.integers(1, world.config.engine.rows + 1))
-        modes = {"sample": number % 5 != 3, "truncate": number % 3 != 0}
+        modes = {"sample": number != 3, "truncate": number != 7}
+        modes |= {"keep": number == 5, "again": number == 1}
         expected = world.begin(tokens, int(rng.integers(1, 6)), **modes)
         if number % 4 == 2:
             await world.step(int(rng.integers(1, 150)))

@@ -149,7 +149,7 @@ class Pair:
                     between(board)
         assert next(runs[1], None) is None
         names = ["DESCRIPTORS", "POSITION", "ROOT"]
-        if workload.registers.get("RUN"):
+        if workload.registers.get("RUN", 0) & 1:
             names += ["RING_INDEX", "STEP", "HISTORY_LENGTH", *TOKEN_COUNTERS]
         for name in names if expected.state == "IDLE" else ():
             values = [Registers(board, self.config)[name] for board in (self.model, self.rtl)]

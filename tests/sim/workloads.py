@@ -817,7 +817,23 @@ def decoding(config: AcceleratorConfig, random: np.random.Generator) -> Workload
     workload.costs = {name: random.integers(0, 40, n).tolist() for name, n in tables.items()}
     workload.history = random.integers(0, o, random.integers(0, 30)).tolist()
     workload.stop_tokens = random.integers(0, o, random.choice([0, 0, 0, 0, 1])).tolist()
+    _add_sampling(workload)
     return workload
+
+
+def _add_sampling(workload: Workload) -> None:
+    """Half of all workloads sample, and half of these truncate."""
+    random = workload.random
+    if random.integers(2):
+        return
+    run = workload.registers.get("RUN", 0) | 2 | 4 * int(random.integers(2))
+    scale, cutoff = np.array([random.choice([0.5, 1, 3]), random.choice([0, -1, -9])], np.float32)
+    workload.registers |= {
+        "RUN": run,
+        "SCALE": int(scale.view(np.uint32)),
+        "CUTOFF": int(cutoff.view(np.uint32)),
+        "SEED": int(random.integers(2**63)),
+    }
 
 
 def _add_work_on_rows(workload: Workload, text: bool) -> None:
@@ -877,6 +893,7 @@ def _random_workload(
     workload = Workload(config, random, rows, position, special=special)
     for _ in range(random.integers(1, 9)):
         workload.add_random()
+    _add_sampling(workload)
     workload.end()
     workload.delay_operands()
     return workload

@@ -37,8 +37,10 @@ PROGRAM = 0x2000
 _LATENCY = 5
 _JOB_FIELDS = (
     *("mode", "k", "o", "tokens", "half", "discard", "rank", "stride", "keep", "tile", "columns"),
+    *("whole", "again"),
 )
 _ADDRESSES = ("plane", "residual", "groups", "activations", "results")
+ARGMAX = DescriptorKind.ARGMAX
 #: Outputs of the ranking's row 0, the best first.
 RANKED = (77, 5, 3, 79, 4, 76, 199)
 
@@ -108,9 +110,10 @@ def walk(
     chain: int = 0,
     cycles: int = 4000,
 ) -> WalkRecord:
-    """Run a program; jobs end at random times, in order, and so does vector work. `bad_read`
-    answers SLVERR there. Events of jobs and VECTORs end with how many jobs, products and VECTORs
-    are under way."""
+    """Run a program; jobs end at random times, in order, and so does vector work. An ARGMAX misses
+    an entry, again and again, if its address is a multiple of three descriptors. `bad_read` answers
+    SLVERR there. Events of jobs and VECTORs end with how many jobs, products and VECTORs are under
+    way."""
     content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
     memory = dict(enumerate(content, start=address))
     dut = ProgramWalker(config)
@@ -151,6 +154,9 @@ def walk(
                 counts = (len(left), products, len(vectors))
                 record.events.append(("job", values, under_way, counts))
                 left.append([rng.randrange(2, 30), ctx.get(dut.last)])
+                if values["rank"]:
+                    missed = misses(values["descriptor"]) and not values["keep"]
+                    ctx.set(dut.rank_missed, missed and ctx.get(dut.kind) == ARGMAX.value)
             if ranking:
                 payload = ctx.get(dut.rank_command.payload)
                 record.events.append(("ranking", payload.address, payload.tokens, under_way))
@@ -205,6 +211,11 @@ def walk(
     return record
 
 
+def misses(place: int) -> bool:
+    """Whether the ranking of an ARGMAX descriptor there misses an entry."""
+    return place // DESCRIPTOR_BYTES % 3 == 0
+
+
 def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) -> list[dict]:
     """The jobs that a descriptor means, by its definition."""
     engine = config.engine
@@ -212,6 +223,7 @@ def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) 
         "mode": d.mode.value, "k": d.k, "o": d.o, "tokens": d.tokens or rows, "half": int(d.half),
         "discard": int(d.discard), "rank": int(d.kind is DescriptorKind.ARGMAX), "stride": 0,
         "keep": 0, "tile": 0, "columns": (1 << engine.cols) - 1,
+        "whole": int(d.ranking > 0 or d.stride > 0), "again": 0,
         **{name: getattr(d, name) for name in _ADDRESSES},
     }  # fmt: skip
     if d.kind is DescriptorKind.RERANK:
@@ -340,7 +352,7 @@ def random_descriptor(rng: random.Random, lanes: int) -> Descriptor:
 def test_random_programs(data_bits, lanes):
     config = system(data_bits, lanes)
     rng = random.Random(1000 * seed() + data_bits + lanes)
-    events = []
+    events, repeated = [], 0
     for trial in range(3):
         rows = 1 if lanes else rng.randint(1, ROWS)  # draft activations allow no more
         program = [random_descriptor(rng, lanes) for _ in range(20)]
@@ -366,12 +378,17 @@ def test_random_programs(data_bits, lanes):
                 assert not d.behind or products < d.behind
                 assert values == vector_command_of(d, rows, position, source)
                 continue
-            for i, job in enumerate(jobs_of(config, d, rows, position)):
-                name, values, overlaps, (jobs, _, vectors) = next(rest)
+            jobs = jobs_of(config, d, rows, position)
+            if d.kind is DescriptorKind.ARGMAX and misses(place):
+                jobs.append(jobs[0] | {"again": 1})
+                repeated += 1
+            for i, job in enumerate(jobs):
+                name, values, overlaps, (under_way, _, vectors) = next(rest)
                 assert (name, values) == ("job", job | {"descriptor": place})
                 ranks = d.kind in (DescriptorKind.ARGMAX, DescriptorKind.RERANK)
+                assert not (overlaps and ranks and (i == 0 or values["again"]))
                 if i == 0:
-                    assert not (overlaps and ranks) and not (jobs and d.wait)
+                    assert not (under_way and d.wait)
                     assert not d.behind or vectors < d.behind
             if d.ranking:
                 ranked = 1 if d.kind is DescriptorKind.RERANK else d.tokens or rows
@@ -380,6 +397,7 @@ def test_random_programs(data_bits, lanes):
                 assert next(rest) == ("ranking", d.ranking + trial * row, ranked, False)
         assert next(rest) == ("end", False, False)
         assert got.error is ErrorCode.NONE
+    assert repeated, "no ranking has missed anything"
     kinds = {"job", "vector"} if lanes else {"job"}
     assert {event[0] for event in events if event[2] is True} == kinds, "nothing overlapped"
 

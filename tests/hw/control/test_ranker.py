@@ -6,8 +6,11 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
+import torch
 from amaranth.hdl import ResetInserter, Signal
 from amaranth.sim import Simulator, SimulatorContext
 
@@ -15,6 +18,10 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.ranker import Ranker
 from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
+from speq.model.loaders import load_model
+from speq.model.settings import Sampling
+from speq.model.speculation import with_noise
+from speq.model.transformer import KVCache, forward
 from speq.sim.runner import seed
 
 _INFINITY, _NAN = 0x7F800000, 0x7FC00000
@@ -103,19 +110,26 @@ class Bench:
         tile: int = 0,
         columns: int = -1,
         keep: bool = False,
+        whole: bool = False,
+        cuts: list[dict] | None = None,
     ) -> bool:
-        """Give a GEMM's start and beats for at most so many cycles; whether it has ended."""
+        """Give a GEMM's start and beats for at most so many cycles; whether it has ended. With
+        `cuts`, `logits` are what is ranked, and with each beat come logits and a cut-off."""
         dut, rng = self.dut, self.rng
         items = beats(logits, self.cols, rng)
+        ctx.set(dut.truncate, cuts is not None)
         self.taken = []
         is_started = False
-        start = {"tokens": len(logits), "tile": tile, "keep": keep}
+        start = {"tokens": len(logits), "tile": tile, "keep": keep, "whole": whole}
         ctx.set(dut.start.payload, start | {"columns": columns & (1 << self.cols) - 1})
         for cycle in range(cycles):
             if not is_started and rng.random() >= self.pause:
                 ctx.set(dut.start.valid, 1)
             if items and rng.random() >= self.pause:
                 ctx.set(dut.results.payload, items[0])
+                if cuts is not None:
+                    ctx.set(dut.logits, cuts[-len(items)]["logits"])
+                    ctx.set(dut.cutoff, cuts[-len(items)]["cutoff"])
                 ctx.set(dut.results.valid, 1)
             *_, busy, start, offered, ready = await ctx.tick().sample(
                 dut.busy, dut.start.valid & dut.start.ready, dut.results.valid, dut.results.ready
@@ -250,6 +264,191 @@ def test_candidates_are_ranked_anew(shape: tuple[int, int, int], shift: int) -> 
 
     bench.run(testbench)
     assert bool(wrong) == bool(shift)
+
+
+@dataclass
+class Truncated:
+    """A GEMM whose outputs count if their logit is at most `distance` below the row's largest.
+
+    Attributes
+    ----------
+    logits, values : FP32 numbers of each row
+        What decides whether an output counts, and what it is ranked by.
+    distance : float
+    whole : bool
+        Whether all entries of all rows are wanted.
+    cols, choices : int
+        Of the ranker.
+    """
+
+    logits: list[list[float]]
+    values: list[list[float]]
+    distance: float
+    whole: bool
+    cols: int
+    choices: int
+
+    @property
+    def bits(self) -> Logits:
+        """What is ranked."""
+        return [[fp32(value) for value in row] for row in self.values]
+
+    def cuts(self, rng: random.Random, *, known: bool) -> list[dict]:
+        """What goes with each beat; with `known` the last cut-offs from the start."""
+        result = []
+        for first in range(0, len(self.logits[0]), self.cols):
+            for row in self.logits:
+                seen = row if known else row[: first + self.cols]
+                part = [fp32(logit) for logit in row[first : first + self.cols]]
+                part += [rng.getrandbits(32) for _ in range(self.cols - len(part))]
+                result.append({"logits": part, "cutoff": key(fp32(max(seen) - self.distance))})
+        return result
+
+    def _entries(self, values: list[float], outputs: list[int]) -> list[Entry | None]:
+        none: list[Entry | None] = [None] * self.choices
+        return ([(i, fp32(values[i])) for i in outputs] + none)[: self.choices]
+
+    def ranking(self, row: int) -> list[Entry | None]:
+        """The entries of a row, by definition."""
+        logits, values = self.logits[row], self.values[row]
+        least = max(logits) - self.distance
+        kept = [i for i in range(len(logits)) if logits[i] >= least]
+        return self._entries(values, sorted(kept, key=lambda i: (-values[i], i)))
+
+    def listed(self, row: int) -> tuple[list[Entry | None], bool]:
+        """The list that one product makes of a row, and whether a wanted entry may be wrong, by
+        the rule of lost outputs."""
+        logits, values = self.logits[row], self.values[row]
+        entries: list[int] = []
+        nothing = float("-inf")
+        largest = least = lost = floor = nothing
+        strict = False
+        for first in range(0, len(logits), self.cols):
+            part = range(first, min(first + self.cols, len(logits)))
+            largest = max([largest, *(logits[i] for i in part)])
+            least = largest - self.distance
+            if lost < least:
+                lost = floor = nothing
+            reach = [i for i in entries if logits[i] >= least]
+            strict |= len(reach) < len(entries)
+            entries, dropped = reach, False
+            for i in part:
+                if logits[i] >= least:
+                    entries = sorted([*entries, i], key=lambda i: (-values[i], i))
+                    if len(entries) > self.choices:
+                        lost, dropped = max(lost, logits[entries.pop()]), True
+            if dropped and values[entries[-1]] > floor:
+                floor, strict = values[entries[-1]], False
+        place = self.wanted(row) - 1
+        judged = values[entries[place]] if place < len(entries) else nothing
+        is_right = judged > floor or (judged == floor > nothing and not strict)
+        return self._entries(values, entries), lost >= least and not is_right
+
+    def wanted(self, row: int) -> int:
+        """Entries of a row that are wanted."""
+        return self.choices if self.whole or row == 0 else 1
+
+    def is_right(self, row: int) -> bool:
+        """Whether the list that one product makes has the wanted entries of a row."""
+        return self.listed(row)[0][: self.wanted(row)] == self.ranking(row)[: self.wanted(row)]
+
+    def missed(self) -> bool:
+        """Whether a wanted entry of any row may be wrong."""
+        return any(self.listed(row)[1] for row in range(len(self.logits)))
+
+
+def random_truncated(bench: Bench) -> Truncated:
+    """Multiples of a number, so that there are ties. In some the largest logits come late, when
+    others have been lost."""
+    rng = bench.rng
+    tokens = rng.choice((1, bench.rows))
+    outputs = rng.randint(1, 4 * bench.cols + 6 * bench.choices)
+    distance = rng.choice((0, 2, 4, 8))
+    rise = rng.choice((0, 1, 1.5, 2)) * distance / outputs
+    spread, noise = rng.choice((0.25, 1)), rng.choice((1, 8))
+    logits = [
+        [round(4 * (rng.gauss(0, spread) + rise * i)) / 4 for i in range(outputs)]
+        for _ in range(tokens)
+    ]
+    values = [[round(4 * (logit + rng.gauss(0, noise))) / 4 for logit in row] for row in logits]
+    whole = rng.random() < 0.5
+    return Truncated(logits, values, distance, whole, bench.cols, bench.choices)
+
+
+def fp32(number: float) -> int:
+    """The bits of a number."""
+    return struct.unpack("<I", struct.pack("<f", number))[0]
+
+
+def key(bits: int) -> int:
+    """The order key of FP32 bits that are no NaN."""
+    bits = 0 if bits == _NEGATIVE else bits
+    return bits ^ (0xFFFFFFFF if bits & _NEGATIVE else _NEGATIVE)
+
+
+@each_shape
+@pytest.mark.parametrize("pause", [0, 0.3])
+def test_what_is_below_the_cutoff_is_left_out(shape: tuple[int, int, int], pause: float) -> None:
+    """What is wanted is right unless something may have been missed, which is said by the rule and
+    not otherwise; with the last cut-offs known everything is right."""
+    bench = Bench(system(*shape), pause)
+    kinds = ((False, True), (True, True), (True, False))  # whether right, and missed
+
+    def of_kind(right: bool, missed: bool) -> Truncated:
+        while True:
+            gemm = random_truncated(bench)
+            is_right = all(gemm.is_right(row) for row in range(len(gemm.logits)))
+            assert is_right or gemm.missed(), "the rule is wrong"
+            if (is_right, gemm.missed()) == (right, missed):
+                return gemm
+
+    async def testbench(ctx: SimulatorContext) -> None:
+        for right, missed in 4 * kinds:
+            gemm = of_kind(right, missed)
+            rows = range(len(gemm.logits))
+            none: list[Entry | None] = [None] * bench.choices
+            others = [none] * (bench.rows - len(rows))
+            assert await bench.feed(
+                ctx, gemm.bits, whole=gemm.whole, cuts=gemm.cuts(bench.rng, known=False)
+            )
+            assert ctx.get(bench.dut.missed) == missed, f"ranker: seed {seed()}"
+            await bench.check(ctx, gemm.bits, [gemm.listed(row)[0] for row in rows] + others)
+            assert await bench.feed(
+                ctx, gemm.bits, whole=gemm.whole, cuts=gemm.cuts(bench.rng, known=True)
+            )
+            assert not ctx.get(bench.dut.missed)
+            await bench.check(ctx, gemm.bits, [gemm.ranking(row) for row in rows] + others)
+
+    bench.run(testbench)
+
+
+@pytest.mark.slow
+def test_smollm2_seldom_misses() -> None:
+    """How often a head has to be carried out a second time, at the positions of two prompts: for
+    all entries of a row, and for its first alone."""
+    model = load_model("smollm2")
+    texts = ("Write a story about a dog.", "What is 15 percent of 24?")
+    prompts = [model.tokenizer.encode_chat(text) for text in texts]
+    logits = torch.cat([forward(model, p, KVCache(model.config, len(p))) for p in prompts])
+    rows = len(logits)
+    for temperature, min_p in ((0.5, 0.02), (0.8, 0.05), (1.0, 0.05), (1.0, 0.1), (1.2, 0.02)):
+        distance = -Sampling(temperature, min_p=min_p).cutoff
+        values = with_noise(logits, range(rows), np.float32(1 / temperature), seed())
+        counts = [0, 0]
+        for row in zip(logits.tolist(), values.tolist(), strict=True):
+            # All entries are wanted of row 0, and the first of row 1.
+            gemm = Truncated([row[0]] * 2, [row[1]] * 2, distance, False, cols=64, choices=8)
+            for i in (0, 1):
+                missed = gemm.listed(i)[1]
+                assert gemm.is_right(i) or missed
+                counts[i] += missed
+        shares = [100 * count / rows for count in counts]
+        print(
+            f"\nT = {temperature}, min-p = {min_p}, {rows} rows: all entries may be missed in "
+            f"{shares[0]:.1f} %, the first in {shares[1]:.1f} %"
+        )
+        assert shares[0] < 10
+        assert shares[1] < 2
 
 
 @each_shape
