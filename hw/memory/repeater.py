@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Elaboratable, Module, Signal
+from amaranth.hdl import Elaboratable, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
@@ -25,7 +25,7 @@ class Repeater(wiring.Component):
     item : data.Layout
     times_bits : int
     depth : int
-        Items that are taken before the first of them has been given for the last time.
+        Items that are taken before the first of them has been given for the last time, from 2.
 
     Members
     -------
@@ -48,22 +48,29 @@ class Repeater(wiring.Component):
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        m.submodules.queue = queue = SyncFIFO(width=self.layout.size, depth=self.depth)
-        head = data.View(self.layout, queue.r_data)
-        given = Signal(self.layout["times"].width)
-        last = given + 1 == head.times
-        give = self.items.valid & self.items.ready
+        # Behind the one that is given, which is in registers.
+        m.submodules.queue = queue = SyncFIFO(width=self.layout.size, depth=self.depth - 1)
+        head = Signal(self.layout, reset_less=True)  # `times` that are left
+        active = Signal()
+        give = Signal()
+        free = Signal()
         m.d.comb += [
+            give.eq(active & self.items.ready),
+            free.eq(~active | (give & (head.times == 1))),
             queue.w_data.eq(self.command.payload),
-            queue.w_en.eq(self.command.valid),
+            # If no other waits, an item need not either.
+            queue.w_en.eq(self.command.valid & (queue.r_rdy | ~free)),
+            queue.r_en.eq(free),
             self.command.ready.eq(queue.w_rdy),
             self.items.payload.eq(head.item),
-            self.items.valid.eq(queue.r_rdy),
-            queue.r_en.eq(give & last),
-            self.busy.eq(queue.r_rdy),
+            self.items.valid.eq(active),
+            self.busy.eq(active),
         ]
-        with m.If(give):
-            m.d.sync += given.eq(given + 1)
-            with m.If(last):
-                m.d.sync += given.eq(0)
+        with m.If(free):
+            m.d.sync += [
+                active.eq(queue.r_rdy | self.command.valid),
+                head.eq(Mux(queue.r_rdy, queue.r_data, self.command.payload.as_value())),
+            ]
+        with m.Elif(give):
+            m.d.sync += head.times.eq(head.times - 1)
         return m

@@ -111,6 +111,7 @@ class TileReader(wiring.Component):
             reader.command.valid.eq(left != 0),
         ]
         stride = Signal(config.address_bits, reset_less=True)
+        has_stride = Signal(reset_less=True)
         request = reader.command.payload
         address = Signal(config.address_bits, reset_less=True)
         beats = Signal(BEATS_BITS, reset_less=True)
@@ -120,13 +121,14 @@ class TileReader(wiring.Component):
                 left.eq(command.tiles),
                 address.eq(command.address),
                 stride.eq(command.stride),
+                has_stride.eq(command.stride != 0),
                 beats.eq(self._beats(command.words)),
             ]
         with m.Elif(issue):
             contiguous = Cat(Const(0, config.offset_bits), beats)
             m.d.sync += [
                 left.eq(left - 1),
-                address.eq(address + Mux(stride == 0, contiguous, stride)),
+                address.eq(address + Mux(has_stride, stride, contiguous)),
             ]
         with m.If(self.clear):
             m.d.sync += left.eq(0)

@@ -112,6 +112,7 @@ class _Chunker(wiring.Component):
         left = Signal.like(words)
         tile = Signal(config.address_bits, reset_less=True)  # address of the plane's next tile
         stride = Signal.like(tile)
+        has_stride = Signal(reset_less=True)
         plane = Signal.like(tile)
         residual = Signal.like(tile)
 
@@ -149,7 +150,7 @@ class _Chunker(wiring.Component):
             m.d.sync += [left.eq(rest), part.eq(_part(rest, verify, chunk))]
         with m.If(tile_done):
             m.d.sync += [tiles.eq(tiles - 1), left.eq(words), part.eq(first_part)]
-            with m.If(stride != 0):
+            with m.If(has_stride):
                 m.d.sync += [plane.eq(tile), tile.eq(tile + stride)]
         with m.If(self.command.valid & self.command.ready):
             plane_words = Mux(command.mode == Mode.BYPASS, command.k, _draft_words(command.k))
@@ -164,6 +165,7 @@ class _Chunker(wiring.Component):
                 plane.eq(command.plane),
                 tile.eq(command.plane + command.stride),
                 stride.eq(command.stride),
+                has_stride.eq(command.stride != 0),
                 residual.eq(command.residual),
             ]
         return m
@@ -274,20 +276,24 @@ class WeightReader(wiring.Component):
         layout = _chunk_layout(config)
         chunks = SyncFIFO(width=layout.size, depth=_CHUNKS)
         m.submodules.chunks = resettable(chunks)
-        chunk = data.View(layout, chunks.r_data)
-        passed = Signal(layout["words"].width)
+        # The chunk whose words pass, in registers: the queue's memory is slow. It is there long
+        # before its words.
+        chunk = Signal(layout, reset_less=True)  # `words` that are left
+        passing = Signal()
         give = packer.words.valid & packer.words.ready
-        last = passed + 1 == chunk.words
+        last = chunk.words == 1
         m.d.comb += [
             chunks.w_data.eq(chunker.chunks.payload),
             chunks.w_en.eq(chunker.chunks.valid),
             chunker.chunks.ready.eq(chunks.w_rdy),
-            chunks.r_en.eq(give & last),
+            chunks.r_en.eq(~passing | (give & last)),
         ]
-        with m.If(give):
-            m.d.sync += passed.eq(Mux(last, 0, passed + 1))
+        with m.If(chunks.r_en):
+            m.d.sync += [passing.eq(chunks.r_rdy), chunk.eq(chunks.r_data)]
+        with m.Elif(give):
+            m.d.sync += chunk.words.eq(chunk.words - 1)
         with m.If(self.clear):
-            m.d.sync += passed.eq(0)
+            m.d.sync += passing.eq(0)
 
         for i, plane in enumerate((merger.draft, merger.residual)):
             fifo = RamFifo(width, 2 * _MAX_CHUNK_WORDS)
@@ -295,10 +301,10 @@ class WeightReader(wiring.Component):
             m.d.comb += [
                 fifo.clear.eq(self.clear),
                 fifo.write.payload.eq(packer.words.payload),
-                fifo.write.valid.eq(packer.words.valid & chunks.r_rdy & (chunk.residual == i)),
+                fifo.write.valid.eq(packer.words.valid & passing & (chunk.residual == i)),
                 plane.payload.eq(fifo.read.payload),
                 plane.valid.eq(fifo.read.valid),
                 fifo.read.ready.eq(plane.ready),
             ]
-            with m.If(chunks.r_rdy & (chunk.residual == i)):
+            with m.If(passing & (chunk.residual == i)):
                 m.d.comb += packer.words.ready.eq(fifo.write.ready)

@@ -83,7 +83,8 @@ class WriteMux(wiring.Component):
         count = len(self.sources)
         source_bits = max(1, (count - 1).bit_length())
         entry = data.StructLayout({"source": source_bits, "beats": BEATS_BITS})
-        m.submodules.passing = passing = SyncFIFO(width=entry.size, depth=_AHEAD)
+        # Behind the one whose beats are passed on, which is in registers.
+        m.submodules.passing = passing = SyncFIFO(width=entry.size, depth=_AHEAD - 1)
         m.submodules.unanswered = unanswered = SyncFIFO(
             width=source_bits, depth=self.config.outstanding + _HELD
         )
@@ -122,32 +123,41 @@ class WriteMux(wiring.Component):
             m.d.sync += self.command.valid.eq(0)
         m.d.comb += [
             passing.w_data.eq(Cat(chosen, command.beats)),
-            passing.w_en.eq(take),
             unanswered.w_data.eq(chosen),
             unanswered.w_en.eq(take),
             unanswered.r_en.eq(self.done_in),
         ]
-        self._pass_beats(m, data.View(entry, passing.r_data), passing)
+        self._pass_beats(m, entry, passing, take)
         for i, source in enumerate(self.sources):
             m.d.comb += source.done.eq(self.done_in & (unanswered.r_data == i))
         return m
 
-    def _pass_beats(self, m: Module, current: data.View, passing: SyncFIFO) -> None:
+    def _pass_beats(
+        self, m: Module, entry: data.StructLayout, passing: SyncFIFO, take: Signal
+    ) -> None:
         """As many beats of the current command's source as it has."""
-        index = Signal(BEATS_BITS)
-        last = Signal()
+        current = Signal(entry, reset_less=True)  # `beats` that are left
+        active = Signal()
         step = Signal()
+        free = Signal()
         m.d.comb += [
-            last.eq(index + 1 == current.beats),
             step.eq(self.data.valid & self.data.ready),
-            passing.r_en.eq(step & last),
+            free.eq(~active | (step & (current.beats == 1))),
+            passing.r_en.eq(free),
+            # If no other waits, a command need not either.
+            passing.w_en.eq(take & (passing.r_rdy | ~free)),
         ]
         for i, source in enumerate(self.sources):
             with m.If(current.source == i):
                 m.d.comb += [
                     self.data.payload.eq(source.data.payload),
-                    self.data.valid.eq(source.data.valid & passing.r_rdy),
-                    source.data.ready.eq(self.data.ready & passing.r_rdy),
+                    self.data.valid.eq(source.data.valid & active),
+                    source.data.ready.eq(self.data.ready & active),
                 ]
-        with m.If(step):
-            m.d.sync += index.eq(Mux(last, 0, index + 1))
+        with m.If(free):
+            m.d.sync += [
+                active.eq(passing.r_rdy | take),
+                current.eq(Mux(passing.r_rdy, passing.r_data, passing.w_data)),
+            ]
+        with m.Elif(step):
+            m.d.sync += current.beats.eq(current.beats - 1)
