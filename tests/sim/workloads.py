@@ -111,6 +111,8 @@ class Workload:
         Address of the memory's first byte.
     special : bool
         Infinities and NaNs may be among the operands.
+    steps : bool
+        The program is that of passes of several numbers of rows.
 
     Attributes
     ----------
@@ -139,6 +141,7 @@ class Workload:
     position: int = 0
     base: int = BASE
     special: bool = False
+    steps: bool = False
     descriptors: list[Descriptor] = field(default_factory=list)
     patches: dict[int, list[Patch]] = field(default_factory=dict)
     places: dict[str, Callable[[int, int], int]] = field(default_factory=dict)
@@ -338,8 +341,8 @@ class Workload:
 
     def _tiles_before(self, size: int, *places: int) -> tuple[int, ...]:
         """A number of tiles of `size` bytes, often 0, and the addresses that are so far before
-        these."""
-        most = min(255, (min(places) - self.base) // size)
+        these; 0 if passes of other rows, whose tiles have other sizes, follow."""
+        most = 0 if self.steps else min(255, (min(places) - self.base) // size)
         tile = int(self.random.integers(0, most + 1)) if self.random.random() < 0.3 else 0
         return tile, *(place - tile * size for place in places)
 
@@ -776,7 +779,8 @@ def decoding(config: AcceleratorConfig, random: np.random.Generator) -> Workload
     the draft program a RERANK may follow. Before the steps there may be single passes of a GEMM.
     With a vector unit all have work for it as well, on the rows of each pass."""
     engine = config.engine
-    workload = Workload(config, random, rows=engine.rows, position=int(random.integers(0, 20)))
+    position = int(random.integers(0, 20))
+    workload = Workload(config, random, rows=engine.rows, position=position, steps=True)
     o = int(random.integers(2, 7))
     workload.add_product(DescriptorKind.GEMM, Mode.VERIFY, int(random.integers(1, 30)), o)
     if config.lanes:
