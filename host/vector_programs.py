@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,10 @@ _SINGLE = 4  # bytes of an FP32 number
 _MOST_BEHIND = 3
 #: Cycles of a vector operation in which no word is taken, about.
 _VECTOR_LATENCY = 160
-#: Vector operations of a gate with GELU.
-_GELU_SWEEPS = 5
+#: Cycles of a word of GATE and SIGMOID_GATE, at most.
+_GATE_CYCLES = 4
+#: Other vector operations of a gate with GELU.
+_GELU_OPERATIONS = 4
 #: Tiles that may be before a piece.
 _MOST_TILES = 255
 
@@ -198,28 +200,48 @@ class _Program:
         return replace(descriptor, o=o, tile=tiles.start, **places)
 
     def _pieces(
-        self, products: list[tuple[Descriptor, str]], sweeps: int, multiple: int = 1
+        self,
+        products: list[tuple[Descriptor, str]],
+        *,
+        operations: int = 1,
+        word_cycles: int = 1,
+        multiple: int = 1,
     ) -> list[range]:
-        """The tiles of products of one shape in two pieces, the last one so long that the vector
-        unit has gone so often through all tiles before it when it ends; in one, if that is most.
-        The first piece is a multiple of so many tiles."""
+        """The tiles of products of one shape in pieces, each so long that the vector unit has
+        carried out its operations, which take so many cycles for a word in all, on the piece before
+        it when it ends, and the last one short. All but the last are a multiple of so many
+        tiles."""
         config, (descriptor, _) = self._layout.config, products[0]
         rows = 1 if self._kind is PassKind.DRAFT else config.engine.rows
         steps = ceil_div(descriptor.k, DRAFT_LANES if descriptor.mode is Mode.DRAFT else 1)
-        words = sweeps * rows * config.engine.cols // config.lanes
-        tiles = ceil_div(descriptor.o, config.engine.cols)
+        work = word_cycles * rows * config.engine.cols // config.lanes
         cycles = len(products) * max(steps, rows)
-        last = ceil_div(tiles * words + sweeps * _VECTOR_LATENCY, cycles + words)
-        first = max(0, tiles - last) // multiple * multiple
-        if 2 * first < tiles or first > _MOST_TILES:
-            return [range(tiles)]
-        return [range(first), range(first, tiles)]
+        tiles = ceil_div(descriptor.o, config.engine.cols)
+        pieces, start = [], 0
+        while True:
+            left = tiles - start
+            last = ceil_div(left * work + operations * _VECTOR_LATENCY, cycles + work)
+            first = max(0, left - last) // multiple * multiple
+            if 2 * first < left or start + first > _MOST_TILES:
+                return [*pieces, range(start, tiles)]
+            pieces.append(range(start, start + first))
+            start += first
 
-    def _multiply_pieces(self, products: list[tuple[Descriptor, str]], pieces: list[range]) -> None:
-        """Piece i of a product writes a buffer of its own, i behind the product's address."""
+    def _in_pieces(
+        self,
+        products: list[tuple[Descriptor, str]],
+        pieces: list[range],
+        follow: Callable[[range, int], None],
+    ) -> None:
+        """Multiply piece by piece, and let vector work on each follow behind the product with the
+        next one. Piece i of a product writes a buffer of its own, i behind the product's address.
+        """
         for i, piece in enumerate(pieces):
             for descriptor, name in products:
                 self._product(self._piece(descriptor, piece), name, writes=descriptor.results + i)
+            if i > 0:
+                follow(pieces[i - 1], i - 1)
+        follow(pieces[-1], len(pieces) - 1)
 
     # Steps of the schedule.
 
@@ -335,24 +357,28 @@ class _Program:
         """The projections whose product the gate is, and the gate, piece by piece."""
         layout, cols = self._layout, self._layout.config.engine.cols
         products = self._begin(step)
-        sweeps = 1 if self._model.activation == "silu" else _GELU_SWEEPS
+        others = _GELU_OPERATIONS if self._model.activation == "gelu_tanh" else 0
         # A piece's draft activations are whole blocks and begin with a beat.
         in_beat = DRAFT_LANES * layout.config.data.beat_bytes // layout.config.activation_bytes
         multiple = max(1, max(layout.config.engine.format.group, in_beat) // cols)
-        pieces = self._pieces(products, sweeps, multiple)
-        self._multiply_pieces(products, pieces)
-        for i, piece in enumerate(pieces):
-            self._gate(gate, piece, i)
+        pieces = self._pieces(
+            products,
+            operations=1 + others,
+            word_cycles=_GATE_CYCLES + others,
+            multiple=multiple,
+        )
+        self._in_pieces(products, pieces, lambda piece, i: self._gate(gate, piece, i))
 
     def _added(self, step: Linears, add: Vector) -> None:
         """A layer whose outputs are added to the residual stream, piece by piece."""
         products, cols = self._begin(step), self._layout.config.engine.cols
-        pieces = self._pieces(products, 1)
-        self._multiply_pieces(products, pieces)
-        for i, piece in enumerate(pieces):
+
+        def follow(piece: range, i: int) -> None:
             k = min(self._model.hidden, piece.stop * cols) - piece.start * cols
             reads = (products[0][0].results + i,)
             self._add(add, o=1, k=k, tile=piece.start, reads=reads, goes_on=i > 0)
+
+        self._in_pieces(products, self._pieces(products), follow)
 
     def _step(self, step: Vector) -> None:
         match step.operation:

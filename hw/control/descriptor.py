@@ -305,8 +305,8 @@ FORMS = {
             "sharing": Use(
                 "query heads per KV head (SOFTMAX, NORMALIZE, target QUERIES); to TILES, "
                 "ACTIVATIONS and DRAFT_ACTIVATIONS: tiles before those of x (not EMBED), of y "
-                "without `values`, and of results to TILES, which are that far behind their "
-                "addresses"
+                "without `values`, and of results to TILES, which lie behind their addresses by "
+                "as many"
             ),
             "k": Use("elements of a row of a segment, 1 to the largest K (not SOFTMAX)"),
             "o": Use(
