@@ -134,7 +134,7 @@ class Sigmoid(wiring.Component):
     sigmoid : Out(32)
     """
 
-    LATENCY = 6
+    LATENCY = 7
 
     def __init__(self) -> None:
         super().__init__({"part": In(PART), "sigmoid": Out(32)})
@@ -167,10 +167,18 @@ class Sigmoid(wiring.Component):
         tops = [Cat(product)[: _PRODUCT_BITS - i] for i in range(3)]
         fractions = [top[-1 - FP32_FRACTION : -1] for top in tops]
         whole, half = (top[-1] for top in tops[:2])
-        fraction = Mux(whole, fractions[0], Mux(half, fractions[1], fractions[2]))
-        exponent = FP32_BIAS - 2 + Mux(whole, 2, half)
+        fraction, exponent, n, nan = pipeline_stage(
+            m,
+            6,
+            fraction=Mux(whole, fractions[0], Mux(half, fractions[1], fractions[2])),
+            exponent=FP32_BIAS - 2 + Mux(whole, 2, half),
+            n=n,
+            nan=nan,
+        )
+
+        # Stage 7: halved.
         (sigmoid,) = pipeline_stage(
-            m, 6, sigmoid=Mux(nan, FP32_NAN, _scaled(fraction, exponent, n))
+            m, 7, sigmoid=Mux(nan, FP32_NAN, _scaled(fraction, exponent, n))
         )
         m.d.comb += self.sigmoid.eq(sigmoid)
         return m
