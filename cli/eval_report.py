@@ -50,9 +50,9 @@ from rich.table import Table
 
 from speq.cli.options import chain_end
 from speq.cli.tables import figure_table, show
+from speq.host.cycles import predicted_passes
 from speq.model.ablation import Ablation, LossyResult, RowResult
 from speq.model.checkpoint import Model
-from speq.model.cycles import Engine, draft_pass, plain_pass, verify_pass
 from speq.model.evaluation import Acceptance, Costs, Curve, Estimate, Figures
 from speq.model.format import EncodedTensor
 from speq.model.number_format import FormatConfig
@@ -190,19 +190,18 @@ def report(
     conditions: Conditions, model: Model, encoded_file: Path | None, done: Study
 ) -> dict[str, Any]:
     """The content of report.json, as this module describes it."""
-    engine = Engine(conditions.rows, conditions.cols)
     formats = {name: tensor.config for name, tensor in done.encoded.items()}
     drafted_outputs = done.encoded["head"].drafted_outputs if "head" in done.encoded else None
-    passes = {
-        "plain": plain_pass(model.config, engine),
-        "draft": draft_pass(
-            model.config,
-            engine,
-            formats,
-            drafted_outputs=drafted_outputs,
-            reranked_tiles=conditions.reranked,
-        ),
-        "verify": verify_pass(model.config, engine, formats, conditions.rows),
+    passes = predicted_passes(
+        *(model.config, formats),
+        rows=conditions.rows,
+        cols=conditions.cols,
+        drafted_outputs=drafted_outputs,
+    )
+    cycles = {
+        "plain": passes.plain(),
+        "draft": passes.draft(reranked_tiles=conditions.reranked),
+        "verify": passes.verify(conditions.rows),
     }
     usual = usual_format(done)
     return as_json(
@@ -232,7 +231,7 @@ def report(
                 "draft": done.costs.draft,
                 "verify": done.costs.verify,
                 "relative": done.costs.relative,
-                "cycles": {name: cost.cycles for name, cost in passes.items()},
+                "cycles": cycles,
             },
             "results": {
                 name: {"settings": done.settings[name], "figures": done.figures[name]}

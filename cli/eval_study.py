@@ -9,11 +9,11 @@ import numpy as np
 from rich.progress import Progress
 
 from speq.cli.eval_report import CONTEXTS, Conditions, ContextFigures, ShownStep, ShownText, Study
+from speq.host.cycles import predicted_passes
 from speq.host.session import Session
 from speq.model.ablation import Materials, draft_names, run_ablation
 from speq.model.checkpoint import Model
 from speq.model.competitors import collect_stats
-from speq.model.cycles import Engine
 from speq.model.emulation import (
     Linear,
     Text,
@@ -159,12 +159,18 @@ def study(
     }
     chosen = settings["policy"]
     searched = chosen.history if chosen.policy.guesses else 0
-    engine = Engine(rows, conditions.cols)
+    passes = predicted_passes(
+        *(model.config, {name: tensor.config for name, tensor in encoded.items()}),
+        rows=rows,
+        cols=conditions.cols,
+        context=max(CONTEXTS),
+        drafted_outputs=encoded["head"].drafted_outputs if "head" in encoded else None,
+    )
     contexts = []
     for context in CONTEXTS:
         if context < model.config.context:
             moved = byte_costs(costs, rows, context)
-            cycles = cycle_costs(model.config, engine, encoded, context, reranked, searched)
+            cycles = cycle_costs(passes, context, reranked, searched)
             speeds = (speedup_at(samples, chosen, c, conditions.seed) for c in (moved, cycles))
             contexts.append(ContextFigures(context, *speeds))
     exponents = np.zeros((32, 2), np.int64)

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +18,9 @@ from speq.cli.options import MOST_TOKENS, Cols, Rows, check_model, complete_mode
 
 if TYPE_CHECKING:
     from speq.model.checkpoint import ModelConfig
+    from speq.model.cycles import Formats
 
+LANES = "Elements that the vector unit takes in a cycle."
 MAX_CLOCK = 100_000  # MHz
 #: Latency of memory in cycles up to which tests compare predictions with the accelerator.
 MAX_LATENCY = 48
@@ -37,6 +40,9 @@ def run(
     ] = None,
     rows: Rows = 8,
     cols: Cols = 64,
+    lanes: Annotated[
+        int | None, typer.Option(help=LANES, show_default="8, or the columns if there are fewer")
+    ] = None,
     clock: Annotated[float, typer.Option(help="Clock in MHz.")] = 500.0,
     latency: Annotated[int, typer.Option(help="Latency of memory in cycles.")] = 48,
     context: Annotated[
@@ -71,7 +77,8 @@ def run(
         )
     if encoded and model is None:
         raise ValueError("--encoded is of one model: name it")
-    AcceleratorConfig(EngineConfig(rows=rows, cols=cols))  # refuses what cannot be made
+    lanes = min(8, cols) if lanes is None else lanes
+    AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes)  # refuses what cannot be
     try:
         AxiConfig(data_bits=16 * cols)
     except ValueError as error:
@@ -83,14 +90,15 @@ def run(
         check_model(model)
     # These load torch: the options are right by now.
     from speq.cli.tables import figure_table, show
-    from speq.model.cycles import Engine
+    from speq.host.cycles import predicted_passes
+    from speq.model.cycles import uniform_formats
     from speq.model.loaders import read_config
+    from speq.model.number_format import FormatConfig
     from speq.model.prediction import MODELS, predict
 
     models = MODELS if model is None else {model: read_config(model)}
-    drafts = encoded_drafts(encoded, *models.values()) if encoded else {}
+    drafts = encoded_drafts(encoded, *models.values()) if encoded else Drafts()
     positions = chosen_context(models, context, rows)
-    engine = Engine(rows=rows, cols=cols, latency=latency)
     bandwidth = 2 * cols * clock / 1000
     cycles = (f"{kind}\nM cycles" for kind in ("plain", "draft", "verify"))
     names = ("model",) if model is None else ()
@@ -98,8 +106,20 @@ def run(
     table = figure_table("", *names, *headings, left=len(names))
     for name, config in models.items():
         detail(f"{name}: {config}")
+        formats = drafts.formats
+        if formats is None:
+            formats = uniform_formats(config, FormatConfig())
+        passes = predicted_passes(
+            *(config, formats),
+            rows=rows,
+            cols=cols,
+            lanes=lanes,
+            latency=latency,
+            context=positions,
+            drafted_outputs=drafts.drafted_outputs,
+        )
         for share in acceptance or (0.7, 0.8, 0.9):
-            p = predict(config, engine, share, positions, **drafts)
+            p = predict(passes, share, positions, drafts.reranked)
             rates = [clock * 1e6 / cycles for cycles in (p.plain, p.cycles_per_token)]
             table.add_row(
                 *(name for _ in names),
@@ -112,14 +132,24 @@ def run(
         table.add_section()
     show(
         *(() if model is None else (model,)),
-        f"{rows} x {cols} array at {clock:g} MHz: {bandwidth:.4g} GB/s of weights",
+        f"{rows} x {cols} array, {lanes} lanes, {clock:g} MHz: {bandwidth:.4g} GB/s of weights",
         f"memory latency {latency} cycles, context {positions}",
         table,
     )
 
 
-def encoded_drafts(path: Path, config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `predict` for the drafts of an encoded file.
+@dataclass(frozen=True)
+class Drafts:
+    """What drafts are: the formats of the encoded layers, by default the usual one of all; the
+    outputs that the head drafts, by default all; and how many of its best are computed exactly."""
+
+    formats: Formats | None = None
+    drafted_outputs: int | None = None
+    reranked: int = 0
+
+
+def encoded_drafts(path: Path, config: ModelConfig) -> Drafts:
+    """The drafts of an encoded file.
 
     Raises
     ------
@@ -133,11 +163,11 @@ def encoded_drafts(path: Path, config: ModelConfig) -> dict[str, Any]:
     for name, tensor in file.tensors.items():
         if shapes.get(name) != tensor.shape:
             raise ValueError(f"{path} is of another model: {name} is {list(tensor.shape)}")
-    return {
-        "formats": {name: tensor.config for name, tensor in file.tensors.items()},
-        "drafted_outputs": file.tensors["head"].drafted_outputs if "head" in file.tensors else None,
-        "reranked": file.settings["alternates"].reranked if file.settings else 0,
-    }
+    return Drafts(
+        {name: tensor.config for name, tensor in file.tensors.items()},
+        file.tensors["head"].drafted_outputs if "head" in file.tensors else None,
+        file.settings["alternates"].reranked if file.settings else 0,
+    )
 
 
 def chosen_context(models: Mapping[str, ModelConfig], context: int | None, rows: int) -> int:

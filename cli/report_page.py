@@ -243,7 +243,7 @@ def _evaluation(report: Mapping[str, Any]) -> Page:
     ]
     page.cycles_note = (
         f"Predicted for an array of {int(settings['rows'])} × {int(settings.get('cols', 16))}, "
-        "without earlier context and without the host's time."
+        "without earlier context, everything included."
     )
     if report.get("ablation"):
         page.ablation = _ablation(report["ablation"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -146,20 +145,19 @@ def measure(shape: Shape) -> dict[PassKind, PassCycles]:
 def _measure(meter: ProgramMeter, layout: MemoryLayout, kind: PassKind, rows: int) -> PassCycles:
     *program, _ = layout.program(kind)
     ends = meter.prefixes(program, rows, POSITION)
-    is_vector = [descriptor.kind is DescriptorKind.VECTOR for descriptor in program]
+    vectors = [i for i, d in enumerate(program) if d.kind is DescriptorKind.VECTOR]
     # Behind the last block is the head, with the vector work before it: what adds to the residual
     # stream is the blocks' last.
-    adds = [VectorOperation(d.operation) is VectorOperation.ADD for d in program]
-    last = max(i for i, (v, add) in enumerate(zip(is_vector, adds, strict=True)) if v and add)
+    last = max(i for i in vectors if program[i].operation is VectorOperation.ADD)
     result = PassCycles(ends[-1] - meter.cycles([], rows, POSITION), ends[last + 1] - ends[1])
     result.counters = meter.counters(program, rows, POSITION)
-    for i, (descriptor, (before, end)) in enumerate(zip(program, pairwise(ends), strict=True)):
-        if not is_vector[i]:
-            continue
+    for i in vectors:
+        descriptor = program[i]
         key = VectorOperation(descriptor.operation), Target(descriptor.target)
         elements = _elements(descriptor, rows)
         found = result.operations.setdefault(key, OperationCycles(descriptor, elements))
-        found.adds += (end - before) * (1 <= i <= last)
+        if 1 <= i <= last:
+            found.adds += ends[i + 1] - ends[i]
         if elements > found.elements:
             found.descriptor, found.elements = descriptor, elements
     for found in result.operations.values():

@@ -8,7 +8,7 @@ descriptors, latencies those of the units.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from speq.host.checks import check_vector_unit
@@ -16,7 +16,7 @@ from speq.host.layout import ceil_div
 from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
-from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, Mode
+from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
 from speq.hw.vector.command import TWICE
 from speq.hw.vector.lane import LATENCIES, LaneOperation
 from speq.hw.vector.operand_requests import OperandMode, OperandRequests
@@ -27,7 +27,7 @@ from speq.hw.vector.vector_core import BINARY
 from speq.hw.vector.word_counter import words_per_row
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import Formats
-from speq.model.number_format import draft_words
+from speq.model.number_format import FormatConfig, draft_words
 from speq.model.pass_cycles import (
     Kind,
     Machine,
@@ -424,3 +424,29 @@ class PredictedPasses:
         """Cycles of a walk through the program of such a pass, and through one of END alone."""
         program = [] if kind is None else self._program(kind, rows, context, 0, encoded=True)
         return walk_cycles(program, self._machine)
+
+
+def predicted_passes(
+    model: ModelConfig,
+    formats: Formats,
+    *,
+    rows: int = 8,
+    cols: int = 16,
+    lanes: int | None = None,
+    latency: int = 16,
+    context: int = 0,
+    drafted_outputs: int | None = None,
+) -> PredictedPasses:
+    """Cycles of passes on an accelerator that is made for a model and so many KV entries before a
+    pass; parameters as of `PredictedPasses`, lanes 8 or the columns if there are fewer.
+
+    Raises ValueError if none is made for it.
+    """
+    longest = max(model.hidden, model.ffn_hidden, model.heads * model.head_dim, context + rows)
+    width = ceil_div(model.head_dim, cols) * cols
+    first = next(iter(formats.values()), FormatConfig())
+    engine = EngineConfig(rows=rows, cols=cols, format=first, max_k=longest)
+    engine = replace(engine, max_o=max(engine.max_o, model.vocab_size, model.heads * width))
+    config = AcceleratorConfig(engine, lanes=min(8, cols) if lanes is None else lanes)
+    config = replace(config, query_heads=max(config.query_heads, model.heads))
+    return PredictedPasses(config, model, formats, latency, drafted_outputs)

@@ -35,6 +35,7 @@ from speq.model.cycles import (
 from speq.model.draft_tree import chain_ends
 from speq.model.emulation import Chains, Text, replay
 from speq.model.format import EncodedTensor
+from speq.model.pass_cycles import PassCycles
 from speq.model.speculation import Settings, Statistics, Step
 
 #: Early-exit thresholds, in logits, that `best_settings` tries.
@@ -199,34 +200,23 @@ def byte_costs(costs: Costs, rows: int, context: int) -> PassCosts:
 
 
 def cycle_costs(
-    config: ModelConfig,
-    engine: Engine,
-    encoded: Mapping[str, EncodedTensor],
-    context: int,
-    reranked: int = 0,
-    searched: int = 0,
+    cycles: PassCycles, context: int, reranked: int = 0, searched: int = 0
 ) -> PassCosts:
-    """Cycles of passes of an accelerator behind `context` positions, the host's not counted.
+    """Cycles of passes of an accelerator behind `context` positions, everything included.
 
     Parameters
     ----------
-    engine : Engine
+    cycles : PassCycles
         Its rows are those of the largest verify pass.
-    encoded : encoded linear layers by name
     reranked : as of `Settings`, each in its own tile
     searched : tokens of the history, 0 if nothing is guessed
         A step searches it twice while no pass is under way: behind the root and behind the last
         drafted token.
     """
-    formats = {name: tensor.config for name, tensor in encoded.items()}
-    outputs = encoded["head"].drafted_outputs if "head" in encoded else None
     return PassCosts(
-        plain_pass(config, engine, context).cycles,
-        draft_pass(config, engine, formats, context, outputs, reranked).cycles,
-        [
-            verify_pass(config, engine, formats, row, context).cycles
-            for row in range(1, engine.rows + 1)
-        ],
+        cycles.plain(context),
+        cycles.draft(context, reranked),
+        [cycles.verify(row, context) for row in range(1, cycles.rows + 1)],
         step=2 * min(searched, context),
     )
 

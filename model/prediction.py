@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of speculative decoding on the accelerator, predicted for models of known dimensions.
 
-The cycles of a pass are those of `speq.model.cycles`, which tests/sim/test_decoding.py compares
-with the accelerator's own counters. A chain of L tokens, each of which the target accepts with
-probability p, commits 1 + p + ... + p^L tokens per verify pass; alternates and early exits,
-which both help, are left out. L is the best one that the rows allow. The host's time is not
-counted.
+The cycles of a pass are those of `speq.model.pass_cycles`, which tests/sim/test_cycles.py compares
+with the accelerator's own counters: everything is counted. A chain of L tokens, each of which the
+target accepts with probability p, commits 1 + p + ... + p^L tokens per verify pass; alternates and
+early exits, which both help, are left out. L is the best one that the rows allow.
 """
 
 from __future__ import annotations
@@ -13,15 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from speq.model.checkpoint import ModelConfig
-from speq.model.cycles import (
-    Engine,
-    Formats,
-    draft_pass,
-    plain_pass,
-    uniform_formats,
-    verify_pass,
-)
-from speq.model.number_format import FormatConfig
+from speq.model.pass_cycles import PassCycles
 
 #: Dimensions of the models in the table.
 MODELS = {
@@ -76,19 +67,10 @@ class Prediction:
 
 
 def predict(
-    config: ModelConfig,
-    engine: Engine,
-    acceptance: float,
-    context: int = 0,
-    reranked: int = 0,
-    drafted_outputs: int | None = None,
-    formats: Formats | None = None,
+    cycles: PassCycles, acceptance: float, context: int = 0, reranked: int = 0
 ) -> Prediction:
     """Predict speculative decoding behind `context` positions, with the logits of each draft pass's
     `reranked` best tokens computed exactly, each in its own tile.
-
-    `drafted_outputs` and `formats` are those of `draft_pass`; by default all layers are drafted
-    whole, in the usual format.
 
     Raises
     ------
@@ -97,12 +79,10 @@ def predict(
     """
     if not 0 <= acceptance <= 1:
         raise ValueError(f"acceptance is {acceptance}; expected a probability, 0 to 1")
-    formats = uniform_formats(config, FormatConfig()) if formats is None else formats
-    plain = plain_pass(config, engine, context).cycles
-    draft = draft_pass(config, engine, formats, context, drafted_outputs, reranked).cycles
+    plain, draft = cycles.plain(context), cycles.draft(context, reranked)
     choices = []
-    for length in range(engine.rows):
-        verify = verify_pass(config, engine, formats, length + 1, context).cycles
+    for length in range(cycles.rows):
+        verify = cycles.verify(length + 1, context)
         committed = sum(acceptance**i for i in range(length + 1))
         speedup = plain * committed / (length * draft + verify)
         choices.append(Prediction(plain, draft, verify, length, speedup))

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from speq.cli.predict import DEFAULT_CONTEXT
-from speq.model.cycles import Engine
+from speq.host.cycles import predicted_passes
+from speq.model.cycles import uniform_formats
 from speq.model.encoded_file import EncodedModel, sha256, write_encoded
 from speq.model.encoding import encode_linears
 from speq.model.loaders import gguf_file, load_model, read_config
+from speq.model.number_format import FormatConfig
 from speq.model.prediction import MODELS, predict
 from speq.model.speculation import Settings
 from tests.model.small_models import (
@@ -29,10 +31,17 @@ SEED = int(os.environ.get("SPEQ_SEED", "0"))
 SMOLLM2 = MODELS["SmolLM2-135M"]
 
 
+def passes(config, rows=4, cols=8, formats=None, context=64, drafted=None):
+    """What `speq cycles` predicts speeds from."""
+    formats = formats or uniform_formats(config, FormatConfig())
+    options = {"latency": 48, "context": context, "drafted_outputs": drafted}
+    return predicted_passes(config, formats, rows=rows, cols=cols, **options)
+
+
 def test_table(speq_command):
     result = speq_command("cycles", "--cols", 16, "--acceptance", 0.8)
     assert result.code == 0, result.err
-    p = predict(SMOLLM2, Engine(rows=8, cols=16, latency=48), 0.8, DEFAULT_CONTEXT)
+    p = predict(passes(SMOLLM2, 8, 16, context=DEFAULT_CONTEXT), 0.8, DEFAULT_CONTEXT)
     line = next(line for line in result.out.splitlines() if "SmolLM2" in line)
     for value in (f"{p.plain / 1e6:.3f}", f"{500e6 / p.plain:.4g}", f"{p.speedup:.2f}"):
         assert value in line.split()
@@ -70,7 +79,7 @@ def test_drafts_of_an_encoded_file(speq_command, checkpoints, tmp_path):
     result = speq_command("cycles", checkpoints["settings"], "--encoded", tmp_path / "x", *array)
     assert result.code == 0, result.err
     formats = {name: tensor.config for name, tensor in tensors.items()}
-    p = predict(model.config, Engine(4, 8, latency=48), 0.8, 64, 3, 100, formats)
+    p = predict(passes(model.config, formats=formats, drafted=100), 0.8, 64, 3)
     row = result.out.splitlines()[-1].split()
     assert f"{p.draft / 1e6:.3f}" in row and f"{p.speedup:.2f}" in row
     for model_options, message in (((), "--encoded is of one model"), (("tiny",), "another model")):
@@ -88,7 +97,7 @@ def test_models_of_ones_own(speq_command, checkpoints, monkeypatch):
     monkeypatch.setattr("speq.model.loaders.hf.safetensors.safe_open", refuse)
     monkeypatch.setattr("speq.model.loaders.llama2c.np.fromfile", refuse)
     config = small_config(tied_head=False, context=64)
-    p = predict(config, Engine(rows=4, cols=8, latency=48), 0.8, 64)
+    p = predict(passes(config), 0.8, 64)
     for path in checkpoints.values():
         result = speq_command("cycles", path, "--rows", 4, "--cols", 8, "--acceptance", 0.8)
         assert result.code == 0, result.err

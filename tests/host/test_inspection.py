@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from speq.host.cycles import predicted_passes
 from speq.host.driver import Driver
 from speq.host.inspection import Limit, report
 from speq.host.session import memory_size
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import ARCHITECTURES, CheckpointError, linear_shapes, tensor_shapes
-from speq.model.cycles import Engine
+from speq.model.cycles import uniform_formats
 from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
 from speq.model.loaders.hf import stored_name
@@ -127,7 +128,10 @@ def test_other_files(tmp_path) -> None:
 def test_speed_is_the_prediction(folder) -> None:
     config = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=256))
     found = report(folder, config, context=64, clock=200.0, acceptance=0.6, latency=20).speed
-    expected = predict(small_config(), Engine(4, 8, latency=20), 0.6, 64)
+    model = small_config()
+    formats = uniform_formats(model, config.engine.format)
+    passes = predicted_passes(model, formats, rows=4, cols=8, latency=20, context=64)
+    expected = predict(passes, 0.6, 64)
     assert (found.plain, found.draft, found.verify) == (
         expected.plain,
         expected.draft,
