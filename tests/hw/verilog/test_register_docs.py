@@ -125,7 +125,7 @@ def test_names_of_errors(compiler: tuple[str, ...], tmp_path: Path) -> None:
 @pytest.mark.parametrize("compiler", COMPILERS.values(), ids=COMPILERS)
 def test_struct_is_a_descriptor_in_memory(compiler: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "speq.h").write_text(c_header(AcceleratorConfig()))
-    flags = {"mode": 2, "half": 1, "wait": 0, "discard": 1, "values": 1}
+    flags = {"mode": 2, "half": 1, "wait": 0, "discard": 1, "values": 1, "behind": 2}
     sizes = {"k": 0xABCDE, "operation": 6, "target": 4}
     others = {name: 0x11 * (i + 1) for i, (name, place) in enumerate(DESCRIPTOR)
               if name not in flags | sizes and name != "kind"}  # fmt: skip
@@ -141,9 +141,11 @@ def test_struct_is_a_descriptor_in_memory(compiler: tuple[str, ...], tmp_path: P
         "return fwrite(&d, sizeof d, 1, stdout) != 1; }"
     )
     got = compile_and_run(program, compiler, tmp_path)
-    booleans = {name: bool(value) for name, value in flags.items() if name != "mode"}
+    booleans = {
+        name: bool(value) for name, value in flags.items() if name not in ("mode", "behind")
+    }
     others["ranking"] = others.pop("extra")
-    fields = booleans | sizes | others
+    fields = booleans | {"behind": flags["behind"]} | sizes | others
     expected = Descriptor(DescriptorKind.ARGMAX, Mode.BYPASS, **fields).pack()
     assert got.hex() == expected.hex()
 
