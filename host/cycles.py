@@ -17,8 +17,9 @@ from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
+from speq.hw.vector.activation_quantizer import words_at_once
 from speq.hw.vector.command import TWICE
-from speq.hw.vector.lane import LATENCIES, LaneOperation
+from speq.hw.vector.lane import LATENCIES, SHARING, LaneOperation
 from speq.hw.vector.operand_requests import OperandMode, OperandRequests
 from speq.hw.vector.partial_sums import PARTIAL_SUMS
 from speq.hw.vector.row_values import RowValues
@@ -57,6 +58,7 @@ _LANE = {
     VectorOperation.NORMALIZE: LaneOperation.SCALE,
 }
 _ON_BATCHES = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
+_GATES = (VectorOperation.GATE, VectorOperation.SIGMOID_GATE)
 _BY_CHANNEL = (VectorOperation.ADD, VectorOperation.MULTIPLY, VectorOperation.NORM)
 
 # Of the VectorCore: cycles from taking a word to its operands at the lanes; to a sum that the next
@@ -208,6 +210,7 @@ class WorkOf:
             sweeps=2 if operation in TWICE else 1,
             setup=len(rows) if operation in _ON_BATCHES else 0,
             ready=ready,
+            pace=SHARING if operation in _GATES else 1,
             between=between,
             behind=behind,
             result=_ISSUE + lane + _RESULT,
@@ -279,6 +282,8 @@ class WorkOf:
         """What the writer does with the results."""
         config, port = self.config, self.config.data
         target, cols = Target(d.target), config.engine.cols
+        if target is Target.DRAFT_ACTIVATIONS:
+            return self._writes_drafts(elements)
         if target in (Target.TILES, Target.VALUES):
             bits = FP16_BITS if target is Target.VALUES else _FP32_BITS
             word = bits * config.lanes  # beats of each, or words of a beat
@@ -319,26 +324,39 @@ class WorkOf:
 
     def _quantize(self, d: Descriptor) -> VectorWork:
         """Blocks take the writer's place of tiles."""
-        tiles = ceil_div(d.k, self.config.engine.format.group)
+        config, port = self.config, self.config.data
+        tiles = ceil_div(d.k, config.engine.format.group)
         block = ceil_div(d.k, tiles)
-        beats = _BYTE * self.config.activation_bytes / self.config.data.data_bits
+        at_once = words_at_once(config)
+        beats = _BYTE * config.activation_bytes * at_once / port.data_bits
         return VectorWork(
             *_waits(d),
             tiles=tiles,
-            chunk=block,
-            x=Operand(_REQUEST, beats, self.config.data.burst_beats, 1.0),
+            chunk=ceil_div(block, at_once),
+            x=Operand(_REQUEST, beats, port.burst_beats, 1.0),
             alone=True,
-            writes=Writes(_QUANTIZED, ceil_div(block, DRAFT_LANES)),
+            writes=Writes(_QUANTIZED, ceil_div(block, self._quantized_at_once)),
         )
+
+    @property
+    def _quantized_at_once(self) -> int:
+        """Activations of a row that are quantised in a cycle."""
+        return min(self.config.lanes, self.config.engine.format.group)
+
+    def _writes_drafts(self, elements: int) -> Writes:
+        """Results go through the quantiser, which holds a block of them."""
+        config, port = self.config, self.config.data
+        beat = max(1, DRAFT_LANES * port.data_bits // (_BYTE * config.activation_bytes))
+        tail = self._tail(ceil_div(elements, beat), max(1.0, beat / config.lanes))
+        last = (elements - 1) % config.engine.format.group + 1
+        return Writes(passing=_QUANTIZED + ceil_div(last, self._quantized_at_once), tail=tail)
 
 
 def _waits(d: Descriptor) -> tuple[int | None, int | None]:
-    """How many products and vector operations before it may be unfinished: if it waits none, of
-    SOFTMAX and NORMALIZE no products."""
-    if not d.wait:
-        return None, None
-    of_products = d.kind is DescriptorKind.VECTOR and d.operation in _ON_BATCHES
-    return 0, None if of_products else 0
+    """How many products and vector operations before it may be unfinished: of its own class none or
+    all, of the other as many as `behind` says."""
+    own, other = 0 if d.wait else None, d.behind - 1 if d.behind else None
+    return (other, own) if d.kind is DescriptorKind.VECTOR else (own, other)
 
 
 class PredictedPasses:

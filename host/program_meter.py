@@ -87,11 +87,11 @@ class ProgramMeter:
 
     def alone(self, descriptor: Descriptor, rows: int, position: int) -> int:
         """Cycles of a descriptor by itself: from its start to its last result in memory."""
-        program = [replace(descriptor, wait=False)]
+        program = [replace(descriptor, wait=False, behind=0)]
         return self.cycles(program, rows, position) - self.cycles([], rows, position)
 
     def repeated(self, descriptor: Descriptor, rows: int, position: int) -> int:
         """Cycles of a descriptor among others like it, none of which waits."""
-        program = [replace(descriptor, wait=False)]
+        program = [replace(descriptor, wait=False, behind=0)]
         few, many = (self.cycles(n * program, rows, position) for n in (2, 4))
         return (many - few) // 2
