@@ -279,6 +279,8 @@ def report(
         raise ValueError(f"acceptance is {acceptance}; expected a probability, 0 to 1")
     if context is not None and context < 1:
         raise ValueError(f"context is {context}; expected at least 1")
+    if latency < 1:
+        raise ValueError(f"latency is {latency}; expected at least 1")
     cycles = cycle_engine(config, latency)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
