@@ -6,7 +6,7 @@ prompt's first one, and the prompt's continuation speculatively. All that a step
 golden model's: its tokens, how many were drafted and with which margins, the tree of drafted,
 alternate and guessed tokens that was verified, and the FP32 bits of the logits of all its rows. The
 accelerator's own counters, read behind each step, give its cycles, those of the first step with the
-prompt's, beside what `speq.model.cycles` predicts.
+prompt's, beside what `speq.model.pass_cycles` predicts.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from speq.cli.simulation import check_array, rtl_figures, simulated_board
 from speq.cli.tables import figure_table, show
 
 if TYPE_CHECKING:
-    from speq.host.meter import MeasuredPass, Meter, PassShape
+    from speq.host.meter import MeasuredPass, Meter
     from speq.host.session import Session
     from speq.model.checkpoint import Model
+    from speq.model.pass_cycles import PassCycles
     from speq.model.speculation import Settings, Step
     from speq.sim.simulated_board import SimulatedBoard
 
-STALLS = ("WEIGHT", "GROUP", "ACTIVATION", "RESULT")
+STALLS = ("WEIGHT", "GROUP", "ACTIVATION", "RESULT", "VECTOR")
 _REPORTED = 4
 _LOGIT_BITS = 32
 
@@ -85,7 +86,8 @@ def run(
     settings = chosen_settings(None, rows=rows, **given)
     check_array(rows, cols, lanes)
     # These load torch: the options are right by now.
-    from speq.host.meter import cycle_engine, passes_of
+    from speq.host.cycles import PredictedPasses
+    from speq.host.meter import passes_of
     from speq.host.session import Session, accelerator_for, kv_capacity
     from speq.model.encoded_file import read_encoded
     from speq.model.encoding import encode_linears, tensors_for
@@ -110,24 +112,21 @@ def run(
     with Session(loaded, tensors, board, capacity=capacity) as session:
         formats = {name: tensor.config for name, tensor in tensors.items()}
         drafted = tensors["head"].drafted_outputs if "head" in tensors else None
-        engine = cycle_engine(config, board.memory.latency)
-
-        def predicted(shape: PassShape) -> int:
-            return shape.predicted_cycles(loaded.config, engine, formats, drafted)
+        passes = PredictedPasses(config, loaded.config, formats, board.memory.latency, drafted)
 
         planned = [
             shape
             for run in runs.values()
             for shape in passes_of(run.prompt, run.golden, rows, settings.reranked)
         ]
-        total = sum(map(predicted, planned))
+        total = sum(shape.predicted_cycles(passes) for shape in planned)
         note(f"{len(planned)} passes on the RTL, about {total / 1e6:.1f} M cycles")
         done = decode(session, board, runs, total)
 
     comparison = done.comparison
     show(
         f"{loaded.name} on {rows} x {cols} PEs, generated Verilog on Verilator",
-        pass_table(done.meters.values(), predicted),
+        pass_table(done.meters.values(), passes),
     )
     compared = f"{comparison.bits:,} logit bits compared, {comparison.wrong_bits} differ"
     if comparison.problems:
@@ -263,7 +262,7 @@ class CycleProgress(Progress):
         return super().get_renderables()
 
 
-def pass_table(meters: Iterable[Meter], predicted: Callable[[PassShape], int]) -> Table:
+def pass_table(meters: Iterable[Meter], predicted: PassCycles) -> Table:
     """Cycles of each kind of step, predicted and counted, and what the array did in them."""
     groups: dict[str, list[MeasuredPass]] = {}
     for meter in meters:
@@ -274,7 +273,7 @@ def pass_table(meters: Iterable[Meter], predicted: Callable[[PassShape], int]) -
     table = figure_table("", "steps", *headings)
     for name, passes in groups.items():
         cycles = sum(measured.cycles for measured in passes)
-        expected = sum(predicted(measured.shape) for measured in passes)
+        expected = sum(measured.shape.predicted_cycles(predicted) for measured in passes)
         parts = ("COMPUTE_CYCLES", *(f"{cause}_STALLS" for cause in STALLS))
         computing, *stalled = (sum(p.counters[part] for p in passes) for part in parts)
         n = len(passes)

@@ -17,7 +17,6 @@ from typing import Any
 from speq.host.checks import check_model, check_vector_unit
 from speq.host.cycles import predicted_passes
 from speq.host.layout import exceeded_limits
-from speq.host.meter import cycle_engine
 from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.model.checkpoint import Model, ModelConfig, linear_names, tensor_shapes
@@ -281,7 +280,6 @@ def report(
         raise ValueError(f"context is {context}; expected at least 1")
     if latency < 1:
         raise ValueError(f"latency is {latency}; expected at least 1")
-    cycles = cycle_engine(config, latency)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         header = _header(model) if isinstance(model, Model) else read_header(model)
@@ -321,7 +319,7 @@ def report(
         array=array,
         vector_unit=vectors,
         host=host,
-        bytes=_bytes(config, c, cycles, context, fits=not limits),
+        bytes=_bytes(config, c, context, fits=not limits),
         accelerator={
             "rows": engine.rows,
             "cols": engine.cols,
@@ -366,9 +364,8 @@ def _limits(config: AcceleratorConfig, model: ModelConfig, context: int) -> list
     return found
 
 
-def _bytes(
-    config: AcceleratorConfig, model: ModelConfig, engine: Engine, context: int, *, fits: bool
-) -> Bytes:
+def _bytes(config: AcceleratorConfig, model: ModelConfig, context: int, *, fits: bool) -> Bytes:
+    engine = Engine(config.engine.rows, config.engine.cols)
     formats = uniform_formats(model, config.engine.format)
     plain, draft = plain_pass(model, engine), draft_pass(model, engine, formats)
     verify = verify_pass(model, engine, formats, 1)
@@ -402,7 +399,7 @@ def _speed(
             *(model, uniform_formats(model, engine.format)),
             rows=engine.rows,
             cols=engine.cols,
-            lanes=config.lanes or None,
+            lanes=config.lanes,
             latency=latency,
             context=context,
         )

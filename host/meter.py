@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 from speq.host.driver import Driver
 from speq.host.passes import Pass
-from speq.hw.accelerator_config import AcceleratorConfig, PassKind
-from speq.model.checkpoint import ModelConfig
-from speq.model.cycles import Engine, Formats, draft_pass, prefill_pass, verify_pass
+from speq.hw.accelerator_config import PassKind
+from speq.model.pass_cycles import PassCycles
 from speq.model.speculation import Step
-
-_RESULT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -42,30 +39,20 @@ class PassShape:
         is_plain = self.kind is PassKind.VERIFY and self.rows == 1
         return "plain" if is_plain else self.kind.name.lower()
 
-    def predicted_cycles(
-        self,
-        config: ModelConfig,
-        engine: Engine,
-        formats: Formats,
-        drafted_outputs: int | None = None,
-    ) -> int:
-        """Cycles of such a pass from the analytic model, without the host's; formats and drafted
-        outputs are those of `draft_pass`."""
+    def predicted_cycles(self, passes: PassCycles) -> int:
+        """Cycles of such a pass, or of all that it is measured with, by the model."""
         if self.kind is PassKind.DRAFT:
-            return draft_pass(
-                config, engine, formats, self.position, drafted_outputs, self.tiles
-            ).cycles
-        cost = prefill_pass if self.kind is PassKind.SINGLE else verify_pass
-        drafting = sum(
-            draft_pass(config, engine, formats, self.position + i, drafted_outputs, tiles).cycles
-            for i, tiles in enumerate(self.drafts)
-        )
+            return passes.draft(self.position, self.tiles)
+        if self.kind is PassKind.SINGLE:
+            return passes.prefill(self.rows, self.position)
         start = self.position - self.prompt
         filling = sum(
-            prefill_pass(config, engine, formats, rows, first).cycles
-            for rows, first in batches(self.prompt, start, engine.rows)
+            passes.prefill(rows, first) for rows, first in batches(self.prompt, start, passes.rows)
         )
-        return filling + drafting + cost(config, engine, formats, self.rows, self.position).cycles
+        drafting = sum(
+            passes.draft(self.position + i, tiles) for i, tiles in enumerate(self.drafts)
+        )
+        return filling + drafting + passes.verify(self.rows, self.position)
 
 
 @dataclass(frozen=True)
@@ -166,10 +153,3 @@ def batches(entries: int, start: int, rows: int) -> Iterator[tuple[int, int]]:
     """The passes that fill so many entries of the KV cache from `start` on: rows and position."""
     for first in range(start, start + entries, rows):
         yield min(rows, start + entries - first), first
-
-
-def cycle_engine(config: AcceleratorConfig, latency: int) -> Engine:
-    """What the cycles of an accelerator depend on, with memory of this latency."""
-    engine = config.engine
-    beats = max(1, _RESULT_BITS * engine.cols // config.data.data_bits)
-    return Engine(engine.rows, engine.cols, latency=latency, result_beats=beats)
