@@ -31,7 +31,7 @@ _WIDE = AxiConfig(data_bits=1024, address_bits=64)
 #: Those under test: usual, smallest and largest.
 _CONFIGS = (
     AcceleratorConfig(),
-    AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1), history=0),
+    AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1), history=0, lanes=0),
     AcceleratorConfig(
         EngineConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), _WIDE, _WIDE
     ),

@@ -15,7 +15,7 @@ from speq.hw.control.run_control import CLEAR_CYCLES, Answer, RunControl, State,
 from speq.hw.engine_config import EngineConfig
 from speq.sim.runner import seed
 
-CONFIG = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=256))
+CONFIG = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=256), lanes=0)
 VECTOR = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=256), lanes=4)
 START, STOP, CLEAR = 1, 2, 4
 HOST, DONE, ERROR = 1, 2, 4

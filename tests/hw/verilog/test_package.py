@@ -27,7 +27,8 @@ from tests.hw.verilog_tools import Generated, lint, run, system_tool
 from tests.test_project import PROJECT
 
 ENGINE = EngineConfig(rows=4, cols=8)
-ACCELERATOR = AcceleratorConfig(ENGINE)
+# What the files beside the Verilog are does not depend on the vector unit.
+ACCELERATOR = AcceleratorConfig(ENGINE, lanes=0)
 CONFIGS = {"accelerator": ACCELERATOR, "engine": ENGINE}
 NAME = f"speq:ip:engine:{CORE_VERSION}"
 TESTBENCH = f"{ACCELERATOR_TOP}_tb"
@@ -202,6 +203,7 @@ def test_the_testbench_of_uneven_sizes_in_icarus(generated: Generated, tmp_path:
         EngineConfig(rows=3, cols=8, draft_rows=2, max_k=6, max_o=5),
         weights=AxiConfig(data_bits=64, address_bits=64),
         data=AxiConfig(data_bits=128, address_bits=64),
+        lanes=0,
     )
     files = [generated(config) / name for name in ("engine_tb.v", "engine.v")]
     done = run(iverilog, "-g2005", "-Wall", "-s", TESTBENCH, "-o", tmp_path / "tb.vvp", *files)

@@ -36,7 +36,7 @@ from speq.hw.verilog.register_docs import c_header, markdown
 WIDE = AxiConfig(data_bits=1024, address_bits=64)
 CONFIGS = {
     "default": AcceleratorConfig(),
-    "smallest": AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    "smallest": AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1), lanes=0),
     "largest": AcceleratorConfig(
         EngineConfig(rows=64, cols=256, draft_rows=64, max_k=2**16, max_o=2**24), WIDE, WIDE
     ),

@@ -48,7 +48,9 @@ CONFIGS = {
 }
 
 SYSTEMS = {
-    "smallest accelerator": AcceleratorConfig(EngineConfig(rows=1, cols=4, max_k=1, max_o=1)),
+    "smallest accelerator": AcceleratorConfig(
+        EngineConfig(rows=1, cols=4, max_k=1, max_o=1), lanes=0
+    ),
     "accelerator 2x8, narrow ports, with lanes": AcceleratorConfig(
         EngineConfig(rows=2, cols=8, draft_rows=2, max_k=300),
         weights=AxiConfig(data_bits=64, address_bits=64),
@@ -56,8 +58,8 @@ SYSTEMS = {
         lanes=4,
     ),
     # Words of all kinds are wider than a beat.
-    "accelerator 3x64 without a history": AcceleratorConfig(
-        EngineConfig(rows=3, cols=64), history=0
+    "accelerator 3x64 without a history or lanes": AcceleratorConfig(
+        EngineConfig(rows=3, cols=64), history=0, lanes=0
     ),
 }
 TOPS = CONFIGS | SYSTEMS
