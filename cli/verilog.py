@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _MAX_DESCRIPTION = 1 << 20  # bytes
 #: Parameters of an accelerator besides those of its engine and its ports.
-_OTHERS = ("choices", "history", "lanes", "query_heads")
+_OTHERS = ("choices", "history", "lanes", "query_heads", "head_inputs")
 
 
 # The options that are a configuration.
@@ -97,6 +97,14 @@ QueryHeads = Annotated[
         show_default="64",
     ),
 ]
+HeadInputs = Annotated[
+    int | None,
+    typer.Option(
+        help="Inputs of the smallest head that sampling does not slow down: a power of two. The "
+        "fewer, the more generators of noise.",
+        show_default="512",
+    ),
+]
 
 
 def run(
@@ -116,6 +124,7 @@ def run(
     history: History = None,
     lanes: Lanes = None,
     query_heads: QueryHeads = None,
+    head_inputs: HeadInputs = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
@@ -137,6 +146,7 @@ def run(
         "history": history,
         "lanes": lanes,
         "query_heads": query_heads,
+        "head_inputs": head_inputs,
     }
     base, given = starting_point(config, preset, given)
     from speq.hw.verilog import write_verilog

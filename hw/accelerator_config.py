@@ -9,7 +9,13 @@ from functools import cached_property
 from amaranth.hdl import unsigned
 from amaranth.lib import data, enum
 
-from speq.hw.engine_config import FP16_BITS, EngineConfig, Mode, check_power_of_two
+from speq.hw.engine_config import (
+    DRAFT_LANES,
+    FP16_BITS,
+    EngineConfig,
+    Mode,
+    check_power_of_two,
+)
 from speq.hw.memory.axi import AxiConfig
 
 #: Bits of a token id.
@@ -17,11 +23,6 @@ TOKEN_BITS = 24
 
 _MIN_COLS = 4
 _USUAL_LANES = 8
-#: Inputs of the smallest head whose results never wait for noise, so that only the ranking of the
-#: last tile takes longer than in greedy decoding.
-_HEAD_K = 512
-#: Cycles that a beat of logits is in the pipeline of the noise and in the ranker, at least.
-_BEAT_CYCLES = 16
 _CHOICES = (4, 8)
 _HISTORIES = tuple(1 << i for i in range(3, 17))
 
@@ -79,6 +80,10 @@ class AcceleratorConfig:
     query_heads : int
         Most query heads of a model, a power of two from 4 to 1,024: the vector unit keeps a sum
         for each of their rows.
+    head_inputs : int
+        Inputs of the smallest head whose results do not wait for noise in sampled decoding, so that
+        only the last tile's ranking takes longer than in greedy decoding: a power of two up to
+        4,096. The fewer, the more noise is made in a cycle.
 
     Raises
     ------
@@ -93,6 +98,7 @@ class AcceleratorConfig:
     history: int
     lanes: int
     query_heads: int
+    head_inputs: int
 
     def __init__(
         self,
@@ -103,6 +109,7 @@ class AcceleratorConfig:
         history: int = 2048,
         lanes: int | None = None,
         query_heads: int = 64,
+        head_inputs: int = 512,
     ) -> None:
         if choices not in _CHOICES:
             raise ValueError(f"choices is {choices}; expected 4 or 8")
@@ -134,6 +141,10 @@ class AcceleratorConfig:
         object.__setattr__(self, "lanes", lanes)
         check_power_of_two("query_heads", query_heads, 4, 1024)
         object.__setattr__(self, "query_heads", query_heads)
+        # A lane takes four columns or more.
+        least = 4 * _power_of_two(self._head_rows(engine))
+        check_power_of_two("head_inputs", head_inputs, least, max(least, 4096))
+        object.__setattr__(self, "head_inputs", head_inputs)
         for name, port in (("weights", weights), ("data", data)):
             port = port or AxiConfig(data_bits=min(FP16_BITS * cols, 1024))
             if port.data_bits > FP16_BITS * cols:
@@ -179,20 +190,27 @@ class AcceleratorConfig:
         """Bits of a place in the history."""
         return (self.history - 1).bit_length()
 
+    @staticmethod
+    def _head_rows(engine: EngineConfig) -> int:
+        """Rows whose logits come in the time of a tile of a head, an input per cycle. Those of a
+        draft pass come in a quarter of it."""
+        return max(engine.rows, DRAFT_LANES)
+
     @property
     def noise_lanes(self) -> int:
-        """Columns whose noise comes at once: so many that a tile's logits are perturbed and ranked
-        in the time of its product, if this has `_HEAD_K` inputs or more."""
-        rows, cols = self.engine.rows, self.engine.cols
+        """Columns whose noise comes at once: so many that a tile's logits are perturbed in the time
+        of its product, if this has `head_inputs` or more."""
+        rows, cols = self._head_rows(self.engine), self.engine.cols
         lanes = 1
-        while lanes < cols // 4 and rows * (cols // lanes + _BEAT_CYCLES) > _HEAD_K:
+        while rows * cols > lanes * self.head_inputs:
             lanes *= 2
         return lanes
 
     @property
     def noise_rounds(self) -> int:
         """Rounds of each lane's generator, 1, 2 or 5: as few as keep up with such a product."""
-        needed = self.engine.rows * self.engine.cols / (self.noise_lanes * _HEAD_K)
+        rows, cols = self._head_rows(self.engine), self.engine.cols
+        needed = rows * cols / (self.noise_lanes * self.head_inputs)
         return next((rounds for rounds in (1, 2) if rounds / 5 >= needed), 5)
 
     @property

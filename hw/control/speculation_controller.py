@@ -23,6 +23,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig, PassKind, pass_layout
 from speq.hw.common.ieee754 import FP32_INFINITY
+from speq.hw.common.logic import pipeline_stage
 from speq.hw.common.ram import Ram
 from speq.hw.control.fp32_gap import Fp32Gap
 from speq.hw.control.ngram_matcher import NgramMatcher
@@ -136,7 +137,7 @@ class SpeculationController(wiring.Component):
     be guessed, scans of the history come on top (`NgramMatcher`): that of the root before the first
     draft pass, if `guess_limit` is above a cost of guesses, and that of the last chain position;
     those of the others are hidden by the next draft pass unless this is shorter. Each row added
-    takes up to rows + 8 cycles then.
+    takes up to rows + 9 cycles then.
 
     Flow control: `passes`, `write_command` and `write_data` may stall; the payloads of `passes`
     stay until the next pass. `pass_done` may come from the cycle after the pass was taken on. No
@@ -634,8 +635,12 @@ class SpeculationController(wiring.Component):
             m.next = "PLAN"
             with m.If(r.is_free):
                 m.next = "OFFER"
+        # The history's memory gives its token late in the cycle.
+        (known,) = pipeline_stage(m, 1, known=matcher.known)
         with m.State("GUESS"):
-            m.d.sync += r.tokens[(r.used - 1)[: len(r.used)]].eq(matcher.known)
+            m.next = "GUESSED"
+        with m.State("GUESSED"):
+            m.d.sync += r.tokens[(r.used - 1)[: len(r.used)]].eq(known)
             m.next = "OFFER"
         with m.State("OFFER"):
             row = (r.used - 1)[: len(r.used)]

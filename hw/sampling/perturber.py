@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from amaranth.hdl import Array, Cat, Const, Elaboratable, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.gemm_engine import result_layout
 from speq.hw.common.logic import pipeline_stage
+from speq.hw.common.ram_fifo import RamFifo
 from speq.hw.control.ranker import order_key, rank_start_layout
 from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -41,8 +43,10 @@ class Perturber(wiring.Component):
 
     Flow control: all streams may stall, and must keep what is on offer until it is taken. With
     `sample`, a start is passed on when all noise of the one before has been asked for. A beat is
-    taken with its perturbed beat, which is offered cols / lanes + `LATENCY` cycles after it if its
-    noise is there, with `truncate` `truncate_cycles` later.
+    taken in cols / lanes cycles if its noise is there, and enough of them are under way that this
+    can be in all cycles; a perturbed one is offered cols / lanes + `LATENCY` cycles after the beat.
+    With `truncate` this is `truncate_cycles` later, and the beat stays on offer until then, so that
+    only one is under way.
 
     Parameters
     ----------
@@ -66,20 +70,25 @@ class Perturber(wiring.Component):
         the row's cut-off.
     """
 
-    #: Cycles from the last column's choice to the whole beat on offer.
-    LATENCY = 1 + Fp32Multiplier.LATENCY + Fp32Adder.LATENCY
+    #: Cycles from a column's choice to its sum.
+    _SUM_CYCLES = 1 + Fp32Multiplier.LATENCY + Fp32Adder.LATENCY
+    #: Cycles, but for those of its words, from a beat to its perturbed one on offer.
+    LATENCY = _SUM_CYCLES - 1 + RamFifo.LATENCY
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
         self._source = source = NoiseSource(config)
+        self._words = config.engine.cols // config.noise_lanes
+        #: Beats under way at the same time, which hides their latency: a power of two.
+        self._beats = 4 if self._words >= 8 else 8
         levels = (config.noise_lanes - 1).bit_length()
         #: From the choice of the last column of each lane: its key, the lane's largest, the largest
         #: of all lanes and that of the row.
         self._largest_cycles = 4 + levels
         # It is added to as soon as an adder is free.
-        adds = max(self._largest_cycles, self.LATENCY - Fp32Adder.LATENCY + 1)
+        adds = max(self._largest_cycles, self._SUM_CYCLES - Fp32Adder.LATENCY + 1)
         self._settling = adds + Fp32Adder.LATENCY + 1
-        #: Cycles from a beat's last sum to its row's cut-off.
+        #: Cycles from a perturbed beat to its row's cut-off.
         self.truncate_cycles = self._settling - self.LATENCY - 1
         results = stream.Signature(result_layout(config.engine))
         super().__init__(
@@ -129,28 +138,45 @@ class Perturber(wiring.Component):
         """Words of a beat, one column for each lane, go into the pipeline and come out together."""
         lanes, cols = self.config.noise_lanes, self.config.engine.cols
         beat, noise = self.results.payload, self._source.noise
-        words = cols // lanes
+        words = self._words
         columns = [[2 * (lanes * (i // 2) + j) + i % 2 for i in range(words)] for j in range(lanes)]
-        entered, left = Signal(range(words + 1)), Signal(range(words + 1))
-        wants, enters, complete, goes = Signal(), Signal(), Signal(), Signal()
-        under_way = Signal(self.LATENCY)
-        whole = Signal(data.ArrayLayout(_FP32_BITS, cols), reset_less=True)
+        entered, left = Signal(range(words + 1)), Signal(range(words))
+        wants, enters, ends, goes = Signal(), Signal(), Signal(), Signal()
+        under_way = Signal(self._SUM_CYCLES)
+        sums = Signal(data.ArrayLayout(_FP32_BITS, cols))
+        kept = Signal(data.ArrayLayout(_FP32_BITS, cols), reset_less=True)
         reached = Signal(cols, reset_less=True)
         counted = Signal(cols, reset_less=True)
         settled = Signal()
-        perturbed = self.perturbed
+        beats = Signal(range(self._beats + 1))  # under way
+        others = Cat(beat.strobe, beat.row, beat.last)
+        # Beats go as they have come, with other values.
+        m.submodules.others = other_fifo = SyncFIFO(width=len(others), depth=self._beats)
+        m.submodules.values = value_fifo = RamFifo(_FP32_BITS * cols, self._beats)
+        may_begin = beats < Mux(self.truncate, 1, self._beats)
         m.d.comb += [
-            wants.eq(self.results.valid & self.sample & (entered != words)),
+            wants.eq(
+                self.results.valid & self.sample & (entered != words) & ((entered != 0) | may_begin)
+            ),
             enters.eq(wants & noise.valid),
             noise.ready.eq(wants),
-            complete.eq((left == words) & (settled | ~self.truncate)),
-            goes.eq(complete & perturbed.ready),
+            ends.eq(enters & (entered == words - 1)),
+            other_fifo.w_en.eq(ends),
+            other_fifo.w_data.eq(others),
+            other_fifo.r_en.eq(goes),
+            value_fifo.write.valid.eq(under_way[-1] & (left == words - 1)),
+            value_fifo.write.payload.eq(sums),
+            value_fifo.read.ready.eq(goes),
         ]
         m.d.sync += [
             under_way.eq(Cat(enters, under_way)),
-            entered.eq(entered + enters),
-            left.eq(left + under_way[-1]),
+            left.eq(left + under_way[-1]),  # words are a power of two
+            beats.eq(beats + (enters & (entered == 0)) - goes),
         ]
+        with m.If(Mux(self.truncate, goes, ends)):
+            m.d.sync += entered.eq(0)
+        with m.Else():
+            m.d.sync += entered.eq(entered + enters)
         with m.If(self.start.valid & self.start.ready):
             m.d.sync += counted.eq(self.start.payload.columns)
 
@@ -193,30 +219,37 @@ class Perturber(wiring.Component):
             for i, column in enumerate(columns[j]):
                 with m.If(word == i):
                     m.d.sync += reached[column].eq(key >= first_cutoff)
-                with m.If(under_way[-1] & (left == i)):
-                    m.d.sync += whole[column].eq(adder.sum)
+                m.d.comb += sums[column].eq(Mux(left == i, adder.sum, kept[column]))
             keys.append(key)
             counts.append(counts_here)
         self._track(m, keys, counts, largest, first_cutoff, goes)
 
-        # The cut-off is there so many cycles behind the last word's choice.
-        ends = Signal(self._settling - 1)
-        m.d.sync += ends.eq(Cat(enters & (entered == words - 1), ends))
-        with m.If(ends[-1]):
-            m.d.sync += settled.eq(1)
+        m.d.sync += kept.eq(sums)
 
-        m.d.comb += [perturbed.payload.eq(beat), perturbed.valid.eq(self.results.valid)]
+        # The cut-off is there so many cycles behind the last word's choice.
+        settling = Signal(self._settling - 1)
+        m.d.sync += settling.eq(Cat(ends, settling))
+        with m.If(settling[-1]):
+            m.d.sync += settled.eq(1)
+        with m.If(goes):
+            m.d.sync += settled.eq(0)
+
+        perturbed, out = self.perturbed, self.perturbed.payload
+        m.d.comb += [
+            out.eq(beat),
+            perturbed.valid.eq(self.results.valid),
+            self.results.ready.eq(perturbed.ready),
+        ]
         with m.If(self.sample):
             m.d.comb += [
-                perturbed.payload.data.eq(whole),
-                perturbed.payload.strobe.eq(
-                    beat.strobe & (reached | ~self.truncate.replicate(cols))
-                ),
-                perturbed.valid.eq(complete),
+                out.data.eq(value_fifo.read.payload),
+                Cat(out.strobe, out.row, out.last).eq(other_fifo.r_data),
+                perturbed.valid.eq(value_fifo.read.valid & (settled | ~self.truncate)),
+                goes.eq(perturbed.valid & perturbed.ready),
+                self.results.ready.eq(Mux(self.truncate, goes, ends)),
             ]
-        m.d.comb += self.results.ready.eq(perturbed.ready & (complete | ~self.sample))
-        with m.If(goes):
-            m.d.sync += [entered.eq(0), left.eq(0), settled.eq(0)]
+            with m.If(self.truncate):
+                m.d.comb += out.strobe.eq(beat.strobe & reached)
 
     def _track(
         self,

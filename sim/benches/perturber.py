@@ -36,13 +36,14 @@ _PRODUCTS = 8
 _RATE_TILES = 4
 
 
-def _system(rows: int, cols: int) -> AcceleratorConfig:
+def _system(rows: int, cols: int, head_inputs: int = 512) -> AcceleratorConfig:
     axi = AxiConfig(data_bits=64)
-    return AcceleratorConfig(EngineConfig(rows=rows, cols=cols), weights=axi, data=axi)
+    engine = EngineConfig(rows=rows, cols=cols)
+    return AcceleratorConfig(engine, weights=axi, data=axi, head_inputs=head_inputs)
 
 
-#: With one lane and generators of 1, 2 and 5 rounds, and with two lanes.
-_CONFIGS = (_system(2, 4), _system(8, 16), _system(9, 32), _system(12, 64))
+#: With one lane and generators of 1, 2 and 5 rounds, and with two and four lanes.
+_CONFIGS = (_system(2, 4), _system(8, 16), _system(9, 32), _system(12, 64), _system(8, 16, 32))
 
 
 def _ranked_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -256,13 +257,13 @@ async def products(dut: Any, index: int, pause: float) -> None:
 @cocotb.test()
 @cocotb.parametrize(index=range(len(_CONFIGS)))
 async def rate(dut: Any, index: int) -> None:
-    """A tile of all rows in the time of a product of 512 inputs, the first one apart."""
+    """A tile of all rows in the time of a product of `head_inputs`, the first one apart."""
     world = await _World.start(dut, index, 0.0)
     rows = world.config.engine.rows
     expected = world.begin(rows, _RATE_TILES)
     await world.finish(expected, 0)
     cycles = world.sink.cycles
-    assert cycles[-1] - cycles[rows - 1] <= 512 * (_RATE_TILES - 1)
+    assert cycles[-1] - cycles[rows - 1] <= world.config.head_inputs * (_RATE_TILES - 1)
     assert cycles[0] - world.starts.taken[0] <= (
         NoiseSource(world.config).LATENCY
         + Perturber.LATENCY

@@ -149,6 +149,23 @@ def test_the_history_is_kept_and_changed():
         configuration(EngineConfig(), False, {"history": 8})
 
 
+def test_the_noise_is_kept_and_changed():
+    """A tile of 8 rows and 16 columns, or a row in a quarter of the time, needs 128 values."""
+    made = {}
+    for inputs in (32, 64, 128, 512, 4096):
+        config = configuration(None, False, {"head_inputs": inputs})
+        assert configuration(config, False, {"choices": 4}).head_inputs == inputs
+        assert config.noise_lanes * config.noise_rounds / 5 * inputs >= 128
+        made[inputs] = (config.noise_lanes, config.noise_rounds)
+    assert made == {32: (4, 5), 64: (2, 5), 128: (1, 5), 512: (1, 2), 4096: (1, 1)}
+    assert configuration(None, False, {}).head_inputs == 512
+    for inputs in (16, 100, 8192):
+        with pytest.raises(ValueError, match=f"head_inputs is {inputs}; allowed are powers of two"):
+            configuration(None, False, {"head_inputs": inputs})
+    with pytest.raises(ValueError, match="--head-inputs is not used"):
+        configuration(EngineConfig(), False, {"head_inputs": 64})
+
+
 def test_the_vector_unit_is_kept_and_changed():
     assert configuration(None, False, {}).lanes == 8
     assert configuration(None, False, {"rows": 4, "cols": 4}).lanes == 4

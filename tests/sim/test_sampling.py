@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,24 +60,47 @@ def test_steps_are_the_golden_models(tiny):
         assert texts[0] == texts[1] == texts[2]
 
 
+def cycles_of_a_step(session: Session, sampling: Sampling | None) -> int:
+    """Those of seven draft passes and a verify pass of 8 rows, without the host's."""
+    run = session.generate(
+        [1, 2],
+        max_tokens=20,
+        settings=Settings(8, 7, choices=1),
+        sampling=sampling,
+        generator=torch.Generator().manual_seed(SEED),
+    )
+    assert next(run).drafted == 7
+    counters = session.driver.counters()
+    run.close()
+    return counters["CYCLES"] - counters["HOST_CYCLES"]
+
+
 def test_a_step_takes_no_longer_with_a_real_head():
-    """Seven draft passes and a verify pass of 8 rows, with a head of 512 inputs: but for the last
-    tile's ranking, of at most 28 cycles a row and 70 for the first beat, as many cycles as greedy.
-    """
+    """With a head of 512 inputs: but for the last tile's ranking, of at most 28 cycles a row and 70
+    for the first beat, as many cycles as greedy."""
     model = drafted_model("llama", SEED, hidden=512, blocks=1, vocab_size=160, context=64)
-    encoded, settings, cycles = encode_linears(model), Settings(8, 7, choices=1), []
+    encoded = encode_linears(model)
     with simulated_session(model, encoded, FULL, capacity=64, latency=16) as session:
-        for sampling in (None, Sampling(1.0)):
-            generator = torch.Generator().manual_seed(SEED)
-            run = session.generate(
-                [1, 2], max_tokens=20, settings=settings, sampling=sampling, generator=generator
-            )
-            assert next(run).drafted == 7
-            counters = session.driver.counters()
-            cycles.append(counters["CYCLES"] - counters["HOST_CYCLES"])
-            run.close()
+        cycles = [cycles_of_a_step(session, sampling) for sampling in (None, Sampling(1.0))]
     print(f"\ncycles of a step: greedy {cycles[0]:,}, sampled {cycles[1]:,}")
     assert cycles[1] - cycles[0] <= 7 * (28 + 70) + 8 * 28 + 70
+
+
+@pytest.mark.slow
+def test_a_small_head_takes_no_longer_with_noise_for_it(tiny):
+    """The head of `tiny` has 64 inputs. With noise for so many a step takes as long as a greedy
+    one, but for some cycles of each pass."""
+    model, encoded = tiny.model, encode_linears(tiny.model)
+    for head_inputs in (FULL.head_inputs, 64):
+        config = replace(FULL, head_inputs=head_inputs)
+        with simulated_session(model, encoded, config, capacity=64, latency=16) as session:
+            samplings = None, Sampling(1.0), Sampling(1.0, min_p=0.05)
+            greedy, sampled, truncated = (cycles_of_a_step(session, s) for s in samplings)
+        print(
+            f"\nhead_inputs {head_inputs}: cycles of a step of tiny: greedy {greedy:,}, sampled "
+            f"{sampled:,}, with min-p {truncated:,}"
+        )
+    assert sampled - greedy <= 8 * 60
 
 
 @pytest.mark.slow
