@@ -109,7 +109,9 @@ class ActivationQuantizer(wiring.Component):
 
         command = Signal(quantizer_command_layout(config), reset_less=True)
         active = Signal()
-        final = Signal(config.engine.k_bits, reset_less=True)  # the number of the last activation
+        # The number of the last activation: that of its chunk, and in the chunk.
+        chunk_bits = size.bit_length() - 1
+        final = Signal(max(config.engine.k_bits, chunk_bits + 1), reset_less=True)
         takes_command = self.command.valid & self.command.ready
         m.d.comb += [self.command.ready.eq(~active), self.busy.eq(active)]
         with m.If(takes_command):
@@ -118,7 +120,6 @@ class ActivationQuantizer(wiring.Component):
                 final.eq(self.command.payload.k - 1),
                 active.eq(1),
             ]
-        chunk_bits = size.bit_length() - 1
         tail, final_number = final[:chunk_bits], final[chunk_bits:]
 
         # A chunk of each row that `full` marks; behind the last activation it is 0.
@@ -133,7 +134,8 @@ class ActivationQuantizer(wiring.Component):
             m.d.comb += [given.valid.eq(full[i]), given.payload.last.eq(ends)]
             m.d.comb += gives[i].eq(given.valid & given.ready)
             for j, values in enumerate(chunk):
-                m.d.comb += given.payload.values[j].eq(Mux(ends & (tail < j), 0, values[i]))
+                is_behind = ends & (tail < j) if j else Const(0)
+                m.d.comb += given.payload.values[j].eq(Mux(is_behind, 0, values[i]))
         m.d.sync += full.eq(full & ~gives)
 
         # From memory, some of its words at a time.
@@ -222,7 +224,7 @@ class ActivationQuantizer(wiring.Component):
                     for lane in range(DRAFT_LANES):
                         m.d.comb += row.lanes[lane].eq(block.activations[DRAFT_LANES * j + lane])
                 fields.append(row)
-            with m.If(~last | (final_word >= j)):
+            with m.If(~last | (final_word >= j) if j else Const(1)):
                 m.d.comb += word.eq(Cat(fields))
             words.append(word)
         chunk = Cat(words)

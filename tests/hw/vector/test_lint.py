@@ -18,14 +18,14 @@ from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_maximum import Fp32Maximum
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
-from speq.hw.vector.lane import Lane
+from speq.hw.vector.lane import Lane, SharedSigmoid
 from speq.hw.vector.operand_reader import OperandReader
 from speq.hw.vector.operand_requests import OperandRequests
 from speq.hw.vector.partial_sums import PartialSums
 from speq.hw.vector.reciprocal import Reciprocal
 from speq.hw.vector.row_maximum import RowMaximum
 from speq.hw.vector.row_values import RowValues
-from speq.hw.vector.sigmoid import Sigmoid
+from speq.hw.vector.sigmoid import Exponential, Sigmoid
 from speq.hw.vector.token_reader import TokenReader
 from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
@@ -53,6 +53,8 @@ UNITS = {
     "row_values": lambda: RowValues(CONFIG),
     "smallest_row_values": lambda: RowValues(SMALLEST),
     "weight_sum": lambda: WeightSum(8, 2048, 8),
+    "exponential_unit": Exponential,
+    "shared_sigmoid": SharedSigmoid,
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
     "word_counter": lambda: WordCounter(CONFIG),
     "smallest_word_counter": lambda: WordCounter(SMALLEST),
