@@ -38,6 +38,13 @@ def pipeline_stage(m: Module, number: int, **values: ValueLike) -> tuple[Signal,
     return tuple(registers)
 
 
+def registered(m: Module, value: Value, name: str) -> Signal:
+    """`value` of the cycle before, in a register of this name without a reset."""
+    register = Signal(value.shape(), name=name, reset_less=True)
+    m.d.sync += register.eq(value)
+    return register
+
+
 def delayed(m: Module, value: Value, cycles: int) -> Value:
     """`value` so many cycles later, in registers without a reset."""
     for _ in range(cycles):

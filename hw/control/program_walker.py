@@ -10,7 +10,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.common.logic import ceil_div
+from speq.hw.common.logic import any_of, ceil_div, incremented, registered
 from speq.hw.control.candidate_tiles import CandidateTiles
 from speq.hw.control.descriptor import (
     DESCRIPTOR,
@@ -36,6 +36,7 @@ _FP16_BYTES = 2
 
 #: The number of two bits that is no mode.
 (_NO_MODE,) = set(range(1 << 2)) - {mode.value for mode in Mode}
+_ADDRESSES = ("plane", "residual", "groups", "activations", "results", "extra")
 _PRODUCTS = (
     DescriptorKind.GEMM,
     DescriptorKind.ARGMAX,
@@ -164,6 +165,9 @@ class ProgramWalker(wiring.Component):
             config.data, burst=burst, outstanding=_AHEAD, depth=max(2, _AHEAD * burst)
         )
         address = config.address_bits
+        # What a batch of an ATTENTION adds to the addresses.
+        self._activation_bytes = Signal(address, name="activation_bytes", reset_less=True)
+        self._result_bytes = Signal(address, name="result_bytes", reset_less=True)
         vector = {}
         if config.lanes:
             vector = {
@@ -233,23 +237,21 @@ class ProgramWalker(wiring.Component):
         # The number of this descriptor, of which `length` is the first that there must not be.
         number = Signal(_PROGRAM_LENGTH_BITS)
         with m.If(next_one):
-            m.d.sync += [number.eq(number + 1), address.eq(address + DESCRIPTOR_BYTES)]
+            m.d.sync += [number.eq(number + 1), address.eq(_next_place(address))]
 
-        kind = descriptor.kind
+        facts = _Facts(m, config, descriptor, walk)
         job = Signal(config.job_layout, reset_less=True)
-        rows_left = Signal(config.engine.token_bits + 8, reset_less=True)
-        before = Signal.like(rows_left)  # rows of the tiles before the results
-        tokens = Mux(descriptor.tokens == 0, walk.rows, descriptor.tokens)
-        m.d.sync += before.eq(Mux(kind == DescriptorKind.GEMM, tokens * descriptor.sharing, 0))
+        rows_left = Signal.like(facts.all_rows, reset_less=True)
         failed = Signal(ErrorCode)
-        code = self._check(m, descriptor, walk)
+        code = self._check(m, descriptor, facts)
+        checked = Signal()  # in the cycle before
         m.submodules.tiles = tiles = CandidateTiles(config)
         m.d.comb += [
             tiles.candidates.eq(descriptor.tokens),
             tiles.entries.eq(self.rank_entries),
             *(tiles.layer[name].eq(descriptor[name]) for name, _ in tiles.layer.shape()),
             self.jobs.payload.eq(job),
-            self.kind.eq(kind),
+            self.kind.eq(descriptor.kind),
             self.last.eq(rows_left == 0),
             self.rank_command.payload.address.eq(descriptor.extra),
             self.rank_command.payload.tokens.eq(job.tokens),
@@ -257,10 +259,10 @@ class ProgramWalker(wiring.Component):
         ]
         m.d.sync += self.error_address.eq(address)
         idle = self.idle
-        is_product = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ATTENTION)
+        is_product = facts.is_any(DescriptorKind.GEMM, DescriptorKind.ATTENTION)
         may_start = (is_product & ~descriptor.wait) | idle
         if config.lanes:
-            is_vector = kind == DescriptorKind.VECTOR
+            is_vector = facts.is_any(DescriptorKind.VECTOR)
             behind, no_vector = descriptor.behind, self.vectors_left == 0
             may_start = (
                 (idle & no_vector)
@@ -281,10 +283,14 @@ class ProgramWalker(wiring.Component):
             m.d.comb += self.rank_command.payload.address.eq(descriptor.extra + place)
         # A failed fetch matters when its descriptor is needed: END may come before.
         beat = Cat(Const(0, config.data.offset_bits), address[config.data.offset_bits :])
-        fetch_failed = (reader.error != Fault.NONE) & (reader.error_address == beat)
+        fetch_failed = registered(
+            m, (reader.error != Fault.NONE) & (reader.error_address == beat), "fetch_failed"
+        )
+        # Nothing arrives in the cycle behind `next_one`, so this is in time.
+        at_end = registered(m, number == self.length, "at_end")
         with m.FSM(name="state"):
             with m.State("FETCH"):
-                with m.If(walking & (number == self.length)):
+                with m.If(walking & at_end):
                     m.d.sync += failed.eq(ErrorCode.NO_END)
                     m.next = "FAILED"
                 with m.Elif(walking & arrived):
@@ -296,16 +302,17 @@ class ProgramWalker(wiring.Component):
                     ]
                     m.next = "FAILED"
             with m.State("CHECK"):
-                m.d.sync += failed.eq(code)
-                self._make_job(m, job, rows_left, descriptor, walk, before)
-                with m.If(code != ErrorCode.NONE):
-                    m.next = "FAILED"
-                with m.Else():
-                    m.d.comb += self.started.eq(1)
-                    m.next = "WAIT"
+                self._make_job(m, job, rows_left, descriptor, facts, walk)
+                m.d.sync += checked.eq(1)
+                m.next = "WAIT"
             with m.State("WAIT"):
-                with m.If(may_start):
-                    with m.Switch(kind):
+                m.d.sync += checked.eq(0)
+                m.d.comb += self.started.eq(checked & (code == ErrorCode.NONE))
+                with m.If(code != ErrorCode.NONE):
+                    m.d.sync += failed.eq(code)
+                    m.next = "FAILED"
+                with m.Elif(may_start):
+                    with m.Switch(descriptor.kind):
                         with m.Case(DescriptorKind.HOST):
                             m.d.sync += self.host_argument.eq(descriptor.argument)
                             m.next = "HOST"
@@ -325,7 +332,7 @@ class ProgramWalker(wiring.Component):
                         with m.Default():
                             # The first job goes at once.
                             m.d.comb += self.jobs.valid.eq(1)
-                            self._send(m, job, rows_left, descriptor, next_one)
+                            self._send(m, job, rows_left, facts, next_one)
             with m.State("TILES"):
                 m.d.comb += tiles.tiles.ready.eq(1)
                 for name, _ in tiles.tiles.payload.shape():
@@ -336,7 +343,7 @@ class ProgramWalker(wiring.Component):
                     m.next = "RANKED"
             with m.State("JOB"):
                 m.d.comb += self.jobs.valid.eq(1)
-                self._send(m, job, rows_left, descriptor, next_one)
+                self._send(m, job, rows_left, facts, next_one)
             with m.State("RANKED"):  # the job may not be known as unfinished yet
                 m.next = "RANKING"
             with m.State("RANKING"):
@@ -395,7 +402,7 @@ class ProgramWalker(wiring.Component):
             m.d.sync += [ahead.eq(0), asked_number.eq(0)]
         with m.If(ask):
             m.d.sync += [
-                asked.eq(asked + DESCRIPTOR_BYTES),
+                asked.eq(_next_place(asked)),
                 asked_number.eq(asked_number + 1),
             ]
         with m.If(self.walk.valid & self.walk.ready):
@@ -424,93 +431,68 @@ class ProgramWalker(wiring.Component):
         with m.If(next_one | ~walking):
             m.d.sync += beats.eq(0)
 
-    def _check(self, m: Module, d: data.View, walk: data.View) -> Signal:
-        """The first thing that is wrong with a descriptor."""
-        engine = self.config.engine
-        code = Signal(ErrorCode)
-        kind, mode = d.kind, d.mode
-        is_gemm = (kind == DescriptorKind.GEMM) | (kind == DescriptorKind.ARGMAX)
-        is_attention = kind == DescriptorKind.ATTENTION
-        is_rerank = kind == DescriptorKind.RERANK
-        is_product = is_gemm | is_attention | is_rerank
-        known = Cat(kind == value for value in _kinds(self.config)).any() & ~(
-            is_gemm & (mode == _NO_MODE)
-        )
-        vector = None
-        if self.config.lanes:
-            vector = _VectorCheck(m, self.config, d, walk)
-            known &= vector.is_known
+    def _check(self, m: Module, d: data.View, facts: _Facts) -> Signal:
+        """The first thing that is wrong with a descriptor, from the second cycle on in which its
+        `_Facts` are known."""
+        kinds = DescriptorKind
+        is_gemm = facts.is_any(kinds.GEMM, kinds.ARGMAX)
+        is_attention, is_rerank = facts.is_any(kinds.ATTENTION), facts.is_any(kinds.RERANK)
+        is_product = facts.is_any(*_PRODUCTS)
+        unknown = ~any_of(facts.kinds.values()) | (is_gemm & (d.mode == _NO_MODE))
 
-        used = Signal()  # a field that must be 0
-        with m.Switch(kind):
-            for value in _kinds(self.config):
-                with m.Case(value):
-                    fields = Cat(Value.cast(d[name]) for name in _unused(value))
-                    m.d.comb += used.eq(fields.any())
-        used_in_mode = Signal()
-        with m.Switch(mode):
-            for value in Mode:
-                with m.Case(value):
-                    fields = Cat(Value.cast(d[name]) for name in _unused_in(value))
-                    m.d.comb += used_in_mode.eq(is_gemm & fields.any())
-        # What the KV entries take the place of.
-        counted = Mux(
-            d.values, *(Cat(d[name] for name in _unused_in_attention(v)) for v in (True, False))
+        reserved = any_of(
+            facts.is_any(kind) & facts.any_used(_unused(kind)) for kind in facts.kinds
         )
-        reserved = used | used_in_mode | (is_attention & (counted != 0))
-        if vector is not None:
-            reserved |= vector.is_reserved
+        reserved |= is_gemm & any_of(
+            (d.mode == mode) & facts.any_used(_unused_in(mode)) for mode in Mode
+        )
+        # What the KV entries take the place of.
+        reserved |= is_attention & Mux(
+            d.values, *(facts.any_used(_unused_in_attention(v)) for v in (True, False))
+        )
 
         # In attention the KV entries are an inner or an outer dimension.
-        seen = Signal(engine.k_bits + 1)
-        m.d.comb += seen.eq(walk.position + walk.rows)
         by_entries = is_attention & d.values
-        tokens = Mux(d.tokens == 0, walk.rows, d.tokens)
-        most_tokens = Mux(is_gemm & (mode == Mode.DRAFT), engine.draft_rows, engine.rows)
+        in_draft = is_gemm & (d.mode == Mode.DRAFT)
         bad_size = is_product & (
-            _is_outside(Mux(by_entries, seen, d.k), engine.max_k)
-            | (is_attention & (seen > engine.max_k))
-            | (~is_rerank & _is_outside(Mux(is_attention & ~d.values, seen, d.o), engine.max_o))
-            | (is_rerank & _is_outside(d.tokens, self.config.choices))
-            | (is_gemm & _is_outside(tokens, most_tokens))
-            | (is_attention & ((d.sharing == 0) | (walk.rows == 0)))
+            (~by_entries & facts.k_outside)
+            | (is_attention & facts.seen_outside)
+            | (~is_rerank & Mux(is_attention & ~d.values, facts.seen_too_many, facts.o_outside))
+            | (is_rerank & facts.candidates_outside)
+            | (is_gemm & Mux(in_draft, facts.draft_tokens_outside, facts.tokens_outside))
+            | (is_attention & (~facts.used["sharing"] | facts.rows_none))
         )
-        if vector is not None:
-            bad_size |= vector.has_bad_size
 
-        config = self.config
         # The member `extra` of the layout is one or the other.
         shared = {
-            "stride": Mux(is_attention, d.extra, 0),
-            "ranking": Mux(is_attention, 0, d.extra),
+            "stride": ("extra", is_attention),
+            "ranking": ("extra", ~is_attention),
         }
-        misaligned = (
-            is_product
-            & Cat(
-                _is_misaligned(
-                    shared[name] if name in shared else d[name],
-                    port.offset_bits,
-                    config.address_bits,
-                )
-                for port, names in (
-                    (config.weights, _places("weights")),
-                    (config.data, _places("data")),
-                )
-                for name in names
-            ).any()
+        misaligned = is_product & any_of(
+            facts.misaligned[member, port.offset_bits] & condition
+            for port, names in (
+                (self.config.weights, _places("weights")),
+                (self.config.data, _places("data")),
+            )
+            for member, condition in (shared.get(name, (name, is_product)) for name in names)
         )
-
-        if vector is not None:
+        if self.config.lanes:
+            vector = _VectorCheck(m, self.config, d, facts)
+            unknown |= vector.is_unknown
+            reserved |= vector.is_reserved
+            bad_size |= vector.has_bad_size
             misaligned |= vector.is_misaligned
 
-        with m.If(~known):
-            m.d.comb += code.eq(ErrorCode.UNKNOWN_KIND)
-        with m.Elif(reserved):
-            m.d.comb += code.eq(ErrorCode.RESERVED)
-        with m.Elif(bad_size):
-            m.d.comb += code.eq(ErrorCode.BAD_SIZE)
-        with m.Elif(misaligned):
-            m.d.comb += code.eq(ErrorCode.MISALIGNED)
+        code = Signal(ErrorCode)
+        wrong = Cat(unknown, reserved, bad_size, misaligned)
+        found = registered(m, wrong, "wrong")
+        codes = (
+            *(ErrorCode.UNKNOWN_KIND, ErrorCode.RESERVED),
+            *(ErrorCode.BAD_SIZE, ErrorCode.MISALIGNED),
+        )
+        for is_wrong, meaning in reversed([*zip(found, codes, strict=True)]):
+            with m.If(is_wrong):
+                m.d.comb += code.eq(meaning)
         return code
 
     def _word_vector_command(self, m: Module, d: data.View, walk: data.View) -> None:
@@ -527,29 +509,37 @@ class ProgramWalker(wiring.Component):
         job: data.View,
         rows_left: Signal,
         d: data.View,
+        facts: _Facts,
         walk: data.View,
-        before: Signal,
     ) -> None:
-        """The descriptor's first job; `before` rows of tiles are before its results."""
-        engine = self.config.engine
-        rows = engine.rows
-        is_attention = d.kind == DescriptorKind.ATTENTION
-        is_rerank = d.kind == DescriptorKind.RERANK
+        """The descriptor's first job, behind the tiles before its results, and what a further batch
+        of an ATTENTION adds to it."""
+        config = self.config
+        engine, port = config.engine, config.data
+        is_attention = facts.is_any(DescriptorKind.ATTENTION)
+        is_rerank = facts.is_any(DescriptorKind.RERANK)
         tile_outputs = min(engine.cols, engine.max_o)  # a tile is a GEMM of its own
-        seen = walk.position + walk.rows
-        all_rows = walk.rows * d.sharing
-        first_batch = Mux(all_rows > rows, rows, all_rows)
-        tokens = Mux(is_rerank, 1, Mux(d.tokens == 0, walk.rows, d.tokens))
+        first_batch, other_rows = self._batch(facts.all_rows)
+        tokens = Mux(is_rerank, 1, Mux(facts.used["tokens"], d.tokens, walk.rows))
         outputs = Mux(is_rerank, tile_outputs, d.o)
+        before = Mux(
+            facts.is_any(DescriptorKind.GEMM),
+            Mux(facts.used["tokens"], facts.own_rows_before, facts.all_rows),
+            0,
+        )
         half_row = engine.cols * _FP16_BYTES
+        inner = Mux(d.values, facts.seen, d.k[: engine.k_bits])
+        outer = Mux(d.values, d.o[: engine.o_bits], facts.seen)
+        beats = ceil_div(inner * config.activation_bytes, port.beat_bytes)
+        half_bytes = ceil_div(outer, engine.cols) * (engine.rows * engine.cols * _FP16_BYTES)
         m.d.sync += [
             job.mode.eq(Mux(is_attention, Mode.BYPASS, d.mode)),
-            job.k.eq(Mux(is_attention & d.values, seen, d.k)),
-            job.o.eq(Mux(is_attention & ~d.values, seen, outputs)),
+            job.k.eq(Mux(is_attention & d.values, facts.seen, d.k)),
+            job.o.eq(Mux(is_attention & ~d.values, facts.seen, outputs)),
             job.tokens.eq(Mux(is_attention, first_batch, tokens)),
             job.half.eq(d.half),
             job.discard.eq(d.discard | is_rerank),
-            job.rank.eq((d.kind == DescriptorKind.ARGMAX) | is_rerank),
+            job.rank.eq(facts.is_any(DescriptorKind.ARGMAX) | is_rerank),
             job.keep.eq(0),
             job.whole.eq(d.extra != 0),
             job.again.eq(0),
@@ -561,80 +551,170 @@ class ProgramWalker(wiring.Component):
             job.activations.eq(d.activations),
             job.results.eq(d.results + Mux(d.half, before * half_row, before * (2 * half_row))),
             job.stride.eq(Mux(is_attention, d.extra, 0)),
-            rows_left.eq(Mux(is_attention, all_rows - first_batch, 0)),
+            rows_left.eq(Mux(is_attention, other_rows, 0)),
+            self._activation_bytes.eq(beats << port.offset_bits),
+            self._result_bytes.eq(Mux(d.half, half_bytes, half_bytes << 1)),
         ]
 
+    def _batch(self, rows: Value) -> tuple[Value, Value]:
+        """Of so many rows of an ATTENTION, how many are in the next batch, and in those behind."""
+        most = self.config.engine.rows
+        rest = rows - most  # one bit longer
+        return Mux(rest[-1], rows, most), Mux(rest[-1], 0, rest[:-1])
+
     def _send(
-        self, m: Module, job: data.View, rows_left: Signal, d: data.View, next_one: Signal
+        self, m: Module, job: data.View, rows_left: Signal, facts: _Facts, next_one: Signal
     ) -> None:
         """When the job is taken, go on with the descriptor's next batch or the next descriptor."""
-        engine, port = self.config.engine, self.config.data
         with m.If(self.jobs.ready):
-            with m.If(d.kind == DescriptorKind.ARGMAX):
+            with m.If(facts.is_any(DescriptorKind.ARGMAX)):
                 m.next = "RANKED"
-            with m.Elif(d.kind == DescriptorKind.RERANK):
+            with m.Elif(facts.is_any(DescriptorKind.RERANK)):
                 m.next = "TILES"
             with m.Elif(rows_left == 0):
                 m.d.comb += next_one.eq(1)
                 m.next = "FETCH"
             with m.Else():
-                beats = ceil_div(job.k * self.config.activation_bytes, port.beat_bytes)
-                tiles = ceil_div(job.o, engine.cols)
-                half_bytes = tiles * (engine.rows * engine.cols * _FP16_BYTES)
-                tokens = Mux(rows_left > engine.rows, engine.rows, rows_left)
+                tokens, rest = self._batch(rows_left)
                 m.d.sync += [
-                    job.activations.eq(job.activations + (beats << port.offset_bits)),
-                    job.results.eq(job.results + Mux(job.half, half_bytes, half_bytes << 1)),
+                    job.activations.eq(job.activations + self._activation_bytes),
+                    job.results.eq(job.results + self._result_bytes),
                     job.tokens.eq(tokens),
-                    rows_left.eq(rows_left - tokens),
+                    rows_left.eq(rest),
                 ]
                 m.next = "JOB"
         with m.Else():
             m.next = "JOB"
 
 
+class _Facts:
+    """What the checks and the jobs need to know of a descriptor, in registers: of what it is in the
+    cycle before. So no path leads from the words of a descriptor through sizes and addresses to
+    what happens.
+
+    Attributes
+    ----------
+    kinds : dict of DescriptorKind to Signal(1)
+        Which kind it is.
+    used : dict of str to Signal(1)
+        Whether a field is not 0.
+    misaligned : dict of (str, int) to Signal(1)
+        Whether a field is no multiple of 2^number, or no address.
+    k_outside, o_outside, candidates_outside : Signal(1)
+        A size of a product is 0 or too large.
+    tokens_outside, draft_tokens_outside : Signal(1)
+        The same of its rows.
+    seen : Signal
+        KV entries that the pass sees.
+    seen_outside, seen_too_many : Signal(1)
+        They are none, or more than a product's inner or outer dimension.
+    rows_none, rows_outside, draft_rows_outside : Signal(1)
+        Of the pass.
+    all_rows : Signal
+        Rows of all batches of an ATTENTION, and those of the tiles before a GEMM's results if its
+        rows are the pass's.
+    own_rows_before : Signal
+        The same if they are its own.
+    has_slots : Signal(1)
+        Its operation is SOFTMAX or NORMALIZE.
+    """
+
+    def __init__(self, m: Module, config: AcceleratorConfig, d: data.View, walk: data.View) -> None:
+        engine = config.engine
+        self._m, self._d = m, d
+        self.kinds = {
+            kind: registered(m, d.kind == kind, f"is_{kind.name.lower()}")
+            for kind in _kinds(config)
+        }
+        self.used = {
+            name: registered(m, Value.cast(d[name]).any(), f"used_{name}")
+            for name, _ in DESCRIPTOR
+            if name != "kind"
+        }
+        offsets = {config.weights.offset_bits, config.data.offset_bits}
+        if config.lanes:
+            offsets.add((config.activation_bytes - 1).bit_length())
+        self.misaligned = {
+            (name, bits): registered(
+                m, _is_misaligned(d[name], bits, config.address_bits), f"misaligned_{name}_{bits}"
+            )
+            for name in _ADDRESSES
+            for bits in sorted(offsets)
+        }
+
+        def outside(what: str, value: Value, most: int) -> Signal:
+            return registered(m, _is_outside(value, most), f"{what}_outside")
+
+        rows = walk.rows
+        self.k_outside = outside("k", d.k, engine.max_k)
+        self.o_outside = outside("o", d.o, engine.max_o)
+        self.candidates_outside = outside("candidates", d.tokens, config.choices)
+        self.rows_none = registered(m, rows == 0, "rows_none")
+        self.rows_outside = outside("rows", rows, engine.rows)
+        self.draft_rows_outside = outside("draft_rows", rows, engine.draft_rows)
+        tokens = Mux(d.tokens == 0, rows, d.tokens)
+        self.tokens_outside = outside("tokens", tokens, engine.rows)
+        self.draft_tokens_outside = outside("draft_tokens", tokens, engine.draft_rows)
+        # The pass is known long before its first descriptor.
+        self.seen = registered(m, walk.position + rows, "seen")
+        self.seen_outside = outside("seen", self.seen, engine.max_k)
+        self.seen_too_many = outside("seen_outer", self.seen, engine.max_o)
+        self.all_rows = registered(m, rows * d.sharing, "all_rows")
+        self.own_rows_before = registered(m, d.tokens * d.sharing, "own_rows_before")
+        slots = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
+        self.has_slots = registered(m, any_of(d.operation == each for each in slots), "has_slots")
+
+    def is_any(self, *kinds: DescriptorKind) -> Value:
+        """Whether it is of one of these kinds."""
+        return any_of(self.kinds[kind] for kind in kinds)
+
+    def any_used(self, names: list[str]) -> Value:
+        """Whether one of these fields is not 0."""
+        return Cat(self.used[name] for name in names).any()
+
+
 class _VectorCheck:
     """What may be wrong with a descriptor if it is a VECTOR."""
 
-    is_known: Value
+    is_unknown: Value
     is_reserved: Value
     has_bad_size: Value
     is_misaligned: Value
 
-    def __init__(self, m: Module, config: AcceleratorConfig, d: data.View, walk: data.View) -> None:
-        engine = config.engine
-        is_vector = d.kind == DescriptorKind.VECTOR
+    def __init__(self, m: Module, config: AcceleratorConfig, d: data.View, facts: _Facts) -> None:
+        is_vector = facts.is_any(DescriptorKind.VECTOR)
 
         def is_any(*operations: VectorOperation) -> Value:
-            return Cat(d.operation == operation for operation in operations).any()
+            return any_of(d.operation == operation for operation in operations)
 
         has_target = Signal()
         with m.Switch(d.operation):
             for operation, targets in TARGETS.items():
                 with m.Case(operation):
-                    m.d.comb += has_target.eq(Cat(d.target == target for target in targets).any())
+                    m.d.comb += has_target.eq(any_of(d.target == target for target in targets))
         is_softmax = is_any(VectorOperation.SOFTMAX)
         is_quantize = is_any(VectorOperation.QUANTIZE)
-        self.is_known = ~is_vector | has_target
+        self.is_unknown = is_vector & ~registered(m, has_target, "has_target")
         self.is_reserved = is_vector & (
-            (is_softmax & (d.k != 0)) | (is_any(VectorOperation.NORM) & ~d.values)
+            (is_softmax & facts.used["k"]) | (is_any(VectorOperation.NORM) & ~d.values)
         )
 
-        has_slots = is_softmax | is_any(VectorOperation.NORMALIZE)
         drafts = is_quantize | (d.target == Target.DRAFT_ACTIVATIONS)
         has_one_segment = drafts | (d.target == Target.ACTIVATIONS)
-        seen = walk.position + walk.rows
         last_slot = d.o[: config.query_heads.bit_length()] + d.sharing
+        too_many = registered(m, d.o > config.query_heads, "o_too_many")
+        too_far = registered(m, last_slot > config.query_heads, "slot_too_far")
+        not_one = registered(m, d.o != 1, "o_not_one")
+        no_detail = registered(m, d.extra[DETAIL_BITS:].any(), "no_detail")
         self.has_bad_size = is_vector & (
-            _is_outside(walk.rows, Mux(drafts, engine.draft_rows, engine.rows))
-            | (seen > engine.max_k)
-            | (~is_softmax & _is_outside(d.k, engine.max_k))
-            | (d.o > config.query_heads)
-            | (has_slots & (last_slot > config.query_heads))
-            | (~has_slots & (d.o == 0))
-            | (has_one_segment & (d.o != 1))
-            | ((has_slots | (d.target == Target.QUERIES)) & (d.sharing == 0))
-            | d.extra[DETAIL_BITS:].any()
+            Mux(drafts, facts.draft_rows_outside, facts.rows_outside)
+            | facts.seen_outside
+            | (~is_softmax & facts.k_outside)
+            | too_many
+            | Mux(facts.has_slots, too_far, ~facts.used["o"])
+            | (has_one_segment & not_one)
+            | ((facts.has_slots | (d.target == Target.QUERIES)) & ~facts.used["sharing"])
+            | no_detail
         )
 
         beat = config.data.offset_bits
@@ -646,14 +726,20 @@ class _VectorCheck:
         # Values are written as they lie there, and moved entries are read so.
         has_lines = (d.target == Target.VALUES) | is_any(VectorOperation.MOVE)
         self.is_misaligned = is_vector & (
-            Cat(
-                _is_misaligned(d[name], offsets[use.port], config.address_bits)
+            any_of(
+                facts.misaligned[name, offsets[use.port]]
                 for name, use in FORMS[DescriptorKind.VECTOR].uses.items()
                 if use.port is not None
-            ).any()
-            | (has_distance & d.extra[:beat].any())
-            | (has_lines & (d.residual[:beat].any() | d.groups[:beat].any()))
+            )
+            | (has_distance & registered(m, d.extra[:beat].any(), "detail_misaligned"))
+            | (has_lines & (facts.misaligned["residual", beat] | facts.misaligned["groups", beat]))
         )
+
+
+def _next_place(address: Value) -> Value:
+    """The address of the next descriptor."""
+    low = DESCRIPTOR_BYTES.bit_length() - 1
+    return Cat(address[:low], incremented(address[low:], Const(1)))
 
 
 def read_error(fault: Value) -> Value:
@@ -665,9 +751,10 @@ def read_error(fault: Value) -> Value:
     )
 
 
-def _is_outside(value: Value, most: Value | int) -> Value:
+def _is_outside(value: Value, most: int) -> Value:
     """Whether a size is 0 or larger than allowed."""
-    return (value == 0) | (value > most)
+    too_large = value > most if 1 << len(value) > most + 1 else Const(0)
+    return (value == 0) | too_large
 
 
 def _is_misaligned(value: Value, offset_bits: int, address_bits: int) -> Value:
