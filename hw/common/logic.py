@@ -17,6 +17,12 @@ def ceil_div(value: Value, divisor: int) -> Value:
     return (value + (divisor - 1)) >> (divisor.bit_length() - 1)
 
 
+def exceeds(value: Value, bound: int) -> Value:
+    """Whether a number is larger; a constant where its bits do not allow it, of which tools warn
+    otherwise."""
+    return value > bound if 1 << len(value) > bound + 1 else Const(0)
+
+
 def any_of(values: Iterable[Value]) -> Value:
     """OR of one or more values, bit by bit, as a balanced tree."""
     values = list(values)
@@ -95,3 +101,8 @@ def incremented(value: Value, carry: Value) -> Value:
         pieces.append(Mux(carry, (piece + 1)[: len(piece)], piece))
         carry = carry & piece.all()
     return Cat(*pieces)
+
+
+def decremented(value: Value) -> Value:
+    """``value - 1``, modulo 2^bits, with the short paths of `incremented`."""
+    return ~incremented(~value, Const(1))

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from amaranth.hdl import Const, Elaboratable, Module, Mux, Signal, Value, ValueLike
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
+from speq.hw.common.logic import decremented, incremented
 from speq.hw.control.register_file import register_shape, status_layout, values_layout
 from speq.hw.control.register_map import (
     ADDRESS_BITS,
@@ -297,7 +298,7 @@ class RunControl(wiring.Component):
         address = Mux(after_step, 0, self.host_address)
         m.d.comb += answer.eq(self.write_data)
         with m.If(self._remaining != 0):
-            m.d.sync += self._remaining.eq(self._remaining - 1)
+            m.d.sync += self._remaining.eq(decremented(self._remaining))
         with self._unless_ended(m):
             with m.If(self.host_answer_write):
                 goes_on = answer == Answer.CONTINUE
@@ -362,11 +363,10 @@ class RunControl(wiring.Component):
             key = name.lower()
             added = own[name] if name in _OWN else self.events[key]
             counter = Signal(_COUNTER_BITS, name=key)
+            low = counter[: len(added)] + Mux(runs, added, 0)
+            total = Cat(low[:-1], incremented(counter[len(added) :], low[-1]))
             m.d.comb += self.status[key].eq(counter)
-            with m.If(self._command.clear_counters):
-                m.d.sync += counter.eq(0)
-            with m.Elif(runs):
-                m.d.sync += counter.eq(counter + added)
+            m.d.sync += counter.eq(Mux(self._command.clear_counters, 0, total))
 
 
 def _is_outside(value: Value, low: int, high: int) -> Value:
