@@ -10,7 +10,6 @@ from amaranth.lib.wiring import In, Out
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.common.logic import ceil_div
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS
-from speq.hw.memory.weight_reader import RESIDUAL_WORDS
 
 _WORD_BYTES = FP16_BITS // 8
 
@@ -150,6 +149,7 @@ class CandidateTiles(wiring.Component):
         beats = ceil_div(ceil_div(k, engine.format.group) * engine.cols, port.beat_bytes)
         return {
             "plane": plane,
-            "residual": plane * RESIDUAL_WORDS,
+            # Times `RESIDUAL_WORDS`, 3, by an adder, which is faster than a multiplier.
+            "residual": (plane << 1) + plane,
             "groups": beats << port.offset_bits,
         }

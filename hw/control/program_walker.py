@@ -10,7 +10,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode
-from speq.hw.common.logic import any_of, ceil_div, incremented, registered
+from speq.hw.common.logic import any_of, ceil_div, exceeds, incremented, registered
 from speq.hw.control.candidate_tiles import CandidateTiles
 from speq.hw.control.descriptor import (
     DESCRIPTOR,
@@ -753,8 +753,7 @@ def read_error(fault: Value) -> Value:
 
 def _is_outside(value: Value, most: int) -> Value:
     """Whether a size is 0 or larger than allowed."""
-    too_large = value > most if 1 << len(value) > most + 1 else Const(0)
-    return (value == 0) | too_large
+    return (value == 0) | exceeds(value, most)
 
 
 def _is_misaligned(value: Value, offset_bits: int, address_bits: int) -> Value:
