@@ -111,7 +111,7 @@ def walk(
     cycles: int = 4000,
 ) -> WalkRecord:
     """Run a program; jobs end at random times, in order, and so does vector work. An ARGMAX misses
-    an entry, again and again, if its address is a multiple of two descriptors. `bad_read` answers
+    an entry, again and again, if its address is no multiple of four descriptors. `bad_read` answers
     SLVERR there. Events of jobs and VECTORs end with how many jobs, products and VECTORs are under
     way."""
     content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
@@ -213,7 +213,7 @@ def walk(
 
 def misses(place: int) -> bool:
     """Whether the ranking of an ARGMAX descriptor there misses an entry."""
-    return place // DESCRIPTOR_BYTES % 2 == 0
+    return place // DESCRIPTOR_BYTES % 4 != 0
 
 
 def jobs_of(config: AcceleratorConfig, d: Descriptor, rows: int, position: int) -> list[dict]:
