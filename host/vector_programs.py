@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -65,11 +66,6 @@ def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
-def _does(step: Step, operation: Operation) -> bool:
-    """Whether a step is this vector operation."""
-    return isinstance(step, Vector) and step.operation is operation
-
-
 class _Program:
     """The steps of a schedule as descriptors.
 
@@ -98,22 +94,24 @@ class _Program:
             step = steps.pop(0)
             later = (each.names for each in steps if isinstance(each, Linears))
             self._takers = next(later, ())
-            match step:
-                case Linears(targets=("q", _, _)):
-                    number = next(
-                        (i for i, each in enumerate(steps) if not isinstance(each, Vector)),
-                        len(steps),
-                    )
-                    of_heads, steps = steps[:number], steps[number:]
-                    block = steps.pop(0).block if steps else None
-                    self._attention(step, of_heads, block)
-                case Linears(targets=("gate", "up")) if _does(steps[0], Operation.GATE):
-                    self._gated(step, steps.pop(0))
-                case Linears(targets=("y",)) if _does(steps[0], Operation.ADD):
-                    self._added(step, steps.pop(0))
-                case Linears():
+            match step, steps[0] if steps else None:
+                case Linears(targets=("q", _, _)), _:
+                    of_heads = list(takewhile(lambda each: isinstance(each, Vector), steps))
+                    steps = steps[len(of_heads) :]
+                    match steps:
+                        case [Attention(block), *steps]:
+                            self._attention(step, of_heads, block)
+                        case _:
+                            self._attention(step, of_heads, None)
+                case Linears(targets=("gate", "up")), Vector(Operation.GATE) as gate:
+                    self._gated(step, gate)
+                    del steps[0]
+                case Linears(targets=("y",)), Vector(Operation.ADD) as add:
+                    self._added(step, add)
+                    del steps[0]
+                case Linears(), _:
                     self._linears(step)
-                case Vector():
+                case Vector(), _:
                     self._step(step)
 
     @staticmethod
@@ -517,7 +515,10 @@ class _Program:
         layout, cols = self._layout, self._layout.config.engine.cols
         gate, up = (self._buffers[name] for name in step.sources)
         start = tiles.start * cols
-        shape = {"o": 1, "k": min(self._model.ffn_hidden, tiles.stop * cols) - start}
+        shape: dict[str, Any] = {
+            "o": 1,
+            "k": min(self._model.ffn_hidden, tiles.stop * cols) - start,
+        }
         shape |= {"tile": tiles.start}
         operands = (gate + number, up + number)
         operation, first, second = VectorOperation.GATE, gate, up
