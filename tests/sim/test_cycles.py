@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -19,17 +18,16 @@ from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
 from speq.model.speculation import Settings
 from speq.sim.session import simulated_session
-from tests.host.decoding import SEED, SMALL, check, system
+from tests.host.decoding import SEED, check
 from tests.model.drafted import drafted_model
+from tests.sim.configurations import FEW, FULL
 
-#: The simulation of other tests, too.
-CONFIG = replace(system(SMALL), lanes=4)
 LATENCY = 16
 #: Largest relative error of predicted cycles.
 TOLERANCE = 0.02
 
 
-def session_for(model: Model, config: AcceleratorConfig = CONFIG, capacity: int = 48) -> Session:
+def session_for(model: Model, config: AcceleratorConfig = FEW, capacity: int = 48) -> Session:
     """A session on the accelerator in the simulator."""
     encoded = encode_linears(model)
     return simulated_session(model, encoded, config, capacity=capacity, latency=LATENCY)
@@ -95,8 +93,7 @@ def test_cycles_of_passes_are_predicted(architecture, changes):
 
 @pytest.mark.slow
 def test_cycles_of_passes_of_tiny_are_predicted():
-    config = AcceleratorConfig(EngineConfig(rows=8, cols=16, max_k=1024), lanes=8)
-    with session_for(load_model("tiny"), config, capacity=300) as session:
+    with session_for(load_model("tiny"), FULL, capacity=300) as session:
         for position in (0, 96, 256):
             check_predictions(session, position)
 
@@ -105,7 +102,7 @@ def test_cycles_of_passes_of_tiny_are_predicted():
 def test_cycles_of_passes_of_a_block_of_smollm2_are_predicted():
     dimensions = {"hidden": 576, "ffn_hidden": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
     model = drafted_model("llama", SEED, blocks=1, vocab_size=512, context=1100, **dimensions)
-    config = AcceleratorConfig(EngineConfig(rows=8, cols=32), lanes=8)
+    config = AcceleratorConfig(EngineConfig(rows=8, cols=32))
     with session_for(model, config, capacity=1100) as session:
         for position in (96, 1024):
             check_predictions(session, position)
