@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 from speq.host.checks import check_vector_unit
 from speq.host.layout import ceil_div
-from speq.host.vector_programs import VectorLayout
+from speq.host.programs import ModelLayout
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
@@ -393,7 +393,7 @@ class PredictedPasses:
         self._machine = machine(config, latency)
         # Sizes and order of programs do not depend on the capacity of the KV cache.
         self._layouts = {
-            encoded: VectorLayout(
+            encoded: ModelLayout(
                 *(config, model, list(formats) if encoded else [], config.engine.rows),
                 drafted_outputs=drafted_outputs if encoded else None,
             )

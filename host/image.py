@@ -33,6 +33,7 @@ from speq.host.layout import (
     plain_words,
     weight_planes,
 )
+from speq.host.programs import ModelLayout
 from speq.host.registers import (
     ALL_INTERRUPTS,
     configuration,
@@ -41,8 +42,7 @@ from speq.host.registers import (
     speculation_words,
     split,
 )
-from speq.host.vector_image import VECTOR_PARTS, vector_part
-from speq.host.vector_programs import VectorLayout
+from speq.host.tables import TABLE_PARTS, table_part
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.register_map import Register, registers
 from speq.model.checkpoint import Model, ModelConfig
@@ -179,9 +179,9 @@ class Image:
         """Names of the linear layers that are encoded."""
         return [part.name for part in self.parts if part.kind is Kind.DRAFT_PLANE]
 
-    def layout(self, model: ModelConfig, base: int = 0) -> VectorLayout:
+    def layout(self, model: ModelConfig, base: int = 0) -> ModelLayout:
         """The memory of its model behind a load address. Raises ValueError if it does not fit."""
-        return VectorLayout(
+        return ModelLayout(
             self.config,
             model,
             self.encoded_names,
@@ -245,8 +245,8 @@ class Image:
                 order = layout.order(part.name)
                 weight = model.linear_weight(part.name)
                 expected = _bytes(plain_words(weight, self.config, order))
-            elif part.kind in VECTOR_PARTS:
-                expected = _bytes(vector_part(part, layout, model))
+            elif part.kind in TABLE_PARTS:
+                expected = _bytes(table_part(part, layout, model))
             else:
                 continue
             if not np.array_equal(self.content(part), expected):
@@ -364,7 +364,7 @@ def model_image(
     drafted = encoded["head"].drafted_outputs if "head" in encoded else None
     if capacity is None:
         capacity = default_capacity(config, model.config)
-    layout = VectorLayout(config, model.config, encoded, capacity, drafted_outputs=drafted)
+    layout = ModelLayout(config, model.config, encoded, capacity, drafted_outputs=drafted)
 
     @lru_cache(maxsize=1)
     def planes(name: str) -> dict[Kind, np.ndarray]:
@@ -382,8 +382,8 @@ def model_image(
         if part.kind is Kind.PROGRAM:
             program = layout.program_content(_PASS_KINDS[part.name], settings.reranked)
             return np.frombuffer(program, np.uint8)
-        if part.kind in VECTOR_PARTS:
-            return _bytes(vector_part(part, layout, model))
+        if part.kind in TABLE_PARTS:
+            return _bytes(table_part(part, layout, model))
         return _bytes(planes(part.name)[part.kind])
 
     return Image(
@@ -425,7 +425,7 @@ def _registers(config: AcceleratorConfig) -> dict[str, Register]:
     return {register.name: register for register in registers(config)}
 
 
-def _plan(layout: VectorLayout, capacity: int, settings: Settings) -> _Plan:
+def _plan(layout: ModelLayout, capacity: int, settings: Settings) -> _Plan:
     """An image but for its weights, from a layout behind address 0 with a KV cache of so many
     entries."""
     return _Plan(
@@ -438,7 +438,7 @@ def _plan(layout: VectorLayout, capacity: int, settings: Settings) -> _Plan:
     )
 
 
-def _settings(layout: VectorLayout, settings: Settings) -> Iterator[Setting]:
+def _settings(layout: ModelLayout, settings: Settings) -> Iterator[Setting]:
     """Registers that must have a value, then those that a run needs."""
     known = _registers(layout.config)
     for name, value in constant_words(layout.config).items():
@@ -471,11 +471,11 @@ def _settings(layout: VectorLayout, settings: Settings) -> Iterator[Setting]:
             yield Setting(offset, Action.WRITE, word)
 
 
-def _relocations(layout: VectorLayout, capacity: int, reranked: int) -> Iterator[int]:
+def _relocations(layout: ModelLayout, capacity: int, reranked: int) -> Iterator[int]:
     """Offsets of the words in the programs that are others behind another load address."""
     config = layout.config
     ports = {name: replace(getattr(config, name), address_bits=64) for name in ("weights", "data")}
-    moved = VectorLayout(
+    moved = ModelLayout(
         replace(config, **ports),
         layout.model,
         [name for name, weights in layout.weights.items() if weights.encoded],

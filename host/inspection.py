@@ -17,7 +17,7 @@ from typing import Any
 from speq.host.checks import check_model, check_vector_unit
 from speq.host.cycles import predicted_passes
 from speq.host.layout import exceeded_limits
-from speq.host.vector_programs import VectorLayout
+from speq.host.programs import ModelLayout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.model.checkpoint import Model, ModelConfig, linear_names, tensor_shapes
 from speq.model.cycles import Engine, draft_pass, kv_bytes, plain_pass, uniform_formats, verify_pass
@@ -373,7 +373,7 @@ def _bytes(config: AcceleratorConfig, model: ModelConfig, context: int, *, fits:
     layout = None
     if fits:
         capacity = context + config.engine.rows
-        layout = VectorLayout(config, model, linear_names(model), capacity)
+        layout = ModelLayout(config, model, linear_names(model), capacity)
     return Bytes(
         fp16=2 * sum(math.prod(shape) for _, shape in tensor_shapes(model)),
         linear=plain.weights,

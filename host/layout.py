@@ -191,7 +191,7 @@ _GIVEN = (
 
 class Part(NamedTuple):
     """A part of the memory: of weights with the name of their linear layer, of a program with that
-    of its kind of pass, of tables and vectors as in `speq.host.vector_layout`, else without a
+    of its kind of pass, of tables and vectors as in `speq.host.places`, else without a
     name."""
 
     kind: Kind
@@ -224,7 +224,7 @@ class MemoryLayout(ABC):
     """Addresses of everything that a decoder needs in the accelerator's memory.
 
     What does not depend on the vector work of a pass: weights, the KV cache and products.
-    `speq.host.vector_programs.VectorLayout` is all of it.
+    `speq.host.programs.ModelLayout` is all of it.
 
     Parameters
     ----------

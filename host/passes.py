@@ -17,8 +17,8 @@ from speq.host.layout import (
     results_bytes,
     unpack_results,
 )
+from speq.host.programs import ModelLayout
 from speq.host.registers import Registers
-from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import PassKind
 from speq.hw.engine_config import Mode
 from speq.model.draft_tree import Origin, Proposal
@@ -79,7 +79,7 @@ def read_pass(registers: Registers) -> tuple[Pass, int]:
 
 
 def read_results(
-    board: Board, layout: VectorLayout, name: str, address: int, tokens: int
+    board: Board, layout: ModelLayout, name: str, address: int, tokens: int
 ) -> torch.Tensor:
     """Results of a linear layer in memory, float32 [tokens, o]."""
     o, cols = layout.weights[name].o, layout.config.engine.cols
@@ -87,7 +87,7 @@ def read_results(
     return torch.from_numpy(unpack_results(content, tokens, o, cols))
 
 
-def read_margins(board: Board, layout: VectorLayout, count: int) -> list[float]:
+def read_margins(board: Board, layout: ModelLayout, count: int) -> list[float]:
     """Logit margins of the first draft passes of the last chain, as of `Step`."""
     size = ranking_bytes(layout.config)
     return [ranking_margin(board.read(layout.draft_ranking(i), size)) for i in range(count)]
@@ -99,10 +99,10 @@ class Operands:
     Parameters
     ----------
     board : Board
-    layout : VectorLayout
+    layout : ModelLayout
     """
 
-    def __init__(self, board: Board, layout: VectorLayout) -> None:
+    def __init__(self, board: Board, layout: ModelLayout) -> None:
         self._board, self._layout = board, layout
 
     def nonfinite_row(self, current: Pass, product: str) -> int | None:

@@ -15,7 +15,7 @@ from speq.host.checks import check_encoded, check_model, check_vector_unit
 from speq.host.driver import Driver
 from speq.host.image import Image
 from speq.host.layout import Region, round_up
-from speq.host.vector_programs import VectorLayout
+from speq.host.programs import ModelLayout
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.model.checkpoint import Model
@@ -86,7 +86,7 @@ def memory_size(
     Raises ValueError if the model does not fit the accelerator.
     """
     drafted = encoded["head"].drafted_outputs if "head" in encoded else None
-    layout = VectorLayout(config, model.config, encoded, capacity, base, drafted_outputs=drafted)
+    layout = ModelLayout(config, model.config, encoded, capacity, base, drafted_outputs=drafted)
     return layout.size
 
 

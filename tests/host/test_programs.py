@@ -17,8 +17,8 @@ from speq.host.image import model_image
 from speq.host.inspection import report
 from speq.host.layout import exceeded_limits
 from speq.host.meter import Meter
+from speq.host.programs import ModelLayout
 from speq.host.session import Session, accelerator_for
-from speq.host.vector_programs import VectorLayout
 from speq.hw.accelerator_config import PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind
 from speq.hw.engine_config import EngineConfig
@@ -191,7 +191,7 @@ def test_the_host_writes_nothing_but_tokens_of_the_prompt(qwen, monkeypatch):
 @pytest.mark.parametrize("architecture", ["gemma3", "granite"])
 def test_programs_ask_no_host(architecture):
     model = drafted_model(architecture, SEED)
-    layout = VectorLayout(system(), model.config, linear_names(model.config), 20)
+    layout = ModelLayout(system(), model.config, linear_names(model.config), 20)
     for kind in PassKind:
         kinds = [descriptor.kind for descriptor in layout.program(kind, reranked=2)]
         assert DescriptorKind.HOST not in kinds and DescriptorKind.VECTOR in kinds
@@ -260,7 +260,7 @@ def test_what_may_overlap_has_no_order(architecture, vectors_first):
 def test_programs_of_any_pass_have_the_length_of_their_part():
     """Of draft passes with RERANK."""
     model = drafted_model("gemma3", SEED)
-    layout = VectorLayout(system(), model.config, linear_names(model.config), 20)
+    layout = ModelLayout(system(), model.config, linear_names(model.config), 20)
     parts = {part.name: part.size for part in layout.parts if part.name in ("single", "draft")}
     assert parts["draft"] == 64 * len(layout.program(PassKind.DRAFT, reranked=2))
     assert parts["single"] == 64 * len(layout.program(PassKind.SINGLE))
@@ -288,7 +288,7 @@ def test_accelerators_without_a_vector_unit_are_refused():
     model, config = drafted_model("llama", SEED), system(lanes=0)
     message = "lanes is 0; only an accelerator with a vector unit can decode a model: take 4 to 64"
     for refused in (
-        lambda: VectorLayout(config, model.config, [], 20),
+        lambda: ModelLayout(config, model.config, [], 20),
         lambda: model_image(config, model),
         lambda: Driver(AcceleratorModel(config, 1 << 20), model),
         lambda: accelerator_for(model, {}, 4, 8, 20, lanes=0),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from speq.host.layout import ceil_div
-from speq.host.vector_layout import GELU_LINEAR, HEAD_MASK, ONES, VectorPlaces
+from speq.host.places import GELU_LINEAR, HEAD_MASK, ONES, ModelPlaces
 from speq.hw.accelerator_config import PassKind
 from speq.hw.control.descriptor import (
     DESCRIPTOR_BYTES,
@@ -37,13 +37,13 @@ _GELU_OPERATIONS = 4
 _MOST_TILES = 255
 
 
-def vector_program(layout: VectorPlaces, kind: PassKind) -> list[tuple[Descriptor, str]]:
+def pass_program(layout: ModelPlaces, kind: PassKind) -> list[tuple[Descriptor, str]]:
     """The program of a pass, but for RERANK and END, with the names of its products; "" for other
     descriptors."""
     return _Program(layout, kind).descriptors
 
 
-def moves(layout: VectorPlaces) -> list[Descriptor]:
+def moves(layout: ModelPlaces) -> list[Descriptor]:
     """What moves an entry of the KV cache, block by block."""
     return [
         Descriptor(
@@ -75,7 +75,7 @@ class _Program:
     so that only what is done with the last tiles is left when it ends.
     """
 
-    def __init__(self, layout: VectorPlaces, kind: PassKind) -> None:
+    def __init__(self, layout: ModelPlaces, kind: PassKind) -> None:
         self._layout, self._model, self._kind = layout, layout.model, kind
         self.descriptors: list[tuple[Descriptor, str]] = []
         #: Numbers, among those of their class, of the descriptors that have written a buffer.
@@ -574,13 +574,13 @@ class _Program:
         )
 
 
-class VectorLayout(VectorPlaces):
+class ModelLayout(ModelPlaces):
     """A layout whose programs do all vector work."""
 
     def _named_program(self, kind: PassKind, reranked: int) -> list[tuple[Descriptor, str]]:
         if kind is PassKind.MOVE:
             return self._ended([(descriptor, "") for descriptor in moves(self)], kind, 0)
-        return self._ended(vector_program(self, kind), kind, reranked)
+        return self._ended(pass_program(self, kind), kind, reranked)
 
     def _program_size(self, kind: PassKind) -> int:
         reranks = kind is PassKind.DRAFT

@@ -7,17 +7,17 @@ import numpy as np
 import torch
 
 from speq.host.layout import Kind, Part, round_up
-from speq.host.vector_layout import GELU_LINEAR, HEAD_MASK, ONES
-from speq.host.vector_programs import VectorLayout
+from speq.host.places import GELU_LINEAR, HEAD_MASK, ONES
+from speq.host.programs import ModelLayout
 from speq.model import vector_ops
 from speq.model.checkpoint import Model
 from speq.model.transformer import rotary_tables
 
-#: Parts that `vector_part` makes.
-VECTOR_PARTS = (Kind.EMBEDDING, Kind.ROTARY, Kind.CHANNELS)
+#: Parts that `table_part` makes.
+TABLE_PARTS = (Kind.EMBEDDING, Kind.ROTARY, Kind.CHANNELS)
 
 
-def vector_part(part: Part, layout: VectorLayout, model: Model) -> np.ndarray:
+def table_part(part: Part, layout: ModelLayout, model: Model) -> np.ndarray:
     """The content of such a part as it lies in memory."""
     cols = layout.config.engine.cols
     match part.kind:
@@ -30,7 +30,7 @@ def vector_part(part: Part, layout: VectorLayout, model: Model) -> np.ndarray:
     return _padded(_channels(part.name, layout, model), cols)
 
 
-def _channels(name: str, layout: VectorLayout, model: Model) -> np.ndarray:
+def _channels(name: str, layout: ModelLayout, model: Model) -> np.ndarray:
     """A channel vector, float32 [heads, elements], in the order of memory."""
     heads, size = layout.channel_sizes()[name]
     if name in (ONES, HEAD_MASK):

@@ -36,7 +36,7 @@ _HALF, _SINGLE = 2, 4  # bytes of an FP16 and of an FP32 number
 _TOKEN = 4  # bytes of a token id
 
 
-class VectorPlaces(MemoryLayout):
+class ModelPlaces(MemoryLayout):
     """All of a layout whose programs do all vector work, but for the programs.
 
     The accelerator reads all of it, and writes what does not hold something before the first run.

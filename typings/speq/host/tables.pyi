@@ -1,0 +1,1 @@
+from host.tables import *

@@ -1,1 +1,0 @@
-from host.vector_programs import *
