@@ -138,11 +138,13 @@ class Fp32Adder(wiring.Component):
         fraction, guard, rest = value[_EXTRA + 1 : -1], value[_EXTRA], value[:_EXTRA]
         up = guard & (rest.any() | fraction[0])
         carry = up & fraction.all()
+        largest = exponent.all() & ~zeros.any()
         above, exponent = (exponent + 1 - zeros)[:8], (exponent - zeros)[:8]
         magnitude = Cat(
             incremented(fraction, up), Mux(normal, Mux(carry, above, exponent), carry)[:8]
         )
-        overflow = infinite | normal & exponent.all()
+        # The exponent minus zeros would be known late; with zeros it is no longer the largest one.
+        overflow = infinite | normal & largest
         magnitude = Mux(overflow, FP32_INFINITY, magnitude)[:31]
         (total,) = pipeline_stage(m, 5, sum=Mux(nan, FP32_NAN, Cat(magnitude, negative)))
         m.d.comb += self.sum.eq(total)
