@@ -24,8 +24,17 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the model, which are many short files, come last, the long ones among them first: no
-    worker is left with a long file when the others have nothing to do."""
-    model = Path(__file__).parent / "model"
+    """The longest simulations come first, and the tests of the model, which are many short files,
+    come last, the long ones among them first: no worker is left with a long file when the others
+    have nothing to do."""
+    tests = Path(__file__).parent
+    model, sim = tests / "model", tests / "sim"
+    first = (sim / "test_accelerator.py", sim / "test_decoding.py")
     long = (model / "test_emulation.py", model / "test_speculation.py")
-    items.sort(key=lambda item: (item.path.is_relative_to(model), item.path not in long))
+    items.sort(
+        key=lambda item: (
+            item.path not in first,
+            item.path.is_relative_to(model),
+            item.path not in long,
+        )
+    )
