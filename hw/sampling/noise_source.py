@@ -38,10 +38,10 @@ class NoiseSource(wiring.Component):
     in word i of a row, lane j has column 2 (lanes (i // 2) + j) + i % 2. So the two values of a
     call of the generator are a lane's in two words that follow each other.
 
-    Flow control: `noise` may stall; some words, more than come in the time of the latency, are
-    computed ahead. A start is taken when all calls for the one before have been made. The first
-    word is offered `LATENCY` cycles after its start; then there are `config.noise_rounds` words in
-    5 cycles on average.
+    Flow control: `noise` may stall; the words of a tile, and more than come in the time of the
+    latency, are computed ahead. A start is taken when all calls for the one before have been made.
+    The first word is offered `LATENCY` cycles after its start; then there are `config.noise_rounds`
+    words in 5 cycles on average.
 
     Parameters
     ----------
@@ -74,7 +74,9 @@ class NoiseSource(wiring.Component):
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         config = self.config
-        depth = _DEPTHS[config.noise_rounds]
+        # A tile's, so that the last one does not wait for its noise.
+        words = config.engine.rows * config.engine.cols // config.noise_lanes
+        depth = max(_DEPTHS[config.noise_rounds], 1 << (words - 1).bit_length())
         m.submodules.fifo = fifo = RamFifo(config.noise_lanes * _WORD_BITS, depth)
         generators = self._generators
         for lane, generator in enumerate(generators):
