@@ -691,13 +691,17 @@ class SpeculationController(wiring.Component):
             with m.If(command_taken & beat_taken):
                 m.d.sync += [r.command_taken.eq(0), r.beat_taken.eq(0)]
                 m.next = "MATCH"
+        # Of all rows at once, as root and row are known a cycle or more before.
+        fits = Array(Signal(name=f"fits_{i}", reset_less=True) for i in range(len(r.tokens)))
+        for fit, token, parent in zip(fits, r.tokens, r.parents, strict=True):
+            m.d.sync += fit.eq((token == r.root) & (parent == r.row))
         with m.State("MATCH"):
             candidate = r.candidate[: len(r.row)]
             origin = r.origins[candidate]
             m.d.sync += r.candidate.eq(r.candidate + 1)
             with m.If(r.candidate == r.used):
                 m.next = "DRAIN"
-            with m.Elif((r.tokens[candidate] == r.root) & (r.parents[candidate] == r.row)):
+            with m.Elif(fits[candidate]):
                 m.d.sync += [
                     r.row.eq(candidate),
                     r.accepted.eq(r.accepted + (origin == Origin.CHAIN)),
