@@ -358,7 +358,8 @@ class _Program:
         others = _GELU_OPERATIONS if self._model.activation == "gelu_tanh" else 0
         # A piece's draft activations are whole blocks and begin with a beat.
         in_beat = DRAFT_LANES * layout.config.data.beat_bytes // layout.config.activation_bytes
-        multiple = max(1, max(layout.config.engine.format.group, in_beat) // cols)
+        whole = max(layout.config.engine.format.group, in_beat)
+        multiple = max(1, whole // cols) if self._kind is PassKind.DRAFT else 1
         pieces = self._pieces(
             products,
             operations=1 + others,
