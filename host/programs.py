@@ -33,6 +33,7 @@ _VECTOR_LATENCY = 160
 _GATE_CYCLES = 4
 #: Other vector operations of a gate with GELU.
 _GELU_OPERATIONS = 4
+_MOST_PIECES = 3
 #: Tiles that may be before a piece.
 _MOST_TILES = 255
 
@@ -205,25 +206,28 @@ class _Program:
         word_cycles: int = 1,
         multiple: int = 1,
     ) -> list[range]:
-        """The tiles of products of one shape in pieces, each so long that the vector unit has
-        carried out its operations, which take so many cycles for a word in all, on the piece before
-        it when it ends, and the last one short. All but the last are a multiple of so many
-        tiles."""
+        """The tiles of products of one shape in pieces, the last one as short as can be: while the
+        next piece is multiplied, the vector unit carries out its operations on a piece, which take
+        so many cycles for a word in all. All but the last are a multiple of so many tiles."""
         config, (descriptor, _) = self._layout.config, products[0]
         rows = 1 if self._kind is PassKind.DRAFT else config.engine.rows
         steps = ceil_div(descriptor.k, DRAFT_LANES if descriptor.mode is Mode.DRAFT else 1)
         work = word_cycles * rows * config.engine.cols // config.lanes
         cycles = len(products) * max(steps, rows)
         tiles = ceil_div(descriptor.o, config.engine.cols)
-        pieces, start = [], 0
-        while True:
-            left = tiles - start
-            last = ceil_div(left * work + operations * _VECTOR_LATENCY, cycles + work)
-            first = max(0, left - last) // multiple * multiple
-            if 2 * first < left or start + first > _MOST_TILES:
-                return [*pieces, range(start, tiles)]
-            pieces.append(range(start, start + first))
-            start += first
+        for last in range(1, tiles // 2 + 1):
+            sizes, left = [last], tiles - last
+            while left and len(sizes) < _MOST_PIECES:
+                fit = (sizes[0] * cycles - operations * _VECTOR_LATENCY) // work
+                size = min(left, fit) // multiple * multiple
+                if size <= 0:
+                    break
+                sizes.insert(0, size)
+                left -= size
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            if not left and starts[-1] <= _MOST_TILES:
+                return [range(i, i + size) for i, size in zip(starts, sizes, strict=True)]
+        return [range(tiles)]
 
     def _in_pieces(
         self,
