@@ -195,7 +195,8 @@ def signal_name(cell: str) -> str:
 
 class CellTools(_Folder):
     """Yosys with ABC's buffering and sizing, and OpenSTA, for a library of standard cells: delays
-    as the library has them, no wires. Memories are left out, and paths from and to them.
+    as the library has them, no wires. Memories are left out, and paths from and to them. ABC, which
+    does not see registers, takes an inverter for what drives the logic behind them.
 
     Parameters
     ----------
@@ -213,15 +214,18 @@ class CellTools(_Folder):
         self.technology = f"cells of {liberty.name}, sized for {_GOAL / 1000:g} ns, no wires"
         super().__init__()
         copy_library(liberty, self.folder)
+        driver = smallest_inverter((self.folder / CELLS).read_text())
+        self._constraints = f"set_driving_cell {driver}\n" * bool(driver)
+        self._constraints += "set_load 0.02 [all_outputs]\n"
 
     def measure(self, name: str, unit: wiring.Component) -> Timing:
         """As of `Tools`."""
         self.write_verilog(unit)
-        (self.folder / "load.sdc").write_text("set_load 0.02 [all_outputs]\n")
+        (self.folder / "abc.sdc").write_text(self._constraints)
         script = (
             "read_verilog unit.v; blackbox speq_ram; hierarchy -top unit; proc; flatten; "
             "expose -evert; synth -top unit; "
-            f"dfflibmap -liberty {CELLS}; abc -liberty {CELLS} -constr load.sdc -script {_ABC}; "
+            f"dfflibmap -liberty {CELLS}; abc -liberty {CELLS} -constr abc.sdc -script {_ABC}; "
             f"splitnets -ports; opt_clean -purge; tee -o area.txt stat -liberty {CELLS}; "
             "write_verilog -noattr -noexpr netlist.v"
         )
@@ -232,6 +236,19 @@ class CellTools(_Folder):
         netlist = (self.folder / "netlist.v").read_text()
         outputs = dict(re.findall(r" (\S+) \([^;]*?\.Q\(\\?([^\s)]+) ?\)", netlist))
         return cell_timing(name, (self.folder / "area.txt").read_text(), report, outputs)
+
+
+def smallest_inverter(library: str) -> str | None:
+    """The inverter with the smallest area in a Liberty file, the strongest if there are several."""
+    found = []
+    for cell in re.split(r"^ *cell *\(", library, flags=re.MULTILINE)[1:]:
+        values = [
+            re.search(rf"\b{name} *: *([\d.]+)", cell) for name in ("area", "max_capacitance")
+        ]
+        if re.search(r'\bfunction *: *"\(?!\w+\)?"', cell) and "three_state" not in cell:
+            area, strength = (float(value[1]) if value else 0.0 for value in values)
+            found.append((area, -strength, re.split(r'[")]', cell.lstrip('" '))[0].strip()))
+    return min(found)[-1] if found else None
 
 
 _PERIOD = 5

@@ -24,6 +24,7 @@ from speq.cli.synthesis import (
     cell_timing,
     ecp5_timing,
     signal_name,
+    smallest_inverter,
 )
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.verilog.units import units
@@ -141,6 +142,22 @@ def test_a_unit_on_an_ecp5(speq_command: Command, tmp_path: Path) -> None:
     (unit,) = json.loads(report.read_text())["units"]
     assert 50 < unit["mhz"] < 500 and unit["levels"] >= 3 and unit["sizes"]["LUT"] > 30
     assert unit["path"][-1][1] == unit["delay"]
+
+
+def test_the_inverter_that_drives_logic() -> None:
+    def cell(name: str, area: float, function: str, strength: str = "") -> str:
+        return f'  cell ({name}) {{\n area : {area};\n function : "{function}"; {strength}\n }}\n'
+
+    cells = [
+        cell("buffer", 1, "A"),
+        cell('"weak"', 2.5, "!A", "max_capacitance : 0.1;"),
+        cell('"strong"', 2.5, "(!A)", "max_capacitance : 0.3;"),
+        cell("large", 9, "!A", "max_capacitance : 2;"),
+        cell("gated", 1, "!A", "three_state : E;"),
+        cell("nand", 1, "(!A) | (!B)"),
+    ]
+    assert smallest_inverter("library (x) {\n" + "".join(cells) + "}") == "strong"
+    assert smallest_inverter("library (x) {\n" + cells[0] + "}") is None
 
 
 def test_a_unit_that_fails_does_not_lose_the_others(
