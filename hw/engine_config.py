@@ -30,7 +30,7 @@ EXPONENT_BITS = 5
 BLOCK_MAGNITUDE_BITS = 7
 #: Draft weights in a weight word, hence draft MACs of a PE in a cycle.
 DRAFT_LANES = NIBBLES_PER_WORD
-#: Weight significand bits that one lane of the shared multiplier takes.
+#: Weight significand bits that one lane of the shared multiplier takes, and bits of its code.
 LANE_BITS = 3
 
 #: One block activation: sign and magnitude.
@@ -142,13 +142,27 @@ class EngineConfig:
 
     @property
     def draft_offset(self) -> int:
-        """Accumulator bit of a draft sum whose block and group have exponent 0."""
-        return self._draft_unit_exponent - self.accumulator_unit_exponent
+        """Accumulator bit of a draft sum in units of `_level_unit` whose block and group have
+        exponent 0."""
+        unit = self._draft_unit_exponent + self._level_unit
+        return unit - self.accumulator_unit_exponent
 
     @property
-    def level_shift_bits(self) -> int:
-        """Bits of a draft level's shift."""
-        return max(level.shift for level in draft_levels(self.format)).bit_length()
+    def _level_unit(self) -> int:
+        """log2 of the largest power of two that divides all draft levels."""
+        return min(odd_part(level.value)[1] for level in draft_levels(self.format))
+
+    @property
+    def draft_products(self) -> tuple[tuple[int, int], ...]:
+        """For each draft code without its sign an odd multiple and a shift: its level is ``multiple
+        << shift`` in units of ``2^_level_unit``."""
+        parts = [odd_part(level.value) for level in draft_levels(self.format)]
+        return tuple((odd, shift - self._level_unit) for odd, shift in parts)
+
+    @property
+    def draft_multiples(self) -> tuple[int, ...]:
+        """The odd multiples in `draft_products`, each once."""
+        return tuple(sorted({multiple for multiple, _ in self.draft_products}))
 
     @property
     def column_index_bits(self) -> int:
@@ -193,3 +207,9 @@ class EngineConfig:
     def group_layout(self) -> data.Layout:
         """The group bytes of all columns."""
         return data.ArrayLayout(GROUP_BYTE, self.cols)
+
+
+def odd_part(number: int) -> tuple[int, int]:
+    """odd and shift with ``number = odd << shift``; 0 and 0 for 0."""
+    shift = max(0, (number & -number).bit_length() - 1)
+    return number >> shift, shift

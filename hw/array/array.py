@@ -3,27 +3,26 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.array.exponent_remap import ExponentRemap
-from speq.hw.array.operands import activation_layout, weight_layout
+from speq.hw.array.operands import (
+    activation_layout,
+    multiples,
+    significand_digits,
+    weight_layout,
+)
 from speq.hw.array.pe import Pe
 from speq.hw.array.rounder import Rounder
+from speq.hw.common.logic import any_of
 from speq.hw.common.unit import Unit
-from speq.hw.engine_config import (
-    BLOCK_MAGNITUDE_BITS,
-    FP16_BITS,
-    FP16_SIGNIFICAND_BITS,
-    LANE_BITS,
-    EngineConfig,
-    Mode,
-)
+from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
 from speq.model.number_format import NONFINITE_BASE
 
 _NONFINITE_EXPONENT = 31
-_LANE_PADDING = FP16_SIGNIFICAND_BITS - BLOCK_MAGNITUDE_BITS
+_NIBBLE_BITS = FP16_BITS // DRAFT_LANES
 _FP16 = data.StructLayout({"mantissa": 10, "exponent": 5, "negative": 1})
 
 
@@ -139,36 +138,37 @@ class Array(wiring.Component):
         first = _DelayLine(m, control.valid & control.first)
         # Also in a bubble, since it must fit the weight operand for 0 activations to give 0.
         draft = _DelayLine(m, control.mode == Mode.DRAFT)
-        buses = [Const(0, config.accumulator_bits)] * config.cols
+        sums: list[list[Value]] = [[] for _ in range(config.cols)]
         for row, (activation, _) in enumerate(rows):
             module = self._pe_module(row)
             pe = self.modules[module]
             # Sums of shorter pipelines wait before, not behind, where there is less to hold.
             lag = self._accumulated - pe.LATENCY
             if row and row == config.draft_rows:
-                layout = weight_layout(config, draft=False)
-                weights = [_fp16_operand(m, weight, layout, lag) for weight in weights]
-            activation = _DelayLine(m, activation)[row + lag + 1]
+                weights = [_fp16_operand(m, weight, lag) for weight in weights]
+            waiting = data.View(activation.shape(), _DelayLine(m, activation)[row + lag])
+            factors = multiples(m, config, waiting, f"multiples_{row}")
+            operand = data.View(factors.shape(), _DelayLine(m, factors)[1])
             drain = active & (row_index == row)
             for column in range(config.cols):
                 unit = Unit(module, pe)
                 m.submodules[f"pe_{row}_{column}"] = unit
                 m.d.comb += [
                     unit.weight_in.eq(weights[column]),
-                    unit.activation.eq(activation),
+                    unit.activation.eq(operand),
                     unit.first.eq(first[row + self._accumulated - 1]),
                     unit.drain.eq(drain),
-                    unit.drain_in.eq(buses[column]),
                 ]
                 if pe.has_draft:
                     m.d.comb += unit.draft.eq(Cat(draft[row + 1], draft[row + 2]))
-                weights[column], buses[column] = unit.weight_out, unit.drain_out
+                weights[column] = unit.weight_out
+                sums[column].append(unit.drain_out)
 
-        for column, bus in enumerate(buses):
+        for column, drained in enumerate(sums):
             rounder = Unit("speq_rounder", self.modules["speq_rounder"])
             m.submodules[f"rounder_{column}"] = rounder
             m.d.comb += [
-                rounder.sum.eq(bus),
+                rounder.sum.eq(any_of(drained)),
                 rounder.nan.eq(row_nonfinite.bit_select(row_index, 1) | column_nonfinite[column]),
                 rounder.half.eq(half),
                 self.results[column].eq(rounder.result),
@@ -181,10 +181,11 @@ class Array(wiring.Component):
     def _decode_weight(self, m: Module, column: int) -> tuple[Value, Value]:
         """Row 0's operand from a column's word, and whether it is not finite."""
         word, mode = self.weights[column], self.control.mode
+        name = f"weight_{column}"
         if not self.config.draft_rows:
             fp16 = data.View(_FP16, word)
-            operand = Signal(weight_layout(self.config, draft=False), name=f"weight_{column}")
-            m.d.comb += _assign_fp16(operand, operand.significand, fp16)
+            operand = Signal(weight_layout(draft=False), name=name)
+            m.d.comb += _assign_fp16_weight(operand, fp16)
             return operand, _is_nonfinite(fp16)
 
         remap = Unit("speq_exponent_remap", self.modules["speq_exponent_remap"], clocked=False)
@@ -192,20 +193,18 @@ class Array(wiring.Component):
         group = self.groups[column]
         m.d.comb += [remap.word.eq(word), remap.base.eq(group.base)]
         fp16 = data.View(_FP16, Mux(mode == Mode.BYPASS, word, remap.fp16))
-        operand = Signal(weight_layout(self.config, draft=True), name=f"weight_{column}")
-        lanes = list(remap.levels)
+        operand = Signal(weight_layout(draft=True), name=name)
+        nibbles = [word.word_select(i, _NIBBLE_BITS) for i in range(DRAFT_LANES)]
+        signs = [nibble[-1] for nibble in nibbles]
         with m.If(mode == Mode.DRAFT):
             m.d.comb += [
-                operand.significand.eq(Cat(lane.significand for lane in lanes)),
-                operand.shift.eq(Cat(lane.shift for lane in lanes)),
-                operand.negative.eq(lanes[0].negative),
-                operand.invert.eq(Cat(lane.negative ^ lanes[0].negative for lane in lanes[1:])),
+                operand.codes.eq(Cat(nibble[:-1] for nibble in nibbles)),
+                *_assign_signs(operand, signs),
                 operand.exponent.eq(group.base),
-                operand.scale.eq(group.scale),
             ]
         with m.Else():
-            m.d.comb += _assign_fp16(operand, operand.significand, fp16)
-            m.d.comb += [shift.eq(LANE_BITS * (i % 2)) for i, shift in enumerate(operand.shift)]
+            m.d.comb += _assign_fp16_weight(operand, fp16)
+        m.d.comb += operand.scale.eq(group.scale)
         return operand, Mux(mode == Mode.DRAFT, group.base == NONFINITE_BASE, _is_nonfinite(fp16))
 
     def _decode_activation(self, m: Module, row: int) -> tuple[Value, Value]:
@@ -217,23 +216,18 @@ class Array(wiring.Component):
         is_draft = control.mode == Mode.DRAFT
         nonfinite = ~is_draft & _is_nonfinite(fp16)
         with m.If(control.valid & ~is_draft):
-            if can_draft:
-                magnitudes = operand.magnitudes
-                m.d.comb += _assign_fp16(operand, magnitudes[0], fp16)
-                m.d.comb += [magnitude.eq(magnitudes[0]) for magnitude in list(magnitudes)[1:]]
-            else:
-                m.d.comb += _assign_fp16(operand, operand.significand, fp16)
+            m.d.comb += [
+                operand.significand.eq(_significand(fp16)),
+                *_assign_exponent(operand, fp16),
+            ]
         if can_draft:
             block = self.activations.draft[row]
             lanes = list(block.lanes)
             nonfinite |= is_draft & (block.exponent == _NONFINITE_EXPONENT)
             with m.If(control.valid & is_draft):
                 m.d.comb += [
-                    operand.magnitudes.eq(
-                        Cat(Cat(lane.magnitude, Const(0, _LANE_PADDING)) for lane in lanes)
-                    ),
-                    operand.negative.eq(lanes[0].negative),
-                    operand.invert.eq(Cat(lane.negative ^ lanes[0].negative for lane in lanes[1:])),
+                    operand.magnitudes.eq(Cat(lane.magnitude for lane in lanes)),
+                    *_assign_signs(operand, [lane.negative for lane in lanes]),
                     operand.exponent.eq(block.exponent - 1),
                 ]
         return operand, nonfinite
@@ -298,17 +292,37 @@ def _is_nonfinite(fp16: data.View) -> Value:
     return fp16.exponent == _NONFINITE_EXPONENT
 
 
-def _assign_fp16(operand: data.View, significand: Value, fp16: data.View) -> list:
-    """Take an FP16 number apart into an operand's fields."""
-    normal = fp16.exponent != 0
+def _significand(fp16: data.View) -> Value:
+    return Cat(fp16.mantissa, fp16.exponent != 0)
+
+
+def _assign_exponent(operand: data.View, fp16: data.View) -> list:
+    """Take exponent and sign of an FP16 number into an operand's fields."""
     return [
-        significand.eq(Cat(fp16.mantissa, normal)),
-        operand.exponent.eq(Mux(normal, fp16.exponent - 1, 0)),
+        operand.exponent.eq(Mux(fp16.exponent != 0, fp16.exponent - 1, 0)),
         operand.negative.eq(fp16.negative),
     ]
 
 
-def _fp16_operand(m: Module, weight: data.View, layout: data.Layout, lag: int) -> data.View:
+def _assign_fp16_weight(operand: data.View, fp16: data.View) -> list:
+    """Take an FP16 number apart into a weight operand's fields."""
+    codes, invert = significand_digits(_significand(fp16))
+    return [
+        operand.codes.eq(codes),
+        operand.invert.eq(invert),
+        *_assign_exponent(operand, fp16),
+    ]
+
+
+def _assign_signs(operand: data.View, signs: list[Value]) -> list:
+    """The lanes' signs: the last one's, and which of the others differ from it."""
+    return [
+        operand.negative.eq(signs[-1]),
+        operand.invert.eq(Cat(sign ^ signs[-1] for sign in signs[:-1])),
+    ]
+
+
+def _fp16_operand(m: Module, weight: data.View, lag: int) -> data.View:
     """What an FP16-only PE takes of a dual-mode PE's operand, `lag` cycles later."""
-    fields = Cat(weight.significand[:FP16_SIGNIFICAND_BITS], weight.exponent, weight.negative)
-    return data.View(layout, _DelayLine(m, fields)[lag])
+    layout = weight_layout(draft=False)
+    return data.View(layout, _DelayLine(m, weight.as_value()[: layout.size])[lag])

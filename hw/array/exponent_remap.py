@@ -1,32 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exponent-remap unit: stored words back to FP16 weights, or to draft levels."""
+"""The exponent-remap unit: stored words back to FP16 weights."""
 
 from __future__ import annotations
 
 from amaranth.hdl import Cat, Elaboratable, Module, Signal
-from amaranth.lib import data, wiring
+from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, LANE_BITS, EngineConfig
-from speq.model.number_format import BASE_BITS, draft_levels, remap_table, smallest_owned
-
-_NIBBLE_BITS = FP16_BITS // DRAFT_LANES
+from speq.hw.engine_config import FP16_BITS, EngineConfig
+from speq.model.number_format import BASE_BITS, remap_table, smallest_owned
 
 
 class ExponentRemap(wiring.Component):
     """Decoder of one column's weight words. Sits once per column, in front of the array.
 
-    Formula:
+    Formula, for a word {sign, q, r, m[8:0]}: ``fp16 = {sign, base - t, half, m[8:0]}`` with (t,
+    half) the half-exponent that `remap_table` maps to (q, r): a 64-entry table and one 5-bit
+    subtraction (modulo 32). Where base is larger than `smallest_owned`, zero and the power of two
+    with t = `smallest_owned` have changed places.
 
-    - verify, word = {sign, q, r, m[8:0]}: ``fp16 = {sign, base - t, half, m[8:0]}`` with (t,
-      half) the half-exponent that `remap_table` maps to (q, r): a 64-entry table and one 5-bit
-      subtraction (modulo 32). Where base is larger than `smallest_owned`, zero and the power of two
-      with t = `smallest_owned` have changed places;
-    - draft, word = four draft codes, the first in the low bits: ``levels[i]`` is the sign and the
-      level of code i from `draft_levels`.
-
-    Both are computed from every word; the array takes the one that its mode asks for. Purely
-    combinational: latency 0, no flow control.
+    In draft mode a word is four draft codes, which the PEs take as they are. Purely combinational:
+    latency 0, no flow control.
 
     Parameters
     ----------
@@ -38,22 +32,11 @@ class ExponentRemap(wiring.Component):
     base : In(5)
         Base exponent of the word's group.
     fp16 : Out(16)
-    levels : Out(ArrayLayout of {significand: 3, shift, negative: 1}, 4)
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        level = data.StructLayout(
-            {"significand": LANE_BITS, "shift": config.level_shift_bits, "negative": 1}
-        )
-        super().__init__(
-            {
-                "word": In(FP16_BITS),
-                "base": In(BASE_BITS),
-                "fp16": Out(FP16_BITS),
-                "levels": Out(data.ArrayLayout(level, DRAFT_LANES)),
-            }
-        )
+        super().__init__({"word": In(FP16_BITS), "base": In(BASE_BITS), "fp16": Out(FP16_BITS)})
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
@@ -78,13 +61,4 @@ class ExponentRemap(wiring.Component):
             for half_exponent, stored in enumerate(remap_table(self.config.format.split)):
                 with m.Case(stored):
                     m.d.comb += Cat(half, offset).eq(half_exponent)
-        for i, level in enumerate(self.levels):
-            nibble = self.word.word_select(i, _NIBBLE_BITS)
-            m.d.comb += level.negative.eq(nibble[3])
-            with m.Switch(nibble[:3]):
-                for q, entry in enumerate(draft_levels(self.config.format)):
-                    with m.Case(q):
-                        m.d.comb += Cat(level.significand, level.shift).eq(
-                            entry.significand | entry.shift << LANE_BITS
-                        )
         return m

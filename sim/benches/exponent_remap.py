@@ -14,10 +14,10 @@ import numpy as np
 from cocotb.triggers import Timer
 
 from speq.hw.array.exponent_remap import ExponentRemap
-from speq.hw.engine_config import DRAFT_LANES, LANE_BITS, EngineConfig
+from speq.hw.engine_config import EngineConfig
 from speq.hw.verilog import convert_unit
 from speq.model.format import unmap
-from speq.model.number_format import SPLITS, FormatConfig, draft_levels
+from speq.model.number_format import SPLITS, FormatConfig
 from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import simulate
 
@@ -37,13 +37,10 @@ def run() -> None:
     units = [(i, i // _BASES, i % _BASES) for i in range(_TOGETHER * _BASES)]
     for split in SPLITS:
         unit = ExponentRemap(_config(split))
-        bits = len(unit.levels.as_value())
         ports.append(f"output [{len(units) * 16 - 1}:0] fp16_{split}")
-        ports.append(f"output [{len(units) * bits - 1}:0] levels_{split}")
         instances += [
             f"  unit_{split} u{split}_{i} (.word(words[{word} * 16 +: 16]), .base(5'd{base}), "
-            f".fp16(fp16_{split}[{i} * 16 +: 16]), "
-            f".levels(levels_{split}[{i} * {bits} +: {bits}]));\n"
+            f".fp16(fp16_{split}[{i} * 16 +: 16]));\n"
             for i, word, base in units
         ]
         modules.append(convert_unit(unit, f"unit_{split}", reset=False))
@@ -53,25 +50,22 @@ def run() -> None:
 
 @cocotb.test()
 async def every_word_and_base(dut: Any) -> None:
-    """fp16 against `unmap`, levels against `draft_levels`."""
+    """fp16 against `unmap`."""
     words = np.arange(_WORDS, dtype=np.uint16)[:, None]
     decoded = {split: bytearray() for split in SPLITS}
-    levels: dict[int, list[int]] = {split: [] for split in SPLITS}
     for start in range(0, _WORDS, _TOGETHER):
         dut.words.value = int.from_bytes(words[start : start + _TOGETHER].tobytes(), "little")
         await Timer(1, "ns")
         for split in SPLITS:
             fp16 = getattr(dut, f"fp16_{split}").value
             decoded[split] += fp16.to_bytes(byteorder="little")
-            levels[split].append(int(getattr(dut, f"levels_{split}").value))
     for split in SPLITS:
         fp16 = np.frombuffer(decoded[split], "<u2").reshape(_WORDS, _BASES)
-        _check(split, words, fp16, levels[split])
+        _check(split, words, fp16)
 
 
-def _check(split: int, words: np.ndarray, decoded: np.ndarray, levels: list[int]) -> None:
-    """Compare what the units for a split gave: FP16 numbers, uint16 [words, bases], and levels, a
-    number for each cycle."""
+def _check(split: int, words: np.ndarray, decoded: np.ndarray) -> None:
+    """Compare what the units for a split gave: FP16 numbers, uint16 [words, bases]."""
     config = _config(split)
     bases = np.arange(_BASES)[None]
     assert_equal_bits(
@@ -80,23 +74,3 @@ def _check(split: int, words: np.ndarray, decoded: np.ndarray, levels: list[int]
         got=decoded,
         operands={"word": words, "base": bases},
     )
-    level_bits = LANE_BITS + config.level_shift_bits + 1
-    bits_of_word = _BASES * DRAFT_LANES * level_bits
-    table = [_level_bits(nibble, config) for nibble in range(16)]
-    every_base = sum(1 << base * level_bits * DRAFT_LANES for base in range(_BASES))
-    for word in range(_WORDS):
-        cycle, place = divmod(word, _TOGETHER)
-        got = levels[cycle] >> place * bits_of_word & (1 << bits_of_word) - 1
-        unit = sum(table[word >> 4 * i & 15] << i * level_bits for i in range(DRAFT_LANES))
-        expected = unit * every_base
-        assert got == expected, (
-            f"ExponentRemap.levels, split {split}: word {word:#06x}, expected {expected:#x}, "
-            f"got {got:#x}"
-        )
-
-
-def _level_bits(nibble: int, config: EngineConfig) -> int:
-    """{negative, shift, significand} of a draft code."""
-    level = draft_levels(config.format)[nibble & 7]
-    negative = (nibble >> 3) << (LANE_BITS + config.level_shift_bits)
-    return negative | level.shift << LANE_BITS | level.significand

@@ -19,7 +19,7 @@ from amaranth.hdl import Cat, Elaboratable, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from speq.hw.array.operands import activation_layout, weight_layout
+from speq.hw.array.operands import activation_layout, multiples, weight_layout
 from speq.hw.array.pe import Pe
 from speq.hw.common.unit import Unit
 from speq.hw.engine_config import (
@@ -37,8 +37,8 @@ from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
 _MAX_K = 4096
-#: Words of stimulus per PE (weight; activation and controls) and for all PEs (result bus).
-_PE_WORDS, _BUS_WORDS = 2, 2
+#: Words of stimulus per PE: weight; activation and controls.
+_PE_WORDS = 2
 #: Words observed per PE: `drain_out` in two, `weight_out` in one.
 _OBSERVED_WORDS = 3
 #: Bits of the controls in the activation's word.
@@ -128,13 +128,12 @@ _KINDS = {
 
 
 class _Bench(wiring.Component):
-    """PEs side by side, each with operands and controls of its own; those of a kind on one result
-    bus."""
+    """PEs side by side, each with operands and controls of its own."""
 
     def __init__(self, units: Mapping[str, Pe]) -> None:
         self.units = units
         kinds = [_KINDS[name] for name in units]
-        words = sum(_PE_WORDS * kind.pes + _BUS_WORDS for kind in kinds)
+        words = sum(_PE_WORDS * kind.pes for kind in kinds)
         observed = sum(_OBSERVED_WORDS * kind.pes for kind in kinds)
         super().__init__(
             {
@@ -147,18 +146,18 @@ class _Bench(wiring.Component):
         m = Module()
         words, results = iter(self.stimulus), iter(self.observed)
         for name, pe in self.units.items():
-            operands = [(next(words), next(words)) for _ in range(_KINDS[name].pes)]
-            bus = Cat(next(words), next(words))
-            for i, (weight, activation) in enumerate(operands):
+            layout = activation_layout(draft=pe.has_draft)
+            for i in range(_KINDS[name].pes):
+                weight, activation = next(words), next(words)
+                operand = data.View(layout, activation[: layout.size])
                 m.submodules[f"{name}_{i}"] = unit = Unit(f"pe_{name}", pe)
                 low, high, weight_out = next(results), next(results), next(results)
                 m.d.comb += [
                     unit.weight_in.eq(weight),
-                    unit.activation.eq(activation),
+                    unit.activation.eq(multiples(m, pe.config, operand, f"multiples_{name}_{i}")),
                     unit.first.eq(activation[_FIRST]),
                     unit.drain.eq(activation[_DRAIN]),
-                    unit.drain_in.eq(bus),
-                    Cat(low, high).eq(unit.drain_out.as_unsigned()),
+                    Cat(low, high).eq(unit.drain_out),
                     weight_out.eq(unit.weight_out),
                 ]
                 if pe.has_draft:
@@ -201,18 +200,15 @@ class _Case:
         self.kind, self.pe = kind, kind.pe()
         self.plan = plan = _plan(rng, kind)
         self.operands = _operands(rng, plan, self.pe)
-        self.cycles = cycles = len(plan.step) + self.pe.LATENCY
+        self.cycles = len(plan.step) + self.pe.LATENCY
         ends_sum = np.concatenate([plan.step[1:] == 0, np.ones((1, kind.pes), bool)])
         self.drain = ends_sum | (rng.random(plan.step.shape) < 0.5)
-        self.bus = bus = rng.integers(0, 2**WORD_BITS, (cycles, _BUS_WORDS), np.uint64)
-        bus[:, 1] &= np.uint64((1 << len(self.pe.drain_out) - WORD_BITS) - 1)
-        bus[rng.random(cycles) < 0.9] = 0  # a busy bus hides accumulator bits
 
     def stimulus(self) -> np.ndarray:
         """uint64 [cycles, words]: everything about a slot in the cycle in which the PE takes it."""
         plan, slots, pes = self.plan, len(self.plan.step), self.kind.pes
-        stimulus = np.zeros((self.cycles, _PE_WORDS * pes + _BUS_WORDS), np.uint64)
-        weight, controls = (stimulus[:, i : _PE_WORDS * pes : _PE_WORDS] for i in range(_PE_WORDS))
+        stimulus = np.zeros((self.cycles, _PE_WORDS * pes), np.uint64)
+        weight, controls = (stimulus[:, i::_PE_WORDS] for i in range(_PE_WORDS))
         weight[:slots] = self.operands.weight
         multiply, scale = 1, 2
         # The weight operand of a bubble may be a draft operand, and has to be treated as one.
@@ -224,7 +220,6 @@ class _Case:
             (self.pe.LATENCY, self.drain, _DRAIN),
         ):
             controls[delay : delay + slots] |= value.astype(np.uint64) << np.uint64(position)
-        stimulus[:, _PE_WORDS * pes :] = self.bus
         return stimulus
 
     def check(self, name: str, observed: np.ndarray) -> None:
@@ -240,7 +235,7 @@ class _Case:
         )
         results = slice(self.pe.LATENCY, None)
         sums = _sums(plan, operands, self.pe)
-        expected = np.where(self.drain, sums, 0) | _integers(self.bus[results])[:, None]
+        expected = np.where(self.drain, sums, 0)
         # Short sums first: the report then shows all operands of a sum, and not its last ones.
         order = np.argsort(plan.step, axis=None, kind="stable")
         slot, place = np.divmod(order, pes)
@@ -255,7 +250,6 @@ class _Case:
                 "weight": operands.weight[slot, place],
                 "activation": operands.activation[slot, place],
                 "drain": self.drain[slot, place],
-                "drain_in": _integers(self.bus[results])[slot],
             },
             cycles=slot + self.pe.LATENCY,
         )
@@ -311,7 +305,7 @@ def _operands(rng: np.random.Generator, plan: _Plan, pe: Pe) -> _Operands:
     before = _Operands(*(np.roll(values, 1, axis=0) for values in _fields(operands)))
     operands = _choose(cancel, before, operands)
     negate = cancel | (extreme & (np.arange(shape[1]) == 1))
-    sign_bit = weight_layout(pe.config, draft=pe.has_draft)["negative"].offset
+    sign_bit = weight_layout(draft=pe.has_draft)["negative"].offset
     return _Operands(
         operands.weight ^ negate.astype(np.uint64) << np.uint64(sign_bit),
         np.where(plan.work, operands.activation, 0),
@@ -342,14 +336,17 @@ def _verify_operands(rng: np.random.Generator, extreme: np.ndarray, pe: Pe) -> _
         numbers.append(_take_apart(np.where(extreme, _LARGEST, patterns)))
     w, x = numbers
     weight, activation = dict(w), dict(x)
-    if pe.has_draft:
-        # Every lane multiplies the whole activation with its slice of the weight.
-        activation["magnitudes"] = np.stack([activation.pop("significand")] * DRAFT_LANES, -1)
-        lane_shift = np.array([LANE_BITS * (i % 2) for i in range(DRAFT_LANES)])
-        weight["shift"] = np.broadcast_to(lane_shift, (*extreme.shape, DRAFT_LANES))
+    # Digits of base 8, -4 to 4.
+    place = LANE_BITS * np.arange(DRAFT_LANES)
+    padded = (weight.pop("significand") << 1)[..., None] >> place  # the carry below each digit
+    negative = padded >> LANE_BITS & 1
+    digits = (padded >> 1 & 7) + (padded & 1) - 8 * negative
+    weight["codes"] = abs(digits)
+    weight["invert"] = (negative[..., :-1] << np.arange(DRAFT_LANES - 1)).sum(-1)
+    assert np.array_equal((digits << place).sum(-1), w["significand"])
     magnitude = w["significand"] * x["significand"]
     return _Operands(
-        pack(weight_layout(pe.config, draft=pe.has_draft), weight),
+        pack(weight_layout(draft=pe.has_draft), weight),
         pack(activation_layout(draft=pe.has_draft), activation),
         np.where(w["negative"] ^ x["negative"], -magnitude, magnitude),
         w["exponent"] + x["exponent"] + PRODUCT_UNIT_EXPONENT,
@@ -379,22 +376,16 @@ def _draft_operands(rng: np.random.Generator, extreme: np.ndarray, pe: Pe) -> _O
     block = _weighted(rng, extreme.shape, range(1, FP16_MAX_EXPONENT + 1), (1, 2), extreme)
     scale = _weighted(rng, extreme.shape, range(len(SCALE_NUMERATORS)), (), extreme)
 
-    significand = np.array([level.significand for level in levels])[q]
-    weight = {
-        "significand": (significand << LANE_BITS * np.arange(DRAFT_LANES)).sum(-1),
-        "shift": np.array([level.shift for level in levels])[q],
-        "exponent": base,
-        "scale": scale,
-    }
+    weight = {"codes": q, "exponent": base, "scale": scale}
     activation = {"magnitudes": magnitude, "exponent": block - 1}
     for fields, negative in ((weight, w_negative), (activation, x_negative)):
-        fields["negative"] = negative[..., 0]
-        inverts = negative[..., 1:] ^ negative[..., :1]
+        fields["negative"] = negative[..., -1]
+        inverts = negative[..., :-1] ^ negative[..., -1:]
         fields["invert"] = (inverts << np.arange(DRAFT_LANES - 1)).sum(-1)
     products = np.array([level.value for level in levels])[q] * magnitude
     lane_sum = np.where(w_negative ^ x_negative, -products, products).sum(-1)
     return _Operands(
-        pack(weight_layout(pe.config, draft=True), weight),
+        pack(weight_layout(draft=True), weight),
         pack(activation_layout(draft=True), activation),
         lane_sum * np.array(SCALE_NUMERATORS)[scale],
         base + form.draft_unit_exponent + block - 1 + _MIN_BLOCK_UNIT,
