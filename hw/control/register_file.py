@@ -14,6 +14,8 @@ _WORD_BITS = 32
 _WORD_BYTES = _WORD_BITS // 8
 #: Address bits within a word.
 _OFFSET_BITS = 2
+#: Words of a block, of which a read chooses one in each cycle, are 2 to this power.
+_BLOCK_BITS = 5
 
 
 def lite_signature() -> wiring.Signature:
@@ -108,7 +110,7 @@ class RegisterFile(wiring.Component):
     """
 
     #: Cycles from a read's address to its answer.
-    READ_LATENCY = 2
+    READ_LATENCY = 3
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
@@ -192,16 +194,35 @@ class RegisterFile(wiring.Component):
         """Take an address, answer with what the register holds in the next cycle."""
         bus = self.bus
         has_address = Signal()
+        is_chosen = Signal()
         address = Signal(ADDRESS_BITS - _OFFSET_BITS, reset_less=True)
-        m.d.comb += bus.arready.eq(~has_address & ~bus.rvalid)
+        m.d.comb += bus.arready.eq(~has_address & ~is_chosen & ~bus.rvalid)
+        # First by the lower bits of the address, in each of the blocks of so many words, then by
+        # the upper ones.
+        place, number = address[:_BLOCK_BITS], address[_BLOCK_BITS:]
+        blocks: dict[int, dict[int, Value]] = {}
+        for offset, word in self._readable():
+            block, low = divmod(offset >> _OFFSET_BITS, 1 << _BLOCK_BITS)
+            blocks.setdefault(block, {})[low] = word
+        chosen = {}
+        for block, words in blocks.items():
+            chosen[block] = Signal(_WORD_BITS, name=f"block_{block}", reset_less=True)
+            m.d.sync += chosen[block].eq(0)
+            with m.Switch(place):
+                for low, word in words.items():
+                    with m.Case(low):
+                        m.d.sync += chosen[block].eq(word)
         with m.If(bus.rready):
             m.d.sync += bus.rvalid.eq(0)
-        with m.If(has_address):
-            m.d.sync += [has_address.eq(0), bus.rvalid.eq(1), bus.rdata.eq(0)]
-            with m.Switch(address):
-                for offset, word in self._readable():
-                    with m.Case(offset >> _OFFSET_BITS):
+        m.d.sync += is_chosen.eq(has_address)
+        with m.If(is_chosen):
+            m.d.sync += [bus.rvalid.eq(1), bus.rdata.eq(0)]
+            with m.Switch(number):
+                for block, word in chosen.items():
+                    with m.Case(block):
                         m.d.sync += bus.rdata.eq(word)
+        with m.If(has_address):
+            m.d.sync += has_address.eq(0)
         with m.If(bus.arvalid & bus.arready):
             m.d.sync += [has_address.eq(1), address.eq(bus.araddr[_OFFSET_BITS:])]
 

@@ -7,6 +7,7 @@ from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.common.logic import decremented, incremented
 from speq.hw.memory.axi import BEATS_BITS, LENGTH_BITS, AxiConfig
 
 
@@ -160,10 +161,12 @@ class BurstSplitter(wiring.Component):
         with m.Elif(step):
             is_last = left == 1
             m.d.sync += [
-                burst.word.eq(Cat(Const(0, place_bits), burst.word[place_bits:] + 1)),
+                burst.word.eq(
+                    Cat(Const(0, place_bits), incremented(burst.word[place_bits:], Const(1)))
+                ),
                 burst.length.eq(Mux(is_last, last_end, largest)),
                 burst.last.eq(is_last),
-                left.eq(left - 1),
+                left.eq(decremented(left)),
             ]
         m.d.sync += [
             valid.eq(Cat(~free | has_spare | take, (valid[1] & ~move[1]) | move[0])),

@@ -21,7 +21,7 @@ from speq.hw.memory.burst_splitter import BurstSplitter
 class MemoryReader(wiring.Component):
     """For each command, the beats of memory from its address upwards, in order.
 
-    A burst is requested only when the buffer has room for all its beats, so the read data channel
+    A burst is requested only when the buffer has room for the longest one, so the read data channel
     is always ready, whatever the consumer does: readers that share an interconnect cannot block
     one another.
 
@@ -87,14 +87,15 @@ class MemoryReader(wiring.Component):
         wiring.connect(m, wiring.flipped(self.data), buffer.read)
 
         room = Signal(range(config.depth + 1), init=config.depth)  # beats not yet promised
+        has_room = Signal(init=1)  # for the longest burst
         outstanding = Signal(range(config.outstanding + 1))
         burst = splitter.bursts.payload
         request = Signal()
         finish = Signal()
-        taken = Signal()
+        taken = Signal()  # in the cycle before
         m.d.comb += [
             splitter.bursts.ready.eq(
-                (room > burst.length)
+                has_room
                 & (outstanding != config.outstanding)
                 & channel.requests.ready
                 & ~faults.stopped
@@ -104,13 +105,22 @@ class MemoryReader(wiring.Component):
             channel.requests.payload.word.eq(burst.word),
             channel.requests.payload.length.eq(burst.length),
             finish.eq(axi.rvalid & axi.rlast),
+        ]
+        m.d.sync += [
+            outstanding.eq(outstanding + request - finish),
             taken.eq(self.data.valid & self.data.ready),
         ]
-        m.d.sync += outstanding.eq(outstanding + request - finish)
         with m.If(faults.restart):
-            m.d.sync += room.eq(config.depth)
+            m.d.sync += [room.eq(config.depth), has_room.eq(1)]
         with m.Else():
-            m.d.sync += room.eq(Mux(request, room - (burst.length + ~taken), room + taken))
+            # Both outcomes are there before `request` is.
+            left, longest = Signal.like(room), config.burst_beats.bit_length() - 1
+            freed = Signal.like(room)
+            m.d.comb += [left.eq(room - (burst.length + ~taken)), freed.eq(room + taken)]
+            m.d.sync += [
+                room.eq(Mux(request, left, freed)),
+                has_room.eq(Mux(request, left[longest:].any(), freed[longest:].any())),
+            ]
 
         channel.drive(m, axi, "ar", axi.rready)
         m.d.comb += [

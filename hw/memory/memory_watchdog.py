@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Elaboratable, Module, Signal
+from amaranth.hdl import Const, Elaboratable, Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
+
+from speq.hw.common.logic import incremented
 
 _CYCLES_BITS = 32
 #: Bits of a number of transactions: more than all readers and writers may have under way.
@@ -53,17 +55,15 @@ class MemoryWatchdog(wiring.Component):
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         outstanding = Signal(_TRANSACTIONS_BITS)
-        cycles = Signal(_CYCLES_BITS)
+        cycles = Signal(_CYCLES_BITS, init=1)  # without a transfer, with this one
         waits = Signal()
         m.d.comb += waits.eq((outstanding != 0) | self.offer)
         m.d.sync += [
             outstanding.eq(outstanding + sum(self.requests) - sum(self.answers)),
-            self.silent.eq(
-                waits & ~self.transfer & (self.timeout != 0) & (cycles + 1 >= self.timeout)
-            ),
+            self.silent.eq(waits & ~self.transfer & (self.timeout != 0) & (cycles >= self.timeout)),
         ]
         with m.If(self.transfer | ~waits):
-            m.d.sync += cycles.eq(0)
+            m.d.sync += cycles.eq(1)
         with m.Elif(~cycles.all()):
-            m.d.sync += cycles.eq(cycles + 1)
+            m.d.sync += cycles.eq(incremented(cycles, Const(1)))
         return m

@@ -61,42 +61,60 @@ class PlaneMerger(wiring.Component):
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         command = self.command.payload
-        active = Signal()
+        # What streams in and out depends on these alone, not on counters: a long path leads on to
+        # the FIFOs of both planes.
+        is_word = Signal()
+        is_padding = Signal()  # that is dropped
         merge = Signal(reset_less=True)
-        left = Signal(self.config.k_bits, reset_less=True)  # weights; 0: padding is dropped
-        step = Signal(range(DRAFT_LANES))  # weight within the four
+        needs_residual = Signal()
+        takes_draft = Signal(reset_less=True)  # the last weight from this draft word
+        is_end = Signal(reset_less=True)  # the tile's last weight, without padding behind it
 
-        # Each residual word completes one weight; the last weight has all its bits by then.
-        needs_residual = merge & (step != _LAST_STEP)
+        left = Signal(self.config.k_bits, reset_less=True)  # weights
+        step = Signal(range(DRAFT_LANES))  # weight within the four
         last = left == 1
-        is_word = active & (left != 0)
+        second_last = left == 2
+        is_second, is_third = step == _LAST_STEP - 2, step == _LAST_STEP - 1
         give = Signal()
+        drop = Signal()
         finish = Signal()
         m.d.comb += [
             self.words.valid.eq(
                 is_word & self.draft.valid & (~needs_residual | self.residual.valid)
             ),
             give.eq(self.words.valid & self.words.ready),
-            self.draft.ready.eq(give & (~merge | last | (step == _LAST_STEP))),
-            self.residual.ready.eq(active & needs_residual & Mux(left == 0, 1, give)),
-            finish.eq(
-                Mux(
-                    left == 0,
-                    active & self.residual.valid & (step == _LAST_STEP - 1),
-                    give & last & (~merge | (step >= _LAST_STEP - 1)),
-                )
-            ),
-            self.command.ready.eq(~active | finish),
-            self.busy.eq(active),
+            drop.eq(is_padding & self.residual.valid),
+            self.draft.ready.eq(give & takes_draft),
+            self.residual.ready.eq((needs_residual & give) | is_padding),
+            finish.eq((give & is_end) | (drop & is_third)),
+            self.busy.eq(is_word | is_padding),
+            self.command.ready.eq(~self.busy | finish),
         ]
+        # Each residual word completes one weight; the last weight has all its bits by then.
         with m.If(give):
             m.d.sync += left.eq(left - 1)
-        with m.If(give | (self.residual.valid & self.residual.ready)):
-            m.d.sync += step.eq(step + 1)
+            with m.If(last):
+                m.d.sync += [is_word.eq(0), is_padding.eq(1)]
+        with m.If(give | drop):
+            m.d.sync += [
+                step.eq(step + 1),
+                needs_residual.eq(merge & ~is_third),
+                takes_draft.eq(~merge | second_last | is_third),
+                is_end.eq(second_last & (~merge | is_second | is_third)),
+            ]
         with m.If(finish):
-            m.d.sync += [active.eq(0), step.eq(0)]
+            m.d.sync += [is_word.eq(0), is_padding.eq(0), step.eq(0)]
         with m.If(self.command.valid & self.command.ready):
-            m.d.sync += [active.eq(1), left.eq(command.words), merge.eq(command.merge), step.eq(0)]
+            is_single = command.words == 1
+            m.d.sync += [
+                is_word.eq(1),
+                left.eq(command.words),
+                merge.eq(command.merge),
+                step.eq(0),
+                needs_residual.eq(command.merge),
+                takes_draft.eq(~command.merge | is_single),
+                is_end.eq(~command.merge & is_single),
+            ]
 
         for column in range(self.config.cols):
             draft = self.draft.payload[column]

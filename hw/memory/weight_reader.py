@@ -9,7 +9,7 @@ from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.common.logic import ceil_div
+from speq.hw.common.logic import ceil_div, exceeds
 from speq.hw.common.ram_fifo import RamFifo
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, Mode
 from speq.hw.memory.axi import guard, guarded_members
@@ -105,28 +105,31 @@ class _Chunker(wiring.Component):
         word_bytes = beats_per_word(config) * config.weights.beat_bytes
         chunk = chunk_words(config)
 
-        tiles = Signal(tile_bits(config))  # that are left
+        active = Signal()
+        tiles = Signal(tile_bits(config), reset_less=True)  # that are left
         verify = Signal(reset_less=True)
         in_residual = Signal()
-        words = Signal(config.engine.k_bits, reset_less=True)  # of the plane in a tile
-        left = Signal.like(words)
         tile = Signal(config.address_bits, reset_less=True)  # address of the plane's next tile
         stride = Signal.like(tile)
         has_stride = Signal(reset_less=True)
         plane = Signal.like(tile)
         residual = Signal.like(tile)
 
-        # Words of the plane in the chunk, and in a tile's first one.
-        part = Signal.like(words, reset_less=True)
-        first_part = Signal.like(words, reset_less=True)
+        # Of a tile and of what is left of it: words of the plane, those in the next chunk, and
+        # whether there are others behind that.
+        bits = config.engine.k_bits
+        span_layout = data.StructLayout({"left": bits, "part": bits, "more": 1})
+        whole = Signal(span_layout, reset_less=True)
+        span = Signal(span_layout, reset_less=True)
+        part = span.part
         # Times `RESIDUAL_WORDS`, 3, by an adder, which is faster than a multiplier.
         residual_part = (part << 1)[: chunk.bit_length() + 1] + part[: chunk.bit_length()]
         amount = Signal(_word_count_bits(config))
         step = Signal()
         m.d.comb += [
             amount.eq(Mux(in_residual, residual_part, part)),
-            self.busy.eq(tiles != 0),
-            self.requests.valid.eq(self.busy & self.chunks.ready),
+            self.busy.eq(active),
+            self.requests.valid.eq(active & self.chunks.ready),
             self.requests.payload.address.eq(Mux(in_residual, residual, plane)),
             self.requests.payload.beats.eq(amount * beats_per_word(config)),
             step.eq(self.requests.valid & self.requests.ready),
@@ -135,33 +138,43 @@ class _Chunker(wiring.Component):
             self.chunks.payload.residual.eq(in_residual),
         ]
         weights_done = step & (in_residual | ~verify)
-        tile_done = weights_done & (left == part)
-        m.d.comb += self.command.ready.eq(~self.busy | (tile_done & (tiles == 1)))
+        tile_done = weights_done & ~span.more
+        done = tile_done & (tiles == 1)
+        m.d.comb += self.command.ready.eq(~active | done)
 
         with m.If(step):
             m.d.sync += in_residual.eq(verify & ~in_residual)
             with m.If(in_residual):
-                m.d.sync += residual.eq(residual + amount * word_bytes)
+                m.d.sync += residual.eq(residual + residual_part * word_bytes)
             with m.Else():
-                m.d.sync += plane.eq(plane + amount * word_bytes)
-        with m.If(weights_done):
-            rest = Signal.like(words)
-            m.d.comb += rest.eq(left - part)
-            m.d.sync += [left.eq(rest), part.eq(_part(rest, verify, chunk))]
+                m.d.sync += plane.eq(plane + part * word_bytes)
         with m.If(tile_done):
-            m.d.sync += [tiles.eq(tiles - 1), left.eq(words), part.eq(first_part)]
+            m.d.sync += [tiles.eq(tiles - 1), span.eq(whole)]
             with m.If(has_stride):
                 m.d.sync += [plane.eq(tile), tile.eq(tile + stride)]
-        with m.If(self.command.valid & self.command.ready):
-            plane_words = Mux(command.mode == Mode.BYPASS, command.k, _draft_words(command.k))
-            new_part = _part(plane_words, command.mode == Mode.VERIFY, chunk)
+        with m.Elif(weights_done):
+            is_long = exceeds(span.left, 2 * chunk)
+            rest = (span.left - chunk)[: len(span.left)]
             m.d.sync += [
+                span.left.eq(rest),
+                span.part.eq(Mux(is_long, chunk, rest)),
+                span.more.eq(is_long),
+            ]
+        with m.If(done):
+            m.d.sync += active.eq(0)
+        with m.If(self.command.valid & self.command.ready):
+            words = Mux(command.mode == Mode.BYPASS, command.k, _draft_words(command.k))
+            is_cut = (command.mode == Mode.VERIFY) & exceeds(words, chunk)
+            for each in (whole, span):
+                m.d.sync += [
+                    each.left.eq(words),
+                    each.part.eq(Mux(is_cut, chunk, words)),
+                    each.more.eq(is_cut),
+                ]
+            m.d.sync += [
+                active.eq(1),
                 tiles.eq(command.tiles),
                 verify.eq(command.mode == Mode.VERIFY),
-                words.eq(plane_words),
-                left.eq(plane_words),
-                part.eq(new_part),
-                first_part.eq(new_part),
                 plane.eq(command.plane),
                 tile.eq(command.plane + command.stride),
                 stride.eq(command.stride),
@@ -169,11 +182,6 @@ class _Chunker(wiring.Component):
                 residual.eq(command.residual),
             ]
         return m
-
-
-def _part(left: Value, verify: Value, chunk: int) -> Value:
-    """Words of the plane in the next chunk if so many are left."""
-    return Mux(verify & (left > chunk), chunk, left)
 
 
 def _draft_words(k: Value) -> Value:

@@ -8,6 +8,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
+from speq.hw.common.logic import decremented
 from speq.hw.memory.axi import BEATS_BITS, AxiConfig
 from speq.hw.memory.memory_writer import write_layout
 
@@ -160,4 +161,4 @@ class WriteMux(wiring.Component):
                 current.eq(Mux(passing.r_rdy, passing.r_data, passing.w_data)),
             ]
         with m.Elif(step):
-            m.d.sync += current.beats.eq(current.beats - 1)
+            m.d.sync += current.beats.eq(decremented(current.beats))
