@@ -20,13 +20,9 @@ from speq.model.arith import quantize_activations, to_float16
 from speq.model.vector_ops import reciprocal, row_sum, rsqrt, sigmoid, softmax_weights
 
 _BATCHED = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
-#: Operations whose y may be tiles of rows.
-_TILED_SECOND = (
-    VectorOperation.ADD,
-    VectorOperation.MULTIPLY,
-    VectorOperation.GATE,
-    VectorOperation.SIGMOID_GATE,
-)
+#: Operations whose y is tiles of rows, and those of which it may be, or the same for all rows.
+_GATES = (VectorOperation.GATE, VectorOperation.SIGMOID_GATE)
+_BY_CHANNEL = (VectorOperation.ADD, VectorOperation.MULTIPLY)
 
 #: A row of a pass: token, depth and the row that it follows.
 PassRow = tuple[int, int, int]
@@ -138,7 +134,7 @@ class VectorModel:
         if not tiled or operation is VectorOperation.MOVE:
             return command
         before = 4 * command.sharing * len(command.rows) * self.config.engine.cols
-        of_rows = operation in _TILED_SECOND and not command.values
+        of_rows = operation in _GATES or (operation in _BY_CHANNEL and not command.values)
         return replace(
             command,
             first=command.first + (0 if operation is VectorOperation.EMBED else before),
@@ -167,7 +163,7 @@ class VectorModel:
             case VectorOperation.ADD | VectorOperation.MULTIPLY | VectorOperation.NORM:
                 tiles = self._channels if command.values else self._tiles
                 return tiles(command, command.second)
-            case VectorOperation.GATE | VectorOperation.SIGMOID_GATE:
+            case operation if operation in _GATES:
                 return self._tiles(command, command.second)
             case VectorOperation.ROTATE:
                 positions = [command.position + depth for _, depth, _ in command.rows]

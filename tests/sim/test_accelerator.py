@@ -703,6 +703,7 @@ def transfers(workload: Workload, index: int, field: str) -> Iterator[tuple[int,
         yield address, ranking_bytes(config) * tokens
     else:
         left = tokens * d.sharing if is_attention else tokens
+        address += d.tile * left * cols * (2 if d.half else 4)
         while left > 0:
             size = min(left, config.engine.rows) * cols * (2 if d.half else 4)
             yield from ((address + i * size, size) for i in range(tiles))

@@ -826,9 +826,11 @@ def decoding(config: AcceleratorConfig, random: np.random.Generator) -> Workload
 
 
 def _add_sampling(workload: Workload) -> None:
-    """Half of all workloads sample, and half of these truncate."""
-    random = workload.random
-    if random.integers(2):
+    """Half of all workloads sample, and half of these truncate; none that ranks more rows than the
+    pass has, as these have no position."""
+    random, rows = workload.random, workload.rows
+    ranked = (d.tokens for d in workload.descriptors if d.kind is DescriptorKind.ARGMAX)
+    if random.integers(2) or any(tokens > rows for tokens in ranked):
         return
     run = workload.registers.get("RUN", 0) | 2 | 4 * int(random.integers(2))
     scale, cutoff = np.array([random.choice([0.5, 1, 3]), random.choice([0, -1, -9])], np.float32)
