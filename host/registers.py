@@ -115,16 +115,17 @@ def configuration(read: Callable[[str], int]) -> AcceleratorConfig:
     if number_format.pop("width") != DRAFT_BITS:
         raise ValueError(f"FORMAT is {r['FORMAT']:#x}: no draft weights of {DRAFT_BITS} bits")
     address_bits = r["ADDRESS_BITS"]
-    ports = {
-        port: AxiConfig(data_bits=8 * bus[f"{port}_bytes"], address_bits=address_bits)
+    weights, data = (
+        AxiConfig(data_bits=8 * bus[f"{port}_bytes"], address_bits=address_bits)
         for port in ("weights", "data")
-    }
+    )
     engine = EngineConfig(
         format=FormatConfig(**number_format), max_k=r["MAX_K"], max_o=r["MAX_O"], **array
     )
     config = AcceleratorConfig(
         engine,
-        **ports,
+        weights,
+        data,
         choices=r["MAX_CHOICES"],
         history=r["HISTORY_SIZE"],
         lanes=vector["lanes"],
