@@ -278,7 +278,7 @@ def pass_table(meters: Iterable[Meter], predicted: PassCycles) -> Table:
         computing, *stalled = (sum(p.counters[part] for p in passes) for part in parts)
         n = len(passes)
         table.add_row(
-            *(f"{n} {name}", f"{cycles / n:,.0f}", f"{expected / n:,.0f}"),
+            *(f"{n} {name.removesuffix(' step')}", f"{cycles / n:,.0f}", f"{expected / n:,.0f}"),
             *(f"{cycles / expected - 1:+.2%}", f"{computing / cycles:.1%}"),
             *(f"{stall / n:,.0f}" for stall in stalled),
         )

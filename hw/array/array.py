@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -130,7 +130,7 @@ class Array(wiring.Component):
         config, control = self.config, self.control
         columns = [self._decode_weight(m, column) for column in range(config.cols)]
         rows = [self._decode_activation(m, row) for row in range(config.rows)]
-        weights = [operand for operand, _ in columns]
+        weights: list[ValueLike] = [operand for operand, _ in columns]
         row_nonfinite = self._tile_flags(m, Cat(nonfinite for _, nonfinite in rows))
         column_nonfinite = self._tile_flags(m, Cat(nonfinite for _, nonfinite in columns))
         active, row_index, half = self._drain_sequence(m)
@@ -151,7 +151,7 @@ class Array(wiring.Component):
             operand = data.View(factors.shape(), _DelayLine(m, factors)[1])
             drain = active & (row_index == row)
             for column in range(config.cols):
-                unit = Unit(module, pe)
+                unit = Unit(module, pe, flat=True)
                 m.submodules[f"pe_{row}_{column}"] = unit
                 m.d.comb += [
                     unit.weight_in.eq(weights[column]),
@@ -322,7 +322,6 @@ def _assign_signs(operand: data.View, signs: list[Value]) -> list:
     ]
 
 
-def _fp16_operand(m: Module, weight: data.View, lag: int) -> data.View:
+def _fp16_operand(m: Module, weight: ValueLike, lag: int) -> Value:
     """What an FP16-only PE takes of a dual-mode PE's operand, `lag` cycles later."""
-    layout = weight_layout(draft=False)
-    return data.View(layout, _DelayLine(m, weight.as_value()[: layout.size])[lag])
+    return _DelayLine(m, Value.cast(weight)[: weight_layout(draft=False).size])[lag]

@@ -8,7 +8,7 @@ under a name of its own; it elaborates to an instance of that module.
 
 from __future__ import annotations
 
-from amaranth.hdl import ClockSignal, Elaboratable, Instance
+from amaranth.hdl import ClockSignal, Elaboratable, Instance, Shape
 from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow
 
@@ -27,12 +27,27 @@ class Unit(wiring.Component):
         The unit itself; it must be written to the same Verilog file under that name.
     clocked : bool
         Whether the unit has sequential logic.
+    flat : bool
+        The members, none of them an interface, have no fields: those of many instances would make
+        up most of the Verilog.
     """
 
-    def __init__(self, module: str, component: wiring.Component, *, clocked: bool = True) -> None:
+    def __init__(
+        self,
+        module: str,
+        component: wiring.Component,
+        *,
+        clocked: bool = True,
+        flat: bool = False,
+    ) -> None:
         self.module = module
         self.clocked = clocked
-        super().__init__(component.signature)
+        members = dict(component.signature.members)
+        if flat:
+            members = {
+                name: member.flow(Shape.cast(member.shape)) for name, member in members.items()
+            }
+        super().__init__(members)
 
     def elaborate(self, platform: object) -> Elaboratable:
         ports = [

@@ -46,7 +46,7 @@ each_shape = pytest.mark.parametrize("shape", _SHAPES, ids=str)
 def system(rows: int, cols: int, choices: int) -> AcceleratorConfig:
     axi = AxiConfig(data_bits=64)
     engine = EngineConfig(rows=rows, cols=cols)
-    return AcceleratorConfig(engine, weights=axi, data=axi, choices=choices)
+    return AcceleratorConfig(engine, weights=axi, data=axi, choices=choices, lanes=0)
 
 
 def value(bits: int) -> float:
