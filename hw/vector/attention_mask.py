@@ -22,7 +22,7 @@ class AttentionMask(wiring.Component):
     those of the rows that it follows and its own; with a window w only those of them whose distance
     in the text is below w.
 
-    Timing: `busy` is high from the cycle after `start` on, for 4 cycles a row. While it is low,
+    Timing: `busy` is high from the cycle after `start` on, for `ROW_CYCLES` a row. While it is low,
     `seen` is that of `row` and `word` of `LATENCY` cycles before; a word per cycle, no flow
     control.
 
@@ -56,6 +56,8 @@ class AttentionMask(wiring.Component):
     """
 
     LATENCY = 4
+    #: Cycles that `busy` is high for each row.
+    ROW_CYCLES = 4
 
     def __init__(self, config: AcceleratorConfig) -> None:
         self.config = config
@@ -95,7 +97,7 @@ class AttentionMask(wiring.Component):
         row = Signal(engine.row_bits, reset_less=True)
         one_hot = Signal(engine.rows, reset_less=True)
         rows_left = Signal(engine.token_bits, reset_less=True)
-        step = Signal(4)
+        step = Signal(self.ROW_CYCLES)
         m.d.comb += self.busy.eq(step.any())
         m.d.sync += step.eq(step << 1)
         with m.If(step[-1] & (rows_left != 1)):

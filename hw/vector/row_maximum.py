@@ -16,6 +16,11 @@ from speq.hw.vector.row_state import last_of_row
 _LEAST = 0xFF800000  # minus infinity
 
 
+def row_maximum_latency(lanes: int) -> int:
+    """Cycles: a level of the tree each, and the comparison with what was there."""
+    return 2 + (lanes - 1).bit_length()
+
+
 class RowMaximum(wiring.Component):
     """The largest of each row's FP32 numbers, as the softmax needs it.
 
@@ -54,8 +59,7 @@ class RowMaximum(wiring.Component):
         check_range("rows", rows, 1, 64)
         self.lanes = lanes
         self.rows = rows
-        #: Cycles: a level of the tree each, and the comparison with what was there.
-        self.latency = 2 + (lanes - 1).bit_length()
+        self.latency = row_maximum_latency(lanes)
         super().__init__(
             {
                 "valid": In(1),

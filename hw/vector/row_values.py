@@ -14,9 +14,22 @@ from speq.hw.engine_config import FP16_BITS
 from speq.hw.vector.command import segment_bits
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
 from speq.hw.vector.reciprocal import Reciprocal
-from speq.hw.vector.row_maximum import RowMaximum
-from speq.hw.vector.weight_sum import WeightSum
+from speq.hw.vector.row_maximum import RowMaximum, row_maximum_latency
+from speq.hw.vector.weight_sum import WeightSum, weight_sum_latency
 from speq.hw.vector.word_counter import words_per_row
+
+#: Cycles from a word with the sum of a norm to its row's factor.
+FACTOR_LATENCY = Reciprocal.LATENCY + 1
+
+
+def maximum_latency(config: AcceleratorConfig) -> int:
+    """Cycles from a row's last score to the largest."""
+    return row_maximum_latency(config.lanes) + 1
+
+
+def reciprocal_latency(config: AcceleratorConfig) -> int:
+    """Cycles from a row's last weights to the reciprocal of their sum."""
+    return Fp32ToFp16.LATENCY + weight_sum_latency(config.lanes) + Reciprocal.LATENCY + 1
 
 
 class RowValues(wiring.Component):
@@ -71,11 +84,9 @@ class RowValues(wiring.Component):
         self.config = config
         self._maximum = RowMaximum(lanes, engine.rows)
         self._weight_sum = WeightSum(lanes, engine.max_k, engine.rows)
-        self.factor_latency = Reciprocal.LATENCY + 1
-        self.maximum_latency = self._maximum.latency + 1
-        self.reciprocal_latency = (
-            Fp32ToFp16.LATENCY + self._weight_sum.latency + Reciprocal.LATENCY + 1
-        )
+        self.factor_latency = FACTOR_LATENCY
+        self.maximum_latency = maximum_latency(config)
+        self.reciprocal_latency = reciprocal_latency(config)
         super().__init__(
             {
                 "is_norm": In(1),

@@ -17,6 +17,11 @@ _UNIT_EXPONENT = -24
 _WEIGHT_BITS = 1 - _UNIT_EXPONENT
 
 
+def weight_sum_latency(lanes: int) -> int:
+    """Cycles: integers, a level of the tree each, the sum, its leading zeros, and the rounding."""
+    return 5 + (lanes - 1).bit_length()
+
+
 class WeightSum(wiring.Component):
     """The sums of rows of softmax weights, exact and rounded once, as `vector_ops.softmax_weights`
     has them.
@@ -58,8 +63,7 @@ class WeightSum(wiring.Component):
         self.lanes = lanes
         self.max_count = max_count
         self.rows = rows
-        #: Cycles: integers, a level of the tree each, the sum, its leading zeros, and the rounding.
-        self.latency = 5 + (lanes - 1).bit_length()
+        self.latency = weight_sum_latency(lanes)
         super().__init__(
             {
                 "valid": In(1),
