@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from speq.host.checks import check_vector_unit
 from speq.host.layout import ceil_div
@@ -18,11 +18,12 @@ from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
 from speq.hw.vector.activation_quantizer import words_at_once
+from speq.hw.vector.attention_mask import AttentionMask
 from speq.hw.vector.command import TWICE
 from speq.hw.vector.lane import LATENCIES, SHARING, LaneOperation
 from speq.hw.vector.operand_requests import OperandMode, OperandRequests
 from speq.hw.vector.partial_sums import PARTIAL_SUMS
-from speq.hw.vector.row_values import RowValues
+from speq.hw.vector.row_values import FACTOR_LATENCY, maximum_latency, reciprocal_latency
 from speq.hw.vector.run_planner import line_places
 from speq.hw.vector.vector_core import BINARY
 from speq.hw.vector.word_counter import words_per_row
@@ -68,23 +69,28 @@ _ADDED = _ISSUE + LATENCIES[LaneOperation.ADD_SCALED] + 1
 _PAUSE = _ISSUE + max(LATENCIES.values()) + 2
 #: From a lane's result to the word at the writer: masks, FP16 numbers, the buffer of results.
 _RESULT = 6
-#: Cycles of the round trip of a burst besides the memory's latency, which limits short bursts.
-_ROUND_TRIP = 9
+#: Cycles of the round trip of a burst besides its beats and the memory's latency, which limits
+#: short bursts.
+_ROUND_TRIP = 3
 #: Of the writer: from a tile's last word to its first lines, and of the pipeline behind its last
 #: ones (`RunPlanner`, `Transposer`); of a run of lines, and of a tile besides. What goes on
 #: as it is comes sooner.
 _LEAD, _PASSING, _PASSING_ON = 4, 8, -3
 _RUN, _TILE = 3, 1
-#: Of QUANTIZE: from a block's last activation to its first draft word (`BlockQuantizer`), and from
-#: the command to the first request (`TileReader`).
-_QUANTIZED, _REQUEST = 12, 4
+#: From a block's last activation to its first draft word (`BlockQuantizer`): of QUANTIZE, and of
+#: results that are quantised; of QUANTIZE from the command to the first request (`TileReader`).
+_QUANTIZED, _DRAFTED, _REQUEST = 8, 3, 4
+#: To fetch the tokens of a pass from memory, without the memory's latency (`TokenReader`).
+_TOKENS = 18
 
 
 def machine(config: AcceleratorConfig, latency: int) -> Machine:
     """What the cycles of an accelerator depend on, with memory of this latency."""
     engine = config.engine
     beats = max(1, _FP32_BITS * engine.cols // config.data.data_bits)
-    return Machine(engine.rows, engine.cols, latency, beats)
+    word = _BYTE * config.activation_bytes / config.data.data_bits
+    window = min(config.data.outstanding * config.data.burst_beats, config.data.depth)
+    return Machine(engine.rows, engine.cols, latency, beats, word, window)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ class WorkOf:
         Tiles that a RERANK finds.
     token : int
         A usual token of the model: the product with it takes a cycle for each of its bits.
+    in_text : bool
+        The tokens of the pass are those of a text in memory.
     """
 
     config: AcceleratorConfig
@@ -111,6 +119,7 @@ class WorkOf:
     latency: int
     reranked_tiles: int = 0
     token: int = 0
+    in_text: bool = False
 
     def program(self, descriptors: Iterable[Descriptor]) -> list[Work]:
         """The works of a program, without its END."""
@@ -171,10 +180,6 @@ class WorkOf:
 
     # Vector work.
 
-    @cached_property
-    def _kept(self) -> RowValues:
-        return RowValues(self.config)
-
     def _vector(self, d: Descriptor) -> VectorWork:
         operation = VectorOperation(d.operation)
         if operation is VectorOperation.QUANTIZE:
@@ -195,11 +200,15 @@ class WorkOf:
         if operation is VectorOperation.NORM:
             between = _ADDED + 3 + self._adding_up()
         elif operation is VectorOperation.SOFTMAX:
-            ready = self.rows  # their masks
-            scored = LATENCIES[LaneOperation.SCALE] + self._kept.maximum_latency
+            ready = AttentionMask.ROW_CYCLES * self.rows  # their masks
+            scored = LATENCIES[LaneOperation.SCALE] + maximum_latency(self.config)
             between = _ISSUE + 2 + scored
-            behind = _ISSUE + 2 + lane + self._kept.reciprocal_latency
+            behind = _ISSUE + 2 + lane + reciprocal_latency(self.config)
         x, y = self._operands(d, rows, tiles)
+        setup = len(rows) if operation in _ON_BATCHES else 0
+        fetches = operation is VectorOperation.EMBED and self.in_text
+        if fetches:
+            setup = _TOKENS + self.latency
         return VectorWork(
             *_waits(d),
             rows=rows,
@@ -208,7 +217,8 @@ class WorkOf:
             x=x,
             y=y,
             sweeps=2 if operation in TWICE else 1,
-            setup=len(rows) if operation in _ON_BATCHES else 0,
+            alone=fetches,
+            setup=setup,
             ready=ready,
             pace=SHARING if operation in _GATES else 1,
             between=between,
@@ -229,7 +239,7 @@ class WorkOf:
             counts.append(self.rows)
             distance //= 2
         levels = sum(count + _ADDED - 1 for count in counts)
-        return levels + self.rows + _ADDED + self._kept.factor_latency - 1
+        return levels + self.rows + _ADDED + FACTOR_LATENCY - 1
 
     def _operands(
         self, d: Descriptor, rows: tuple[int, ...], tiles: int
@@ -271,12 +281,12 @@ class WorkOf:
         )
         burst = min(port.burst_beats, beats)
         per_word = bits * config.lanes / port.data_bits
-        under_way = port.outstanding * burst / per_word
+        window = min(port.outstanding * burst, port.depth)
         given = min(1.0, port.data_bits / (_FP32_BITS * config.lanes))  # FP16 numbers are widened
-        rate = min(given, under_way / (self.latency + _ROUND_TRIP))
+        rate = min(given, window / per_word / (self.latency + burst + _ROUND_TRIP))
         if mode is OperandMode.CHANNELS:  # the other rows' words are kept
             per_word /= self.rows
-        return Operand(first, per_word, burst, rate)
+        return Operand(first, per_word, burst, window, rate, round(1 / given))
 
     def _writes(self, d: Descriptor, rows: tuple[int, ...], elements: int, tiles: int) -> Writes:
         """What the writer does with the results."""
@@ -333,7 +343,7 @@ class WorkOf:
             *_waits(d),
             tiles=tiles,
             chunk=ceil_div(block, at_once),
-            x=Operand(_REQUEST, beats, port.burst_beats, 1.0),
+            x=Operand(_REQUEST, beats, port.burst_beats, port.depth, 1.0),
             alone=True,
             writes=Writes(_QUANTIZED, ceil_div(block, self._quantized_at_once)),
         )
@@ -349,7 +359,7 @@ class WorkOf:
         beat = max(1, DRAFT_LANES * port.data_bits // (_BYTE * config.activation_bytes))
         tail = self._tail(ceil_div(elements, beat), max(1.0, beat / config.lanes))
         last = (elements - 1) % config.engine.format.group + 1
-        return Writes(passing=_QUANTIZED + ceil_div(last, self._quantized_at_once), tail=tail)
+        return Writes(passing=_DRAFTED + ceil_div(last, self._quantized_at_once), tail=tail)
 
 
 def _waits(d: Descriptor) -> tuple[int | None, int | None]:
@@ -435,7 +445,8 @@ class PredictedPasses:
     ) -> list[Work]:
         # A product with a token takes a cycle for each of its bits: half of all have as many.
         token = self._model.vocab_size // 2
-        works = WorkOf(self._config, rows, context, self._latency, tiles, token)
+        in_text = kind is PassKind.SINGLE
+        works = WorkOf(self._config, rows, context, self._latency, tiles, token, in_text)
         return works.program(self._layouts[encoded].program(kind, reranked=min(tiles, 1)))
 
     def walk(self, kind: PassKind | None, rows: int, context: int) -> int:

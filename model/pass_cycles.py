@@ -8,8 +8,9 @@ sequencer, the readers of both operands, the lanes and the writer. A work may al
 whose results are to be in memory. So the model follows the order, the waits and the overlaps of any
 program. `speq.host.cycles` says what the descriptors of a program are for it.
 
-Memory answers after `Machine.latency` cycles. What reads and writes at the same time does not hold
-up one another, but for the two operands of a vector operation, which come through one port.
+Memory answers after `Machine.latency` cycles, and in the order in which it is asked. So the two
+operands of a vector operation, which come through one port, hold up one another, and activations
+that the array's loader has asked for hold up both. What is written holds up nothing.
 
 The constants below are cycles of the generated accelerator's units, in pipelines and state machines
 that no parameter changes; each was measured with programs of one descriptor
@@ -50,9 +51,13 @@ _FIND, _RERANK = 12, 18
 _SHAPE = 3
 #: From the command of the lanes to their first word: states SET and RUN of the `VectorCore`.
 _BEGIN = 3
+#: Results that are on their way or wait for the writer, in the `VectorCore`.
+_RESULTS = 32
 #: From an operand's first transfer to its first word, without the memory's latency: `MemoryReader`,
 #: `BeatWidener`, `WordPacker`.
 _READ = 8
+#: From an operand's last word to its reader's next command.
+_GIVEN = 2
 #: From the last piece of a vector operation's results to the answer to its write, without the
 #: memory's latency: `WriteCombiner`, `WriteMux`, `MemoryWriter`.
 _ANSWER = 17
@@ -107,6 +112,10 @@ class Machine:
         Cycles from a request to memory to its first response.
     result_beats : int
         Beats of the data port that a row of `cols` FP32 results takes.
+    word_beats : float
+        Beats of the data port that a word of activations takes.
+    window : int
+        Beats that a reader of the data port asks for before the first of them comes.
 
     Raises
     ------
@@ -118,9 +127,11 @@ class Machine:
     cols: int = 16
     latency: int = 16
     result_beats: int = 2
+    word_beats: float = 0.5
+    window: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("rows", "cols", "latency", "result_beats"):
+        for name in ("rows", "cols", "latency", "result_beats", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
@@ -176,16 +187,31 @@ class Operand:
         Cycles from the reader's command to its first transfer.
     beats : float
         Of the data port for each word of lanes.
-    burst : int
-        Beats of a burst.
+    burst, window : int
+        Beats of a burst, and of all that are under way at once.
     rate : float
-        Words per cycle that so many bursts under way allow, at most 1.
+        Words per cycle that these allow, at most 1: so many come without a pause, and as many for
+        each round trip.
+    spacing : int
+        Cycles from a word to the next one as the reader puts them together, however early their
+        beats have come.
     """
 
     first: int
     beats: float
     burst: int
+    window: int
     rate: float
+    spacing: int = 1
+
+    def words(self, count: int) -> float:
+        """Cycles in which so many come, from when the first one could."""
+        at_once = min(count, self.window / self.beats)
+        return at_once * self.spacing + (count - at_once) / self.rate
+
+    def ahead(self, words: int, cycles: int) -> float:
+        """Beats of so many words that are asked for in so many cycles, a burst in each."""
+        return min(words * self.beats, self.window, (cycles + 1) * self.burst)
 
 
 @dataclass(frozen=True)
@@ -242,7 +268,7 @@ class VectorWork(Work):
     rows: tuple[int, ...] = (1,)
     tiles: int = 1
     chunk: int = 1
-    x: Operand = Operand(0, 1.0, 1, 1.0)
+    x: Operand = Operand(0, 1.0, 1, 1, 1.0)
     y: Operand | None = None
     sweeps: int = 1
     alone: bool = False
@@ -279,6 +305,8 @@ class Walk:
         # Of the array: when the last job's activations are loaded, and the last two are computed.
         self._loaded = 0
         self._computed = [0, 0]
+        # When all that its loader had asked for at once has come through the data port.
+        self._port = 0
         # When parts of the vector unit take the next command.
         self._sequencer = self._x = self._y = self._lanes = self._writer = 0
 
@@ -320,6 +348,10 @@ class Walk:
         rows, is_ranked = self._machine.rows, work.kind is not Kind.PLAIN
         self.now = max(start, self.idle) if is_ranked else start
         stored = 0
+        # The activations of all jobs are asked for as soon as there is room for them.
+        beats = -(-work.tokens // rows) * work.words * self._machine.word_beats
+        comes = max(self._port, self.now + _LOAD + self._machine.latency)
+        self._port = comes + int(min(beats, self._machine.window))
         for first in range(0, work.tokens, rows):
             stored = self._job(work, min(rows, work.tokens - first))
         if is_ranked:
@@ -337,8 +369,9 @@ class Walk:
         taken = max(self.now, self._loaded, self._computed[0])
         start = max(self.now + _LOAD + machine.latency, taken)
         late = min(_BURST, work.words) - 1 if work.planes > 1 else 0
-        # A tile's results must be on their way before those of the next.
-        tile = max(work.words, tokens * machine.result_beats)
+        # Results of a tile, and a cycle before them (`ResultWriter`), are on their way before those
+        # of the next.
+        tile = max(work.words, tokens * machine.result_beats + 1)
         tiles = -(-work.outputs // machine.cols)
         end = max(start + late, self._computed[1]) + tiles * tile
         self._loaded = start + work.words
@@ -377,42 +410,63 @@ class Walk:
         self._sequencer = max(takes_x, takes_y, begins, writes) + 1
 
         # When the first word of each could be there.
-        x_there = port = takes_x + x.first + _READ + latency
+        # Memory answers in order, so behind what the array's loader has asked for.
+        x_there = port = max(takes_x + x.first + _READ + latency, self._port)
         y_there = 0
         if y:
-            y_there = takes_y + y.first + _READ + latency
+            y_there = max(takes_y + y.first + _READ + latency, self._port)
             port = min(x_there, y_there)
-            if work.sweeps == 1:  # bursts take turns: that of the other operand comes first
-                y_there = max(y_there, port + y.burst)
+            if work.sweeps == 1:
+                # What the other operand has asked for comes first, too.
+                words, later = sum(work.rows) * work.tiles * work.chunk, y_there - x_there
+                if later >= 0:
+                    y_there = max(y_there, x_there + int(x.ahead(words, later)))
+                else:
+                    x_there = max(x_there, y_there + int(y.ahead(words, -later)))
         time = float(begins + _BEGIN + work.ready)  # of the next word
+        time = max(time, x_there, y_there if work.sweeps == 1 else 0)
         last = time
+        # When the reader has put together the words so far. It holds a word and all but a beat of
+        # the next one, so it is not ahead by more however long a pause was.
+        supplied, ahead = 0.0, 2 * (x.spacing - 1)
         x_count = y_count = 0
         drained = [0.0, 0.0]  # when the last two tiles have left the places that they waited in
+        # Tiles with results that the last words may have to wait for: words up to each tile's end,
+        # and when the last of them was at the writer.
+        waiting: deque[tuple[int, float]] = deque()
+        results = 0
         for rows in work.rows:
             size = rows * work.chunk
             for sweep in range(work.sweeps):
                 gives = sweep == work.sweeps - 1
                 for _ in range(work.tiles):
                     x_count += size
-                    time = max(
-                        time + size * (work.pace if gives else 1), x_there + x_count / x.rate
-                    )
+                    supplied = max(supplied, time - ahead) + size * x.spacing
+                    pace = work.pace if gives else 1
+                    time = max(time + size * pace, supplied, x_there + x.words(x_count))
                     if not gives:
                         continue
                     if y:
                         y_count += size
                         beats = x_count * x.beats + y_count * y.beats
-                        time = max(time, y_there + y_count / y.rate, port + beats)
-                    time = max(time, drained[0] - work.result + size)
-                    filled = max(time + work.result, writes + size)
+                        time = max(time, y_there + y.words(y_count), port + beats)
+                    results += size
+                    free = max(drained[0], writes) + size
+                    waiting.append((results, free))
+                    while waiting[0][0] < results - _RESULTS:
+                        waiting.popleft()
+                    count, there = waiting[0]
+                    time = max(time, there - (count - (results - _RESULTS)))
+                    filled = max(time + work.result, free)
+                    waiting[-1] = results, filled
                     drained = [drained[1], max(filled + out.lead, drained[1]) + out.tile]
                 last = time
                 if work.sweeps > 1:
                     time += work.behind if gives else work.between
         if work.sweeps == 1:
             time += work.behind
-        self._x, self._lanes = int(last), int(time)
-        self._y = int(last) if y else self._y
+        self._x, self._lanes = int(last) + _GIVEN, int(time)
+        self._y = self._x if y else self._y
         self._writer = int(drained[1]) + 1
         end = int(drained[1]) + out.passing + out.tail + _ANSWER + latency
         if work.alone:

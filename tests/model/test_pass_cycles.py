@@ -35,9 +35,10 @@ def test_a_product_takes_a_cycle_for_each_word_and_some_around_them():
     assert words < cycles(LONG) < words + 100
     assert cycles(replace(LONG, outputs=640)) == cycles(LONG) + words
     assert cycles(replace(LONG, outputs=321)) == cycles(LONG) + 200
-    # A tile takes a cycle for each beat of results; more tokens than rows are two jobs.
+    # A tile takes a cycle for each beat of results and one more; more tokens than rows are two
+    # jobs.
     few = Product(words=4, outputs=320, tokens=8)
-    assert cycles(few) - cycles(replace(few, outputs=304)) == 16
+    assert cycles(few) - cycles(replace(few, outputs=304)) == 17
     assert cycles(replace(LONG, tokens=9)) - cycles(replace(LONG, tokens=8)) > words - 40
 
 
@@ -85,10 +86,44 @@ def test_words_take_as_long_as_the_slowest_unit():
     assert longer(replace(SHORT, pace=4)) == 800
     assert longer(replace(SHORT, writes=Writes(tile=8))) == 800
     assert longer(replace(SHORT, sweeps=2, between=30)) == 400
-    assert longer(replace(SHORT, x=Operand(4, 1.0, 16, 0.5))) == 400
-    operand = Operand(4, 1.0, 16, 1.0)
+    assert longer(replace(SHORT, x=Operand(4, 1.0, 16, 128, 0.5))) == 400
+    operand = Operand(4, 1.0, 16, 128, 1.0)
     # One port gives both operands.
     assert longer(replace(SHORT, x=operand, y=operand)) == 400
+
+
+def test_a_pause_puts_the_reader_ahead_by_two_words_only():
+    operand = Operand(4, 2.0, 16, 128, 0.5, spacing=2)
+    once = replace(SHORT, sweeps=2, between=30, behind=40, x=operand)
+    # Words of the second sweep are 2 cycles apart, however long the pause before it was.
+    assert cycles(replace(once, between=60)) == cycles(once) + 30
+    twice = cycles(replace(once, tiles=8)) - cycles(once)
+    assert twice == 2 * 4 * 2 * 2
+
+
+def test_bursts_that_fit_into_a_window_come_without_a_pause():
+    operand = Operand(4, 1.0, 2, 16, 0.4)
+    assert operand.words(16) == 16
+    assert operand.words(26) == 16 + 10 / 0.4
+
+
+def test_memory_answers_in_order():
+    """An operand that is asked for later comes behind the beats of what was asked for before."""
+    x, y = Operand(4, 1.0, 16, 128, 1.0), Operand(40, 1.0, 2, 16, 1.0)
+    beside = cycles(replace(SHORT, tiles=64, x=x, y=y))
+    assert beside > cycles(replace(SHORT, tiles=64, x=x)) + 36 + 60
+    # So do the operands behind the activations of a product, as far as these are asked for at once.
+    behind = replace(SHORT, tiles=64, writes=Writes(tail=4000))
+    few, many = (cycles(replace(LONG, words=n, outputs=16), behind) for n in (2, 1000))
+    assert 100 < many - few < 128
+
+
+def test_results_wait_for_the_writer():
+    """Lanes take the next command while so many results wait."""
+    slow = replace(SHORT, tiles=8, writes=Writes(tile=40))
+    assert cycles(slow, SHORT) - cycles(slow) < 40 + 40
+    longer = replace(slow, tiles=40)
+    assert cycles(longer) - cycles(slow) == 32 * 40
 
 
 def test_segments_of_two_sweeps_wait_between_them():
@@ -119,7 +154,7 @@ def test_a_pass_takes_some_cycles_more():
     assert walk_cycles(works, MACHINE) < draft < verify
 
 
-@pytest.mark.parametrize("name", ["rows", "cols", "latency", "result_beats"])
+@pytest.mark.parametrize("name", ["rows", "cols", "latency", "result_beats", "window"])
 def test_impossible_machines_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} is 0"):
         Machine(**{name: 0})
