@@ -19,7 +19,7 @@ from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, Vecto
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
 from speq.hw.vector.activation_quantizer import words_at_once
 from speq.hw.vector.attention_mask import AttentionMask
-from speq.hw.vector.command import TWICE
+from speq.hw.vector.command import BY_CHANNEL, ON_BATCHES, TWICE
 from speq.hw.vector.lane import LATENCIES, SHARING, LaneOperation
 from speq.hw.vector.operand_requests import OperandMode, OperandRequests
 from speq.hw.vector.partial_sums import PARTIAL_SUMS
@@ -58,9 +58,7 @@ _LANE = {
     VectorOperation.SOFTMAX: LaneOperation.EXPONENTIAL,
     VectorOperation.NORMALIZE: LaneOperation.SCALE,
 }
-_ON_BATCHES = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
 _GATES = (VectorOperation.GATE, VectorOperation.SIGMOID_GATE)
-_BY_CHANNEL = (VectorOperation.ADD, VectorOperation.MULTIPLY, VectorOperation.NORM)
 
 # Of the VectorCore: cycles from taking a word to its operands at the lanes; to a sum that the next
 # one may be added to; and between the last word of a command and the first of the next.
@@ -187,7 +185,7 @@ class WorkOf:
         if operation not in _LANE:
             raise ValueError(f"the cycles of {operation.name} cannot be predicted")
         engine = self.config.engine
-        if operation in _ON_BATCHES:
+        if operation in ON_BATCHES:
             n = self.rows * d.sharing
             rows = tuple(min(engine.rows, n - i) for i in range(0, n, engine.rows))
         else:
@@ -205,7 +203,7 @@ class WorkOf:
             between = _ISSUE + 2 + scored
             behind = _ISSUE + 2 + lane + reciprocal_latency(self.config)
         x, y = self._operands(d, rows, tiles)
-        setup = len(rows) if operation in _ON_BATCHES else 0
+        setup = len(rows) if operation in ON_BATCHES else 0
         fetches = operation is VectorOperation.EMBED and self.in_text
         if fetches:
             setup = _TOKENS + self.latency
@@ -252,7 +250,7 @@ class WorkOf:
             return x, None
         if operation is VectorOperation.ROTATE:
             return x, self._operand(OperandMode.ROWS, rows, tiles, self.position)
-        by_channel = operation in _BY_CHANNEL and d.values
+        by_channel = operation in BY_CHANNEL and d.values
         mode = OperandMode.CHANNELS if by_channel else OperandMode.TILES
         return x, self._operand(mode, rows, tiles)
 

@@ -72,8 +72,8 @@ class _Program:
 
     Each waits for what gives it an operand, and for nothing else: descriptors are in an order in
     which the array has other products to go on with, where there are some, while the vector unit
-    works. Where the results of a product are the vector unit's next, the product has two pieces,
-    so that only what is done with the last tiles is left when it ends.
+    works. Where the results of a product are the vector unit's next, the product is in pieces, so
+    that only what is done with the last tiles is left when it ends.
     """
 
     def __init__(self, layout: ModelPlaces, kind: PassKind) -> None:

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The analytic model of speed: cycles and memory traffic of a pass, from dimensions alone.
+"""What passes read and write, and cycles of a product, from dimensions alone.
 
 Cycles are those of the generated engine (`speq.hw.array.gemm_engine`): a tile of `cols` outputs
 takes one cycle per weight word of a column, which is K in verify mode and a quarter of K in draft
-mode, but at least as many cycles as there are tokens. A pass is a sequence of *stages*, between
-which the host computes: the GEMMs of a stage do not depend on each other and overlap
-(`stage_cycles`), the next stage starts when all results are in memory. The host's own time is not
-counted. The constants are those of the generated accelerator (`speq.hw.accelerator`), measured with
-its counters.
+mode, but at least as many cycles as there are tokens. Cycles of whole passes, everything included,
+are those of `speq.model.pass_cycles`.
 
 Memory traffic is counted in three parts: weights (the planes that the pass touches), group bytes,
 and the KV cache: FP16 keys and values of every position before the pass, read once per KV head, and
@@ -23,36 +20,18 @@ A linear layer that has no entry in `formats` is stored as plain FP16 and read w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from speq.model.checkpoint import ModelConfig, linear_names, linear_shapes
 from speq.model.number_format import FormatConfig, draft_words, residual_words
-from speq.model.schedule import Linears, Scores, Stage, WeightedValues, pass_schedule, stages
 
 Formats = Mapping[str, FormatConfig]
-
-#: Cycles from the host's answer, or from the job before, to the next job.
-_DISPATCH = 5
-#: From a job to its first weight word, and from a stage's last weight word to the host's turn,
-#: each without the memory's latency; the latter also without the results' way to memory.
-_LOAD = 9
-_STORE = 17
-#: Beats by which the second plane's first words come later than the first plane's.
-_BURST = 16
-#: From a pass's last stage to its successor's first, without the latency: ranking, decision, fetch.
-_DRAFT_END = 40
-_VERIFY_END = 55
-#: To find a tile of candidates, less the bits of its number, and from a tile's last weight word to
-#: the end of its ranking.
-_FIND = 12
-_RANK = 18
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What the cycle counts depend on.
+    """What cycles and the padding of planes depend on.
 
     Attributes
     ----------
@@ -63,26 +42,20 @@ class Engine:
     overhead : int
         Cycles from a tile's last weight word to its first result (`GemmEngine.OVERHEAD`; that of
         an engine that can draft).
-    latency : int
-        Cycles from a request to memory to its first response.
-    result_beats : int
-        Beats of the data port that a row of `cols` FP32 results takes.
 
     Raises
     ------
     ValueError
-        If there is no row, no column, no latency or no beat.
+        If there is no row or no column.
     """
 
     rows: int = 8
     cols: int = 16
     fill: int = 2
     overhead: int = 14
-    latency: int = 16
-    result_beats: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("rows", "cols", "latency", "result_beats"):
+        for name in ("rows", "cols"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
@@ -95,88 +68,16 @@ class PassCost:
     ----------
     weights, groups, kv : int
         Bytes of weights, group bytes and KV entries that are moved.
-    linear_cycles, attention_cycles : int
-        Cycles in which the linear layers and attention take weight words.
-    overhead_cycles : int
-        All other cycles: loading, draining and storing around each stage, starting the pass.
     """
 
     weights: int
     groups: int
     kv: int
-    linear_cycles: int
-    attention_cycles: int
-    overhead_cycles: int
 
     @property
     def bytes(self) -> int:
         """All bytes moved."""
         return self.weights + self.groups + self.kv
-
-    @property
-    def cycles(self) -> int:
-        """All cycles of the accelerator, without the host's."""
-        return self.linear_cycles + self.attention_cycles + self.overhead_cycles
-
-
-@dataclass(frozen=True)
-class Job:
-    """A GEMM of a stage.
-
-    Attributes
-    ----------
-    words : int
-        Weight words per column and tile.
-    outputs, tokens : int
-        Of the product; the tokens fit into the array's rows.
-    planes : int
-        From which the words are put together: 1, or 2 in verify mode.
-    """
-
-    words: int
-    outputs: int
-    tokens: int
-    planes: int = 1
-
-
-def stage_cycles(jobs: Sequence[Job], engine: Engine) -> int:
-    """Cycles from the host's answer to its next turn, when all results are in memory.
-
-    The engine holds two jobs: while one computes, the activations of the next are loaded, a word
-    per cycle. The job after these is only asked for when the engine has begun to load the second.
-    """
-    taken, loaded, ends = 0, 0, [0, 0]
-    for job in jobs:
-        issue = taken + _DISPATCH
-        taken = max(issue, loaded, ends[-2])
-        start = max(issue + _LOAD + engine.latency, taken)
-        loaded = start + job.words
-        late = min(_BURST, job.words) - 1 if job.planes > 1 else 0
-        tiles = -(-job.outputs // engine.cols)
-        # A tile's results must be on their way before those of the next.
-        tile = max(job.words, job.tokens * engine.result_beats)
-        ends.append(max(start + late, ends[-1]) + tiles * tile)
-    # The last tile's results are collected, then sent.
-    stored = 2 * engine.result_beats * jobs[-1].tokens if jobs else 0
-    return ends[-1] + _STORE + engine.latency + stored
-
-
-def rerank_cycles(k: int, outputs: int, tiles: int, engine: Engine) -> int:
-    """Cycles of a RERANK of `tiles` tiles of a layer [outputs, k], to the end of its ranking;
-    `outputs` are those that were drafted.
-
-    The next tile is looked for when the one before has been taken, which is when the ranking of
-    that before it has ended.
-    """
-    find = _FIND + (-(-outputs // engine.cols) - 1).bit_length()
-    issue, ranked = _DISPATCH + find, 0
-    end = issue + _LOAD + engine.latency + min(_BURST, k) - 1
-    for _ in range(tiles):
-        start = issue + _LOAD + engine.latency
-        issue = max(issue, ranked) + find
-        end = max(start, end) + k
-        ranked = end + _RANK
-    return ranked
 
 
 def uniform_formats(config: ModelConfig, number_format: FormatConfig) -> dict[str, FormatConfig]:
@@ -235,30 +136,8 @@ def verify_pass(
     config: ModelConfig, engine: Engine, formats: Formats, tokens: int, context: int = 0
 ) -> PassCost:
     """A pass of `tokens` rows over both planes and the group bytes, behind `context` positions."""
-    return _whole_pass(config, engine, formats, tokens, context, prefill=False)
-
-
-def prefill_pass(
-    config: ModelConfig, engine: Engine, formats: Formats, tokens: int, context: int = 0
-) -> PassCost:
-    """A verify pass that ends when the last block's keys and values are there."""
-    return _whole_pass(config, engine, formats, tokens, context, prefill=True)
-
-
-def _whole_pass(
-    config: ModelConfig,
-    engine: Engine,
-    formats: Formats,
-    tokens: int,
-    context: int,
-    *,
-    prefill: bool,
-) -> PassCost:
-    """A pass over all bits of its weights."""
-    schedule = stages(pass_schedule(config, prefill=prefill))
     weights = groups = 0
-    jobs = {}
-    for name, (o, k) in _shapes_in(schedule, config).items():
+    for name, (o, k) in linear_shapes(config).items():
         if name in formats:
             padded = _padded(o, engine)
             words = draft_words(k) + residual_words(k)
@@ -266,9 +145,7 @@ def _whole_pass(
             groups += -(-k // formats[name].group) * padded
         else:
             weights += 2 * k * o
-        jobs[name] = _jobs(k, o, tokens, engine, planes=2 if name in formats else 1)
-    traffic = weights, groups
-    return _pass_cost(config, engine, schedule, traffic, jobs, tokens, context, _VERIFY_END)
+    return PassCost(weights, groups, kv_bytes(config, context, tokens))
 
 
 def draft_pass(
@@ -294,97 +171,29 @@ def draft_pass(
         raise ValueError(
             f"drafted outputs are {drafted_outputs}; expected 1 to {config.vocab_size}"
         )
-    schedule = stages(pass_schedule(config))
     weights = groups = 0
-    jobs = {}
-    for name, (o, k) in _shapes_in(schedule, config).items():
+    for name, (o, k) in linear_shapes(config).items():
         if name == "head" and drafted_outputs is not None:
             o = drafted_outputs
         if name in formats:
-            padded, words = _padded(o, engine), draft_words(k)
-            weights += 2 * words * padded
+            padded = _padded(o, engine)
+            weights += 2 * draft_words(k) * padded
             groups += -(-k // formats[name].group) * padded
         else:
-            words = k
             weights += 2 * k * o
-        jobs[name] = _jobs(words, o, 1, engine)
-    traffic = weights, groups
-    cost = _pass_cost(config, engine, schedule, traffic, jobs, 1, context, _DRAFT_END)
+    cost = PassCost(weights, groups, kv_bytes(config, context, 1))
     if not reranked_tiles or "head" not in formats:
         return cost
-    o, k = linear_shapes(config)["head"]
-    o = o if drafted_outputs is None else drafted_outputs
+    _, k = linear_shapes(config)["head"]
     words = draft_words(k) + residual_words(k)
-    outputs, busy = reranked_tiles * engine.cols, reranked_tiles * k
+    outputs = reranked_tiles * engine.cols
     return replace(
         cost,
         weights=cost.weights + 2 * words * outputs,
         groups=cost.groups + -(-k // formats["head"].group) * outputs,
-        linear_cycles=cost.linear_cycles + busy,
-        overhead_cycles=cost.overhead_cycles + rerank_cycles(k, o, reranked_tiles, engine) - busy,
     )
-
-
-def _shapes_in(schedule: Sequence[Stage], config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Shape (O, K) of every linear layer of a pass by name."""
-    shapes = linear_shapes(config)
-    layers = (stage.names for stage in schedule if isinstance(stage, Linears))
-    return {name: shapes[name] for name in chain.from_iterable(layers)}
 
 
 def _padded(outputs: int, engine: Engine) -> int:
     """Output rows of an encoded tensor with the padding of its last tile."""
     return -(-outputs // engine.cols) * engine.cols
-
-
-def _jobs(words: int, outputs: int, tokens: int, engine: Engine, planes: int = 1) -> list[Job]:
-    """A product as jobs of no more tokens than the array has rows."""
-    batches = range(0, tokens, engine.rows)
-    return [Job(words, outputs, min(engine.rows, tokens - first), planes) for first in batches]
-
-
-def _pass_cost(
-    config: ModelConfig,
-    engine: Engine,
-    schedule: Sequence[Stage],
-    traffic: tuple[int, int],
-    linears: Mapping[str, list[Job]],
-    tokens: int,
-    context: int,
-    end: int,
-) -> PassCost:
-    """The cost of a pass from its (weight bytes, group bytes) and the jobs of its linear layers.
-
-    The query heads that share a KV head go through the array together, as tokens * sharing rows;
-    the weight stream is the KV cache, in plain FP16.
-    """
-    c = config
-    rows = tokens * (c.heads // c.kv_heads)
-    # The hardware walks through all entries; those outside a sliding window are left out later.
-    seen = context + tokens
-    attention_cycles = cycles = 0
-    for stage in schedule:
-        match stage:
-            case Linears(names):
-                jobs = [job for name in names for job in linears[name]]
-            case Scores():
-                jobs = c.kv_heads * _jobs(c.head_dim, seen, rows, engine)
-            case WeightedValues():
-                jobs = c.kv_heads * _jobs(seen, c.head_dim, rows, engine)
-        if not isinstance(stage, Linears):
-            attention_cycles += _busy_cycles(jobs, engine)
-        cycles += stage_cycles(jobs, engine)
-    linear_cycles = _busy_cycles(chain.from_iterable(linears.values()), engine)
-    cycles += end + engine.latency
-    return PassCost(
-        *traffic,
-        kv_bytes(c, context, tokens),
-        linear_cycles,
-        attention_cycles,
-        cycles - linear_cycles - attention_cycles,
-    )
-
-
-def _busy_cycles(jobs: Iterable[Job], engine: Engine) -> int:
-    """Cycles in which the array takes weight words."""
-    return sum(gemm_cycles(job.words, job.outputs, job.tokens, engine) for job in jobs)

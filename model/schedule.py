@@ -2,8 +2,8 @@
 """The schedule of a pass: which products and which vector steps, in which order, on which buffers.
 
 It is written once, here. The golden forward pass carries it out (`speq.model.transformer`), the
-accelerator's programs and memory layout are made from it (`speq.host.layout`), and the cycle model
-adds up its stages (`speq.model.cycles`).
+accelerator's programs and memory layout are made from it (`speq.host.layout`), and from these the
+cycle model's works (`speq.host.cycles`).
 
 A schedule is a list of steps. `Linears` and `Attention` are for the array, `Vector` steps are what
 lies between. Buffers have names:

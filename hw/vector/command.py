@@ -11,6 +11,10 @@ from speq.hw.engine_config import FP16_BITS
 
 #: The operations that go twice through each segment.
 TWICE = (VectorOperation.NORM, VectorOperation.SOFTMAX)
+#: Operations on the rows of an ATTENTION, batch by batch.
+ON_BATCHES = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
+#: Operations whose y may be the same for all rows.
+BY_CHANNEL = (VectorOperation.ADD, VectorOperation.MULTIPLY, VectorOperation.NORM)
 #: Bits of `detail`.
 DETAIL_BITS = 32
 

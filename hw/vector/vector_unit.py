@@ -15,18 +15,20 @@ from speq.hw.memory.tile_reader import TileReader
 from speq.hw.memory.write_combiner import LASTS
 from speq.hw.memory.write_mux import write_source_signature
 from speq.hw.vector.activation_quantizer import ActivationQuantizer, words_at_once
-from speq.hw.vector.command import TWICE, rows_layout, shape_layout, vector_command_layout
+from speq.hw.vector.command import (
+    BY_CHANNEL,
+    ON_BATCHES,
+    TWICE,
+    rows_layout,
+    shape_layout,
+    vector_command_layout,
+)
 from speq.hw.vector.entry_mover import EntryMover
 from speq.hw.vector.operand_reader import OperandReader
 from speq.hw.vector.operand_requests import OperandMode
 from speq.hw.vector.token_reader import TokenReader
 from speq.hw.vector.vector_core import BINARY, VectorCore
 from speq.hw.vector.vector_writer import VectorWriter
-
-#: Operations whose second operand may be the same for all rows.
-_BY_CHANNEL = (VectorOperation.ADD, VectorOperation.MULTIPLY, VectorOperation.NORM)
-#: Operations on the rows of an ATTENTION, batch by batch.
-_ON_BATCHES = (VectorOperation.SOFTMAX, VectorOperation.NORMALIZE)
 
 
 class VectorUnit(wiring.Component):
@@ -172,8 +174,8 @@ class VectorUnit(wiring.Component):
         }
         for name, operations in (
             ("binary", BINARY),
-            ("by_channel", _BY_CHANNEL),
-            ("on_batches", _ON_BATCHES),
+            ("by_channel", BY_CHANNEL),
+            ("on_batches", ON_BATCHES),
             ("twice", TWICE),
             ("embeds", (VectorOperation.EMBED,)),
             ("quantizes", (VectorOperation.QUANTIZE,)),

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The analytic model of speed against counts worked by hand, encoded tensors and the engine."""
+"""What passes move, and cycles of a product, against counts worked by hand, encoded tensors and the
+engine."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,15 +12,12 @@ from speq.hw.array.gemm_engine import GemmEngine
 from speq.model.checkpoint import ModelConfig
 from speq.model.cycles import (
     Engine,
-    Job,
     draft_pass,
     gemm_cycles,
     gemm_latency,
     kv_bytes,
     linear_shapes,
     plain_pass,
-    rerank_cycles,
-    stage_cycles,
     uniform_formats,
     verify_pass,
 )
@@ -79,23 +75,6 @@ def test_gemm_latency_by_hand():
         gemm_latency(5, 50, 9, ENGINE)
 
 
-def test_stage_cycles_by_hand():
-    """One job: 5 to dispatch, 9 + 16 to load, 4 tiles of 16 words, 17 + 16 to store, and a row of
-    results of 2 beats is collected and sent. Two planes: a burst of 16 before the second's."""
-    assert stage_cycles([Job(16, 64, 1)], ENGINE) == 5 + 25 + 64 + 33 + 4
-    assert stage_cycles([Job(16, 64, 8, planes=2)], ENGINE) == 5 + 25 + 15 + 64 + 33 + 32
-    # The results of 8 rows take 16 beats, more than the 4 words of a tile.
-    assert stage_cycles([Job(4, 64, 8)], ENGINE) == 5 + 25 + 4 * 16 + 33 + 32
-    # The others follow without a gap.
-    assert stage_cycles([Job(16, 64, 1)] * 3, ENGINE) == 5 + 25 + 3 * 64 + 33 + 4
-    # The second is taken when the first is loaded, in cycle 34; only then is the third asked for.
-    assert stage_cycles([Job(4, 16, 1)] * 3, ENGINE) == 34 + 5 + 25 + 4 + 33 + 4
-    slow = Engine(latency=100)
-    assert stage_cycles([Job(16, 64, 1)], slow) == stage_cycles([Job(16, 64, 1)], ENGINE) + 2 * 84
-    # The third is asked for in cycle 114 + 16 and comes just after the second is done.
-    assert stage_cycles([Job(16, 64, 1)] * 3, slow) == 130 + 5 + 109 + 64 + 117 + 4
-
-
 def test_words_of_planes():
     assert [draft_words(k) for k in (1, 4, 5, 576)] == [1, 1, 2, 144]
     assert [residual_words(k) for k in (1, 4, 5, 576)] == [3, 3, 6, 432]
@@ -117,13 +96,7 @@ def test_plain_pass_by_hand():
     assert (cost.weights, cost.groups) == (2 * weights, 0)
     # 9 positions read and one written; per block 2 heads x 16 numbers, a key and a value of each.
     assert cost.kv == 10 * 2 * (2 * 16 * 2 * 2)
-    # Tiles of 16 outputs times K.
-    block = (4 + 2 + 2 + 4) * 64 + (6 + 6) * 64 + 4 * 96
-    assert cost.linear_cycles == 2 * block + 17 * 64
-    # Per KV head: one tile of scores with K = 16, one of values with K = 10.
-    assert cost.attention_cycles == 2 * 2 * (16 + 10)
     assert cost.bytes == cost.weights + cost.kv
-    assert cost.cycles == cost.linear_cycles + cost.attention_cycles + cost.overhead_cycles
 
 
 def test_draft_and_verify_pass_by_hand():
@@ -136,17 +109,12 @@ def test_draft_and_verify_pass_by_hand():
     # K of 96 takes two group bytes, everything else one; 64 + 32 + 32 + 64 + 96 + 96 rows of it.
     per_block = 384 + 2 * 64
     assert draft.groups == 2 * per_block + 272
-    block = (4 + 2 + 2 + 4) * 16 + (6 + 6) * 16 + 4 * 24
-    assert draft.linear_cycles == 2 * block + 17 * 16
     assert draft.kv == kv_bytes(config, 9, 1) == plain_pass(config, ENGINE, 9).kv
 
     verify = verify_pass(config, ENGINE, formats, 8, context=9)
     assert verify.weights == 2 * (2 * in_blocks + 272 * 64)
     assert verify.groups == draft.groups
     assert verify.kv == (9 + 8) * 2 * (2 * 16 * 2 * 2)
-    # 8 tokens x 2 query heads = 16 rows in two batches, over 17 positions.
-    assert verify.attention_cycles == 2 * 2 * 2 * (2 * 16 + 17)
-    assert verify.linear_cycles == plain_pass(config, ENGINE).linear_cycles
 
 
 def test_only_the_first_rows_of_the_head_are_drafted():
@@ -156,7 +124,6 @@ def test_only_the_first_rows_of_the_head_are_drafted():
     some = draft_pass(config, ENGINE, formats, drafted_outputs=100)
     assert whole.weights - some.weights == 32 * (272 - 112)
     assert whole.groups - some.groups == 272 - 112
-    assert whole.linear_cycles - some.linear_cycles == (17 - 7) * 16
     for impossible in (0, config.vocab_size + 1):
         with pytest.raises(
             ValueError, match=f"drafted outputs are {impossible}; expected 1 to 264"
@@ -171,16 +138,6 @@ def test_exact_logits_of_a_draft_pass_by_hand():
     some = draft_pass(config, ENGINE, formats, reranked_tiles=3)
     assert some.weights - whole.weights == 3 * 16 * 64 * 2
     assert some.groups - whole.groups == 3 * 16
-    assert some.linear_cycles - whole.linear_cycles == 3 * 64
-    # The first tile is found, loaded, multiplied and ranked; the second follows it at once, and the
-    # third is only looked for when the first has been ranked.
-    one = 5 + (12 + 5) + 9 + 16 + 15 + 64 + 18
-    two = one + 64
-    assert rerank_cycles(64, 264, 1, ENGINE) == one
-    assert rerank_cycles(64, 264, 2, ENGINE) == two
-    assert rerank_cycles(64, 264, 3, ENGINE) == two + 64
-    assert rerank_cycles(24, 264, 3, ENGINE) == one - 40 + (12 + 5) + 9 + 16 + 24 + 18
-    assert some.cycles - whole.cycles == two + 64
     del formats["head"]
     assert draft_pass(config, ENGINE, formats, reranked_tiles=3) == draft_pass(
         config, ENGINE, formats
@@ -197,8 +154,6 @@ def test_layers_without_a_format_are_read_whole():
     assert draft.groups == whole.groups - 272
     nothing, plain = draft_pass(config, ENGINE, {}, context=5), plain_pass(config, ENGINE, 5)
     assert nothing.bytes == plain.bytes
-    assert nothing.linear_cycles == plain.linear_cycles
-    assert nothing.attention_cycles == plain.attention_cycles
 
 
 def test_bytes_are_those_of_encoded_tensors():
@@ -209,15 +164,6 @@ def test_bytes_are_those_of_encoded_tensors():
         for name, shape in linear_shapes(config).items()
     }
     assert counted_costs(config, formats).relative == pass_costs(encoded)
-
-
-def test_the_hardware_walks_through_all_entries_of_a_sliding_window():
-    config = small_config("gemma3")
-    wide = replace(config, sliding_window=10_000)
-    assert config.sliding_window < 500
-    windowed, whole = plain_pass(config, ENGINE, 500), plain_pass(wide, ENGINE, 500)
-    assert windowed.attention_cycles == whole.attention_cycles
-    assert windowed.kv < whole.kv
 
 
 def test_sliding_windows_read_only_their_positions():
