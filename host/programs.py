@@ -21,6 +21,7 @@ from speq.hw.control.descriptor import (
     VectorOperation,
 )
 from speq.hw.engine_config import DRAFT_LANES, Mode
+from speq.hw.vector.lane import SHARING
 from speq.model.schedule import Attention, Linears, Operation, Step, Vector
 from speq.model.vector_ops import GELU_CUBIC
 
@@ -29,8 +30,6 @@ _SINGLE = 4  # bytes of an FP32 number
 _MOST_BEHIND = 3
 #: Cycles of a vector operation in which no word is taken, about.
 _VECTOR_LATENCY = 160
-#: Cycles of a word of GATE and SIGMOID_GATE, at most.
-_GATE_CYCLES = 4
 #: Other vector operations of a gate with GELU.
 _GELU_OPERATIONS = 4
 _MOST_PIECES = 3
@@ -367,7 +366,7 @@ class _Program:
         pieces = self._pieces(
             products,
             operations=1 + others,
-            word_cycles=_GATE_CYCLES + others,
+            word_cycles=SHARING + others,
             multiple=multiple,
         )
         self._in_pieces(products, pieces, lambda piece, i: self._gate(gate, piece, i))
