@@ -61,20 +61,6 @@ def yosys_from_pip(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("a Yosys lies beside the interpreter")
 
 
-@pytest.mark.usefixtures("yosys_from_pip")
-def test_areas_are_sums_of_cells(tmp_path: Path) -> None:
-    # Compressed; the test of the report has one that is not.
-    liberty = tmp_path / "tiny.lib.gz"
-    text = library(dict.fromkeys(GATES, 1) | {"flop": 100_000})
-    liberty.write_bytes(gzip.compress(text.encode()))
-    areas = unit_areas(CONFIG, liberty)
-    flops = {unit: area // 100_000 for unit, area in areas.items()}
-    assert flops["speq_exponent_remap"] == 0
-    assert flops["speq_pe_fp16"] >= CONFIG.accumulator_bits + 17  # and a weight
-    assert flops["speq_pe_dual"] > flops["speq_pe_fp16"]
-    assert all(0 < area % 100_000 < 50_000 for area in areas.values())
-
-
 def test_a_library_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file may unpack to one that fills the disk."""
     monkeypatch.setattr("speq.cli.area.MAX_LIBRARY", 1 << 22)
@@ -152,14 +138,23 @@ def test_a_library_that_is_missing_is_named(bench: Bench, tmp_path: Path) -> Non
     assert done.stderr == f"speq: error: {tmp_path}/absent.lib: No such file or directory\n"
 
 
+@pytest.mark.usefixtures("yosys_from_pip")
 def test_the_report_lists_areas_and_overheads(bench: Bench, tmp_path: Path) -> None:
-    liberty, report = tmp_path / "tiny.lib", tmp_path / "bench.json"
-    liberty.write_text(library({"buffer": 1, "inverter": 1, "nand": 2, "nor": 3, "flop": 10}))
+    """Areas are sums of cells. The library is compressed."""
+    liberty, report = tmp_path / "tiny.lib.gz", tmp_path / "bench.json"
+    text = library({"buffer": 1, "inverter": 1, "nand": 2, "nor": 3, "flop": 1_000_000})
+    liberty.write_bytes(gzip.compress(text.encode()))
     done = bench("--liberty", liberty, "--json", report)
     assert done.returncode == 0, done.stderr
     figures = {figure["name"]: figure for figure in json.loads(report.read_text())["figures"]}
     areas = {unit: figures[f"area of {unit}"]["value"] for unit in AREAS}
     assert all(figures[f"area of {unit}"]["met"] is None for unit in AREAS)
+    flops = {unit: area // 1_000_000 for unit, area in areas.items()}
+    assert flops["speq_exponent_remap"] == 0
+    # And a weight.
+    assert flops["speq_pe_fp16"] >= EngineConfig().accumulator_bits + 17
+    assert flops["speq_pe_dual"] > flops["speq_pe_fp16"]
+    assert all(0 < area % 1_000_000 < 500_000 for area in areas.values())
     pe, array = figures["dual-mode PE, extra area"], figures["array, extra area"]
     assert pe["value"] == pytest.approx(100 * pe_overhead(areas))
     assert array["value"] == pytest.approx(100 * column_overhead(areas, EngineConfig()))

@@ -71,7 +71,17 @@ def test_help_does_not_import_the_heavy_packages() -> None:
 
 def test_verilog_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:
     """Neither the command nor the library behind it."""
-    arguments = ["verilog", "--rows", "1", "--cols", "4", "-o", str(tmp_path / "x.v")]
+    arguments = [
+        "verilog",
+        "--rows",
+        "1",
+        "--cols",
+        "4",
+        "--lanes",
+        "4",
+        "-o",
+        str(tmp_path / "x.v"),
+    ]
     for work in (
         "import speq.hw.verilog",
         f"import speq.cli; speq.cli.app({arguments}, standalone_mode=False)",
@@ -387,9 +397,20 @@ ACCELERATOR_FILES = sorted([*ENGINE_FILES, ".h", ".md", ".rdl", "_example.v", "_
     ("options", "top", "suffixes"),
     [
         (("--engine", "--cols", 3), "speq_gemm_engine", ENGINE_FILES),
-        (("--cols", 4), "speq_top", ACCELERATOR_FILES),
+        (("--cols", 4, "--lanes", 0), "speq_top", ACCELERATOR_FILES),
         (
-            ("--cols", 8, "--weights-bits", 64, "--data-bits", 128, "--address-bits", 48),
+            (
+                "--cols",
+                8,
+                "--weights-bits",
+                64,
+                "--data-bits",
+                128,
+                "--address-bits",
+                48,
+                "--lanes",
+                0,
+            ),
             "speq_top",
             ACCELERATOR_FILES,
         ),

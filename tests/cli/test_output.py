@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def generated() -> tuple[dict[str, str], tuple[str, dict]]:
     """The files of a small accelerator (by the endings of its names) and engine."""
     engine = EngineConfig(rows=1, cols=4, max_k=64)
-    files = generate.accelerator_files(AcceleratorConfig(engine), "")
+    files = generate.accelerator_files(AcceleratorConfig(engine, lanes=0), "")
     return files, generate.generate_verilog(engine)
 
 
@@ -184,7 +184,7 @@ def test_verilog_goes_to_another_file_system(speq_command):
         pytest.skip(f"{SHARED_MEMORY} is no file system of its own, or cannot be written to")
     stem = f"speq_test_{os.getpid()}"
     try:
-        result = speq_command("verilog", *SMALL, "-o", SHARED_MEMORY / f"{stem}.v")
+        result = speq_command("verilog", *SMALL, "--lanes", 0, "-o", SHARED_MEMORY / f"{stem}.v")
         assert result.code == 0, result.err
         written = sorted(path.name for path in SHARED_MEMORY.glob(f"{stem}*"))
         assert written == [f"{stem}{ending}" for ending in ACCELERATOR_FILES]

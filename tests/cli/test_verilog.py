@@ -16,14 +16,17 @@ from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 from speq.hw.verilog import generate
 
-SMALL = ("--rows", 1, "--cols", 4, "--max-k", 64, "--group", 32, "--split", 1, "--address-bits", 33)
+SMALL = (
+    *("--rows", 1, "--cols", 4, "--max-k", 64, "--group", 32, "--split", 1),
+    *("--lanes", 0, "--address-bits", 33),
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("options", [SMALL, ("--engine", *SMALL[:-2])], ids=["whole", "engine"])
+@pytest.mark.parametrize("options", [SMALL, ("--engine", *SMALL[:-4])], ids=["whole", "engine"])
 def test_a_description_makes_the_same_bytes(speq_command, tmp_path, options):
     for name in ("first", "again"):
         (tmp_path / name).mkdir()

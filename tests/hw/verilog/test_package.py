@@ -26,9 +26,9 @@ from speq.sim.builder import VERILATOR_BIN
 from tests.hw.verilog_tools import Generated, lint, run, system_tool
 from tests.test_project import PROJECT
 
-ENGINE = EngineConfig(rows=4, cols=8)
-# What the files beside the Verilog are does not depend on the vector unit.
-ACCELERATOR = AcceleratorConfig(ENGINE, lanes=0)
+ENGINE = EngineConfig(rows=2, cols=4)
+# What the files beside the Verilog are does not depend on size and vector unit.
+ACCELERATOR = AcceleratorConfig(ENGINE, history=0, lanes=0)
 CONFIGS = {"accelerator": ACCELERATOR, "engine": ENGINE}
 NAME = f"speq:ip:engine:{CORE_VERSION}"
 TESTBENCH = f"{ACCELERATOR_TOP}_tb"

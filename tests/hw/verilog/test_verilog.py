@@ -58,8 +58,12 @@ SYSTEMS = {
         lanes=4,
     ),
     # Words of all kinds are wider than a beat.
-    "accelerator 3x64 without a history or lanes": AcceleratorConfig(
-        EngineConfig(rows=3, cols=64), history=0, lanes=0
+    "accelerator 3x16 without a history or lanes": AcceleratorConfig(
+        EngineConfig(rows=3, cols=16),
+        weights=AxiConfig(data_bits=64),
+        data=AxiConfig(data_bits=64),
+        history=0,
+        lanes=0,
     ),
 }
 TOPS = CONFIGS | SYSTEMS
