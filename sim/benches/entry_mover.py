@@ -36,7 +36,7 @@ _SIZE = 1 << 17
 _BASE = 3 * _SIZE
 _PAUSE = 0.4
 _PATIENCE = 60_000
-_ROUNDS = 10
+_ROUNDS = 6
 _FP16_BYTES = 2
 
 

@@ -26,7 +26,7 @@ from speq.sim.compare import assert_equal_bits
 from speq.sim.runner import seed, simulate
 
 _LANES = 8
-_CYCLES = 20_000  # of each operation
+_CYCLES = 10_000  # of each operation
 _DRAIN = max(LATENCIES.values()) + 1
 _UNITS = {"lane": Lane(), "shared_sigmoid": SharedSigmoid()}
 #: Turns of the sigmoid that have passed when y of a GATE is taken.

@@ -57,7 +57,7 @@ _PATIENCE = 20_000
 _PAUSE = 0.4
 #: Rounds of tests of faults, each with other commands.
 _ROUNDS = 3
-_THROUGHPUT_BEATS = 4096
+_THROUGHPUT_BEATS = 2048
 _MIN_THROUGHPUT = 0.98
 
 

@@ -55,7 +55,7 @@ _READERS = {"weights": WeightReader, "groups": GroupReader, "activations": Activ
 #: Share of cycles in which a paused channel pauses.
 _PAUSE = 0.4
 #: Rounds of tests of faults and aborts, each with other jobs.
-_ROUNDS = 4
+_ROUNDS = 2
 _MIN_RATE = 0.98
 _WORD_BYTES = 2
 

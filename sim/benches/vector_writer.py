@@ -40,8 +40,8 @@ _TOP = "vector_writer_tb"
 #: Bytes of the memory that are the other source's.
 _OTHER = 1 << 12
 _PAUSE = 0.4
-_COMMANDS = 3  # of each target
-_CLEARS = 12
+_COMMANDS = 2  # of each target
+_CLEARS = 6
 _MAX_SEGMENTS = 4
 
 
@@ -64,7 +64,6 @@ _CONFIGS = (
     _system(2, 32, 4, AxiConfig(data_bits=256, address_bits=32)),
     _system(6, 16, 16, AxiConfig(data_bits=128, address_bits=32), draft_rows=4),
     _system(1, 8, 4, AxiConfig(data_bits=128, address_bits=32)),
-    _system(4, 64, 4, AxiConfig(data_bits=1024, address_bits=32)),
 )
 
 

@@ -35,7 +35,7 @@ from speq.sim.runner import seed, simulate
 _TOP = "writers_tb"
 _RESULTS, _RANKING, _OTHER = range(3)
 _PAUSE = 0.4
-_ROUNDS = 12
+_ROUNDS = 8
 _LEAST = 0xFF80_0000
 
 
