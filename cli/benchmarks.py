@@ -229,7 +229,7 @@ def accelerator(settings: BenchSettings) -> list[Figure]:
 
 
 def vector(settings: BenchSettings) -> list[Figure]:
-    """Vector operations of whole passes, nothing left to a host, on four models.
+    """Vector operations of whole passes, nothing left to a host, on two models.
 
     Of each operation with its target: elements of results per cycle among others like it, cycles
     of one alone from its start to its last result in memory, and what all of a pass add to it: the
