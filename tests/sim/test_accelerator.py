@@ -44,6 +44,7 @@ from tests.sim.workloads import (
     READ,
     SIZE,
     WRITE,
+    Patch,
     RunStatus,
     Workload,
     begin,
@@ -100,6 +101,7 @@ FAULTS = [
     for response, address in bad.items()
 ]
 RESPONSES = {2: "SLVERR", 3: "DECERR"}
+ACCESSES = ("READ", "WRITE")
 
 
 class Pair:
@@ -593,6 +595,36 @@ def test_vector_work_outside_the_regions(pair, access, name, field):
     *_, got = run(pair.rtl, workload)
     assert (got.state, got.error) == ("ERROR", ErrorCode[f"{access}_OUTSIDE"])
     pair.check_stopped(workload)
+
+
+@pytest.mark.parametrize("response", RESPONSES, ids=RESPONSES.values())
+def test_bad_responses_to_moves(vector_pair, response):
+    """When an entry is read and when it is written: the step that it belongs to is as if it had not
+    been."""
+    bad, random = BAD_WRITES[response], vector_pair.random
+    burst = vector_pair.config.data.burst_beats * vector_pair.config.data.beat_bytes
+    registers, seen = Registers(vector_pair.rtl, vector_pair.config), set()
+    names = ("POSITION", "ROOT", "COMMITTED", "RING_INDEX")
+    for _ in range(60):
+        workload, _ = moving(vector_pair.config, random, bad)
+        verify = workload.descriptors[-4]
+        size = verify.k * vector_pair.config.activation_bytes // 2
+        before = [workload.position, workload.registers["ROOT"], 0, 0]
+        for got in run(vector_pair.rtl, workload):
+            if got.state == "STEP":
+                before = [registers[name] for name in names]
+                fresh = random.standard_normal(size).astype(np.float16).view(np.uint8)
+                vector_pair.rtl.write(verify.activations, fresh)
+                workload.patches[-1] = [Patch(verify.activations, fresh)]
+        if got.state == "ERROR":
+            assert got.error.name in (f"{access}_{RESPONSES[response]}" for access in ACCESSES)
+            assert got.address <= bad < got.address + burst
+            assert [registers[name] for name in names] == before
+            seen.add(got.error)
+        vector_pair.check_stopped(workload)
+        if len(seen) == len(ACCESSES):
+            return
+    pytest.fail(f"the bad byte has been met by {seen} alone")
 
 
 # Faults: transfers that are refused, and responses of the memory.

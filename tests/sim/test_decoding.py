@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -21,7 +23,7 @@ from speq.host.session import Session
 from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.control.register_map import STATES
 from speq.hw.engine_config import EngineConfig
-from speq.model import speculation
+from speq.model import speculation, vector_ops
 from speq.model.checkpoint import ARCHITECTURES, Model, linear_shapes
 from speq.model.encoded_file import EncodedModel, read_encoded, sha256, write_encoded
 from speq.model.encoder import calibrate, encode_fitted
@@ -165,6 +167,24 @@ def test_decoding_ends_where_results_are_not_finite(layer):
     assert ends[0] == ("verify", layer, len(prompt) + number) and None in ends
     if layer == "block.0.values":
         assert ends[1] == ("prompt", layer, 5)
+
+
+def test_vector_work_is_the_accelerators(llama, monkeypatch):
+    """All that vector_ops computes: decoding needs none of it in Python."""
+    prompt, options = [1, 2, 3], {"max_tokens": 4, "settings": Settings(4, 2)}
+    expected = tokens_of(list(llama.golden(prompt, **options)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("vector work in Python")
+
+    work = {f for _, f in inspect.getmembers(vector_ops, inspect.isfunction)}
+    for module in [each for name, each in sys.modules.items() if name.startswith("speq.")]:
+        for name, value in [*vars(module).items()]:
+            if inspect.isfunction(value) and value in work:
+                monkeypatch.setattr(module, name, refuse)
+    with pytest.raises(AssertionError, match="vector work in Python"):
+        list(llama.golden(prompt, **options))
+    assert tokens_of(list(llama.generate(prompt, **options))) == expected
 
 
 def test_runs_that_are_stopped_in_the_middle_of_vector_work(llama):

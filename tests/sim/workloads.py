@@ -859,14 +859,27 @@ def _add_work_on_rows(workload: Workload, text: bool) -> None:
     workload.position = position
 
 
-def moving(config: AcceleratorConfig, random: np.random.Generator) -> tuple[Workload, Descriptor]:
+def moving(
+    config: AcceleratorConfig, random: np.random.Generator, bad: int | None = None
+) -> tuple[Workload, Descriptor]:
     """A workload that decodes in steps and moves entries of one block, and the descriptor that does
-    it, of a head that does not fill its tiles."""
+    it, of a head that does not fill its tiles. The byte `bad` is in an entry of the first step, of
+    its keys or of its values, if it is given."""
     engine = config.engine
     workload = decoding(config, random)
     heads, head, tiles = 2, engine.cols + 2, 64 // engine.cols
     key_tile = heads * head * engine.cols * 2
     value_tile = tiles * engine.cols * engine.cols * 2
+    if bad is not None:
+        entry = workload.position + int(random.integers(engine.rows))
+        name = str(random.choice(["keys", "values"]))
+        line = int(random.integers(heads * head)) * 2 * engine.cols
+        block = int(random.integers(2 * heads)) * value_tile
+        offset = {
+            "keys": entry // engine.cols * key_tile + line,
+            "values": block + entry * 2 * engine.cols,
+        }[name]
+        workload.places[name] = lambda _, beat: bad - bad % beat - offset
     move = workload.add(
         DescriptorKind.VECTOR,
         operation=VectorOperation.MOVE,
