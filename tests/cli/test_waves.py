@@ -125,6 +125,12 @@ def test_window_at_a_pass(speq_waves, event, nth, kind):
         if handle == file.names["board.accelerator.speculation.passes__valid"] and value == "1"
     ]
     assert any(file.first < time < marker for time in started)
+    # The counters of vector work go on.
+    work, stalls = (
+        [file.value(f"board.accelerator.control.{name} [63:0]", at) for at in (marker, file.last)]
+        for name in ("vector_cycles", "vector_stalls")
+    )
+    assert work[0] < work[1] and stalls[0] <= stalls[1] <= work[1]
     cycle = file.value("board.cycle [63:0]", marker)
     assert cycle == int(start.replace(",", "")) + BEFORE + 1
 
@@ -204,6 +210,8 @@ def test_values_have_names(lanes):
     assert names["Speculation"][0] == "IDLE" and "COMMIT" in names["Speculation"].values()
     used = {trace.form for group in groups(config) for trace in group.traces}
     assert used - {"hex", "dec"} == set(names)
+    labels = {trace.label for group in groups(config) for trace in group.traces}
+    assert ({"VECTOR_CYCLES", "VECTOR_STALLS", "stall: operands"} <= labels) == bool(lanes)
     if lanes:
         states = names["Vector unit"].values()
         assert names["Vector unit"][0] == "IDLE" and {"HAND", "ALONE"} <= set(states)
