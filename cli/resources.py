@@ -47,10 +47,9 @@ def run(
     from speq.cli.fpga import FAMILIES, FpgaTools
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.common.files import replacing
-    from speq.hw.common.ram import RAM_VERILOG
     from speq.hw.engine_config import EngineConfig
-    from speq.hw.verilog import ACCELERATOR_TOP, convert_unit, generate_top
-    from speq.hw.verilog.units import units
+    from speq.hw.verilog import ACCELERATOR_TOP, generate_top
+    from speq.hw.verilog.units import unit_verilog, units
 
     config = AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes)
     makers = units(config)
@@ -62,9 +61,9 @@ def run(
     found: dict[str, dict[str, Taken]] = {}  # of each family
     with writing as temporary, status() as say:
         # Each design is elaborated once, for all families.
-        designs = {
-            name: RAM_VERILOG + convert_unit(makers[name](), name) for name in unit or ()
-        } or {ACCELERATOR_TOP: generate_top(config)}
+        designs = {name: unit_verilog(makers[name](), name) for name in unit or ()} or {
+            ACCELERATOR_TOP: generate_top(config)
+        }
         for family, tool in tools.items():
             found[family] = {}
             with tool:

@@ -18,8 +18,7 @@ from typing import Any, Protocol
 from amaranth.lib import wiring
 
 from speq.cli.area import CELLS, copy_library, find_yosys
-from speq.hw.common.ram import RAM_VERILOG
-from speq.hw.verilog import convert_unit
+from speq.hw.verilog.units import unit_verilog
 
 _DEVICE = ("--85k", "--package", "CABGA756", "--speed", "6")
 #: What a path begins and ends with in nextpnr's report, if both are registers.
@@ -115,10 +114,10 @@ class ToolFolder:
     ) -> None:
         self._temporary.__exit__(kind, error, trace)
 
-    def write_verilog(self, unit: wiring.Component) -> None:
-        """unit.v, with the module `unit`."""
-        text = convert_unit(unit, "unit", reset=True)
-        (self.folder / "unit.v").write_text(RAM_VERILOG * ("speq_ram" in text) + text)
+    def write_verilog(self, unit: wiring.Component, *, boxes: bool = False) -> None:
+        """unit.v, with the module `unit`; with `boxes` other units that it has instances of have
+        ports only."""
+        (self.folder / "unit.v").write_text(unit_verilog(unit, "unit", boxes=boxes))
 
     def run(self, name: str, *command: str | Path) -> str:
         """Run a tool in the folder; its output. Raises ValueError with its errors."""
@@ -195,8 +194,9 @@ def signal_name(cell: str) -> str:
 
 class CellTools(ToolFolder):
     """Yosys with ABC's buffering and sizing, and OpenSTA, for a library of standard cells: delays
-    as the library has them, no wires. Memories are left out, and paths from and to them. ABC, which
-    does not see registers, takes an inverter for what drives the logic behind them.
+    as the library has them, no wires. Memories are left out, and of a unit those that it has
+    instances of, such as lanes, with the paths from and to them. ABC, which does not see registers,
+    takes an inverter for what drives the logic behind them.
 
     Parameters
     ----------
@@ -220,7 +220,7 @@ class CellTools(ToolFolder):
 
     def measure(self, name: str, unit: wiring.Component) -> Timing:
         """As of `Tools`."""
-        self.write_verilog(unit)
+        self.write_verilog(unit, boxes=True)
         (self.folder / "abc.sdc").write_text(self._constraints)
         script = (
             "read_verilog unit.v; blackbox speq_ram; hierarchy -top unit; proc; flatten; "

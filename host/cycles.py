@@ -20,7 +20,7 @@ from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
 from speq.hw.vector.activation_quantizer import words_at_once
 from speq.hw.vector.attention_mask import AttentionMask
 from speq.hw.vector.command import BY_CHANNEL, ON_BATCHES, TWICE
-from speq.hw.vector.lane import LATENCIES, SHARING, LaneOperation
+from speq.hw.vector.lane import LATENCIES, PACES, LaneOperation
 from speq.hw.vector.operand_requests import OperandMode, OperandRequests
 from speq.hw.vector.partial_sums import PARTIAL_SUMS
 from speq.hw.vector.row_values import FACTOR_LATENCY, maximum_latency, reciprocal_latency
@@ -58,11 +58,10 @@ _LANE = {
     VectorOperation.SOFTMAX: LaneOperation.EXPONENTIAL,
     VectorOperation.NORMALIZE: LaneOperation.SCALE,
 }
-_GATES = (VectorOperation.GATE, VectorOperation.SIGMOID_GATE)
 
 # Of the VectorCore: cycles from taking a word to its operands at the lanes; to a sum that the next
 # one may be added to; and between the last word of a command and the first of the next.
-_ISSUE = 3
+_ISSUE = 2
 _ADDED = _ISSUE + LATENCIES[LaneOperation.ADD_SCALED] + 1
 _PAUSE = _ISSUE + max(LATENCIES.values()) + 2
 #: From a lane's result to the word at the writer: masks, FP16 numbers, the buffer of results.
@@ -218,7 +217,7 @@ class WorkOf:
             alone=fetches,
             setup=setup,
             ready=ready,
-            pace=SHARING if operation in _GATES else 1,
+            pace=PACES[_LANE[operation]],
             between=between,
             behind=behind,
             result=_ISSUE + lane + _RESULT,

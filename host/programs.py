@@ -21,7 +21,7 @@ from speq.hw.control.descriptor import (
     VectorOperation,
 )
 from speq.hw.engine_config import DRAFT_LANES, Mode
-from speq.hw.vector.lane import SHARING
+from speq.hw.vector.lane import PACES, LaneOperation
 from speq.model.schedule import Attention, Linears, Operation, Step, Vector
 from speq.model.vector_ops import GELU_CUBIC
 
@@ -32,6 +32,7 @@ _MOST_BEHIND = 3
 _VECTOR_LATENCY = 160
 #: Other vector operations of a gate with GELU.
 _GELU_OPERATIONS = 4
+_GELU_WORD_CYCLES = 3 * PACES[LaneOperation.SCALE_TWICE] + PACES[LaneOperation.ADD_SCALED]
 _MOST_PIECES = 3
 #: Tiles that may be before a piece.
 _MOST_TILES = 255
@@ -358,7 +359,9 @@ class _Program:
         """The projections whose product the gate is, and the gate, piece by piece."""
         layout, cols = self._layout, self._layout.config.engine.cols
         products = self._begin(step)
-        others = _GELU_OPERATIONS if self._model.activation == "gelu_tanh" else 0
+        others, word_cycles = 0, PACES[LaneOperation.GATE]
+        if self._model.activation == "gelu_tanh":
+            others, word_cycles = _GELU_OPERATIONS, word_cycles + _GELU_WORD_CYCLES
         # A piece's draft activations are whole blocks and begin with a beat.
         in_beat = DRAFT_LANES * layout.config.data.beat_bytes // layout.config.activation_bytes
         whole = max(layout.config.engine.format.group, in_beat)
@@ -366,7 +369,7 @@ class _Program:
         pieces = self._pieces(
             products,
             operations=1 + others,
-            word_cycles=SHARING + others,
+            word_cycles=word_cycles,
             multiple=multiple,
         )
         self._in_pieces(products, pieces, lambda piece, i: self._gate(gate, piece, i))

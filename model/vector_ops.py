@@ -295,15 +295,15 @@ def softmax_weights(
 
     scores float32 [..., S] are the query-key products, allowed bool [..., S] the positions that a
     row attends to, at least one. weights[j] = FP16(e^(scale * scores[j] - max)), max over the
-    allowed positions, 0 elsewhere; denominators [...] = their sum. The array multiplies the weights
-    with the values and `normalize` divides the result. FP16 weights are integers times 2^-24, so
-    their sum is exact (in FP64, for S below 2^29) and rounded once: it is the array's own product
-    of the weights with ones, and like it independent of order and of positions that are not
-    allowed.
+    allowed positions, in which NaN counts as minus infinity, 0 elsewhere; denominators [...] =
+    their sum. The array multiplies the weights with the values and `normalize` divides the result.
+    FP16 weights are integers times 2^-24, so their sum is exact (in FP64, for S below 2^29) and
+    rounded once: it is the array's own product of the weights with ones, and like it independent of
+    order and of positions that are not allowed.
     """
     seen = allowed.numpy()
     scaled = np.where(seen, scores.numpy() * scale, np.float32(-math.inf))
-    largest = scaled.max(axis=-1, keepdims=True)
+    largest = np.fmax.reduce(scaled, axis=-1, keepdims=True, initial=-math.inf)
     weights = _half(np.where(seen, exponential(scaled - largest), np.float32(0.0)))
     sums = weights.numpy().sum(axis=-1, dtype=np.float64).astype(np.float32)
     return weights, torch.from_numpy(np.asarray(sums))

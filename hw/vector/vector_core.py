@@ -24,7 +24,14 @@ from speq.hw.vector.command import (
     shape_layout,
 )
 from speq.hw.vector.fp32_to_fp16 import Fp32ToFp16
-from speq.hw.vector.lane import LATENCIES, SHARING, Lane, LaneOperation, SharedSigmoid
+from speq.hw.vector.lane import (
+    LATENCIES,
+    PACES,
+    SHARING,
+    Lane,
+    LaneOperation,
+    SharedSigmoid,
+)
 from speq.hw.vector.partial_sums import PARTIAL_SUMS, PartialSums, slot_bits
 from speq.hw.vector.row_values import RowValues
 from speq.hw.vector.sigmoid import Exponential
@@ -35,10 +42,10 @@ _RESULTS = 32
 _ONE = 0x3F800000
 
 #: Cycles from taking a word to its operands at the lanes.
-_ISSUE = 3
-#: The turn of the shared sigmoids in which a word of GATE is taken: the next one is the first
-#: lane's when its part is there.
-_GATE_TURN = -(_ISSUE + Exponential.LATENCY) % SHARING
+_ISSUE = 2
+#: The turn of the shared sigmoids in which a word of an operation is taken that does not take one
+#: in every cycle: of GATE the next one is the first lane's when its part is there.
+_TURN = -(_ISSUE + 1 + Exponential.LATENCY) % SHARING
 #: From taking a word to reading the partial sum that it is added to, which is needed late.
 _READ_PARTIAL = _ISSUE + Lane.B_DELAY - 1
 #: From taking a word to taking one that finds the new partial sum at once.
@@ -69,7 +76,7 @@ class _A(enum.Enum, shape=unsigned(3)):
     Y = 1
     X = 2
     ROW = 3
-    #: The first element of y of the lane's pair.
+    #: An element of y of the lane's pair: the second one, then the first one.
     PAIR = 4
 
 
@@ -83,8 +90,6 @@ class _B(enum.Enum, shape=unsigned(3)):
     PARTIAL = 3
     #: The other partial sum.
     OTHER = 4
-    #: The second element of y of the lane's pair; taken with y.
-    PAIR = 5
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,7 @@ _SETTINGS = {
     (VectorOperation.NORM, _Phase.SECOND): _Setting(
         LaneOperation.SCALE_TWICE, _A.ROW, _B.Y, takes_y=True
     ),
-    (VectorOperation.ROTATE, _Phase.FIRST): _Setting(
-        LaneOperation.ROTATE, _A.PAIR, _B.PAIR, takes_y=True
-    ),
+    (VectorOperation.ROTATE, _Phase.FIRST): _Setting(LaneOperation.ROTATE, _A.PAIR, takes_y=True),
     (VectorOperation.ROUND, _Phase.FIRST): _Setting(LaneOperation.SCALE, one=True),
     (VectorOperation.GATE, _Phase.FIRST): _Setting(LaneOperation.GATE, _A.Y, takes_y=True),
     (VectorOperation.SIGMOID_GATE, _Phase.FIRST): _Setting(
@@ -180,11 +183,12 @@ class VectorCore(wiring.Component):
     NORMALIZE with the same o.
 
     Flow control: all streams may stall in any cycle. A command is taken when the results of the one
-    before are on their way. A word in and a word out per cycle, but for GATE and SIGMOID_GATE,
-    which take one in `SHARING` cycles, and the first sweep of a NORM: with few rows and many lanes
-    it takes rows * 64 / lanes words (64 / lanes if a tile has more than 64 columns) in `RECURRENCE`
-    cycles. Between two sweeps are 10 to 40 cycles; those of a NORM have about 14 cycles for each
-    halving of the 64 partial sums, and one for each row and addition of words, between them.
+    before are on their way. A word in and a word out per cycle, but for MULTIPLY, ROTATE and the
+    second sweep of a NORM, which take one in two cycles, GATE and SIGMOID_GATE, which take one in
+    `SHARING`, and the first sweep of a NORM: with few rows and many lanes it takes
+    rows * 64 / lanes words (64 / lanes if a tile has more than 64 columns) in `RECURRENCE` cycles.
+    Between two sweeps are 10 to 40 cycles; those of a NORM have about 14 cycles for each halving of
+    the 64 partial sums, and one for each row and addition of words, between them.
 
     To drop everything, reset it.
 
@@ -355,8 +359,7 @@ class VectorCore(wiring.Component):
         may_add = self._may_add(m, adds, is_norm & ~second, sums.last_row)
         turn = Signal(range(SHARING))
         m.d.sync += turn.eq(turn + 1)
-        has_turn = (setting.operation != LaneOperation.GATE) | (turn == _GATE_TURN)
-        goes = running & has_room & may_add & has_turn
+        goes = running & has_room & may_add & self._has_turn(setting.operation, turn)
         m.d.comb += [
             self.x.ready.eq(goes & (self.y.valid | ~setting.takes_y)),
             self.y.ready.eq(goes & setting.takes_y & self.x.valid),
@@ -483,6 +486,12 @@ class VectorCore(wiring.Component):
                 m.d.sync += x[i].eq(early_x[i])
             with m.If(was_issued):
                 m.d.sync += y[i].eq(early_y[i])
+        # A word's operands are at the lanes in phase 0. Those of ROTATE are first the other element
+        # of the pair and its factor.
+        phase = Signal(range(SHARING))
+        m.d.comb += phase.eq(turn - (_TURN + _ISSUE))
+        others = Signal()
+        m.d.comb += others.eq(setting.rotates & ~phase[0])
         sigmoids = []
         for i in range(lanes // SHARING):
             unit = Unit("speq_shared_sigmoid", self.modules["speq_shared_sigmoid"])
@@ -514,7 +523,7 @@ class VectorCore(wiring.Component):
                 with m.Case(_A.ROW):
                     m.d.comb += a.eq(row_value)
                 with m.Case(_A.PAIR):
-                    m.d.comb += a.eq(y[i & ~1])
+                    m.d.comb += a.eq(Mux(others, y[i | 1], y[i & ~1]))
             b = Signal(32, name=f"b_{i}", reset_less=True)
             late_y = delayed(m, y[i], late)
             with m.Switch(setting.b):
@@ -524,19 +533,16 @@ class VectorCore(wiring.Component):
                     m.d.sync += b.eq(late_row_value)
                 with m.Case(_B.OTHER):
                     m.d.sync += b.eq(sums.other[i])
-                with m.Case(_B.PAIR):
-                    m.d.sync += b.eq(early_y[i | 1])
                 with m.Case(_B.PARTIAL):
                     m.d.sync += b.eq(0)
                 with m.Default():
                     m.d.sync += b.eq(setting.b_constant)
             partial = sums.partial[i] & takes_partial.replicate(32)
-            operands = pipeline_stage(m, _ISSUE, **{f"x_{i}": x[i], f"a_{i}": a})
-            gated = Mux(setting.a == _A.Y, x[i], y[i])
             m.d.comb += [
-                lane.x.eq(operands[0]),
-                lane.a.eq(operands[1]),
-                lane.y.eq(Mux(setting.rotates, x[i ^ 1], gated)),
+                lane.x.eq(Mux(others, x[i ^ 1], x[i])),
+                lane.a.eq(a),
+                lane.y.eq(Mux(setting.a == _A.Y, x[i], y[i])),
+                lane.phase.eq(phase),
                 lane.b.eq(b | partial),
                 sigmoid.parts[i % SHARING].eq(lane.part),
                 lane.sigmoid.eq(sigmoid.sigmoid),
@@ -546,6 +552,16 @@ class VectorCore(wiring.Component):
             ]
             results.append(lane.result)
         return results
+
+    def _has_turn(self, operation: Value, turn: Value) -> Value:
+        """Whether the lanes take operands when those of a word that is taken now are there."""
+        paces = {pace: [each for each in PACES if PACES[each] == pace] for pace in PACES.values()}
+        return any_of(
+            [
+                any_of([operation == each for each in operations]) & (turn % pace == _TURN % pace)
+                for pace, operations in paces.items()
+            ]
+        )
 
     def _results(self, m: Module, kept: RowValues, emits: Value) -> None:
         """Results in both forms to where they wait; `emits` is a cycle ahead of the numbers."""

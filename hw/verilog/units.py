@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.array.exponent_remap import ExponentRemap
 from speq.hw.array.pe import Pe
 from speq.hw.array.rounder import Rounder
+from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.control.candidate_tiles import CandidateTiles
 from speq.hw.control.fp32_gap import Fp32Gap
 from speq.hw.control.ngram_matcher import NgramMatcher
@@ -56,9 +58,11 @@ from speq.hw.vector.run_planner import RunPlanner
 from speq.hw.vector.sigmoid import Exponential, Sigmoid
 from speq.hw.vector.token_reader import TokenReader
 from speq.hw.vector.transposer import Transposer
+from speq.hw.vector.vector_core import VectorCore
 from speq.hw.vector.vector_writer import VectorWriter
 from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
+from speq.hw.verilog.generate import convert_unit
 
 #: Lanes of the vector unit, if the configuration has none.
 _LANES = 8
@@ -133,6 +137,7 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         lanes = config.lanes or min(_LANES, engine.cols)
         with_lanes = replace(config, lanes=lanes)
         vector |= {
+            "vector_core": lambda: VectorCore(with_lanes),
             "word_counter": lambda: WordCounter(with_lanes),
             "operand_requests": lambda: OperandRequests(with_lanes),
             "beat_widener": lambda: BeatWidener(config.data.data_bits),
@@ -147,3 +152,15 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
             "row_values": lambda: RowValues(with_lanes),
         }
     return array | memory | control | sampling | vector
+
+
+def unit_verilog(unit: wiring.Component, name: str, *, boxes: bool = False) -> str:
+    """Verilog of a unit as the module `name`, and of what it has instances of; with `boxes` of
+    modules that are units of their own, such as lanes, only the ports."""
+    text = convert_unit(unit, name)
+    for module, component in getattr(unit, "modules", {}).items():
+        inner = convert_unit(component, module, reset=False)
+        if boxes:
+            inner = re.sub(rf"(?m)^module {module}\b", r"(* blackbox *)\n\g<0>", inner)
+        text += inner
+    return RAM_VERILOG * ("speq_ram" in text) + text

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Testbench of a lane of the vector unit: every operation, and the vector operations made of them.
 
-The design under test holds lanes side by side, which share sigmoids; each takes new operands in
-every cycle, of a GATE as often as it can.
+The design under test holds lanes side by side, which share sigmoids; each takes new operands as
+often as it can.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ieee754 import FP32_NAN
 from speq.hw.common.unit import Unit
-from speq.hw.vector.lane import LATENCIES, SHARING, Lane, LaneOperation, SharedSigmoid
+from speq.hw.vector.lane import LATENCIES, PACES, SHARING, Lane, LaneOperation, SharedSigmoid
 from speq.hw.vector.sigmoid import Exponential
 from speq.hw.verilog import convert_unit
 from speq.model.vector_ops import exponential, sigmoid
@@ -29,13 +29,13 @@ _LANES = 8
 _CYCLES = 10_000  # of each operation
 _DRAIN = max(LATENCIES.values()) + 1
 _UNITS = {"lane": Lane(), "shared_sigmoid": SharedSigmoid()}
-#: Turns of the sigmoid that have passed when y of a GATE is taken.
+#: The turn of the sigmoids in phase 0.
 _TURNS = -(1 + Exponential.LATENCY)
 
 
 class _Bench(wiring.Component):
     """Lanes side by side. Two words of stimulus are a lane's operands; a last one holds the
-    operation, above it the bits `subtract` and the turn of the sigmoids."""
+    operation, above it the bits `subtract`, the turn of the sigmoids and the phase."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -52,7 +52,7 @@ class _Bench(wiring.Component):
         for i in range(_LANES // SHARING):
             sigmoids.append(Unit("shared_sigmoid", _UNITS["shared_sigmoid"]))
             m.submodules[f"sigmoid_{i}"] = sigmoids[i]
-            m.d.comb += sigmoids[i].turn.eq(flags[8 + _LANES :])
+            m.d.comb += sigmoids[i].turn.eq(flags[8 + _LANES :][:2])
         for i in range(_LANES):
             m.submodules[f"lane_{i}"] = lane = Unit("lane", _UNITS["lane"])
             shared, place = sigmoids[i // SHARING], i % SHARING
@@ -60,6 +60,7 @@ class _Bench(wiring.Component):
             m.d.comb += [
                 lane.operation.eq(flags[:8]),
                 lane.subtract.eq(flags[8 + i]),
+                lane.phase.eq(flags[16 + _LANES :][:2]),
                 lane.x.eq(words[0][:32]),
                 lane.y.eq(words[0][32:]),
                 lane.a.eq(words[1][:32]),
@@ -90,25 +91,25 @@ async def every_operation(dut: Any) -> None:
     operands, stimulus = {}, []
     for operation in LaneOperation:
         values = _operands(rng)
-        if operation is LaneOperation.GATE:
-            values = values[np.arange(_CYCLES) // SHARING * SHARING]
+        pace = PACES[operation]
+        values = values[np.arange(_CYCLES) // pace * pace]
         operands[operation] = values
         words = np.zeros((_CYCLES + _DRAIN, 2 * _LANES + 1), np.uint64)
         patterns = np.pad(values, ((0, _DRAIN), (0, 0), (0, 0)))
-        # x and a come a cycle behind y and perhaps b.
-        patterns[..., [0, 2]] = np.roll(patterns[..., [0, 2]], 1, axis=0)
-        if operation != LaneOperation.ROTATE:
-            patterns[..., 3] = np.roll(patterns[..., 3], 1 + Lane.B_DELAY, axis=0)
+        if operation is LaneOperation.ROTATE:
+            patterns[:_CYCLES:2, :, [0, 2]] = values[::2, :, [1, 3]]
+        patterns[..., 3] = np.roll(patterns[..., 3], Lane.B_DELAY, axis=0)
         words[:, :-1] = patterns.view(np.uint64).reshape(len(words), -1)
-        turns = (np.arange(len(words)) + _TURNS) % SHARING
-        words[:, -1] = (turns << 8 + _LANES) | flags | operation.value
+        phases = np.arange(len(words)) % SHARING
+        turns = (phases + _TURNS) % SHARING
+        words[:, -1] = phases << 16 + _LANES | turns << 8 + _LANES | flags | operation.value
         stimulus.append(words)
     observed = await play_files(dut, np.concatenate(stimulus))
     parts = np.split(observed.view(np.uint32), len(LaneOperation))
     for (operation, values), got in zip(operands.items(), parts, strict=True):
-        step = SHARING if operation is LaneOperation.GATE else 1
+        step = PACES[operation]
         x, y, a, b = (values[::step, :, i] for i in range(4))
-        latency = 1 + LATENCIES[operation]
+        latency = LATENCIES[operation]
         assert_equal_bits(
             f"Lane.result, {operation.name}",
             expected=_expected(operation, subtract, x, y, a, b),

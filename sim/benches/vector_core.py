@@ -22,7 +22,7 @@ from speq.hw.common.ram import RAM_VERILOG
 from speq.hw.control.descriptor import VectorOperation
 from speq.hw.engine_config import EngineConfig
 from speq.hw.vector.command import result_word_layout, rows_layout
-from speq.hw.vector.lane import SHARING
+from speq.hw.vector.lane import PACES, LaneOperation
 from speq.hw.vector.partial_sums import PARTIAL_SUMS
 from speq.hw.vector.vector_core import (
     RECURRENCE,
@@ -56,10 +56,20 @@ CONFIGS = {
 _CONFIG = "SPEQ_BENCH_CONFIG"
 #: Random operations of each kind in a run without pauses and in one with them.
 _EACH = 12
-_GATES = (VectorOperation.GATE, VectorOperation.SIGMOID_GATE)
+#: Cycles from a word to the next one of operations with one sweep, if it is not one.
+_PACES = {
+    VectorOperation.MULTIPLY: PACES[LaneOperation.SCALE_TWICE],
+    VectorOperation.ROTATE: PACES[LaneOperation.ROTATE],
+    VectorOperation.GATE: PACES[LaneOperation.GATE],
+    VectorOperation.SIGMOID_GATE: PACES[LaneOperation.GATE],
+}
 #: Resets before each run.
 _CUTS = 3
 _PATIENCE = 1_000_000
+#: Infinities, NaNs, quiet and signalling, and zeros.
+_SPECIAL = np.array(
+    [0x7F800000, 0xFF800000, FP32_NAN, 0xFFC00001, 0x7F800001, 0x80000000, 0], np.uint32
+)
 
 
 class _Bench(wiring.Component):
@@ -150,17 +160,27 @@ class _Golden:
         self.rows, self.cols = config.engine.rows, config.engine.cols
 
     def numbers(self, rows: int, elements: int) -> np.ndarray:
-        """float32 [rows, elements]: usual ones, very small and very large ones, or anything."""
+        """float32 [rows, elements]: usual ones, some infinities, NaNs and zeros among usual ones,
+        very small and very large ones, or anything."""
         rng = self.rng
         usual = rng.standard_normal((rows, elements)).astype(np.float32)
         kind = rng.integers(0, 8)
-        if kind < 5:
+        if kind < 4:
             return usual * np.float32(4)
+        if kind == 4:
+            return self.with_special(usual)
         if kind == 5:
             return usual * np.float32(0.5 ** rng.integers(100, 149))
         if kind == 6:
             return usual * np.float32(2.0 ** rng.integers(40, 127))
         return rng.integers(0, 1 << 32, (rows, elements), np.uint32).view(np.float32)
+
+    def with_special(self, values: np.ndarray) -> np.ndarray:
+        """Values float32 of which about one in ten, in every other row, is infinite, NaN or a
+        zero."""
+        rng = self.rng
+        chosen = rng.random(values.shape) < 0.1 * rng.integers(0, 2, (len(values), 1))
+        return np.where(chosen, rng.choice(_SPECIAL, values.shape).view(np.float32), values)
 
     def shape(self) -> tuple[int, list[int]]:
         """Elements of a row, of whole tiles, and the rows of each segment."""
@@ -271,6 +291,8 @@ class _Golden:
         seen = np.zeros((sharing * tokens, elements), bool)
         seen[:, : position + tokens] = np.tile(allowed, (sharing, 1))
         scores = (rng.standard_normal(seen.shape) * rng.choice([1, 8])).astype(np.float32)
+        if rng.random() < 0.3:
+            scores = self.with_special(scores)
         wild = rng.integers(0, 1 << 32, seen.shape, np.uint32).view(np.float32)
         x = np.where(seen, scores, wild)
         weights, sums = softmax_weights(
@@ -278,7 +300,7 @@ class _Golden:
         )
         with np.errstate(all="ignore"):
             scaled = np.where(seen, x * argument, np.float32(-np.inf))
-            largest = scaled.max(axis=1, keepdims=True)
+            largest = np.where(np.isnan(scaled), -np.inf, scaled).max(axis=1, keepdims=True)
             expected = np.where(seen, exponential(scaled - largest), np.float32(0))
         assert torch.equal(_half(expected), weights.view(torch.int16))
         batches = range(0, sharing * tokens, self.rows)
@@ -457,7 +479,7 @@ async def every_operation(dut: Any) -> None:
 
 @cocotb.test()
 async def times(dut: Any) -> None:
-    """A word per cycle, of gates in `SHARING` cycles, and what a norm takes."""
+    """A word in as many cycles as the lanes take for it, and what a norm takes."""
     config = CONFIGS[os.environ[_CONFIG]]
     golden = _Golden(config, np.random.default_rng(seed()))
     for group in golden.every():
@@ -466,7 +488,7 @@ async def times(dut: Any) -> None:
             taken, given = logs["x"], logs["results"][:, 0]
             dut._log.info(f"{work.operation.name}: {len(taken)} words, {given[-1]} cycles")
             if work.sweeps == 1:
-                step = SHARING if work.operation in _GATES else 1
+                step = _PACES.get(work.operation, 1)
                 assert taken[-1] - taken[0] == step * (len(taken) - 1)
                 assert given[-1] - given[0] == step * (len(given) - 1)
     cols, lanes = config.engine.cols, config.lanes

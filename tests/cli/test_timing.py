@@ -32,7 +32,7 @@ from speq.hw.verilog.units import units
 #: Components that are others connected, parts of one unit alone, or a stand-in.
 NOT_ALONE = {
     *("Accelerator", "Array", "Datapath", "GemmEngine", "Unit"),
-    *("VectorCore", "VectorUnit"),
+    "VectorUnit",
     *("AddressChannel", "BurstSplitter", "FaultState", "FunctionUnit", "PlaneMerger", "Ram"),
     *("RamFifo", "Repeater", "TileReader", "WordPacker", "_Chunker"),
 }
