@@ -279,7 +279,7 @@ class WorkOf:
         burst = min(port.burst_beats, beats)
         per_word = bits * config.lanes / port.data_bits
         window = min(port.outstanding * burst, port.depth)
-        given = min(1.0, port.data_bits / (_FP32_BITS * config.lanes))  # FP16 numbers are widened
+        given = min(1.0, port.data_bits / (bits * config.lanes))
         rate = min(given, window / per_word / (self.latency + burst + _ROUND_TRIP))
         if mode is OperandMode.CHANNELS:  # the other rows' words are kept
             per_word /= self.rows

@@ -54,8 +54,8 @@ _BEGIN = 3
 #: Results that are on their way or wait for the writer, in the `VectorCore`.
 _RESULTS = 32
 #: From an operand's first transfer to its first word, without the memory's latency: `MemoryReader`,
-#: `BeatWidener`, `WordPacker`.
-_READ = 8
+#: `WordPacker`.
+_READ = 7
 #: From an operand's last word to its reader's next command.
 _GIVEN = 2
 #: From the last piece of a vector operation's results to the answer to its write, without the

@@ -34,6 +34,8 @@ class WordPacker(wiring.Component):
 
     Members
     -------
+    half : In(1)
+        Where a word is several beats: each of the words has only its upper half's beats.
     command : In(stream of packer_command_layout(count_bits))
     beats : In(stream of beat_bits)
     words : Out(stream of word_bits)
@@ -54,6 +56,7 @@ class WordPacker(wiring.Component):
         self.word_bits = word_bits
         super().__init__(
             {
+                "half": In(1),
                 "command": In(stream.Signature(packer_command_layout(count_bits))),
                 "beats": In(stream.Signature(beat_bits)),
                 "words": Out(stream.Signature(word_bits)),
@@ -98,7 +101,7 @@ class WordPacker(wiring.Component):
         beats = self.word_bits // self.beat_bits
         index = Signal(range(beats))
         stored = Signal(self.word_bits - self.beat_bits, reset_less=True)
-        complete = index == beats - 1
+        complete = (index == beats - 1) | self.half & (index == beats // 2 - 1)
         word = Cat(stored, self.beats.payload)
         m.d.comb += [
             self.words.payload.eq(word),
@@ -106,4 +109,7 @@ class WordPacker(wiring.Component):
             self.beats.ready.eq(self.busy & (~complete | self.words.ready)),
         ]
         with m.If(self.beats.valid & self.beats.ready):
-            m.d.sync += [stored.eq(word[self.beat_bits :]), index.eq(index + 1)]
+            m.d.sync += [
+                stored.eq(word[self.beat_bits :]),
+                index.eq(Mux(complete, 0, index + 1)),
+            ]

@@ -17,7 +17,7 @@ from speq.hw.common.ieee754 import (
     FP32_SPECIAL,
     is_nan,
 )
-from speq.hw.common.logic import leading_zeros, pipeline_stage
+from speq.hw.common.logic import leading_zeros
 
 
 class Fp16ToFp32(wiring.Component):
@@ -26,7 +26,7 @@ class Fp16ToFp32(wiring.Component):
     Formula: ``fp32 = fp16``, exact; subnormal numbers become normal ones. Every NaN gives the
     quiet NaN 0x7fc00000.
 
-    Latency `LATENCY` cycles, a number per cycle, no flow control.
+    Combinational.
 
     Members
     -------
@@ -34,7 +34,7 @@ class Fp16ToFp32(wiring.Component):
     fp32 : Out(32)
     """
 
-    LATENCY = 1
+    LATENCY = 0
 
     def __init__(self) -> None:
         super().__init__({"fp16": In(16), "fp32": Out(32)})
@@ -55,7 +55,6 @@ class Fp16ToFp32(wiring.Component):
             Mux(subnormal, fraction, number.fraction),
             Mux(special, FP32_SPECIAL, Mux(zero, 0, exponent))[:8],
         )
-        nan = is_nan(number)
-        (fp32,) = pipeline_stage(m, 1, fp32=Mux(nan, FP32_NAN, Cat(magnitude, number.negative)))
-        m.d.comb += self.fp32.eq(fp32)
+        finite = Cat(magnitude, number.negative)
+        m.d.comb += self.fp32.eq(Mux(is_nan(number), FP32_NAN, finite))
         return m

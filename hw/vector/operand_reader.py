@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Elaboratable, Module, Mux, ResetInserter, Signal
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.accelerator_config import TOKEN_BITS, AcceleratorConfig
 from speq.hw.common.ram import Ram
+from speq.hw.engine_config import FP16_BITS
 from speq.hw.memory.axi import guard, guarded_members
 from speq.hw.memory.memory_reader import MemoryReader
 from speq.hw.memory.word_packer import WordPacker
-from speq.hw.vector.beat_widener import BeatWidener
+from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.operand_requests import OperandMode, OperandRequests, operand_command_layout
 from speq.hw.vector.word_counter import WordCounter, words_per_row
 
@@ -38,6 +39,8 @@ class OperandReader(wiring.Component):
     ----------
     config : AcceleratorConfig
         With lanes. The port is that of `config.data`.
+    halves : bool
+        There are commands for FP16 numbers.
 
     Members
     -------
@@ -55,8 +58,9 @@ class OperandReader(wiring.Component):
         If there are no lanes.
     """
 
-    def __init__(self, config: AcceleratorConfig) -> None:
+    def __init__(self, config: AcceleratorConfig, *, halves: bool = True) -> None:
         self.config = config
+        self._halves = halves
         self._words_per_row = words_per_row(config)
         super().__init__(
             {
@@ -75,29 +79,24 @@ class OperandReader(wiring.Component):
         word_bits = _FP32_BITS * config.lanes
         resettable = ResetInserter(self.clear)
         requests = OperandRequests(config)
-        widener = BeatWidener(config.data.data_bits)
         packer = WordPacker(config.data.data_bits, word_bits, self._words_per_row.bit_length())
         counter = WordCounter(config)
         chunk = Ram(word_bits, max(2, self._words_per_row))
         m.submodules.reader = reader = MemoryReader(config.data)
         m.submodules.requests = resettable(requests)
-        m.submodules.widener = resettable(widener)
         m.submodules.packer = resettable(packer)
         m.submodules.counter = resettable(counter)
         m.submodules.chunk = chunk
         wiring.connect(m, reader.axi, wiring.flipped(self.axi))
         wiring.connect(m, requests.transfers, reader.command)
-        wiring.connect(m, reader.data, widener.beats)
-        # So `ready` of the reader and of what widens its beats depends on little.
-        beats = SyncFIFO(width=config.data.data_bits, depth=2)
-        m.submodules.beats = resettable(beats)
+        wiring.connect(m, reader.data, packer.beats)
+        # So `ready` of the reader depends on little, and what comes from its RAM is late.
+        packed = SyncFIFO(width=word_bits, depth=2)
+        m.submodules.packed = resettable(packed)
         m.d.comb += [
-            beats.w_data.eq(widener.widened.payload),
-            beats.w_en.eq(widener.widened.valid),
-            widener.widened.ready.eq(beats.w_rdy),
-            packer.beats.payload.eq(beats.r_data),
-            packer.beats.valid.eq(beats.r_rdy),
-            beats.r_en.eq(packer.beats.ready),
+            packed.w_data.eq(packer.words.payload),
+            packed.w_en.eq(packer.words.valid),
+            packer.words.ready.eq(packed.w_rdy),
         ]
         guard(m, self, reader)
 
@@ -117,7 +116,6 @@ class OperandReader(wiring.Component):
             counter.start.eq(take),
             counter.shape.eq(command.extent),
             counter.twice.eq(command.twice),
-            widener.half.eq(half),
             self.busy.eq(~given | requests.busy | reader.busy),
         ]
         with m.If(take):
@@ -129,28 +127,30 @@ class OperandReader(wiring.Component):
         step = Signal()
         give = Signal()
         again = Signal(reset_less=True)  # the next word comes from there
+        fresh, leaves = self._widened(m, packed.r_data, half, take, give & ~again)
         stored = Signal(reset_less=True)
         passed = Signal(word_bits, reset_less=True)
         m.d.comb += [
             packer.command.valid.eq(1),
             packer.command.payload.words.eq(self._words_per_row),
+            packer.half.eq(half & (self._words_per_row == 1)),
             step.eq(~self.words.valid | self.words.ready),
-            packer.words.ready.eq(step & counter.active & ~again),
-            give.eq(step & counter.active & (again | packer.words.valid)),
+            packed.r_en.eq(step & counter.active & ~again & leaves),
+            give.eq(step & counter.active & (again | packed.r_rdy)),
             counter.advance.eq(give),
             # A word that is not there yet is stored, too, and replaced when it comes.
             chunk.write_enable.eq(step & ~again),
             chunk.write_address.eq(place.word),
-            chunk.write_data.eq(packer.words.payload),
+            chunk.write_data.eq(fresh),
             chunk.read_enable.eq(step & again),
             chunk.read_address.eq(place.word),
             self.words.payload.eq(Mux(stored, chunk.read_data, passed)),
         ]
         with m.If(step):
             m.d.sync += [
-                passed.eq(packer.words.payload),
+                passed.eq(fresh),
                 stored.eq(again),
-                self.words.valid.eq(counter.active & (again | packer.words.valid)),
+                self.words.valid.eq(counter.active & (again | packed.r_rdy)),
             ]
         with m.If(take):
             m.d.sync += again.eq(0)
@@ -164,3 +164,24 @@ class OperandReader(wiring.Component):
         with m.If(self.clear):
             m.d.sync += [given.eq(1), self.words.valid.eq(0)]
         return m
+
+    def _widened(
+        self, m: Module, word: Value, half: Value, starts: Value, gives: Value
+    ) -> tuple[Value, Value]:
+        """The FP32 numbers of a word, and whether it has no more. One of FP16 numbers has those of
+        two words, the lower half first; if a chunk is a single word, the upper half's alone."""
+        if not self._halves:
+            return word, Const(1)
+        upper = Signal(init=1)
+        if self._words_per_row > 1:
+            with m.If(starts):
+                m.d.sync += upper.eq(0)
+            with m.Elif(gives):
+                m.d.sync += upper.eq(~upper)
+        chosen = word.word_select(upper, len(word) // 2)
+        numbers = []
+        for i in range(self.config.lanes):
+            m.submodules[f"converter_{i}"] = converter = Fp16ToFp32()
+            m.d.comb += converter.fp16.eq(chosen.word_select(i, FP16_BITS))
+            numbers.append(converter.fp32)
+        return Mux(half, Cat(numbers), word), ~half | upper

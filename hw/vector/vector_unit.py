@@ -92,7 +92,7 @@ class VectorUnit(wiring.Component):
             | guarded_members(config.address_bits)
         )
         self._x = OperandReader(config)
-        self._y = OperandReader(config)
+        self._y = OperandReader(config, halves=False)
         self._tokens = TokenReader(config)
         self._quantizer = ActivationQuantizer(config)
         word_bits = 8 * words_at_once(config) * config.activation_bytes

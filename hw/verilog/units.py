@@ -39,7 +39,6 @@ from speq.hw.sampling.perturber import Perturber
 from speq.hw.sampling.philox import Philox
 from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.attention_mask import AttentionMask
-from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.entry_mover import EntryMover
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
@@ -140,7 +139,6 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
             "vector_core": lambda: VectorCore(with_lanes),
             "word_counter": lambda: WordCounter(with_lanes),
             "operand_requests": lambda: OperandRequests(with_lanes),
-            "beat_widener": lambda: BeatWidener(config.data.data_bits),
             "operand_reader": lambda: OperandReader(with_lanes),
             "run_planner": lambda: RunPlanner(with_lanes),
             "transposer": lambda: Transposer(with_lanes),

@@ -215,7 +215,9 @@ class _Bench(wiring.Component):
             *operands, result = kind.members
             for copy in range(_COPIES):
                 place = _COPIES * i + copy
-                m.submodules[f"{kind.name}_{copy}"] = unit = Unit(kind.name, kind.unit)
+                m.submodules[f"{kind.name}_{copy}"] = unit = Unit(
+                    kind.name, kind.unit, clocked=kind.unit.LATENCY > 0
+                )
                 m.d.comb += self.observed[place].eq(getattr(unit, result))
                 for j, name in enumerate(operands):
                     operand = self.stimulus[place].word_select(j, _OPERAND_BITS)

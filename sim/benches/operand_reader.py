@@ -290,10 +290,10 @@ async def bad_responses(dut: Any, index: int) -> None:
         first = len(world.words.items)
         world.command.queue.append(job.command)
         await world.until("an error", world.has_error)
-        await world.step(200)
+        before = sum(job.counts[:number])
+        await world.step(200 + before)
         world.check_error(response, address)
         received = len(world.words.items) - first
-        before = sum(job.counts[:number])
         assert before <= received < before + job.counts[number]
         world.words.check(job.words[:received], first)
         world.responder.responses.clear()

@@ -11,7 +11,6 @@ from speq.hw.accelerator_config import AcceleratorConfig
 from speq.hw.engine_config import EngineConfig
 from speq.hw.vector.activation_quantizer import ActivationQuantizer
 from speq.hw.vector.attention_mask import AttentionMask
-from speq.hw.vector.beat_widener import BeatWidener
 from speq.hw.vector.block_quantizer import BlockQuantizer
 from speq.hw.vector.fp16_to_fp32 import Fp16ToFp32
 from speq.hw.vector.fp32_adder import Fp32Adder
@@ -58,9 +57,9 @@ UNITS = {
     "sigmoid_unit": Sigmoid,  # a module must not be called as its port
     "word_counter": lambda: WordCounter(CONFIG),
     "smallest_word_counter": lambda: WordCounter(SMALLEST),
-    "beat_widener": lambda: BeatWidener(64),
     "operand_requests": lambda: OperandRequests(CONFIG),
     "operand_reader": lambda: OperandReader(CONFIG),
+    "operand_reader_without_halves": lambda: OperandReader(CONFIG, halves=False),
     "smallest_operand_reader": lambda: OperandReader(SMALLEST),
     "token_reader": lambda: TokenReader(CONFIG),
     "smallest_token_reader": lambda: TokenReader(SMALLEST),

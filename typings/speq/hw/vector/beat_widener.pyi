@@ -1,1 +1,0 @@
-from hw.vector.beat_widener import *
