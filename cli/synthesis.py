@@ -252,6 +252,8 @@ def smallest_inverter(library: str) -> str | None:
 
 
 _PERIOD = 5
+#: What OpenSTA says of a unit that is combinational.
+_NO_REGISTERS = "no valid objects specified for -from"
 _STA = f"""\
 read_liberty {CELLS}
 read_verilog netlist.v
@@ -268,6 +270,8 @@ def cell_timing(unit: str, area: str, report: str, registers: dict[str, str]) ->
     if found is None:
         raise ValueError(f"{unit}: Yosys reports no area")
     sizes = {"area": float(found[1])}
+    if _NO_REGISTERS in report:
+        return Timing(unit, 0.0, 0, [], sizes)
     if errors := re.findall(r"^Error: .*", report, re.MULTILINE):
         raise ValueError(f"{unit}: OpenSTA fails: {errors[0]}")
     if "No paths found" in report:

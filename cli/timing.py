@@ -47,15 +47,15 @@ def run(
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.common.files import replacing
     from speq.hw.engine_config import EngineConfig
-    from speq.hw.verilog.units import units
+    from speq.hw.verilog.units import COMPOSED, units
 
     config = AcceleratorConfig(EngineConfig(rows=rows, cols=cols))
     makers = units(config)
     for name in unit or ():
         if name not in makers:
             raise ValueError(f"there is no unit {name!r}; choose from {', '.join(makers)}")
-    # The core with its lanes takes longer to place than all others.
-    names = unit or [name for name in makers if liberty or name != "vector_core"]
+    # With all that they have instances of, they take longer to place than all others.
+    names = unit or [name for name in makers if liberty or name not in COMPOSED]
     tools = synthesis.CellTools(liberty) if liberty else synthesis.Ecp5Tools()
     writing = replacing(json_file, _REPORT, force=force) if json_file else nullcontext()
     timings: list[Timing] = []

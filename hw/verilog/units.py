@@ -10,6 +10,7 @@ from dataclasses import replace
 from amaranth.lib import wiring
 
 from speq.hw.accelerator_config import AcceleratorConfig
+from speq.hw.array.array import Array
 from speq.hw.array.exponent_remap import ExponentRemap
 from speq.hw.array.pe import Pe
 from speq.hw.array.rounder import Rounder
@@ -63,6 +64,8 @@ from speq.hw.vector.weight_sum import WeightSum
 from speq.hw.vector.word_counter import WordCounter
 from speq.hw.verilog.generate import convert_unit
 
+#: Units that have instances of others.
+COMPOSED = ("array", "vector_core")
 #: Lanes of the vector unit, if the configuration has none.
 _LANES = 8
 #: Cycles that the vector unit's sums wait for operands, results and factors.
@@ -85,6 +88,7 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "pe_dual": lambda: Pe(engine, draft=True),
         "pe_fp16": lambda: Pe(engine, draft=False),
         "rounder": lambda: Rounder(engine),
+        "array": lambda: Array(engine, 1),
     }
     memory: dict[str, Callable[[], wiring.Component]] = {
         "weight_reader": lambda: WeightReader(config),
