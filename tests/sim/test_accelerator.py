@@ -610,6 +610,7 @@ def test_bad_responses_to_moves(vector_pair, response):
         verify = workload.descriptors[-4]
         size = verify.k * vector_pair.config.activation_bytes // 2
         before = [workload.position, workload.registers["ROOT"], 0, 0]
+        got = run_status(registers)
         for got in run(vector_pair.rtl, workload):
             if got.state == "STEP":
                 before = [registers[name] for name in names]
@@ -1063,6 +1064,19 @@ def test_memory_that_does_not_answer(channel):
             assert run_status(values) == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
 
 
+@pytest.mark.parametrize("channel", ["aw", "w", "b"])
+def test_memory_that_answers_no_write_of_vector_work(channel):
+    """Whatever the vector unit does, MEMORY_TIMEOUT ends the run."""
+    with Pair("4x8 vector", np.random.default_rng(SEED), stalls={channel: 256}) as pair:
+        for name in SOUND_VECTORS:
+            workload = pair.workload(rows=1, position=3)
+            add_sound_vector(workload, name)
+            workload.registers = {"MEMORY_TIMEOUT": 300}
+            *_, got = run(pair.rtl, workload.end())
+            assert got == RunStatus("ERROR", ErrorCode.MEMORY_TIMEOUT, 0, 0), name
+            pair.rtl.reset()
+
+
 # Faults: registers.
 
 
@@ -1142,30 +1156,50 @@ def interrupted(pair: Pair) -> Iterator[tuple[Workload, Registers]]:
             yield workload, values
 
 
+def check_stop(pair: Pair, workload: Workload, values: Registers) -> bool:
+    """STOP ends a run that is under way; whether there was one."""
+    values.command("stop")
+    while (now := run_status(values)).state == "STOPPING":
+        pass
+    stopped = now.state == "ERROR"
+    if stopped:
+        assert now == RunStatus("ERROR", ErrorCode.STOPPED, 0, 0)
+    else:
+        assert now == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
+    values["IRQ_STATUS"] = 7
+    pair.check_stopped(workload)
+    return stopped
+
+
+def check_reset(pair: Pair, workload: Workload, values: Registers) -> None:
+    """A reset ends everything."""
+    pair.rtl.reset()
+    assert run_status(values) == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
+    for register in registers(pair.config):
+        if register.access in ("rw", "w1c"):
+            assert values[register.name] == 0
+    pair.check_stopped(workload)
+
+
 def test_stop_at_any_time(pair):
-    stopped = 0
-    for workload, values in interrupted(pair):
-        values.command("stop")
-        while (now := run_status(values)).state == "STOPPING":
-            pass
-        if now.state == "ERROR":
-            assert now == RunStatus("ERROR", ErrorCode.STOPPED, 0, 0)
-            stopped += 1
-        else:
-            assert now == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
-        values["IRQ_STATUS"] = 7
-        pair.check_stopped(workload)
-    assert stopped > 10
+    stops = [check_stop(pair, *run) for run in interrupted(pair)]
+    assert sum(stops) > 10
 
 
 def test_reset_at_any_time(pair):
     for workload, values in interrupted(pair):
-        pair.rtl.reset()
-        assert run_status(values) == RunStatus("IDLE", ErrorCode.NONE, 0, 0)
-        for register in registers(pair.config):
-            if register.access in ("rw", "w1c"):
-                assert values[register.name] == 0
-        pair.check_stopped(workload)
+        check_reset(pair, workload, values)
+
+
+def test_stop_and_reset_at_any_time_of_vector_work(ideal_vector):
+    ideal_vector.reset()
+    stops = 0
+    for number, (workload, values) in enumerate(interrupted(ideal_vector)):
+        if number % 2:
+            check_reset(ideal_vector, workload, values)
+        else:
+            stops += check_stop(ideal_vector, workload, values)
+    assert stops > 5
 
 
 def test_an_error_after_stop_does_not_count(pair):
