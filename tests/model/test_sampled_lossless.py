@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contract C4 on real models, sampled: with a seed, speculation changes no token and no logit bit.
+"""Contract C4 on real models, sampled: with a seed, speculation changes no token and no logit bit,
+and over seeds, texts have the probabilities that the model gives them.
 
-`test_speculation.py` has the same on small models, and bugs that such a comparison must find.
+`test_speculation.py` has the same on small models, and bugs that such comparisons must find.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ from speq.model.checkpoint import CheckpointError, Model
 from speq.model.encoding import encode_linears
 from speq.model.loaders import load_model
 from speq.model.prompts import shipped_prompts
-from speq.model.speculation import Sampling, Settings, Statistics, generate
-from speq.model.transformer import prepare_draft_linears
+from speq.model.speculation import (
+    Sampling,
+    Settings,
+    Statistics,
+    TextCache,
+    distribution,
+    generate,
+)
+from speq.model.transformer import KVCache, forward, prepare_draft_linears
+from tests.model.test_speculation import LEAST_P_VALUE, SEED, p_value
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +91,49 @@ def test_smollm2_500_tokens():
     prompts = [model.tokenizer.encode_chat(text) for text in texts]
     assert len(prompts) >= 15
     check_sampled(model, prompts, -(-500 // len(prompts)))
+
+
+def three_tokens(
+    model: Model, prompt: list[int], sampling: Sampling
+) -> dict[tuple[int, ...], float]:
+    """Exact probabilities of all texts of three tokens behind a prompt."""
+    texts: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for text, chance in texts.items():
+            tokens = [*prompt, *text]
+            logits = forward(model, tokens, KVCache(model.config, len(tokens)))[-1:]
+            for token, p in enumerate(distribution(logits, sampling)[0].tolist()):
+                if p:
+                    longer[*text, token] = chance * p
+        texts = longer
+    return texts
+
+
+def test_texts_of_three_tokens_have_their_probabilities():
+    """Of `tiny`, sampled speculatively with a thousand seeds, by the chi-square test."""
+    model = load_model("tiny")
+    layers = prepare_draft_linears(encode_linears(model))
+    prompt = model.tokenizer.encode("Once upon a time, there was a")
+    sampling, settings = Sampling(1.2, top_k=3), Settings(4, 2, choices=2)
+    chances = three_tokens(model, prompt, sampling)
+    assert len(chances) == 27 and sum(chances.values()) == pytest.approx(1)
+    counts, statistics = dict.fromkeys(chances, 0), Statistics()
+    cache = TextCache(model.config)
+    for seed in range(1000):
+        text: list[int] = []
+        for step in generate(
+            *(model, prompt, layers),
+            max_tokens=3,
+            settings=settings,
+            sampling=sampling,
+            generator=torch.Generator().manual_seed(1000 * SEED + seed),
+            text=cache,
+        ):
+            text += step.tokens
+            statistics.add(step)
+        counts[tuple(text)] += 1
+    found = p_value(*(torch.tensor([[*row.values()]]) for row in (counts, chances)))
+    print(f"texts of three tokens of tiny: p = {found:.3f}; {statistics}")
+    assert statistics.accepted > 300 and statistics.alternate_hits > 50
+    assert found > LEAST_P_VALUE
