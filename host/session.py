@@ -27,6 +27,9 @@ from speq.model.transformer import DraftLinear, prepare_draft_linears
 # Up to here a longer dot product costs a simulation nothing worth another build: models with less
 # share one, and a longer context of others counts as a whole.
 _LEAST_MAX_K, _COMMON_MAX_K = 1024, 2048
+# Noise for heads of these numbers of inputs: smaller ones are toys', and that for larger ones is
+# hardly cheaper.
+_LEAST_HEAD_INPUTS, _MOST_HEAD_INPUTS = 64, 512
 
 
 def kv_capacity(model: Model, prompt: Sequence[int], max_tokens: int, rows: int) -> int:
@@ -42,8 +45,8 @@ def accelerator_for(
     capacity: int,
     lanes: int | None = None,
 ) -> AcceleratorConfig:
-    """An accelerator for a model with a KV cache of so many entries, and a vector unit of so many
-    lanes, as usual when not given.
+    """An accelerator for a model with a KV cache of so many entries, noise for a head like its own,
+    and a vector unit of so many lanes, as usual when not given.
 
     Raises
     ------
@@ -66,7 +69,12 @@ def accelerator_for(
     )
     # Heads begin at tiles.
     max_o = max(engine.max_o, c.vocab_size, c.heads * round_up(c.head_dim, cols))
-    config = AcceleratorConfig(replace(engine, max_o=max_o), lanes=lanes)
+    # The power of two up to which all heads of so many inputs or more have their noise in time.
+    head_inputs = 1 << (min(c.hidden, _MOST_HEAD_INPUTS).bit_length() - 1)
+    least = max(_LEAST_HEAD_INPUTS, AcceleratorConfig.least_head_inputs(engine))
+    config = AcceleratorConfig(
+        replace(engine, max_o=max_o), lanes=lanes, head_inputs=max(head_inputs, least)
+    )
     check_vector_unit(config)
     if c.heads > config.query_heads:
         config = replace(config, query_heads=1 << (c.heads - 1).bit_length())

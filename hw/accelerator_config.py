@@ -141,8 +141,7 @@ class AcceleratorConfig:
         object.__setattr__(self, "lanes", lanes)
         check_power_of_two("query_heads", query_heads, 4, 1024)
         object.__setattr__(self, "query_heads", query_heads)
-        # A lane takes four columns or more.
-        least = 4 * _power_of_two(self._head_rows(engine))
+        least = self.least_head_inputs(engine)
         check_power_of_two("head_inputs", head_inputs, least, max(least, 4096))
         object.__setattr__(self, "head_inputs", head_inputs)
         for name, port in (("weights", weights), ("data", data)):
@@ -189,6 +188,12 @@ class AcceleratorConfig:
     def history_bits(self) -> int:
         """Bits of a place in the history."""
         return (self.history - 1).bit_length()
+
+    @classmethod
+    def least_head_inputs(cls, engine: EngineConfig) -> int:
+        """The least number that `head_inputs` can be: a lane of noise takes four columns or
+        more."""
+        return 4 * _power_of_two(cls._head_rows(engine))
 
     @staticmethod
     def _head_rows(engine: EngineConfig) -> int:

@@ -18,6 +18,10 @@ from speq.hw.vector.fp32_adder import Fp32Adder
 from speq.hw.vector.fp32_multiplier import Fp32Multiplier
 
 _FP32_BITS = 32
+#: Starts that wait.
+_STARTS = 2
+#: Beats, of four words or more, that have entered and do not have all their sums.
+_ENTERED = 4
 
 
 def perturber_start_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -38,15 +42,16 @@ class Perturber(wiring.Component):
     for a `Ranker` that drops what is below it. As it never falls, columns that are below the row's
     cut-off of the beat before, as most are, are not strobed to begin with.
 
-    Without `sample`, starts and results pass in the same cycle. It may change when nothing is under
-    way.
+    Without `sample`, results pass in the same cycle. It may change when nothing is under way.
 
-    Flow control: all streams may stall, and must keep what is on offer until it is taken. With
-    `sample`, a start is passed on when all noise of the one before has been asked for. A beat is
-    taken in cols / lanes cycles if its noise is there, and enough of them are under way that this
-    can be in all cycles; a perturbed one is offered cols / lanes + `LATENCY` cycles after the beat.
-    With `truncate` this is `truncate_cycles` later, and the beat stays on offer until then, so that
-    only one is under way.
+    Flow control: all streams may stall, and must keep what is on offer until it is taken. Starts
+    are passed on a cycle later or more; two can wait. With `sample`, one is passed on when all
+    noise of the one before has been asked for; its own is made also while the ranker does not take
+    it yet, and its results wait until it has. A beat is taken in cols / lanes cycles if its noise
+    is there, and so many can be under way that the ranker may fall behind by the beats of four
+    tiles; a perturbed one is offered cols / lanes + `LATENCY` cycles after the beat. With
+    `truncate` this is `truncate_cycles` later, and the beat stays on offer until then, so that only
+    one is under way.
 
     Parameters
     ----------
@@ -79,8 +84,9 @@ class Perturber(wiring.Component):
         self.config = config
         self._source = source = NoiseSource(config)
         self._words = config.engine.cols // config.noise_lanes
-        #: Beats under way at the same time, which hides their latency: a power of two.
-        self._beats = 4 if self._words >= 8 else 8
+        #: Beats under way at the same time: a power of two. They hide their latency, and the first
+        #: tiles can wait here, which the ranker inserts much of.
+        self._beats = 4 << (config.engine.rows - 1).bit_length()
         levels = (config.noise_lanes - 1).bit_length()
         #: From the choice of the last column of each lane: its key, the lane's largest, the largest
         #: of all lanes and that of the row.
@@ -118,29 +124,43 @@ class Perturber(wiring.Component):
             self.truncates.eq(self.sample & self.truncate),
             self.logits.eq(self.results.payload.data),
         ]
-        self._begin(m)
-        self._perturb(m)
+        self._perturb(m, *self._begin(m))
         return m
 
-    def _begin(self, m: Module) -> None:
-        """Pass starts on."""
-        start, source, ranker = self.start, self._source.start, self.rank_start
+    def _begin(self, m: Module) -> tuple[Signal, data.View]:
+        """Pass starts on, each to source and ranker as soon as it takes it; the one that the ranker
+        takes in this cycle."""
+        layout = self.start.payload.shape()
+        m.submodules.starts = starts = SyncFIFO(width=layout.size, depth=_STARTS)
+        m.d.comb += [
+            self.start.ready.eq(starts.w_rdy),
+            starts.w_en.eq(self.start.valid),
+            starts.w_data.eq(self.start.payload),
+        ]
+        start = data.View(layout, starts.r_data)
+        source, ranker = self._source.start, self.rank_start
         for target in (source, ranker):
             for name, _ in target.payload.shape():
-                m.d.comb += target.payload[name].eq(start.payload[name])
+                m.d.comb += target.payload[name].eq(start[name])
+        was_asked = Signal()  # noise for it has been asked for
+        asked = Signal()
         m.d.comb += [
-            source.valid.eq(start.valid & self.sample & ranker.ready),
-            ranker.valid.eq(start.valid & (source.ready | ~self.sample)),
-            start.ready.eq(ranker.ready & (source.ready | ~self.sample)),
+            source.valid.eq(starts.r_rdy & self.sample & ~was_asked),
+            asked.eq(was_asked | source.ready | ~self.sample),
+            ranker.valid.eq(starts.r_rdy & asked),
+            starts.r_en.eq(ranker.valid & ranker.ready),
         ]
+        m.d.sync += was_asked.eq(ranker.valid & self.sample & ~ranker.ready)
+        return starts.r_en, start
 
-    def _perturb(self, m: Module) -> None:
+    def _perturb(self, m: Module, starts: Signal, start: data.View) -> None:
         """Words of a beat, one column for each lane, go into the pipeline and come out together."""
         lanes, cols = self.config.noise_lanes, self.config.engine.cols
         beat, noise = self.results.payload, self._source.noise
         words = self._words
         columns = [[2 * (lanes * (i // 2) + j) + i % 2 for i in range(words)] for j in range(lanes)]
         entered, left = Signal(range(words + 1)), Signal(range(words))
+        begun = Signal()  # the start of the beat's product has been taken
         wants, enters, ends, goes = Signal(), Signal(), Signal(), Signal()
         under_way = Signal(self._SUM_CYCLES)
         sums = Signal(data.ArrayLayout(_FP32_BITS, cols))
@@ -148,25 +168,28 @@ class Perturber(wiring.Component):
         reached = Signal(cols, reset_less=True)
         counted = Signal(cols, reset_less=True)
         settled = Signal()
+        known = Signal(self.config.engine.rows)  # rows that have a largest logit
         beats = Signal(range(self._beats + 1))  # under way
         others = Cat(beat.strobe, beat.row, beat.last)
         # Beats go as they have come, with other values.
-        m.submodules.others = other_fifo = SyncFIFO(width=len(others), depth=self._beats)
-        m.submodules.values = value_fifo = RamFifo(_FP32_BITS * cols, self._beats)
+        m.submodules.others = other_fifo = SyncFIFO(width=len(others), depth=_ENTERED)
+        m.submodules.perturbed = fifo = RamFifo(_FP32_BITS * cols + len(others), self._beats)
         may_begin = beats < Mux(self.truncate, 1, self._beats)
         m.d.comb += [
             wants.eq(
-                self.results.valid & self.sample & (entered != words) & ((entered != 0) | may_begin)
+                (self.results.valid & self.sample & begun)
+                & (entered != words)
+                & ((entered != 0) | may_begin)
             ),
             enters.eq(wants & noise.valid),
             noise.ready.eq(wants),
             ends.eq(enters & (entered == words - 1)),
             other_fifo.w_en.eq(ends),
             other_fifo.w_data.eq(others),
-            other_fifo.r_en.eq(goes),
-            value_fifo.write.valid.eq(under_way[-1] & (left == words - 1)),
-            value_fifo.write.payload.eq(sums),
-            value_fifo.read.ready.eq(goes),
+            other_fifo.r_en.eq(fifo.write.valid),
+            fifo.write.valid.eq(under_way[-1] & (left == words - 1)),
+            fifo.write.payload.eq(Cat(sums, other_fifo.r_data)),
+            fifo.read.ready.eq(goes),
         ]
         m.d.sync += [
             under_way.eq(Cat(enters, under_way)),
@@ -177,8 +200,10 @@ class Perturber(wiring.Component):
             m.d.sync += entered.eq(0)
         with m.Else():
             m.d.sync += entered.eq(entered + enters)
-        with m.If(self.start.valid & self.start.ready):
-            m.d.sync += counted.eq(self.start.payload.columns)
+        with m.If(starts):
+            m.d.sync += [counted.eq(start.columns), begun.eq(1)]
+        with m.Elif(self.results.valid & self.results.ready & beat.last):
+            m.d.sync += begun.eq(0)
 
         keys, counts = [], []
         largest = Signal(_FP32_BITS)
@@ -222,7 +247,9 @@ class Perturber(wiring.Component):
                 m.d.comb += sums[column].eq(Mux(left == i, adder.sum, kept[column]))
             keys.append(key)
             counts.append(counts_here)
-        self._track(m, keys, counts, largest, first_cutoff, goes)
+        self._track(m, keys, counts, largest, first_cutoff, goes, known)
+        with m.If(starts & ~start.keep & ~start.again):
+            m.d.sync += known.eq(0)
 
         m.d.sync += kept.eq(sums)
 
@@ -242,9 +269,8 @@ class Perturber(wiring.Component):
         ]
         with m.If(self.sample):
             m.d.comb += [
-                out.data.eq(value_fifo.read.payload),
-                Cat(out.strobe, out.row, out.last).eq(other_fifo.r_data),
-                perturbed.valid.eq(value_fifo.read.valid & (settled | ~self.truncate)),
+                Cat(out.data, out.strobe, out.row, out.last).eq(fifo.read.payload),
+                perturbed.valid.eq(fifo.read.valid & (settled | ~self.truncate)),
                 goes.eq(perturbed.valid & perturbed.ready),
                 self.results.ready.eq(Mux(self.truncate, goes, ends)),
             ]
@@ -259,16 +285,15 @@ class Perturber(wiring.Component):
         largest: Signal,
         first_cutoff: Signal,
         goes: Signal,
+        known: Signal,
     ) -> None:
         """The largest logit of the beat's row, of order keys and whether they count, and those of
-        all rows with their cut-offs."""
+        all rows with their cut-offs, if they are known."""
         rows, row = self.config.engine.rows, self.results.payload.row
-        start = self.start
         row_keys, cutoffs = (
             Array(Signal(_FP32_BITS, name=f"{name}_{i}", reset_less=True) for i in range(rows))
             for name in ("largest", "cutoff")
         )
-        known = Signal(rows)  # rows that have a largest logit
         is_known = known.bit_select(row, 1).replicate(_FP32_BITS)
         m.d.sync += first_cutoff.eq(cutoffs[row] & is_known)
         (before,) = pipeline_stage(m, 1, before=row_keys[row] & is_known)
@@ -298,6 +323,3 @@ class Perturber(wiring.Component):
                 cutoffs[row].eq(self.row_cutoff),
                 known.bit_select(row, 1).eq(1),
             ]
-        forgets = ~start.payload.keep & ~start.payload.again
-        with m.If(start.valid & start.ready & forgets):
-            m.d.sync += known.eq(0)

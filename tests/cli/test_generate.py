@@ -459,6 +459,7 @@ def test_the_accelerators_text_is_the_golden_models(speq_generate, accelerator, 
     arrays = [(config.engine.rows, config.engine.cols, config.lanes) for config in accelerator]
     assert arrays == [(8, 16, 8), (8, 16, 8), (4, 8, 4), (6, 16, 8)]
     assert accelerator[-1].engine.format == FormatConfig(32)
+    assert {config.head_inputs for config in accelerator} == {64}
 
 
 def test_figures_of_the_accelerator():

@@ -8,8 +8,8 @@ from speq.hw.engine_config import EngineConfig
 from speq.hw.memory.axi import AxiConfig
 
 #: What commands make of `tiny` and small models, with 4 x 8 PEs and by default.
-FEW = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=1024))
-FULL = AcceleratorConfig(EngineConfig(max_k=1024))
+FEW = AcceleratorConfig(EngineConfig(rows=4, cols=8, max_k=1024), head_inputs=64)
+FULL = AcceleratorConfig(EngineConfig(max_k=1024), head_inputs=64)
 #: With ports that are narrower than a word of the array, and fewer lanes than columns.
 NARROW = AcceleratorConfig(
     EngineConfig(rows=2, cols=8, max_k=256, max_o=512),
