@@ -42,6 +42,7 @@ from speq.cli.verilog import (
     MaxK,
     PresetName,
     QueryHeads,
+    Scratch,
     WeightsBits,
     configuration,
     starting_point,
@@ -96,6 +97,7 @@ def run(
     history: History = None,
     lanes: Lanes = None,
     query_heads: QueryHeads = None,
+    scratch: Scratch = None,
     force: Force = False,
 ) -> None:
     """Write one file with all that a host puts into the accelerator's memory for a model, or say
@@ -114,6 +116,7 @@ def run(
         "history": history,
         "lanes": lanes,
         "query_heads": query_heads,
+        "scratch": scratch,
     }
     if info is not None:
         others = {"output": output, "encoded": encoded, "context": context}
@@ -220,12 +223,16 @@ def show_info(path: Path) -> None:
     from speq.host.layout import Kind
 
     image = read_image(path)
-    regions = figure_table("", "region", "of", "offset", "bytes", "in the file", left=2)
+    regions = figure_table("", "region", "of", "offset", "bytes", "in the file", "on chip", left=2)
     kinds = figure_table("", "in all", "what it is", "regions", "bytes", "of memory", left=2)
     for part in image.parts:
         stored = "yes" if part.kind.is_given else ""
         what, _ = DESCRIPTIONS[part.kind]
-        regions.add_row(what, part.name, f"{part.start:#x}", f"{part.size:,}", stored)
+        on_chip = min(part.start + part.size, image.scratch.stop) - max(
+            part.start, image.scratch.start
+        )
+        chip = "" if on_chip <= 0 else "yes" if on_chip == part.size else f"{on_chip:,} bytes"
+        regions.add_row(what, part.name, f"{part.start:#x}", f"{part.size:,}", stored, chip)
     for kind in Kind:
         sizes = [part.size for part in image.parts if part.kind is kind]
         if sizes:
@@ -255,6 +262,8 @@ def _summary(path: Path, image: Image) -> Iterator[str]:
         f"             a vector unit of {config.lanes} lanes for up to {config.query_heads} query "
         "heads"
     )
+    if config.scratch:
+        yield f"             {config.scratch:,} bytes of scratch memory"
     yield (
         f"memory:      {image.size:,} bytes from any multiple of {image.alignment} on, the last "
         f"{image.size - image.write_offset:,} written"

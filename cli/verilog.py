@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _MAX_DESCRIPTION = 1 << 20  # bytes
 #: Parameters of an accelerator besides those of its engine and its ports.
-_OTHERS = ("choices", "history", "lanes", "query_heads", "head_inputs")
+_OTHERS = ("choices", "history", "lanes", "query_heads", "head_inputs", "scratch")
 
 
 # The options that are a configuration.
@@ -105,6 +105,14 @@ HeadInputs = Annotated[
         show_default="512",
     ),
 ]
+Scratch = Annotated[
+    int | None,
+    typer.Option(
+        help="Bytes of the memory on chip for what a pass leaves for later: a power of two, 4096 "
+        "to 16777216, or 0, none.",
+        show_default="524288",
+    ),
+]
 
 
 def run(
@@ -125,6 +133,7 @@ def run(
     lanes: Lanes = None,
     query_heads: QueryHeads = None,
     head_inputs: HeadInputs = None,
+    scratch: Scratch = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Only the matrix engine, without the accelerator.")
     ] = False,
@@ -147,6 +156,7 @@ def run(
         "lanes": lanes,
         "query_heads": query_heads,
         "head_inputs": head_inputs,
+        "scratch": scratch,
     }
     base, given = starting_point(config, preset, given)
     from speq.hw.verilog import write_verilog

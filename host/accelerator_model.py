@@ -41,6 +41,7 @@ from speq.hw.control.register_map import (
     registers,
 )
 from speq.hw.engine_config import BLOCK_ACTIVATIONS, BLOCK_MAGNITUDE_BITS, DRAFT_LANES, Mode
+from speq.hw.memory.axi import PAGE_BYTES
 from speq.model.arith import (
     BlockActivations,
     WeightOperand,
@@ -116,6 +117,8 @@ class AcceleratorModel:
         self.config = config
         self._base = base
         self._memory = np.zeros(size, np.uint8)
+        # Not numbers, until they are written.
+        self._scratch = np.full(config.scratch, 0xFF, np.uint8)
         self._places: dict[int, tuple[Register, int, int]] = {}  # register, element, word
         for register in registers(config):
             for i, offset in enumerate(register.offsets):
@@ -326,6 +329,8 @@ class AcceleratorModel:
             addresses["MOVE_PROGRAM"] = self.config.alignment
         if fills or not decodes:
             addresses["PASS_PROGRAM"] = self.config.alignment
+        if self.config.scratch:
+            addresses["SCRATCH"] = PAGE_BYTES
         wrong = {name for name, (low, high) in limits.items() if not low <= written[name] <= high}
         wrong |= {
             name
@@ -723,15 +728,18 @@ class AcceleratorModel:
     def _load(self, address: int, size: int) -> np.ndarray:
         """One transfer from memory, uint8 [size]."""
         self._check_region("READ", address, size)
-        return self._memory[address - self._base :][:size]
+        content = self._memory[address - self._base :][:size]
+        if window := self._on_chip(address, size):
+            content = content.copy()
+            content[window.start - address : window.stop - address] = self._scratch_at(window)
+        return content
 
     def _store(self, address: int, values: np.ndarray, transfer: int) -> None:
         """Transfers of `transfer` bytes each to memory."""
         content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         for first in range(0, len(content), transfer):
             self._check_region("WRITE", address + first, transfer)
-            place = address + first - self._base
-            self._memory[place : place + transfer] = content[first : first + transfer]
+            self._put(address + first, content[first : first + transfer])
         self._forget(address, len(content))
 
     def _store_columns(self, address: int, values: np.ndarray, pitch: int) -> None:
@@ -746,9 +754,37 @@ class AcceleratorModel:
             starts, stops = starts[:1], stops[-1:]
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             self._check_region("WRITE", start, stop - start)
-        self._memory[(places - self._base)[:, None] + np.arange(size)] = content
+        if self._on_chip(int(places[0]), int(places[-1]) + size - int(places[0])):
+            for place, row in zip(places.tolist(), content, strict=True):
+                self._put(place, row)
+        else:
+            self._memory[(places - self._base)[:, None] + np.arange(size)] = content
         first = int(starts[0])
         self._forget(first, int(stops[-1]) - first)
+
+    def _put(self, address: int, content: np.ndarray) -> None:
+        """Write bytes, uint8 [n], to memory and, in its window, to scratch memory instead."""
+        place, size = address - self._base, len(content)
+        window = self._on_chip(address, size)
+        if not window:
+            self._memory[place : place + size] = content
+            return
+        first, last = window.start - address, window.stop - address
+        self._memory[place : place + first] = content[:first]
+        self._memory[place + last : place + size] = content[last:]
+        self._scratch_at(window)[:] = content[first:last]
+
+    def _on_chip(self, address: int, size: int) -> range:
+        """Those of so many addresses that are in the window of the scratch memory."""
+        start = self._written.get("SCRATCH", 0)
+        if not start:
+            return range(0)
+        return range(max(address, start), min(address + size, start + self.config.scratch))
+
+    def _scratch_at(self, window: range) -> np.ndarray:
+        """The bytes of scratch memory at some addresses in the window."""
+        start = self._written["SCRATCH"]
+        return self._scratch[window.start - start : window.stop - start]
 
     def _check_region(self, direction: str, address: int, size: int) -> None:
         base, limit = (self._written[f"{direction}_{end}"] for end in ("BASE", "LIMIT"))

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
-from speq.host.checks import check_vector_unit
-from speq.host.layout import ceil_div
+from speq.host.checks import check_vector_unit, default_capacity
+from speq.host.layout import Region, ceil_div
 from speq.host.programs import ModelLayout
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
+from speq.hw.memory.read_router import ReadRouter
+from speq.hw.memory.scratch_memory import ScratchMemory
+from speq.hw.memory.write_router import WriteRouter
 from speq.hw.vector.activation_quantizer import words_at_once
 from speq.hw.vector.attention_mask import AttentionMask
 from speq.hw.vector.command import BY_CHANNEL, ON_BATCHES, TWICE
@@ -44,6 +47,7 @@ from speq.model.pass_cycles import (
 
 _FP32_BITS = 32
 _BYTE = 8
+_NO_WINDOW = Region(0, 0)
 
 #: What a lane does for the results of an operation.
 _LANE = {
@@ -87,7 +91,17 @@ def machine(config: AcceleratorConfig, latency: int) -> Machine:
     beats = max(1, _FP32_BITS * engine.cols // config.data.data_bits)
     word = _BYTE * config.activation_bytes / config.data.data_bits
     window = min(config.data.outstanding * config.data.burst_beats, config.data.depth)
-    return Machine(engine.rows, engine.cols, latency, beats, word, window)
+    reads = writes = None
+    if config.scratch:
+        reads = (
+            ReadRouter.LATENCY + latency,
+            ReadRouter.LATENCY + ScratchMemory.READ_LATENCY,
+        )
+        writes = (
+            WriteRouter.BEAT_LATENCY + latency,
+            WriteRouter.BEAT_LATENCY + ScratchMemory.WRITE_LATENCY,
+        )
+    return Machine(engine.rows, engine.cols, latency, beats, word, window, reads, writes)
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,8 @@ class WorkOf:
         A usual token of the model: the product with it takes a cycle for each of its bits.
     in_text : bool
         The tokens of the pass are those of a text in memory.
+    scratch : Region
+        The window of the scratch memory.
     """
 
     config: AcceleratorConfig
@@ -117,6 +133,15 @@ class WorkOf:
     reranked_tiles: int = 0
     token: int = 0
     in_text: bool = False
+    scratch: Region = _NO_WINDOW
+
+    @cached_property
+    def _machine(self) -> Machine:
+        return machine(self.config, self.latency)
+
+    def _on_chip(self, address: int) -> bool:
+        """Whether what begins at an address is in scratch memory."""
+        return self.scratch.start <= address < self.scratch.stop
 
     def program(self, descriptors: Iterable[Descriptor]) -> list[Work]:
         """The works of a program, without its END."""
@@ -145,13 +170,21 @@ class WorkOf:
             case DescriptorKind.ATTENTION:
                 k, o = (self._seen, d.o) if d.values else (d.k, self._seen)
                 tokens = self.rows * d.sharing
-                return Product(*_waits(d), words=k, outputs=o, tokens=tokens)
+                places = self._places(d)
+                return Product(*_waits(d), words=k, outputs=o, tokens=tokens, **places)
             case _:
                 raise ValueError(f"the cycles of {d.kind.name} cannot be predicted")
 
     @property
     def _seen(self) -> int:
         return self.position + self.rows
+
+    def _places(self, d: Descriptor) -> dict[str, bool]:
+        """Where the activations and the results of a product are."""
+        return {
+            "loads_on_chip": self._on_chip(d.activations),
+            "stores_on_chip": self._on_chip(d.results),
+        }
 
     # Products.
 
@@ -165,6 +198,7 @@ class WorkOf:
                 planes=2,
                 kind=Kind.RERANKED,
                 layer_tiles=max(1, ceil_div(ranked, cols)),
+                loads_on_chip=self._on_chip(d.activations),
             )
         return Product(
             *_waits(d),
@@ -173,6 +207,7 @@ class WorkOf:
             tokens=tokens,
             planes=2 if d.mode is Mode.VERIFY else 1,
             kind=Kind.RANKED if d.kind is DescriptorKind.ARGMAX else Kind.PLAIN,
+            **self._places(d),
         )
 
     # Vector work.
@@ -205,7 +240,7 @@ class WorkOf:
         setup = len(rows) if operation in ON_BATCHES else 0
         fetches = operation is VectorOperation.EMBED and self.in_text
         if fetches:
-            setup = _TOKENS + self.latency
+            setup = _TOKENS + self._machine.read()
         return VectorWork(
             *_waits(d),
             rows=rows,
@@ -221,7 +256,9 @@ class WorkOf:
             between=between,
             behind=behind,
             result=_ISSUE + lane + _RESULT,
-            writes=self._writes(d, rows, elements, tiles),
+            writes=replace(
+                self._writes(d, rows, elements, tiles), on_chip=self._on_chip(d.results)
+            ),
         )
 
     def _adding_up(self) -> int:
@@ -242,27 +279,30 @@ class WorkOf:
         self, d: Descriptor, rows: tuple[int, ...], tiles: int
     ) -> tuple[Operand, Operand | None]:
         operation = VectorOperation(d.operation)
+        x_place, y_place = self._on_chip(d.first), self._on_chip(d.second)
         if operation is VectorOperation.EMBED:
-            return self._operand(OperandMode.ROWS, rows, tiles, self.token, half=True), None
-        x = self._operand(OperandMode.TILES, rows, tiles)
+            x = self._operand(OperandMode.ROWS, rows, tiles, x_place, self.token, half=True)
+            return x, None
+        x = self._operand(OperandMode.TILES, rows, tiles, x_place)
         if operation not in BINARY:
             return x, None
         if operation is VectorOperation.ROTATE:
-            return x, self._operand(OperandMode.ROWS, rows, tiles, self.position)
+            return x, self._operand(OperandMode.ROWS, rows, tiles, y_place, self.position)
         by_channel = operation in BY_CHANNEL and d.values
         mode = OperandMode.CHANNELS if by_channel else OperandMode.TILES
-        return x, self._operand(mode, rows, tiles)
+        return x, self._operand(mode, rows, tiles, y_place)
 
     def _operand(
         self,
         mode: OperandMode,
         rows: tuple[int, ...],
         tiles: int,
+        on_chip: bool,
         index: int = 0,
         half: bool = False,
     ) -> Operand:
-        """An operand of segments of so many rows and tiles; in mode ROWS of rows with such an
-        index."""
+        """An operand of segments of so many rows and tiles, in scratch memory or not; in mode ROWS
+        of rows with such an index."""
         config, port = self.config, self.config.data
         bits = FP16_BITS if half else _FP32_BITS
         chunk = max(1, config.engine.cols * bits // port.data_bits)  # beats of a row in a tile
@@ -280,10 +320,11 @@ class WorkOf:
         per_word = bits * config.lanes / port.data_bits
         window = min(port.outstanding * burst, port.depth)
         given = min(1.0, port.data_bits / (bits * config.lanes))
-        rate = min(given, window / per_word / (self.latency + burst + _ROUND_TRIP))
+        round_trip = self._machine.read(on_chip) + burst + _ROUND_TRIP
+        rate = min(given, window / per_word / round_trip)
         if mode is OperandMode.CHANNELS:  # the other rows' words are kept
             per_word /= self.rows
-        return Operand(first, per_word, burst, window, rate, round(1 / given))
+        return Operand(first, per_word, burst, window, rate, round(1 / given), on_chip)
 
     def _writes(self, d: Descriptor, rows: tuple[int, ...], elements: int, tiles: int) -> Writes:
         """What the writer does with the results."""
@@ -340,9 +381,16 @@ class WorkOf:
             *_waits(d),
             tiles=tiles,
             chunk=ceil_div(block, at_once),
-            x=Operand(_REQUEST, beats, port.burst_beats, port.depth, 1.0),
+            x=Operand(
+                *(_REQUEST, beats, port.burst_beats, port.depth, 1.0),
+                on_chip=self._on_chip(d.first),
+            ),
             alone=True,
-            writes=Writes(_QUANTIZED, ceil_div(block, self._quantized_at_once)),
+            writes=Writes(
+                _QUANTIZED,
+                ceil_div(block, self._quantized_at_once),
+                on_chip=self._on_chip(d.results),
+            ),
         )
 
     @property
@@ -380,6 +428,8 @@ class PredictedPasses:
         Of the memory, in cycles.
     drafted_outputs : int, optional
         Outputs of the head that draft passes compute; all when not given.
+    capacity : int, optional
+        Entries of the KV cache; `default_capacity` when not given.
 
     Raises
     ------
@@ -394,14 +444,16 @@ class PredictedPasses:
         formats: Formats,
         latency: int,
         drafted_outputs: int | None = None,
+        capacity: int | None = None,
     ) -> None:
         check_vector_unit(config)
         self._config, self._model, self._latency = config, model, latency
         self._machine = machine(config, latency)
-        # Sizes and order of programs do not depend on the capacity of the KV cache.
+        if capacity is None:
+            capacity = default_capacity(config, model)
         self._layouts = {
             encoded: ModelLayout(
-                *(config, model, list(formats) if encoded else [], config.engine.rows),
+                *(config, model, list(formats) if encoded else [], capacity),
                 drafted_outputs=drafted_outputs if encoded else None,
             )
             for encoded in (False, True)
@@ -443,8 +495,11 @@ class PredictedPasses:
         # A product with a token takes a cycle for each of its bits: half of all have as many.
         token = self._model.vocab_size // 2
         in_text = kind is PassKind.SINGLE
-        works = WorkOf(self._config, rows, context, self._latency, tiles, token, in_text)
-        return works.program(self._layouts[encoded].program(kind, reranked=min(tiles, 1)))
+        layout = self._layouts[encoded]
+        works = WorkOf(
+            *(self._config, rows, context, self._latency, tiles, token, in_text, layout.scratch)
+        )
+        return works.program(layout.program(kind, reranked=min(tiles, 1)))
 
     def walk(self, kind: PassKind | None, rows: int, context: int) -> int:
         """Cycles of a walk through the program of such a pass, and through one of END alone."""
@@ -475,4 +530,4 @@ def predicted_passes(
     engine = replace(engine, max_o=max(engine.max_o, model.vocab_size, model.heads * width))
     config = AcceleratorConfig(engine, lanes=min(8, cols) if lanes is None else lanes)
     config = replace(config, query_heads=max(config.query_heads, model.heads))
-    return PredictedPasses(config, model, formats, latency, drafted_outputs)
+    return PredictedPasses(config, model, formats, latency, drafted_outputs, context + rows)

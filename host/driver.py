@@ -7,7 +7,8 @@ is in hardware: the driver gives a run its tokens and takes those that it commit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -239,7 +240,8 @@ class Driver:
                     length, repeated = 0, True
                     chain = failed.proposal.chain
                 else:
-                    error = self._nonfinite(failed, failure)
+                    layer = self.layout.product_at(failed.kind, failure.address)
+                    error = failed.nonfinite(layer, None)
                     error.step = number
                     raise error from failure
                 self._control.stop()
@@ -269,6 +271,19 @@ class Driver:
                 length, written = longest, 0
                 self._begin(length, left)
 
+    @contextmanager
+    def _without_scratch(self) -> Iterator[None]:
+        """For runs of whose passes the host reads operands: all is in memory."""
+        r = self.registers
+        if self.config.scratch:
+            r["SCRATCH"] = 0
+        try:
+            yield
+        finally:
+            if self.config.scratch:
+                self._control.stop()
+                r["SCRATCH"] = self.layout.scratch.start
+
     def _nonfinite(self, failed: Pass, failure: AcceleratorError) -> NonFiniteError:
         """What a run that ends so says of the product whose result is not finite."""
         layer = self.layout.product_at(failed.kind, failure.address)
@@ -280,12 +295,10 @@ class Driver:
         known = len(self._text)
         start = failed.start if failed.kind is PassKind.SINGLE else len(prompt) - 1
         self._check_entries(range(known, start), failure)
-        if failed.kind is not PassKind.SINGLE:
-            return
-        error = self._nonfinite(failed, failure)
-        # A row before it may fail in a later product.
-        self._fill(failed.tokens[: error.position - start], start, failure)
-        raise error from failure
+        if failed.kind is PassKind.SINGLE:
+            with self._without_scratch():
+                self._fill(failed.tokens, start, failure)
+            raise failure
 
     def _check_entries(self, places: range, failure: AcceleratorError) -> None:
         """Raises a NonFiniteError if one of the prompt's entries in the last block, which are in no
@@ -295,7 +308,8 @@ class Driver:
             raise NonFiniteError("prompt", *found) from failure
 
     def _fill(self, tokens: list[int], start: int, failure: AcceleratorError) -> None:
-        """A single pass once more, over the first of its rows. Raises as `_check_prompt`."""
+        """A single pass once more, over the first of its rows, without scratch memory. Raises as
+        `_check_prompt`."""
         if not tokens:
             return
         r = self.registers
@@ -308,6 +322,7 @@ class Driver:
             if again.code is not ErrorCode.NONFINITE:
                 raise
             error = self._nonfinite(Pass(PassKind.SINGLE, tokens, start), again)
+            # A row before it may fail in a later product.
             self._fill(tokens[: error.position - start], start, failure)
             raise error from failure
         self._check_entries(range(start, start + len(tokens)), failure)
@@ -363,7 +378,7 @@ class Driver:
         behind = proposal.children(rows[-1])
         rows += [row for row in behind if proposal.tokens[row - 1] == tokens[-1]][:1]
         self.verify_logits = read_results(
-            self._board, self.layout, "head", self.layout.results, len(verified.tokens)
+            self._board, self.layout, "head", self.layout.logits, len(verified.tokens)
         )
         return committed_step(
             tokens,

@@ -29,6 +29,7 @@ from speq.host.layout import (
     RING_LOG2,
     Kind,
     Part,
+    Region,
     encoded_tensor,
     plain_words,
     weight_planes,
@@ -173,6 +174,16 @@ class Image:
             policy,
             self.config.history or DEFAULT_HISTORY,
         )
+
+    @cached_property
+    def scratch(self) -> Region:
+        """The window of the scratch memory, which holds nothing before a run; empty if there is
+        none."""
+        if not self.config.scratch:
+            return Region(0, 0)
+        offset = _registers(self.config)["SCRATCH"].offset
+        start = next(s.value for s in self.registers if s.offset == offset)
+        return Region(start, start + self.config.scratch)
 
     @property
     def encoded_names(self) -> list[str]:
@@ -429,7 +440,7 @@ def _plan(layout: ModelLayout, capacity: int, settings: Settings) -> _Plan:
     """An image but for its weights, from a layout behind address 0 with a KV cache of so many
     entries."""
     return _Plan(
-        alignment=layout.config.alignment,
+        alignment=layout.config.load_alignment,
         size=layout.size,
         write_offset=layout.write.start,
         parts=tuple(layout.parts),
@@ -454,6 +465,8 @@ def _settings(layout: ModelLayout, settings: Settings) -> Iterator[Setting]:
         "RING": layout.ring,
         "MOVE_PROGRAM": layout.programs[PassKind.MOVE],
     }
+    if layout.config.scratch:
+        addresses["SCRATCH"] = layout.scratch.start
     for name, value in addresses.items():
         yield Setting(known[name].offset, Action.WRITE_ADDRESS, value)
     numbers = {
@@ -480,7 +493,7 @@ def _relocations(layout: ModelLayout, capacity: int, reranked: int) -> Iterator[
         layout.model,
         [name for name, weights in layout.weights.items() if weights.encoded],
         capacity,
-        config.alignment,
+        config.load_alignment,
         drafted_outputs=layout.weights["head"].drafted,
     )
     for kind in layout.programs:

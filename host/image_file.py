@@ -162,7 +162,7 @@ DESCRIPTIONS = {
     Kind.PROGRAM: ("program", "descriptors of a pass"),
     Kind.RANKING: ("ranking", "best logits of each row"),
     Kind.RING: ("ring", "committed tokens"),
-    Kind.RESULTS: ("results", "of products, logits last"),
+    Kind.RESULTS: ("results", "of products, FP32"),
     Kind.EMBEDDING: ("embedding", "FP16 rows by token"),
     Kind.ROTARY: ("rotary table", "cosines and sines by position"),
     Kind.CHANNELS: ("channel vector", "FP32, norms and biases"),
@@ -173,6 +173,7 @@ DESCRIPTIONS = {
     Kind.SOFTMAX_WEIGHTS: ("softmax weights", "input of products with values, FP16"),
     Kind.SCORES: ("scores", "queries times keys, FP32"),
     Kind.ATTENDED: ("attention", "softmax weights times values, FP32"),
+    Kind.LOGITS: ("logits", "of verify passes, FP32"),
 }
 
 
@@ -217,7 +218,7 @@ def _parse(
     end, position = 0, header_bytes
     for kind, checksum, offset, length, place, label in tables[0]:
         part = Part(_member(Kind, kind), _text(label), offset, length)
-        if offset < end or offset + length > size or offset % alignment:
+        if offset < end or offset + length > size or offset % _ADDRESS:
             raise ValueError(
                 f"{describe(part)} at {offset:#x}, {length} bytes, is not in its place"
             )
@@ -294,8 +295,11 @@ def _check_registers(image: Image) -> None:
     tell a configuration, with the image's alignment, and settings."""
     config = image.config
     check_vector_unit(config)
-    if image.alignment != config.alignment:
-        raise ValueError(f"its alignment is {image.alignment}; expected {config.alignment}")
+    if image.alignment != config.load_alignment:
+        raise ValueError(f"its alignment is {image.alignment}; expected {config.load_alignment}")
+    for part in image.parts:
+        if part.start % config.alignment:
+            raise ValueError(f"{describe(part)} at {part.start:#x} is not in its place")
     known = {offset: r for r in registers(config) for offset in r.offsets}
     for offset, action, value in image.registers:
         register = known.get(offset)

@@ -170,6 +170,7 @@ class Kind(Enum):
     SOFTMAX_WEIGHTS = 20
     SCORES = 21
     ATTENDED = 22
+    LOGITS = 23
 
     @property
     def is_given(self) -> bool:
@@ -234,8 +235,8 @@ class MemoryLayout(ABC):
     capacity : int
         Entries of the KV cache.
     base : int
-        First byte to use, a multiple of the configuration's alignment. Distances from it are the
-        same for every base.
+        First byte to use, a multiple of the configuration's `load_alignment`. Distances from it are
+        the same for every base.
     drafted_outputs : int, optional
         Draft passes compute only the first so many outputs of an encoded head; all when not given.
 
@@ -248,7 +249,7 @@ class MemoryLayout(ABC):
         Of the KV cache: keys [block][tile of C entries][kv_head][head_dim][C], values
         [block][kv_head][tile of C dimensions][capacity][C].
     programs : address by PassKind
-    activations, draft_activations, results, ranking, ring : int
+    activations, draft_activations, results, logits, ranking, ring : int
     queries, softmax_weights : int
         Activations of attention's products, at `attention_stride` for each KV head.
     scores, attended : int
@@ -273,6 +274,7 @@ class MemoryLayout(ABC):
     ranking: int = 0
     ring: int = 0
     results: int = 0
+    logits: int = 0
     programs: dict[PassKind, int]
     read: Region
     write: Region
@@ -294,8 +296,8 @@ class MemoryLayout(ABC):
         self.capacity = round_up(capacity, engine.cols)
         if excesses := exceeded_limits(config, model, capacity):
             raise ValueError(str(excesses[0]))
-        if base % config.alignment:
-            raise ValueError(f"base is {base:#x}; expected a multiple of {config.alignment}")
+        if base % config.load_alignment:
+            raise ValueError(f"base is {base:#x}; expected a multiple of {config.load_alignment}")
         self.parts: list[Part] = []
         self._base = self._end = base
         # Whole bursts: those that are cut at both ends hide less of the memory's latency.
@@ -561,7 +563,7 @@ class MemoryLayout(ABC):
         operands = self._operands(kind, "head")
         if kind is PassKind.DRAFT:
             return Descriptor(DescriptorKind.ARGMAX, **operands, discard=True, ranking=self.ranking)
-        return Descriptor(DescriptorKind.ARGMAX, **operands, results=self.results)
+        return Descriptor(DescriptorKind.ARGMAX, **operands, results=self.logits)
 
     def _rerank(self, candidates: int) -> Descriptor:
         operands = self._operands(PassKind.VERIFY, "head")

@@ -56,11 +56,15 @@ class ModelPlaces(MemoryLayout):
     stream : int
         The residual stream, FP32 tiles.
     temporary : int
-        FP32 tiles of a product of vectors.
+        FP32 tiles of a product of vectors, if a pass has one.
     gated, draft_gated : int
         Activations of down projections, FP16 and block activations.
+    scratch : Region
+        The window of the scratch memory, which holds nothing from pass to pass and nothing that a
+        host reads; empty if there is none.
     """
 
+    scratch: Region = Region(0, 0)
     stream: int = 0
     temporary: int = 0
     gated: int = 0
@@ -87,34 +91,55 @@ class ModelPlaces(MemoryLayout):
         self._take_programs()
         unwritten = self._end
         self._take_cache()
+        # What the host reads.
+        self.ranking = self._take(Kind.RANKING, config.engine.rows * self.ranking_pitch)
+        self.ring = self._take(Kind.RING, 4 << RING_LOG2)
+        self.logits = self._take(Kind.LOGITS, self._result_size("head"))
+        self._place_intermediates()
+        self.read = Region(self._base, self._end)
+        self.write = Region(unwritten, self._end)
+
+    def _place_intermediates(self) -> None:
+        """Take the bytes of what a pass leaves for later in the same pass, in the order in which
+        it gains from being on chip: the first of them are in the window of the scratch memory, and
+        of one that is there in part the beginning, which is all that a short context uses."""
+        config, model = self.config, self.model
+        if config.scratch:
+            self._end = self._base + round_up(self._end - self._base, config.load_alignment)
+            self.scratch = Region(self._end, self._end + config.scratch)
         self.stream = self._take(Kind.STREAM, self._tiles_bytes(model.hidden))
-        longest = max(model.hidden, model.ffn_hidden)
-        self.temporary = self._take(Kind.TEMPORARY, self._tiles_bytes(longest))
         words = activation_count(self._longest, config) * config.activation_bytes
         self.activations = self._take(Kind.ACTIVATIONS, words)
-        self._take_draft_activations()
         # What the gate leaves while other tiles of its operands are multiplied from the others.
         words, draft_words = (
             activation_count(count, config) * config.activation_bytes
             for count in (model.ffn_hidden, ceil_div(model.ffn_hidden, DRAFT_LANES))
         )
         self.gated = self._take(Kind.ACTIVATIONS, words, "gated")
+        self._take_draft_activations()
         self.draft_gated = self._take(Kind.DRAFT_ACTIVATIONS, draft_words, "gated")
         heads, size = model.kv_heads, model.head_dim
         self.queries = self._take(Kind.QUERIES, heads * self.attention_stride(size))
+        self.attended = self._take(Kind.ATTENDED, heads * self.attention_result_stride(size))
+        if model.activation == "gelu_tanh" or model.logit_scale != 1.0:
+            longest = max(model.hidden, model.ffn_hidden)
+            self.temporary = self._take(Kind.TEMPORARY, self._tiles_bytes(longest))
+        linears = (s.names for s in self.stages(PassKind.VERIFY) if isinstance(s, Linears))
+        self.results = self._take(
+            Kind.RESULTS,
+            max(sum(map(self._result_size, names)) for names in linears if names != ("head",)),
+        )
         self.softmax_weights = self._take(
             Kind.SOFTMAX_WEIGHTS, heads * self.attention_stride(self.capacity)
         )
         self.scores = self._take(Kind.SCORES, heads * self.attention_result_stride(self.capacity))
-        self.attended = self._take(Kind.ATTENDED, heads * self.attention_result_stride(size))
-        self.ranking = self._take(Kind.RANKING, config.engine.rows * self.ranking_pitch)
-        self.ring = self._take(Kind.RING, 4 << RING_LOG2)
-        products = (s.names for s in self.stages(PassKind.VERIFY) if isinstance(s, Linears))
-        self.results = self._take(
-            Kind.RESULTS, max(sum(map(self._result_size, names)) for names in products)
-        )
-        self.read = Region(self._base, self._end)
-        self.write = Region(unwritten, self._end)
+        # Nothing else may be in the window.
+        self._end = max(self._end, self.scratch.stop)
+
+    @property
+    def _longest(self) -> int:
+        """The largest K of a linear layer whose activations are not `gated`."""
+        return max(each.k for name, each in self.weights.items() if not name.endswith("down_proj"))
 
     def inputs_of(self, name: str, mode: Mode) -> int:
         if not name.endswith("down_proj"):

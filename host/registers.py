@@ -130,6 +130,7 @@ def configuration(read: Callable[[str], int]) -> AcceleratorConfig:
         history=r["HISTORY_SIZE"],
         lanes=vector["lanes"],
         query_heads=vector["query_heads"],
+        scratch=r["SCRATCH_SIZE"],
     )
     if bus["activation_bytes"] != config.activation_bytes:
         raise ValueError(

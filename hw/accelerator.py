@@ -136,6 +136,8 @@ class Accelerator(wiring.Component):
             control.drained.eq(datapath.drained & ~walker.busy),
         ]
         self._watch_memory(m, control, values.memory_timeout)
+        if config.scratch:
+            m.d.comb += datapath.scratch.eq(values.scratch)
         if config.lanes:
             m.d.comb += walker.chain.eq(speculation.pass_status.index)
         # The token that a row chooses is the one behind it.

@@ -16,7 +16,7 @@ from speq.hw.engine_config import (
     Mode,
     check_power_of_two,
 )
-from speq.hw.memory.axi import AxiConfig
+from speq.hw.memory.axi import PAGE_BYTES, AxiConfig
 
 #: Bits of a token id.
 TOKEN_BITS = 24
@@ -25,6 +25,7 @@ _MIN_COLS = 4
 _USUAL_LANES = 8
 _CHOICES = (4, 8)
 _HISTORIES = tuple(1 << i for i in range(3, 17))
+_MIN_SCRATCH, _MAX_SCRATCH = PAGE_BYTES, 1 << 24
 
 
 class ErrorCode(enum.Enum, shape=unsigned(5)):
@@ -84,6 +85,10 @@ class AcceleratorConfig:
         Inputs of the smallest head whose results do not wait for noise in sampled decoding, so that
         only the last tile's ranking takes longer than in greedy decoding: a power of two up to
         4,096. The fewer, the more noise is made in a cycle.
+    scratch : int
+        Bytes of the scratch memory, a power of two from 4,096 to 2^24; 0: none. The default holds
+        what SmolLM2-135M leaves for later in a pass of 8 rows, with a KV cache of up to 768
+        entries; what exceeds it is in memory.
 
     Raises
     ------
@@ -99,6 +104,7 @@ class AcceleratorConfig:
     lanes: int
     query_heads: int
     head_inputs: int
+    scratch: int
 
     def __init__(
         self,
@@ -110,6 +116,7 @@ class AcceleratorConfig:
         lanes: int | None = None,
         query_heads: int = 64,
         head_inputs: int = 512,
+        scratch: int = 1 << 19,
     ) -> None:
         if choices not in _CHOICES:
             raise ValueError(f"choices is {choices}; expected 4 or 8")
@@ -144,6 +151,9 @@ class AcceleratorConfig:
         least = self.least_head_inputs(engine)
         check_power_of_two("head_inputs", head_inputs, least, max(least, 4096))
         object.__setattr__(self, "head_inputs", head_inputs)
+        if scratch:
+            check_power_of_two("scratch", scratch, _MIN_SCRATCH, _MAX_SCRATCH)
+        object.__setattr__(self, "scratch", scratch)
         for name, port in (("weights", weights), ("data", data)):
             port = port or AxiConfig(data_bits=min(FP16_BITS * cols, 1024))
             if port.data_bits > FP16_BITS * cols:
@@ -173,6 +183,12 @@ class AcceleratorConfig:
         """Bytes that the address of every buffer must be a multiple of: a beat of either port, or a
         descriptor."""
         return max(self.weights.beat_bytes, self.data.beat_bytes, 64)
+
+    @property
+    def load_alignment(self) -> int:
+        """Bytes that the address of a model's memory must be a multiple of: a page, if there is a
+        scratch memory, whose window begins at one."""
+        return max(self.alignment, PAGE_BYTES if self.scratch else 1)
 
     @property
     def tile_number_bits(self) -> int:

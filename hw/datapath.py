@@ -25,10 +25,10 @@ from speq.hw.control.ranker import Ranker
 from speq.hw.engine_config import Mode
 from speq.hw.memory.activation_reader import ActivationReader
 from speq.hw.memory.axi import Fault
+from speq.hw.memory.data_port import DataPort
 from speq.hw.memory.group_reader import GroupReader
 from speq.hw.memory.memory_writer import MemoryWriter, write_layout
 from speq.hw.memory.ranking_writer import RankingWriter, ranking_command_layout
-from speq.hw.memory.read_arbiter import ReadArbiter
 from speq.hw.memory.result_writer import ResultWriter
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.write_combiner import LASTS
@@ -54,6 +54,8 @@ def _queued_layout(config: AcceleratorConfig) -> data.StructLayout:
 class Datapath(wiring.Component):
     """Carry out jobs: weights, group bytes and activations are read from memory, results are
     written to it and ranked.
+
+    All but weights goes through a `DataPort`, whose window of addresses is on chip.
 
     A job goes to all units at once. Each works through its own queue, so that the readers run
     ahead of the array, from job to job as well, and the writer follows behind.
@@ -111,6 +113,8 @@ class Datapath(wiring.Component):
     stalls : Out(STALLS)
     read_base, read_limit, write_base, write_limit : In(address_bits)
         First and last byte of the regions.
+    scratch : In(address_bits)
+        First byte of the window, if the configuration has a scratch memory; 0: there is none.
     error : Out(ErrorCode)
     error_address : Out(address_bits)
     clear : In(1)
@@ -154,6 +158,7 @@ class Datapath(wiring.Component):
                 "ring_data": In(stream.Signature(write_layout(config.data))),
                 "ring_done": Out(1),
                 **vector,
+                **({"scratch": In(address)} if config.scratch else {}),
                 "idle": Out(1),
                 "current": Out(_LABEL),
                 "step": Out(1),
@@ -212,15 +217,17 @@ class Datapath(wiring.Component):
             masters += [self._vector.reads[i] for i in range(VectorUnit.READERS)]
             sources += [self._vector.writes[i] for i in range(VectorUnit.WRITERS)]
             readers += (self._vector,)
-        m.submodules.arbiter = arbiter = ReadArbiter(config.data, len(masters))
-        for master, port in zip(
-            masters, (arbiter.ports[i] for i in range(len(masters))), strict=True
-        ):
-            wiring.connect(m, master, port)
-        wiring.connect(m, arbiter.axi, wiring.flipped(self.data_read_axi))
+        m.submodules.data_port = port = DataPort(config.data, len(masters), config.scratch)
+        for i, master in enumerate(masters):
+            wiring.connect(m, master, port.readers[i])
+        wiring.connect(m, port.read, wiring.flipped(self.data_read_axi))
+        wiring.connect(m, port.write, wiring.flipped(self.data_write_axi))
+        if config.scratch:
+            m.d.comb += port.base.eq(self.scratch)
 
         result_writer = ResultWriter(config)
         writer = self._connect_writers(m, result_writer, sources, resettable, drop)
+        wiring.connect(m, writer.axi, port.writer)
         self._dispatch(m, (weights, groups, activations), result_writer)
         self._report(m, readers, writer)
         return m
@@ -273,7 +280,6 @@ class Datapath(wiring.Component):
             wiring.connect(m, source, mux.sources[_WRITERS + i])
         wiring.connect(m, mux.command, writer.command)
         wiring.connect(m, mux.data, writer.data)
-        wiring.connect(m, writer.axi, wiring.flipped(self.data_write_axi))
         wiring.connect(m, wiring.flipped(self.rank_command), ranking.command)
         m.d.comb += [
             writer.base.eq(self.write_base),

@@ -8,9 +8,10 @@ sequencer, the readers of both operands, the lanes and the writer. A work may al
 whose results are to be in memory. So the model follows the order, the waits and the overlaps of any
 program. `speq.host.cycles` says what the descriptors of a program are for it.
 
-Memory answers after `Machine.latency` cycles, and in the order in which it is asked. So the two
-operands of a vector operation, which come through one port, hold up one another, and activations
-that the array's loader has asked for hold up both. What is written holds up nothing.
+Memory answers after `Machine.latency` cycles, scratch memory sooner, each in the order in which it
+is asked. So the two operands of a vector operation hold up one another if both come from the same
+of the two, and activations that the array's loader has asked for hold up those. What is written
+holds up nothing.
 
 The constants below are cycles of the generated accelerator's units, in pipelines and state machines
 that no parameter changes; each was measured with programs of one descriptor
@@ -116,6 +117,9 @@ class Machine:
         Beats of the data port that a word of activations takes.
     window : int
         Beats that a reader of the data port asks for before the first of them comes.
+    reads, writes : tuple of int, optional
+        Cycles from a request on the data port, or a write's last beat, to the first response, of
+        memory and of scratch memory; `latency` when not given.
 
     Raises
     ------
@@ -129,6 +133,16 @@ class Machine:
     result_beats: int = 2
     word_beats: float = 0.5
     window: int = 128
+    reads: tuple[int, int] | None = None
+    writes: tuple[int, int] | None = None
+
+    def read(self, on_chip: bool = False) -> int:
+        """Cycles from a request on the data port to the first response."""
+        return self.latency if self.reads is None else self.reads[on_chip]
+
+    def written(self, on_chip: bool = False) -> int:
+        """Cycles from a write's last beat to its response."""
+        return self.latency if self.writes is None else self.writes[on_chip]
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "latency", "result_beats", "window"):
@@ -167,6 +181,8 @@ class Product(Work):
         Ranked products wait for all before them. RERANKED ones have a job for each tile.
     layer_tiles : int
         Of RERANKED ones: tiles of the layer in which theirs are looked for.
+    loads_on_chip, stores_on_chip : bool
+        Activations are in scratch memory, and results.
     """
 
     words: int = 1
@@ -175,6 +191,8 @@ class Product(Work):
     planes: int = 1
     kind: Kind = Kind.PLAIN
     layer_tiles: int = 1
+    loads_on_chip: bool = False
+    stores_on_chip: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,6 +213,8 @@ class Operand:
     spacing : int
         Cycles from a word to the next one as the reader puts them together, however early their
         beats have come.
+    on_chip : bool
+        It is in scratch memory.
     """
 
     first: int
@@ -203,6 +223,7 @@ class Operand:
     window: int
     rate: float
     spacing: int = 1
+    on_chip: bool = False
 
     def words(self, count: int) -> float:
         """Cycles in which so many come, from when the first one could."""
@@ -225,12 +246,15 @@ class Writes:
         the tile, and of the pipeline behind these.
     tail : int
         From the last piece to that on its way: beats of a burst are sent when all are there.
+    on_chip : bool
+        They go to scratch memory.
     """
 
     lead: int = 0
     tile: int = 0
     passing: int = 0
     tail: int = 0
+    on_chip: bool = False
 
 
 @dataclass(frozen=True)
@@ -297,7 +321,7 @@ class Walk:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self.now = 0
-        self._fetch = _FETCH + machine.latency
+        self._fetch = _FETCH + machine.read()
         #: When each of the descriptors that are fetched ahead was asked for, the next one first.
         self._asked = deque([0] * _AHEAD, _AHEAD)
         # When all products, or vector operations, up to each are finished.
@@ -305,8 +329,9 @@ class Walk:
         # Of the array: when the last job's activations are loaded, and the last two are computed.
         self._loaded = 0
         self._computed = [0, 0]
-        # When all that its loader had asked for at once has come through the data port.
-        self._port = 0
+        # When all that its loader had asked for at once has come, from memory and from scratch
+        # memory.
+        self._there = [0, 0]
         # When parts of the vector unit take the next command.
         self._sequencer = self._x = self._y = self._lanes = self._writer = 0
 
@@ -350,8 +375,9 @@ class Walk:
         stored = 0
         # The activations of all jobs are asked for as soon as there is room for them.
         beats = -(-work.tokens // rows) * work.words * self._machine.word_beats
-        comes = max(self._port, self.now + _LOAD + self._machine.latency)
-        self._port = comes + int(min(beats, self._machine.window))
+        place = work.loads_on_chip
+        comes = max(self._there[place], self.now + _LOAD + self._machine.read(place))
+        self._there[place] = comes + int(min(beats, self._machine.window))
         for first in range(0, work.tokens, rows):
             stored = self._job(work, min(rows, work.tokens - first))
         if is_ranked:
@@ -378,7 +404,8 @@ class Walk:
         self._computed = [self._computed[1], end]
         self.now = taken + 1
         # The last tile's results are collected, then sent.
-        return end + _STORE + machine.latency + 2 * machine.result_beats * tokens
+        answer = machine.written(work.stores_on_chip)
+        return end + _STORE + answer + 2 * machine.result_beats * tokens
 
     def _rerank(self, work: Product, start: int) -> int:
         """Tiles one after the other. The next one is looked for when the one before has been taken,
@@ -398,7 +425,7 @@ class Walk:
     # The vector unit.
 
     def _vector(self, work: VectorWork, start: int) -> int:
-        latency = self._machine.latency
+        machine = self._machine
         x, y, out = work.x, work.y, work.writes
         self.now = start = max(start, self._sequencer)
         handed = start + _SHAPE + work.setup
@@ -410,13 +437,18 @@ class Walk:
         self._sequencer = max(takes_x, takes_y, begins, writes) + 1
 
         # When the first word of each could be there.
-        # Memory answers in order, so behind what the array's loader has asked for.
-        x_there = port = max(takes_x + x.first + _READ + latency, self._port)
+        # Behind what the array's loader has asked for, where both are in the same memory.
+        x_there = port = max(
+            takes_x + x.first + _READ + machine.read(x.on_chip), self._there[x.on_chip]
+        )
         y_there = 0
+        shares = y is not None and y.on_chip == x.on_chip
         if y:
-            y_there = max(takes_y + y.first + _READ + latency, self._port)
+            y_there = max(
+                takes_y + y.first + _READ + machine.read(y.on_chip), self._there[y.on_chip]
+            )
             port = min(x_there, y_there)
-            if work.sweeps == 1:
+            if shares and work.sweeps == 1:
                 # What the other operand has asked for comes first, too.
                 words, later = sum(work.rows) * work.tiles * work.chunk, y_there - x_there
                 if later >= 0:
@@ -448,8 +480,9 @@ class Walk:
                         continue
                     if y:
                         y_count += size
-                        beats = x_count * x.beats + y_count * y.beats
-                        time = max(time, y_there + y.words(y_count), port + beats)
+                        time = max(time, y_there + y.words(y_count))
+                        if shares:
+                            time = max(time, port + x_count * x.beats + y_count * y.beats)
                     results += size
                     free = max(drained[0], writes) + size
                     waiting.append((results, free))
@@ -468,7 +501,7 @@ class Walk:
         self._x, self._lanes = int(last) + _GIVEN, int(time)
         self._y = self._x if y else self._y
         self._writer = int(drained[1]) + 1
-        end = int(drained[1]) + out.passing + out.tail + _ANSWER + latency
+        end = int(drained[1]) + out.passing + out.tail + _ANSWER + machine.written(out.on_chip)
         if work.alone:
             self._sequencer = end + 1
         return end

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from speq.hw.accelerator_config import AcceleratorConfig, ErrorCode, PassKind
+from speq.hw.memory.axi import PAGE_BYTES
 from speq.model.number_format import DRAFT_BITS
 
 #: "SPEQ", little-endian.
 IDENTIFICATION = 0x51455053
 #: Of this map: major version in the upper half, minor in the lower.
-VERSION = 0x0001_0005
+VERSION = 0x0001_0006
 #: Bits of a register's address.
 ADDRESS_BITS = 12
 #: Largest value of RING_LOG2.
@@ -216,6 +217,7 @@ def constants(config: AcceleratorConfig) -> dict[str, int | dict[str, int]]:
         "MAX_CHOICES": config.choices,
         "HISTORY_SIZE": config.history,
         "VECTOR": {"lanes": config.lanes, "query_heads": config.query_heads},
+        "SCRATCH_SIZE": config.scratch,
     }
 
 
@@ -226,7 +228,8 @@ def _address(name: str, offset: int, about: str, access: str = "rw") -> Register
 @lru_cache(maxsize=8)
 def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
     """All registers of a configuration, by rising offset. Those of the history and of guesses are
-    not there if it has no history, MOVE_PROGRAM and RUN.move not without lanes."""
+    not there if it has no history, MOVE_PROGRAM and RUN.move not without lanes, SCRATCH not without
+    scratch memory."""
     rows = config.engine.rows
     states = ", ".join(f"{value} {name}" for name, (value, _) in STATES.items())
     answers = ", ".join(f"{value} {name}" for name, (value, _) in ANSWERS.items())
@@ -446,6 +449,12 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
         ),
         Register("SEED", _SAMPLING + 8, "rw", "seed of the noise", bits=64),
     )
+    scratch = _address(
+        "SCRATCH",
+        _ENDS + 0x18,
+        "first byte of the window of SCRATCH_SIZE bytes that is on chip, a multiple of "
+        f"{PAGE_BYTES:,}; 0: there is none, and all is in memory",
+    )
     move = (_address("MOVE_PROGRAM", _ENDS + 0x10, "program of moves of KV entries"),)
     ends = (
         Register(
@@ -469,7 +478,11 @@ def registers(config: AcceleratorConfig) -> tuple[Register, ...]:
             "rw",
             "cycles without a transfer on either port in which memory may owe an answer, 0: any",
         ),
+        Register(
+            "SCRATCH_SIZE", _ENDS + 0x0C, "ro", "bytes of the scratch memory, 0: there is none"
+        ),
         *(move if config.lanes else ()),
+        *((scratch,) if config.scratch else ()),
         Register(
             "STOP_TOKEN",
             _ENDS + 0x20,

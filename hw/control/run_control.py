@@ -23,6 +23,7 @@ from speq.hw.control.register_map import (
     Register,
     registers,
 )
+from speq.hw.memory.axi import PAGE_BYTES
 
 
 class State(enum.Enum):
@@ -256,6 +257,9 @@ class RunControl(wiring.Component):
         if self.config.lanes:
             wrong = self._is_no_address(values.move_program, buffer)
             moves.append(("MOVE_PROGRAM", decode & values.run.move & wrong))
+        scratch = []
+        if self.config.scratch:
+            scratch.append(("SCRATCH", self._is_no_address(values.scratch, PAGE_BYTES)))
         return [
             ("READ_BASE", self._is_no_address(values.read_base)),
             ("READ_LIMIT", self._is_no_address(values.read_limit)),
@@ -275,6 +279,7 @@ class RunControl(wiring.Component):
             ("PROMPT_END", fills & (values.prompt_end + rows > engine.max_k)),
             ("STOP_TOKENS", decode & (values.stop_tokens > MAX_STOP_TOKENS)),
             *moves,
+            *scratch,
         ]
 
     def _is_no_address(self, value: Value, alignment: int = 1) -> Value:

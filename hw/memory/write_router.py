@@ -21,7 +21,8 @@ class WriteRouter(wiring.Component):
     burst is whose beats, or whose response, have not come.
 
     Flow control: a request is on one of the buses `LATENCY` cycles after it was taken, one in each
-    cycle; its beats pass from the cycle behind on, one in each cycle, in which they come. A
+    cycle; its beats pass `BEAT_LATENCY` cycles after the request at the earliest, in the
+    cycle in which they come. A
     response passes in the cycle in which it comes, or behind those of the bursts before.
 
     Parameters
@@ -40,8 +41,9 @@ class WriteRouter(wiring.Component):
     memory, scratch : Out(config.write_signature)
     """
 
-    #: Cycles from a request of the master to memory or scratch memory.
+    #: Cycles from a request of the master to memory or scratch memory, and to its beats there.
     LATENCY = 1
+    BEAT_LATENCY = 2
 
     def __init__(self, config: AxiConfig, size: int) -> None:
         self.config = config

@@ -30,10 +30,13 @@ from speq.hw.memory.memory_watchdog import MemoryWatchdog
 from speq.hw.memory.memory_writer import MemoryWriter
 from speq.hw.memory.ranking_writer import RankingWriter
 from speq.hw.memory.read_arbiter import ReadArbiter
+from speq.hw.memory.read_router import ReadRouter
 from speq.hw.memory.result_writer import ResultWriter
+from speq.hw.memory.scratch_memory import ScratchMemory
 from speq.hw.memory.weight_reader import WeightReader
 from speq.hw.memory.write_combiner import WriteCombiner
 from speq.hw.memory.write_mux import WriteMux
+from speq.hw.memory.write_router import WriteRouter
 from speq.hw.sampling.gumbel_transform import GumbelTransform
 from speq.hw.sampling.noise_source import NoiseSource
 from speq.hw.sampling.perturber import Perturber
@@ -72,6 +75,8 @@ _LANES = 8
 _PAUSES = (5, 14, 24)
 #: Masters that share a port.
 _MASTERS = 3
+#: Bytes of the scratch memory, less than by default: an FPGA of medium size holds them.
+_SCRATCH = 1 << 16
 #: Of the ports to memory.
 _ADDRESS_CHANNELS = 3
 
@@ -96,6 +101,9 @@ def units(config: AcceleratorConfig) -> dict[str, Callable[[], wiring.Component]
         "activation_reader": lambda: ActivationReader(config),
         "memory_reader": lambda: MemoryReader(config.data),
         "read_arbiter": lambda: ReadArbiter(config.data, _MASTERS),
+        "read_router": lambda: ReadRouter(config.data, _SCRATCH),
+        "write_router": lambda: WriteRouter(config.data, _SCRATCH),
+        "scratch_memory": lambda: ScratchMemory(config.data, _SCRATCH),
         "result_writer": lambda: ResultWriter(config),
         "ranking_writer": lambda: RankingWriter(config),
         "write_mux": lambda: WriteMux(config.data, _MASTERS),

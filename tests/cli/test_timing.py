@@ -31,7 +31,7 @@ from speq.hw.verilog.units import units
 
 #: Components that are others connected, parts of one unit alone, or a stand-in.
 NOT_ALONE = {
-    *("Accelerator", "Datapath", "GemmEngine", "Unit"),
+    *("Accelerator", "DataPort", "Datapath", "GemmEngine", "Unit"),
     "VectorUnit",
     *("AddressChannel", "BurstSplitter", "FaultState", "FunctionUnit", "PlaneMerger", "Ram"),
     *("RamFifo", "Repeater", "TileReader", "WordPacker", "_Chunker"),

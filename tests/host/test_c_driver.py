@@ -35,6 +35,7 @@ from tests.model.small_models import overflowing, random_tokens
 
 CONFIG = replace(system(), lanes=4, query_heads=8)
 ROWS = CONFIG.engine.rows
+ALIGNMENT = CONFIG.load_alignment
 SETTINGS = Settings(ROWS, 2, 0.1, 3, 2, GUESSING)
 MOST_LINES = 500
 
@@ -447,7 +448,7 @@ def test_images_for_other_accelerators_are_refused(library, qwen) -> None:
 
 def test_addresses_and_memory_are_compared(library, qwen) -> None:
     size = qwen.image.size
-    for base in (8, CONFIG.alignment // 2, 1 << 40, (1 << 40) - CONFIG.alignment, (1 << 64) - 64):
+    for base in (8, ALIGNMENT // 2, 1 << 40, (1 << 40) - ALIGNMENT, (1 << 64) - 64):
         assert refused(library, qwen, qwen.content, base=base, size=1 << 63) == "BAD_ADDRESS"
     assert refused(library, qwen, qwen.content, size=size - 1) == "NO_ROOM"
     assert refused(library, qwen, qwen.content, base=1 << 20, size=0) == "NO_ROOM"
@@ -458,7 +459,7 @@ def test_boards_that_fail(library, qwen, name) -> None:
     """At any call, when loading and when decoding; afterwards the driver can start anew."""
     board = AcceleratorModel(CONFIG, qwen.image.size + 4096)
     driver = CDriver(library, board, qwen.content)
-    base = CONFIG.alignment  # so that there is something to relocate
+    base = ALIGNMENT  # so that there is something to relocate
     assert driver.load(base) == "OK"
     calls = driver.calls[name]
     for left in (0, 1, calls // 2, calls - 1):

@@ -258,7 +258,7 @@ def test_architectures(architecture):
 def test_any_dimensions(config, changes):
     model = drafted_model("llama", SEED, **changes)
     encoded = encode_linears(model, config.engine.format)
-    session = make_session(model, encoded, config, base=3 * config.alignment)
+    session = make_session(model, encoded, config, base=3 * config.load_alignment)
     prompt = random_tokens(model.config, 7, SEED)
     check(session, prompt, Settings(config.engine.rows), max_tokens=9)
 

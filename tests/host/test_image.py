@@ -117,7 +117,7 @@ def board_with_noise(made: SimpleNamespace, base: int) -> Written:
 def test_decoding_from_a_file_is_the_golden_models(images, name, beats):
     """Behind any load address, with the file's settings and with others."""
     made = images[name]
-    base = beats * made.config.alignment
+    base = beats * made.config.load_alignment
     board, image = board_with_noise(made, base), read_image(made.path)
     memory = Region(base, base + image.size)
     session = Session(made.model, board=board, memory=memory, image=image)
@@ -195,13 +195,13 @@ def documented(content: bytes, base: int) -> tuple[list, list, list]:
     return expected, given, [(base + o, bytes(memory[o : o + s])) for _, o, s in pieces]
 
 
-@pytest.mark.parametrize("beats", [0, 5, (1 << 40) // 64 - 16384])
+@pytest.mark.parametrize("beats", [0, 5 << 8, (1 << 40) // 64 - 65536])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_reader_by_the_documentation_loads_what_the_driver_loads(images, name, beats):
     """Addresses of 40 bits included. What is not a region's is left alone, and the accelerator
     finds its registers as the driver leaves them."""
     made = images[name]
-    base = beats * 64 // made.config.alignment * made.config.alignment
+    base = beats * 64
     driven, by_hand = board_with_noise(made, base), board_with_noise(made, base)
     image = read_image(made.path)
     Session(made.model, board=driven, memory=Region(base, base + image.size), image=image)
@@ -510,7 +510,10 @@ def test_load_addresses_that_are_impossible_are_refused(images):
     made = images["4x8"]
     image = read_image(made.path)
     board = Written(made.config, 1 << 20)
-    for base, match in ((32, "expected a multiple of 64"), ((1 << 40) - 64, "addresses have 40")):
+    for base, match in (
+        (32, "expected a multiple of 4096"),
+        ((1 << 40) - 4096, "addresses have 40"),
+    ):
         with pytest.raises(ValueError, match=match):
             image.load(board, base)
     with pytest.raises(ValueError, match=r"needs \d+ bytes of memory, not 4096"):
@@ -558,9 +561,11 @@ def test_what_a_driver_needs_of_a_board_is_enough(images):
     """An image is loaded with the calls of `Board` alone."""
     made = images["4x8"]
     image: Image = read_image(made.path)
-    board: Board = AcceleratorModel(made.config, image.size + 64, 64)
-    image.load(board, 64)
-    image.write_registers(board, 64)
+    base = made.config.load_alignment
+    board: Board = AcceleratorModel(made.config, image.size, base)
+    image.load(board, base)
+    image.write_registers(board, base)
     r = Registers(board, made.config)
-    assert r["READ_BASE"] == 64 and r["WRITE_LIMIT"] == 64 + image.size - 1
-    assert r["WRITE_BASE"] == 64 + image.write_offset and r["READ_LIMIT"] == r["WRITE_LIMIT"]
+    assert r["READ_BASE"] == base and r["WRITE_LIMIT"] == base + image.size - 1
+    assert r["WRITE_BASE"] == base + image.write_offset and r["READ_LIMIT"] == r["WRITE_LIMIT"]
+    assert r["SCRATCH"] == base + image.scratch.start

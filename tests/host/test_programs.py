@@ -78,7 +78,7 @@ def qwen() -> Session:
 def test_any_dimensions(architecture, changes, config):
     model = drafted_model(architecture, SEED, **changes)
     encoded = encode_linears(model, config.engine.format)
-    session = make_session(model, encoded, config, base=3 * config.alignment)
+    session = make_session(model, encoded, config, base=3 * config.load_alignment)
     prompt = random_tokens(model.config, 7, SEED)
     check(session, prompt, Settings(config.engine.rows), max_tokens=6)
 

@@ -44,7 +44,7 @@ def test_runs_without_steps_on_the_rtl(library: ctypes.CDLL, tmp_path: Path) -> 
 
     image = model_image(FEW, model, encoded, settings=Settings(ROWS, 2, 0.1, 3, policy=GUESSING))
     write_image(tmp_path / "model.image", image)
-    base = 3 * FEW.alignment
+    base = 3 * FEW.load_alignment
     memory = MemoryOptions(image.size, base, latency=16)
     with SimulatedBoard(top_verilog(FEW), FEW, memory) as board:
         driver = CDriver(library, board, (tmp_path / "model.image").read_bytes())
