@@ -34,11 +34,11 @@ class ScratchMemory(wiring.Component):
     contents are undefined until written. A read that is requested when a write has been answered
     gives what was written.
 
-    Flow control: all channels may stall in any cycle. A burst's first beat is there
-    `READ_LATENCY` cycles after its request was taken, then there is one beat per cycle, also from
-    burst to burst. A beat is written in each cycle, and a burst answered `WRITE_LATENCY` cycles
-    after its last one was taken. A beat is taken a cycle after its burst's request at the earliest.
-    No ready depends on a valid of the same cycle.
+    Flow control: the master is always ready for read data; all other channels may stall in any
+    cycle. A burst's first beat is there `READ_LATENCY` cycles after its request was taken, then
+    there is one beat per cycle, also from burst to burst. A beat is written in each cycle, a cycle
+    after its burst's request at the earliest, and a burst is answered `WRITE_LATENCY` cycles after
+    its last one was taken. No ready depends on a valid of the same cycle.
 
     Parameters
     ----------
@@ -83,41 +83,37 @@ class ScratchMemory(wiring.Component):
         active = Signal()  # a burst of which a beat is left
         left = Signal(LENGTH_BITS, reset_less=True)  # beats behind the next one
         following = Signal(range(rams[0].depth), reset_less=True)
-        source = Signal(ID_BITS, reset_less=True)
-        # A beat in the RAMs' registers, and the one on the bus.
-        fetched = Signal()
-        last = Signal(reset_less=True)
-        may_fetch = Signal()
-        moves = Signal()
         fetch = Signal()
         word = Signal.like(following)
         m.d.comb += [
-            moves.eq(~bus.rvalid | bus.rready),
-            may_fetch.eq(~fetched | moves),
-            bus.arready.eq(~active & may_fetch),
-            fetch.eq((active | bus.arvalid) & may_fetch),
+            bus.arready.eq(~active),
+            fetch.eq(active | bus.arvalid),
             word.eq(Mux(active, following, self._word(bus.araddr))),
         ]
         for ram in rams:
             m.d.comb += [ram.read_enable.eq(fetch), ram.read_address.eq(word)]
+        # A beat in the RAMs' registers, then on the bus.
+        fetched = Signal()
+        last = Signal(reset_less=True)
+        fetched_source = Signal(ID_BITS, reset_less=True)
         with m.If(fetch):
             m.d.sync += [
-                active.eq(Mux(active, left != 0, bus.arlen != 0)),
+                active.eq(Mux(active, left, bus.arlen) != 0),
                 left.eq(decremented(Mux(active, left, bus.arlen))),
                 following.eq(word + 1),
                 last.eq(Mux(active, left, bus.arlen) == 0),
+                fetched_source.eq(Mux(active, fetched_source, bus.arid)),
             ]
-            with m.If(~active):
-                m.d.sync += source.eq(bus.arid)
-        fetched_source = Signal(ID_BITS, reset_less=True)
-        with m.If(fetch):
-            m.d.sync += fetched_source.eq(Mux(active, source, bus.arid))
-        with m.If(may_fetch):
-            m.d.sync += fetched.eq(fetch)
-        with m.If(moves):
-            m.d.sync += [bus.rvalid.eq(fetched), bus.rlast.eq(last), bus.rid.eq(fetched_source)]
-            for i, ram in enumerate(rams):
-                m.d.sync += bus.rdata[_BYTE * i : _BYTE * (i + 1)].eq(ram.read_data)
+        m.d.sync += [
+            fetched.eq(fetch),
+            bus.rvalid.eq(fetched),
+            bus.rlast.eq(last),
+            bus.rid.eq(fetched_source),
+            *(
+                bus.rdata[_BYTE * i : _BYTE * (i + 1)].eq(ram.read_data)
+                for i, ram in enumerate(rams)
+            ),
+        ]
 
     def _write(self, m: Module, rams: list[Ram]) -> None:
         bus = self.write
