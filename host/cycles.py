@@ -166,12 +166,11 @@ class WorkOf:
             case DescriptorKind.VECTOR:
                 return self._vector(d)
             case DescriptorKind.GEMM | DescriptorKind.ARGMAX | DescriptorKind.RERANK:
-                return self._linear(d, ranked)
+                return self._placed(self._linear(d, ranked), d)
             case DescriptorKind.ATTENTION:
                 k, o = (self._seen, d.o) if d.values else (d.k, self._seen)
                 tokens = self.rows * d.sharing
-                places = self._places(d)
-                return Product(*_waits(d), words=k, outputs=o, tokens=tokens, **places)
+                return self._placed(Product(*_waits(d), words=k, outputs=o, tokens=tokens), d)
             case _:
                 raise ValueError(f"the cycles of {d.kind.name} cannot be predicted")
 
@@ -179,12 +178,13 @@ class WorkOf:
     def _seen(self) -> int:
         return self.position + self.rows
 
-    def _places(self, d: Descriptor) -> dict[str, bool]:
-        """Where the activations and the results of a product are."""
-        return {
-            "loads_on_chip": self._on_chip(d.activations),
-            "stores_on_chip": self._on_chip(d.results),
-        }
+    def _placed(self, product: Product, d: Descriptor) -> Product:
+        """A product with where its activations and its results are."""
+        return replace(
+            product,
+            loads_on_chip=self._on_chip(d.activations),
+            stores_on_chip=self._on_chip(d.results),
+        )
 
     # Products.
 
@@ -198,7 +198,6 @@ class WorkOf:
                 planes=2,
                 kind=Kind.RERANKED,
                 layer_tiles=max(1, ceil_div(ranked, cols)),
-                loads_on_chip=self._on_chip(d.activations),
             )
         return Product(
             *_waits(d),
@@ -207,7 +206,6 @@ class WorkOf:
             tokens=tokens,
             planes=2 if d.mode is Mode.VERIFY else 1,
             kind=Kind.RANKED if d.kind is DescriptorKind.ARGMAX else Kind.PLAIN,
-            **self._places(d),
         )
 
     # Vector work.

@@ -722,6 +722,19 @@ def test_accesses_outside_the_regions(bench):
     assert bench.run(replace(bench.gemm, plane=1 << 16), END) == (ErrorCode.READ_DECERR, 1 << 16)
 
 
+def test_the_window_of_the_scratch_memory_is_not_in_memory(bench):
+    """What a product writes there a host does not see."""
+    address, size = bench.gemm.results, 64
+    before = np.full(size, 0x5A, np.uint8)
+    bench.board.write(address, before)
+    bench.registers["SCRATCH"] = address // 4096 * 4096
+    assert bench.run(bench.gemm, END) == (ErrorCode.NONE, 0)
+    assert np.array_equal(bench.board.read(address, size), before)
+    bench.registers["SCRATCH"] = 0
+    assert bench.run(bench.gemm, END) == (ErrorCode.NONE, 0)
+    assert not np.array_equal(bench.board.read(address, size), before)
+
+
 def test_impossible_registers(bench):
     registers = bench.registers
     sound = {"CHOICES": 1, "TOKEN_LIMIT": 1, "RING_LOG2": 1, "DRAFT_PROGRAM": 64, "RING": 0x9000}
@@ -742,6 +755,7 @@ def test_impossible_registers(bench):
         (1, "RING_LOG2", 25, 0x0A8),
         (1, "HISTORY_LENGTH", 2049, 0x0C8),
         (1, "POSITION", 253, 0x088),
+        (0, "SCRATCH", 0x1040, 0x358),
     ):
         kept = registers[name]
         registers["RUN"], registers[name] = decode, value

@@ -63,6 +63,7 @@ CONFIGS = {
     "3x4 small": AcceleratorConfig(
         EngineConfig(rows=3, cols=4, draft_rows=2, max_k=40, max_o=50, format=FormatConfig(32, 1)),
         lanes=0,
+        scratch=0,
     ),
     "4x8": FEW,
     "2x8 narrow": NARROW,
@@ -78,6 +79,7 @@ CONFIGS = {
         ),
         lanes=4,
         query_heads=16,
+        scratch=0,
     ),
     "8x16": FULL,
 }

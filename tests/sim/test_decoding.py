@@ -363,10 +363,10 @@ def decode(session: Session, text: str, settings: Settings, tokens: int) -> dict
     [
         (FULL, {}),
         (FEW, STALLED),
-        (replace(FULL, lanes=4, weights=NARROW.weights, data=NARROW.data), {}),
+        (replace(FULL, lanes=4, weights=NARROW.weights, data=NARROW.data, scratch=0), {}),
         pytest.param(replace(system(EngineConfig(cols=64)), lanes=16), {}, marks=pytest.mark.slow),
     ],
-    ids=["8 x 16", "4 x 8 with stalls", "ports of 64 bits", "8 x 64"],
+    ids=["8 x 16", "4 x 8 with stalls", "ports of 64 bits, no scratch memory", "8 x 64"],
 )
 def test_64_tokens_plain_and_speculative(config, memory):
     """All bits and all counts; then rows of all kinds."""

@@ -153,6 +153,7 @@ def test_runs_follow_each_other() -> None:
         SINGLE | {"read_base": 1, "write_base": 3, "pass_program": 2**40 - 64},
         SINGLE | {"prompt_end": 2**17 - 1, "stop_tokens": 15},
         DECODE | {"prompt_end": 252, "pass_program": 1, "stop_tokens": 8},
+        SINGLE | {"scratch": 2**40 - 4096},
         DECODE | {"position": 251, "prompt_end": 252, "pass_program": 0x1000},
     ],
 )
@@ -195,6 +196,8 @@ def test_possible_registers(values: dict[str, int]) -> None:
         (DECODE | {"position": 251, "prompt_end": 252, "pass_program": 1}, "pass_program"),
         (DECODE | {"position": 253, "prompt_end": 254}, "position"),
         (DECODE | {"stop_tokens": 9}, "stop_tokens"),
+        (SINGLE | {"scratch": 0x1800}, "scratch"),
+        (DECODE | {"scratch": 2**40}, "scratch"),
     ],
 )
 def test_impossible_registers(values: dict[str, int], culprit: str) -> None:

@@ -1,0 +1,1 @@
+from hw.memory.data_port import *

@@ -1,0 +1,1 @@
+from hw.memory.read_router import *

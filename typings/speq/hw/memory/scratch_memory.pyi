@@ -1,0 +1,1 @@
+from hw.memory.scratch_memory import *

@@ -1,0 +1,1 @@
+from hw.memory.write_router import *

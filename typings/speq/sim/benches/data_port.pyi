@@ -1,0 +1,1 @@
+from sim.benches.data_port import *
