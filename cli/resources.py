@@ -13,6 +13,7 @@ import typer
 from speq.cli.options import Cols, Force, Lanes, Rows
 from speq.cli.progress import status
 from speq.cli.tables import figure_table, show
+from speq.cli.verilog import Scratch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +29,7 @@ def run(
     rows: Rows = 8,
     cols: Cols = 16,
     lanes: Lanes = None,
+    scratch: Scratch = None,
     unit: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,7 +53,8 @@ def run(
     from speq.hw.verilog import ACCELERATOR_TOP, generate_top
     from speq.hw.verilog.units import unit_verilog, units
 
-    config = AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes)
+    given = {} if scratch is None else {"scratch": scratch}
+    config = AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes, **given)
     makers = units(config)
     for name in unit or ():
         if name not in makers:
@@ -81,6 +84,7 @@ def run(
                 "rows": rows,
                 "cols": cols,
                 "lanes": config.lanes,
+                "scratch": config.scratch,
                 "parts": fits,
             }
             temporary.write_text(json.dumps(report, indent=2) + "\n")

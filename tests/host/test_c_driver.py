@@ -440,6 +440,7 @@ def test_images_for_other_accelerators_are_refused(library, qwen) -> None:
     for other in (
         replace(CONFIG, lanes=8),
         replace(CONFIG, history=64),
+        replace(CONFIG, scratch=4096),
         replace(CONFIG, query_heads=16),
         replace(CONFIG, engine=replace(CONFIG.engine, rows=8)),
     ):

@@ -247,13 +247,14 @@ def test_architectures(architecture):
     [
         system(),
         system(EngineConfig(rows=3, cols=4, max_k=300, max_o=300), weights=64, data=64),
-        system(EngineConfig(rows=2, cols=32, max_k=256, max_o=999), data=64),
+        replace(system(EngineConfig(rows=2, cols=32, max_k=256, max_o=999), data=64), scratch=4096),
         system(
             EngineConfig(rows=8, cols=16, format=FormatConfig(32, 1), draft_rows=3, max_k=256),
             weights=64,
         ),
+        replace(system(), scratch=0),
     ],
-    ids=["4x8", "3x4 narrow", "2x32", "8x16 group 32"],
+    ids=["4x8", "3x4 narrow", "2x32 small scratch", "8x16 group 32", "4x8 no scratch"],
 )
 def test_any_dimensions(config, changes):
     model = drafted_model("llama", SEED, **changes)
