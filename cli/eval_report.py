@@ -289,18 +289,21 @@ def result_table(name: str, settings: Settings, figures: Mapping[str, Figures]) 
 
 
 def policy_table(done: Study) -> Table:
-    """What each part of the policy is worth, over all texts."""
+    """What each part of the policy is worth, over all texts. All weights that a plain pass reads
+    for a token limit what a bandwidth is good for."""
     table = figure_table(
         "parts of the policy",
-        *("with", "draft\n/pass", "tokens\n/pass", "alternates\n/pass", "guesses\n/pass"),
-        *("steps without\na draft pass", "speedup\nover FP16"),
+        *("with", "draft\n/pass", "tokens\n/pass", "alt.\n/pass", "guess\n/pass"),
+        *("no draft\npass", "speedup\nover FP16", "tokens/s\nper GB/s"),
     )
+    plain = 1e9 / done.costs.plain
+    table.add_row("plain decoding", *5 * [""], "1.00", f"{plain:.4g}")
     for name, figures in done.figures.items():
         f = figures["all"]
         table.add_row(
             *(POLICIES[name], number(f.drafted), number(f.tokens_per_pass)),
             *(number(f.alternate_hits), number(f.guess_hits), percent(f.free_steps)),
-            shown(f.speedup),
+            *(shown(f.speedup), f"{plain * f.speedup.value:.4g}"),
         )
     return table
 

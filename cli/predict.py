@@ -94,15 +94,18 @@ def run(
     from speq.model.cycles import uniform_formats
     from speq.model.loaders import read_config
     from speq.model.number_format import FormatConfig
-    from speq.model.prediction import MODELS, predict
+    from speq.model.prediction import MODELS, WEIGHT_BYTES, per_bandwidth, predict
 
     models = MODELS if model is None else {model: read_config(model)}
     drafts = encoded_drafts(encoded, *models.values()) if encoded else Drafts()
     positions = chosen_context(models, context, rows)
-    bandwidth = 2 * cols * clock / 1000
-    cycles = (f"{kind}\nM cycles" for kind in ("plain", "draft", "verify"))
+    bandwidth = WEIGHT_BYTES * cols * clock / 1000
+    cycles = (f"{kind}\nMcycles" for kind in ("plain", "draft", "verify"))
     names = ("model",) if model is None else ()
-    headings = ("accepted", "L", *cycles, "tokens/s\nplain", "tokens/s", "speedup")
+    rates = (
+        f"{rate}\n{kind}" for rate in ("tokens\n/s", "per\nGB/s") for kind in ("plain", "spec.")
+    )
+    headings = ("drafts\ntaken", "L", *cycles, *rates, "speed\nup")
     table = figure_table("", *names, *headings, left=len(names))
     for name, config in models.items():
         detail(f"{name}: {config}")
@@ -120,13 +123,16 @@ def run(
         )
         for share in acceptance or (0.7, 0.8, 0.9):
             p = predict(passes, share, positions, drafts.reranked)
-            rates = [clock * 1e6 / cycles for cycles in (p.plain, p.cycles_per_token)]
+            both = (p.plain, p.cycles_per_token)
+            rates = [clock * 1e6 / cycles for cycles in both]
+            shares = [per_bandwidth(cycles, cols) for cycles in both]
             table.add_row(
                 *(name for _ in names),
                 f"{share:.0%}",
                 str(p.length),
                 *(f"{cycles / 1e6:.3f}" for cycles in (p.plain, p.draft, p.verify)),
                 *(f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}" for rate in rates),
+                *(f"{share:,.0f}" if share >= 1000 else f"{share:.3g}" for share in shares),
                 f"{p.speedup:.2f}",
             )
         table.add_section()

@@ -209,11 +209,16 @@ def _evaluation(report: Mapping[str, Any]) -> Page:
         ),
         Card(_percent(best["acceptance_rate"]), "of the compared draft tokens accepted"),
         Card(_number(best["tokens_per_pass"]), "tokens committed per verify pass"),
+        Card(
+            _number(1e9 / float(costs["plain"]) * float(speed["value"])),
+            "tokens/s for each GB/s of weights",
+            f"{_number(1e9 / float(costs['plain']))} by plain decoding",
+        ),
         Card(_percent(draft), "of a plain pass is what a draft pass reads"),
         Card(_percent(verify - 1), "is what the encoding adds to a verify pass"),
     ]
     page.samples = [_sample(sample) for sample in report.get("samples", [])]
-    page.kinds = _kinds(results[best_of]["figures"])
+    page.kinds = _kinds(results[best_of]["figures"], float(costs["plain"]))
     page.acceptance = _acceptance(report["acceptance"])
     page.speed = _speeds({name: results[name]["figures"] for name in results})
     page.curves = [
@@ -298,10 +303,12 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _kinds(figures: Mapping[str, Any]) -> Table:
+def _kinds(figures: Mapping[str, Any], plain: float) -> Table:
+    """Figures by kind of text; a plain pass reads so many bytes."""
     headings = [
         *("kind of text", "tokens", "draft’s first choice right", "accepted", "tokens per pass"),
         *("drafted per pass", "stopped early", "alternate accepted", "speedup", "with KV cache"),
+        "tokens/s per GB/s",
     ]
     rows = [
         [
@@ -315,6 +322,7 @@ def _kinds(figures: Mapping[str, Any]) -> Table:
             _percent(f["alternate_hits"]),
             _number(f["speedup"]["value"]),
             _number(f["speedup_kv"]["value"]),
+            _number(1e9 / plain * float(f["speedup"]["value"])),
         ]
         for kind, f in figures.items()
     ]

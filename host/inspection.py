@@ -124,6 +124,8 @@ class Speed:
     plain_rate, rate : float
         Tokens per second of plain and of speculative decoding.
     speedup : float
+    bandwidth : float
+        GB/s of the weights' port.
     """
 
     clock: float
@@ -136,6 +138,7 @@ class Speed:
     plain_rate: float
     rate: float
     speedup: float
+    bandwidth: float
 
 
 @dataclass(frozen=True)
@@ -407,9 +410,10 @@ def _speed(
         return None
     p = predict(passes, acceptance, context)
     plain_rate = clock * 1e6 / p.plain
+    bandwidth = config.weights.beat_bytes * clock / 1000
     return Speed(
         *(clock, acceptance, context, p.plain, p.draft, p.verify, p.length),
-        *(plain_rate, plain_rate * p.speedup, p.speedup),
+        *(plain_rate, plain_rate * p.speedup, p.speedup, bandwidth),
     )
 
 
@@ -558,6 +562,11 @@ def _lines(r: Report) -> Iterator[str]:
         "speed",
         f"at {s.clock:g} MHz {_rate(s.plain_rate)} tokens/s plainly, {_rate(s.rate)} with drafts "
         f"of {s.length}, if {s.acceptance:.0%} of their tokens are accepted: x {s.speedup:.2f}",
+    )
+    yield from _entry(
+        "",
+        f"for each of {s.bandwidth:.4g} GB/s of weights {_rate(s.plain_rate / s.bandwidth)} and "
+        f"{_rate(s.rate / s.bandwidth)} tokens/s",
     )
 
 

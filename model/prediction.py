@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from speq.model.checkpoint import ModelConfig
 from speq.model.pass_cycles import PassCycles
 
+#: Bytes of a weight, of which the array takes one in each column and cycle.
+WEIGHT_BYTES = 2
+
 #: Dimensions of the models in the table.
 MODELS = {
     "SmolLM2-135M": ModelConfig(
@@ -64,6 +67,12 @@ class Prediction:
     def cycles_per_token(self) -> float:
         """Of speculative decoding."""
         return self.plain / self.speedup
+
+
+def per_bandwidth(cycles: float, cols: int) -> float:
+    """Tokens per second for each GB/s that so many columns can take of weights, at so many cycles
+    per token and whatever the clock: the tokens that come for a gigabyte."""
+    return 1e9 / (WEIGHT_BYTES * cols * cycles)
 
 
 def predict(

@@ -124,6 +124,11 @@ def test_report_and_plots(speq_eval, checkpoint, tmp_path):
         + 2 * 3 * 96 * 64
     )
     assert report["ablation"] is None
+    # Tokens that come for a gigabyte of weights.
+    plain = 1e9 / report["costs"]["plain"]
+    best = report["results"]["policy"]["figures"]["all"]["speedup"]["value"]
+    for rate in (plain, plain * best):
+        assert f"{rate:.4g}" in made.out.split()
     assert "the best on 5 other prompts" in made.out
 
 

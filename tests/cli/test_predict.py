@@ -46,6 +46,8 @@ def test_table(speq_command):
     for value in (f"{p.plain / 1e6:.3f}", f"{500e6 / p.plain:.4g}", f"{p.speedup:.2f}"):
         assert value in line.split()
     assert "16 GB/s" in result.out  # 16 columns of 2 bytes at 500 MHz
+    for cycles in (p.plain, p.cycles_per_token):
+        assert f"{500e6 / cycles / 16:.3g}" in line.split()
     for name in MODELS:
         assert name in result.out
 
