@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,8 +54,9 @@ def run(
     from speq.hw.verilog import ACCELERATOR_TOP, generate_top
     from speq.hw.verilog.units import unit_verilog, units
 
-    given = {} if scratch is None else {"scratch": scratch}
-    config = AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes, **given)
+    config = AcceleratorConfig(EngineConfig(rows=rows, cols=cols), lanes=lanes)
+    if scratch is not None:
+        config = replace(config, scratch=scratch)
     makers = units(config)
     for name in unit or ():
         if name not in makers:
