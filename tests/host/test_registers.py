@@ -34,5 +34,5 @@ def test_the_registers_tell_the_configuration(name):
 
 def test_another_version_is_refused():
     words = constant_words(AcceleratorConfig())
-    with pytest.raises(ValueError, match="register VERSION is 0x00010004; expected 0x00010005"):
-        configuration((words | {"VERSION": 0x00010004}).__getitem__)
+    with pytest.raises(ValueError, match="register VERSION is 0x00010005; expected 0x00010006"):
+        configuration((words | {"VERSION": 0x00010005}).__getitem__)
