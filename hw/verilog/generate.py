@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from amaranth.back import verilog
-from amaranth.hdl import ClockDomain, Shape
+from amaranth.hdl import ClockDomain, Shape, Value
+from amaranth.hdl._xfrm import DomainLowerer
 from amaranth.lib import wiring
 from amaranth.lib.wiring import Flow
 
@@ -57,6 +58,9 @@ _MISTRANSLATED = re.compile(
     r"always @\*\n\s+\S+( \[[^\]]*\])? = \d+'\S+;|^\s*(?:wire|reg) \[-1:0\].*", re.MULTILINE
 )
 
+#: What Yosys calls the variable by which a simulator runs every block once at its start.
+_INITIAL = re.compile(r"\\\$auto\$verilog_backend\S+ ")
+
 
 def convert_unit(component: wiring.Component, name: str, *, reset: bool = True) -> str:
     """Verilog of one component as the module `name`, the same bytes for the same component.
@@ -69,7 +73,7 @@ def convert_unit(component: wiring.Component, name: str, *, reset: bool = True) 
         If the component has a signal without bits, or a signal of which one part is constant and
         another assigned conditionally: Verilog takes both for something else.
     """
-    with _no_collection():
+    with _no_collection(), _shared_values():
         text = verilog.convert(
             component,
             name=name,
@@ -79,7 +83,7 @@ def convert_unit(component: wiring.Component, name: str, *, reset: bool = True) 
         )
     if found := _MISTRANSLATED.search(text):
         raise ValueError(f"{name}: Verilog has another meaning for {found[0].strip()!r}")
-    return text
+    return _INITIAL.sub(r"\\$initial ", text)
 
 
 @contextmanager
@@ -93,6 +97,28 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _shared_values() -> Iterator[None]:
+    """A value that is used in several places stays one value when Amaranth looks up the domains.
+
+    Its `DomainLowerer` builds every expression anew for each use, so what a chain of n steps uses
+    twice in each would be written 2^n times.
+    """
+    original = DomainLowerer.on_value
+    seen: dict[int, tuple[Value, Value]] = {}  # with the old value, so that no other has its id
+
+    def on_value(lowerer: DomainLowerer, value: Value) -> Value:
+        if id(value) not in seen:
+            seen[id(value)] = value, original(lowerer, value)
+        return seen[id(value)][1]
+
+    DomainLowerer.on_value = on_value
+    try:
+        yield
+    finally:
+        DomainLowerer.on_value = original
 
 
 @lru_cache(maxsize=8)

@@ -198,6 +198,28 @@ def test_what_verilog_would_misunderstand_is_refused() -> None:
         convert_unit(_Mistranslated(), "unit")
 
 
+class _Chain(wiring.Component):
+    """A chain of steps each of which uses the value before it twice."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        super().__init__({"a": In(8), "y": Out(8)})
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        value = self.a
+        for _ in range(self.steps):
+            value = value ^ (value + 1)[:8]
+        m.d.comb += self.y.eq(value)
+        return m
+
+
+def test_a_value_that_is_used_twice_is_written_once() -> None:
+    text = convert_unit(_Chain(20), "chain")
+    assert text.count("^") == 20
+    assert text.count("+") == 20
+
+
 @each_config
 def test_the_description_has_the_ports_and_units(
     config: EngineConfig, generated: Generated, tmp_path: Path
