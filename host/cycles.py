@@ -342,15 +342,18 @@ class WorkOf:
         width = _BYTE * config.activation_bytes
         parts = max(1, FP16_BITS * line_places(config) // port.data_bits)
         together = max(1, min(port.data_bits // width, config.lanes))
-        runs, line = 1, width
-        if target is Target.CONTEXT:
-            runs = ceil_div(rows[0], self.rows)
+        runs, line = 1.0, width
+        if target is Target.CONTEXT:  # the last segment may have fewer rows
+            runs = sum(ceil_div(count, self.rows) for count in rows) / len(rows)
         elif target is Target.KEYS:
             places = line_places(config)
             runs = ceil_div(self.position % places + self.rows, places)
             together, line = 1, FP16_BITS * cols
         lines = min(cols, elements)
         tile = max(_TILE + _RUN * runs, runs * ceil_div(lines, together) * parts)
+        # Behind the last tile, which may be partial, nothing waits for its runs to be planned.
+        rest = elements - (tiles - 1) * cols
+        early = tile - max(1.0, runs * ceil_div(rest, together) * parts)
         in_order = elements if target in (Target.ACTIVATIONS, Target.WEIGHTS) else lines
         if target is Target.KEYS:
             in_order = lines * tiles * len(rows)
@@ -359,7 +362,7 @@ class WorkOf:
         if target is not Target.CONTEXT:
             period = max(1.0, tile * port.data_bits / (lines * line))
         tail = self._tail(beats, period)
-        return Writes(_LEAD, tile, _PASSING, tail)
+        return Writes(_LEAD, tile, _PASSING - int(early), tail)
 
     def _tail(self, beats: int, period: float) -> int:
         """Cycles from the last beat of so many in order, one each `period` cycles, to its way to

@@ -241,9 +241,11 @@ class Writes:
 
     Attributes
     ----------
-    lead, tile, passing : int
-        Cycles from a tile's last result to the first of its pieces, of what `tile` cycles are for
-        the tile, and of the pipeline behind these.
+    lead, passing : int
+        Cycles from a tile's last result to the first of its pieces, and of the pipeline behind
+        these.
+    tile : float
+        Cycles for the pieces of a tile, on average.
     tail : int
         From the last piece to that on its way: beats of a burst are sent when all are there.
     on_chip : bool
@@ -251,7 +253,7 @@ class Writes:
     """
 
     lead: int = 0
-    tile: int = 0
+    tile: float = 0
     passing: int = 0
     tail: int = 0
     on_chip: bool = False

@@ -476,6 +476,9 @@ SOUND_VECTORS = {
     "softmax": (VectorOperation.SOFTMAX, Target.WEIGHTS, {"sharing": 3, "slot": 1}),
     "quantize": (VectorOperation.QUANTIZE, Target.TILES, {}),
     "drafts": (VectorOperation.GATE, Target.DRAFT_ACTIVATIONS, {}),
+    "multiply": (VectorOperation.MULTIPLY, Target.ACTIVATIONS, {}),
+    "sigmoid": (VectorOperation.SIGMOID_GATE, Target.ACTIVATIONS, {}),
+    "normalize": (VectorOperation.NORMALIZE, Target.CONTEXT, {"sharing": 3, "slot": 1}),
 }
 
 
