@@ -568,7 +568,7 @@ def test_bad_responses_to_vector_work(pair, access, name, field, response):
     """The burst with the bad byte is named; it may also be one that is not read or written."""
     bad = (BAD_READS if access == "READ" else BAD_WRITES)[response]
     burst = pair.config.data.burst_beats * pair.config.data.beat_bytes
-    for _ in range(20):
+    for _ in range(200):
         workload = pair.workload(rows=1, position=int(pair.random.integers(3)))
         workload.places = {field: over(bad, pair.random)}
         add_sound_vector(workload, name, k=30)
@@ -603,31 +603,31 @@ def test_vector_work_outside_the_regions(pair, access, name, field):
 
 
 @pytest.mark.parametrize("response", RESPONSES, ids=RESPONSES.values())
-def test_bad_responses_to_moves(pair, response):
+def test_bad_responses_to_moves(faulty, response):
     """When an entry is read and when it is written: the step that it belongs to is as if it had not
     been."""
-    bad, random = BAD_WRITES[response], pair.random
-    burst = pair.config.data.burst_beats * pair.config.data.beat_bytes
-    registers, seen = Registers(pair.rtl, pair.config), set()
+    bad, random = BAD_WRITES[response], faulty.random
+    burst = faulty.config.data.burst_beats * faulty.config.data.beat_bytes
+    registers, seen = Registers(faulty.rtl, faulty.config), set()
     names = ("POSITION", "ROOT", "COMMITTED", "RING_INDEX")
     for _ in range(60):
-        workload, _ = moving(pair.config, random, bad)
+        workload, _ = moving(faulty.config, random, bad)
         verify = workload.descriptors[-4]
-        size = verify.k * pair.config.activation_bytes // 2
+        size = verify.k * faulty.config.activation_bytes // 2
         before = [workload.position, workload.registers["ROOT"], 0, 0]
         got = run_status(registers)
-        for got in run(pair.rtl, workload):
+        for got in run(faulty.rtl, workload):
             if got.state == "STEP":
                 before = [registers[name] for name in names]
                 fresh = random.standard_normal(size).astype(np.float16).view(np.uint8)
-                pair.rtl.write(verify.activations, fresh)
+                faulty.rtl.write(verify.activations, fresh)
                 workload.patches[-1] = [Patch(verify.activations, fresh)]
         if got.state == "ERROR":
             assert got.error.name in (f"{access}_{RESPONSES[response]}" for access in ACCESSES)
             assert got.address <= bad < got.address + burst
             assert [registers[name] for name in names] == before
             seen.add(got.error)
-        pair.check_stopped(workload)
+        faulty.check_stopped(workload)
         if len(seen) == len(ACCESSES):
             return
     pytest.fail(f"the bad byte has been met by {seen} alone")
