@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import pytest
 from amaranth.sim import Simulator, SimulatorContext
@@ -116,7 +117,7 @@ def walk(
     way."""
     content = program if isinstance(program, bytes) else b"".join(d.pack() for d in program)
     memory = dict(enumerate(content, start=address))
-    dut = ProgramWalker(config)
+    dut, simulator, processes = simulation(config)
     record = WalkRecord()
     rng = random.Random(trial)
 
@@ -201,14 +202,46 @@ def walk(
     request = {"program": address, "rows": rows, "position": position}
     if config.lanes:
         request["source"] = source
-    simulator = Simulator(dut)
-    simulator.add_clock(1e-9)
-    simulator.add_process(memory_port(dut, memory, bad_read))
-    simulator.add_testbench(taker)
-    simulator.add_testbench(configure, background=True)
-    simulator.add_testbench(Source(dut.walk, [request], rng).run, background=True)
+    if processes:
+        simulator.reset()
+    processes |= {
+        "memory": memory_port(dut, memory, bad_read),
+        "taker": taker,
+        "registers": configure,
+        "request": Source(dut.walk, [request], rng).run,
+    }
     simulator.run()
     return record
+
+
+@lru_cache(maxsize=1)
+def simulation(
+    config: AcceleratorConfig,
+) -> tuple[ProgramWalker, Simulator, dict[str, Callable[[SimulatorContext], Coroutine]]]:
+    """A walker in the simulator, which takes longer to make than to run; and what runs beside it
+    after the next reset, by name."""
+    dut = ProgramWalker(config)
+    processes: dict[str, Callable[[SimulatorContext], Coroutine]] = {}
+    simulator = Simulator(dut)
+    simulator.add_clock(1e-9)
+
+    async def memory(ctx):
+        await processes["memory"](ctx)
+
+    async def taker(ctx):
+        await processes["taker"](ctx)
+
+    async def registers(ctx):
+        await processes["registers"](ctx)
+
+    async def request(ctx):
+        await processes["request"](ctx)
+
+    simulator.add_process(memory)
+    simulator.add_testbench(taker)
+    simulator.add_testbench(registers, background=True)
+    simulator.add_testbench(request, background=True)
+    return dut, simulator, processes
 
 
 def misses(place: int) -> bool:
