@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from amaranth.hdl import Elaboratable, Module, Mux, Signal
 from amaranth.lib import stream, wiring
-from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from speq.hw.common.ram_fifo import RamFifo
@@ -80,8 +79,9 @@ class MemoryReader(wiring.Component):
         m.submodules.faults = faults = FaultState(config)
         m.submodules.buffer = buffer = RamFifo(config.data_bits, config.depth)
         # Addresses of outstanding bursts, for the report of a bad response.
-        m.submodules.requested = requested = SyncFIFO(
-            width=config.word_bits, depth=config.outstanding
+        # None is answered before two cycles have passed.
+        m.submodules.requested = requested = RamFifo(
+            config.word_bits, 1 << (config.outstanding - 1).bit_length()
         )
         wiring.connect(m, wiring.flipped(self.command), splitter.command)
         wiring.connect(m, wiring.flipped(self.data), buffer.read)
@@ -124,9 +124,9 @@ class MemoryReader(wiring.Component):
 
         channel.drive(m, axi, "ar", axi.rready)
         m.d.comb += [
-            requested.w_data.eq(burst.word),
-            requested.w_en.eq(request),
-            requested.r_en.eq(finish),
+            requested.write.payload.eq(burst.word),
+            requested.write.valid.eq(request),
+            requested.read.ready.eq(finish),
             buffer.write.payload.eq(axi.rdata),
             buffer.write.valid.eq(axi.rvalid & ~axi.rresp[1] & ~faults.stopped),
             buffer.clear.eq(self.clear),
@@ -138,7 +138,7 @@ class MemoryReader(wiring.Component):
             splitter,
             valid=axi.rvalid,
             response=axi.rresp,
-            word=requested.r_data,
+            word=requested.read.payload,
             outstanding=outstanding,
         )
         m.d.comb += self.busy.eq(splitter.busy | (room != config.depth) | faults.stopped)
