@@ -17,6 +17,7 @@ from speq.host.programs import ModelLayout
 from speq.hw.accelerator_config import AcceleratorConfig, PassKind
 from speq.hw.control.descriptor import Descriptor, DescriptorKind, Target, VectorOperation
 from speq.hw.engine_config import DRAFT_LANES, FP16_BITS, EngineConfig, Mode
+from speq.hw.memory.axi import AxiConfig
 from speq.hw.memory.read_router import ReadRouter
 from speq.hw.memory.scratch_memory import ScratchMemory
 from speq.hw.memory.write_router import WriteRouter
@@ -85,8 +86,9 @@ _QUANTIZED, _DRAFTED, _REQUEST = 8, 3, 4
 _TOKENS = 18
 
 
-def machine(config: AcceleratorConfig, latency: int) -> Machine:
-    """What the cycles of an accelerator depend on, with memory of this latency."""
+def machine(config: AcceleratorConfig, latency: int, weight_bits: float | None = None) -> Machine:
+    """What the cycles of an accelerator depend on, with memory of this latency that gives so many
+    bits of weights per cycle, by default as many as the port takes."""
     engine = config.engine
     beats = max(1, _FP32_BITS * engine.cols // config.data.data_bits)
     word = _BYTE * config.activation_bytes / config.data.data_bits
@@ -101,7 +103,11 @@ def machine(config: AcceleratorConfig, latency: int) -> Machine:
             WriteRouter.BEAT_LATENCY + latency,
             WriteRouter.BEAT_LATENCY + ScratchMemory.WRITE_LATENCY,
         )
-    return Machine(engine.rows, engine.cols, latency, beats, word, window, reads, writes)
+    given = config.weights.data_bits
+    given = given if weight_bits is None else min(given, weight_bits)
+    pace = max(1.0, FP16_BITS * engine.cols / given)
+    sizes = (engine.rows, engine.cols, latency, beats, word, window)
+    return Machine(*sizes, reads, writes, pace)
 
 
 @dataclass(frozen=True)
@@ -431,6 +437,8 @@ class PredictedPasses:
         Outputs of the head that draft passes compute; all when not given.
     capacity : int, optional
         Entries of the KV cache; `default_capacity` when not given.
+    weight_bits : float, optional
+        Bits of weights that memory gives per cycle; as many as the port takes when not given.
 
     Raises
     ------
@@ -446,10 +454,11 @@ class PredictedPasses:
         latency: int,
         drafted_outputs: int | None = None,
         capacity: int | None = None,
+        weight_bits: float | None = None,
     ) -> None:
         check_vector_unit(config)
         self._config, self._model, self._latency = config, model, latency
-        self._machine = machine(config, latency)
+        self._machine = machine(config, latency, weight_bits)
         if capacity is None:
             capacity = default_capacity(config, model)
         self._layouts = {
@@ -518,9 +527,13 @@ def predicted_passes(
     latency: int = 16,
     context: int = 0,
     drafted_outputs: int | None = None,
+    weight_bits: float | None = None,
+    weights: AxiConfig | None = None,
+    data: AxiConfig | None = None,
 ) -> PredictedPasses:
     """Cycles of passes on an accelerator that is made for a model and so many KV entries before a
-    pass; parameters as of `PredictedPasses`, lanes 8 or the columns if there are fewer.
+    pass; parameters as of `PredictedPasses`, lanes 8 or the columns if there are fewer, ports as of
+    `AcceleratorConfig`.
 
     Raises ValueError if none is made for it.
     """
@@ -529,6 +542,11 @@ def predicted_passes(
     first = next(iter(formats.values()), FormatConfig())
     engine = EngineConfig(rows=rows, cols=cols, format=first, max_k=longest)
     engine = replace(engine, max_o=max(engine.max_o, model.vocab_size, model.heads * width))
-    config = AcceleratorConfig(engine, lanes=min(8, cols) if lanes is None else lanes)
+    lanes = min(8, cols) if lanes is None else lanes
+    config = AcceleratorConfig(engine, weights, data, lanes=lanes)
     config = replace(config, query_heads=max(config.query_heads, model.heads))
-    return PredictedPasses(config, model, formats, latency, drafted_outputs, context + rows)
+    return PredictedPasses(
+        *(config, model, formats, latency, drafted_outputs),
+        capacity=context + rows,
+        weight_bits=weight_bits,
+    )

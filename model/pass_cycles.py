@@ -20,6 +20,7 @@ that no parameter changes; each was measured with programs of one descriptor
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,11 +121,14 @@ class Machine:
     reads, writes : tuple of int, optional
         Cycles from a request on the data port, or a write's last beat, to the first response, of
         memory and of scratch memory; `latency` when not given.
+    pace : float
+        Cycles from one weight word of all columns to the next: 1, or more where the weights' port
+        or the memory behind it gives less than a word per cycle, for which the array waits.
 
     Raises
     ------
     ValueError
-        If there is no row, no column, no latency or no beat.
+        If there is no row, no column, no latency or no beat, or if weights come too fast.
     """
 
     rows: int = 8
@@ -135,6 +139,7 @@ class Machine:
     window: int = 128
     reads: tuple[int, int] | None = None
     writes: tuple[int, int] | None = None
+    pace: float = 1.0
 
     def read(self, on_chip: bool = False) -> int:
         """Cycles from a request on the data port to the first response."""
@@ -148,6 +153,12 @@ class Machine:
         for name in ("rows", "cols", "latency", "result_beats", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not self.pace >= 1:
+            raise ValueError(f"pace is {self.pace}; the array takes a word per cycle at most")
+
+    def words(self, count: int) -> int:
+        """Cycles in which so many weight words come."""
+        return math.ceil(count * self.pace)
 
 
 @dataclass(frozen=True)
@@ -399,7 +410,7 @@ class Walk:
         late = min(_BURST, work.words) - 1 if work.planes > 1 else 0
         # Results of a tile, and a cycle before them (`ResultWriter`), are on their way before those
         # of the next.
-        tile = max(work.words, tokens * machine.result_beats + 1)
+        tile = max(machine.words(work.words), tokens * machine.result_beats + 1)
         tiles = -(-work.outputs // machine.cols)
         end = max(start + late, self._computed[1]) + tiles * tile
         self._loaded = start + work.words
@@ -419,7 +430,7 @@ class Walk:
         for _ in range(-(-work.outputs // self._machine.cols)):
             begin = issue + load
             issue = max(issue, ranked) + find
-            end = max(begin, end) + work.words
+            end = max(begin, end) + self._machine.words(work.words)
             ranked = end + _RERANK
         self.now = ranked
         return ranked

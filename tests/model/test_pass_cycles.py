@@ -42,6 +42,21 @@ def test_a_product_takes_a_cycle_for_each_word_and_some_around_them():
     assert cycles(replace(LONG, tokens=9)) - cycles(replace(LONG, tokens=8)) > words - 40
 
 
+def test_the_array_waits_for_weights_that_come_slower():
+    words = 20 * 200
+    half = replace(MACHINE, pace=2.0)
+    assert walk_cycles([LONG], half) - walk_cycles([LONG], MACHINE) == words
+    third = replace(MACHINE, pace=1.5)
+    assert walk_cycles([LONG], third) - walk_cycles([LONG], MACHINE) == words // 2
+    # Where results take longer than weights, it does not wait.
+    few = [Product(words=4, outputs=320, tokens=8)]
+    assert walk_cycles(few, half) == walk_cycles(few, MACHINE)
+    exact = [Product(words=200, outputs=64, planes=2, kind=Kind.RERANKED, layer_tiles=8)]
+    assert walk_cycles(exact, half) - walk_cycles(exact, MACHINE) == 4 * 200
+    with pytest.raises(ValueError, match=r"pace is 0\.5"):
+        replace(MACHINE, pace=0.5)
+
+
 def test_products_follow_each_other_without_a_gap_unless_they_wait():
     assert cycles(LONG, LONG) == cycles(LONG) + 4000
     assert cycles(LONG, replace(LONG, products=0)) > cycles(LONG) + 4000 + MACHINE.latency

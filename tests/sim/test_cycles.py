@@ -20,7 +20,7 @@ from speq.model.speculation import Settings
 from speq.sim.session import simulated_session
 from tests.host.decoding import SEED, check
 from tests.model.drafted import drafted_model
-from tests.sim.configurations import FEW, FULL
+from tests.sim.configurations import FEW, FULL, NARROW
 
 LATENCY = 16
 #: Largest relative error of predicted cycles.
@@ -89,6 +89,13 @@ def test_cycles_of_passes_are_predicted(architecture, changes):
     with session_for(drafted_model(architecture, SEED, **changes)) as session:
         for position in (0, 37):
             check_predictions(session, position)
+
+
+def test_the_array_waits_for_a_narrow_port():
+    """Which takes two cycles for a word of all columns."""
+    model = drafted_model("llama", SEED, hidden=64, ffn_hidden=160)
+    with session_for(model, NARROW) as session:
+        check_predictions(session, 9)
 
 
 @pytest.mark.slow
