@@ -23,6 +23,7 @@ from speq.cli import (
     demo_decode,
     encode,
     evaluate,
+    explore,
     generate,
     image,
     inspect,
@@ -84,6 +85,7 @@ app.command("inspect")(inspect.run)
 app.command("eval")(evaluate.run)
 app.command("report")(report.run)
 app.command("cycles")(predict.run)
+app.command("explore")(explore.run)
 app.command("bench")(bench.run)
 app.command("timing")(timing.run)
 app.command("resources")(resources.run)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of `speq eval`, as matplotlib figures, and how they are saved as PNG and SVG.
+"""The plots of `speq eval` and `speq explore`, as matplotlib figures, saved as PNG and SVG.
 
 The same data gives the same bytes. Colours are those of Okabe and Ito ("Color Universal Design",
 2008), which remain distinct for colour-blind readers.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,9 @@ from matplotlib.patches import Patch
 from speq.model.ablation import RowResult
 from speq.model.evaluation import Acceptance, Curve
 from speq.model.number_format import remap_table
+
+if TYPE_CHECKING:
+    from speq.host.exploration import Point
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, SKY = "#D55E00", "#56B4E9"
@@ -129,10 +133,51 @@ def ablation_plot(rows: Sequence[RowResult], model: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+def front_plot(points: Sequence[Point], size: str, model: str, bandwidth: float) -> Figure:
+    """Speed against size of configurations, the Pareto front in colours that say how well each uses
+    its bandwidth."""
+    figure, (axis,) = _figure(6.4, 4.2)
+    behind = [point for point in points if not point.front]
+    front = sorted((point for point in points if point.front), key=lambda point: point.size)
+    axis.plot(
+        [point.size for point in behind],
+        [point.speed.speculative for point in behind],
+        *("o",),
+        color="#cccccc",
+        markersize=4,
+        label="others",
+    )
+    shown = axis.scatter(
+        [point.size for point in front],
+        [point.speed.speculative for point in front],
+        c=[point.goodness[2] for point in front],
+        cmap="viridis",
+        edgecolors="black",
+        linewidths=0.6,
+        zorder=3,
+        label="Pareto front",
+    )
+    # The fastest of each array is named.
+    best: dict[str, Point] = {}
+    for point in front:
+        array = f"{point.configuration.rows} x {point.configuration.cols}"
+        if array not in best or point.speed.speculative > best[array].speed.speculative:
+            best[array] = point
+    for array, point in best.items():
+        place = (point.size, point.speed.speculative)
+        axis.annotate(array, place, (4, 5), textcoords="offset points", fontsize=8)
+    figure.colorbar(shown, ax=axis, label="tokens/s per GB/s of weights")
+    fastest = max(point.speed.speculative for point in points)
+    axis.set(xlabel=size, ylabel="tokens/s", ylim=(0, 1.1 * fastest))
+    axis.set_title(f"Configurations for {_short(model)}, {bandwidth:g} GB/s of weights")
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str, creator: str = _CREATOR) -> list[Path]:
     """Writes NAME.png and NAME.svg to a folder."""
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    figure.savefig(png, dpi=_DPI, metadata={"Software": _CREATOR})
+    figure.savefig(png, dpi=_DPI, metadata={"Software": creator})
     with matplotlib.rc_context({"svg.hashsalt": "speq", "svg.fonttype": "none"}):
-        figure.savefig(svg, metadata={"Date": None, "Creator": _CREATOR})
+        figure.savefig(svg, metadata={"Date": None, "Creator": creator})
     return [png, svg]

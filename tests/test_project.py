@@ -82,7 +82,7 @@ def test_everything_installed_is_pinned_and_nothing_else_is() -> None:
     closure = installed_closure()
     unpinned = sorted(set(closure) - set(PINS))
     assert not unpinned, f"add to constraints.txt: {unpinned}"
-    for extra in ("hf", "oracle", "timing"):
+    for extra in ("dask", "hf", "oracle", "timing"):
         wanted = {*map(canonicalize_name, PROJECT["optional-dependencies"][extra])}
         assert wanted <= SEPARATE | set(closure)
     unused = sorted(set(PINS) - set(closure) - SEPARATE)

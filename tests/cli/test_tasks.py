@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks in this process, in others and on a Dask cluster, and what is kept of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from speq.cli.tasks import Finished, results
+
+TASKS = [0.1, 2.0, 3.7]
+needs_dask = pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is None,
+    reason="Dask is not installed: pip install -e '.[dask]'",
+)
+
+
+def ends(_: float) -> None:
+    """A task whose process is lost."""
+    os._exit(3)
+
+
+def ends_once(path: str) -> str:
+    """A task whose first process is lost: that which makes the file."""
+    try:
+        Path(path).touch(exist_ok=False)
+    except FileExistsError:
+        return path
+    os._exit(3)
+
+
+def test_processes_give_what_this_one_gives():
+    serial = list(results(math.exp, TASKS))
+    assert serial == [(i, math.exp(task)) for i, task in enumerate(TASKS)]
+    assert sorted(results(math.exp, TASKS, jobs=2)) == serial
+    assert list(results(math.exp, [], jobs=2)) == []
+
+
+def test_errors_of_tasks_and_lost_processes():
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        list(results(math.sqrt, [1.0, -1.0], jobs=2))
+    with pytest.raises(OSError, match=r"a process has ended, .* fewer --jobs"):
+        list(results(ends, TASKS, jobs=2))
+
+
+def test_what_is_finished_is_kept(tmp_path):
+    path = tmp_path / "points"
+    with Finished(path, "a") as finished:
+        finished.add("x", 0.1 + 0.2)
+        finished.add("y", {"z": [1, 1e-300]})
+    path.write_text(path.read_text() + '{"half of a li')  # as a killed run leaves it
+    with Finished(path, "a") as finished:
+        assert finished.results == {"x": 0.1 + 0.2, "y": {"z": [1, 1e-300]}}
+        finished.add("w", 1)
+    with Finished(path, "a") as finished:
+        assert list(finished.results) == ["x", "y", "w"]
+    with Finished(path, "b") as finished:  # another request
+        assert finished.results == {}
+    assert len(path.read_text().splitlines()) == 1
+    for line in path.read_text().splitlines():
+        json.loads(line)
+
+
+def test_files_of_others_stay(tmp_path: Path):
+    path = tmp_path / "points"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="did not write"):
+        Finished(path, "a")
+    assert path.read_text() == "mine"
+    with Finished(path, "a", force=True) as finished:
+        assert finished.results == {}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("distributed") is not None, reason="Dask is installed")
+def test_dask_that_is_missing_is_named():
+    with pytest.raises(ValueError, match=r"install it with pip install -e '\.\[dask\]'"):
+        list(results(math.exp, TASKS, scheduler="tcp://127.0.0.1:1"))
+
+
+@needs_dask
+def test_a_cluster_gives_what_this_process_gives():
+    from distributed import LocalCluster
+
+    with LocalCluster(1, threads_per_worker=1, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address
+        assert sorted(results(math.exp, TASKS, scheduler=address)) == list(results(math.exp, TASKS))
+
+
+@needs_dask
+def test_a_lost_worker_costs_its_task_only(tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
+        tasks = [str(tmp_path / name) for name in "abc"]
+        for name in tasks[1:]:
+            Path(name).touch()
+        found = dict(results(ends_once, tasks, scheduler=cluster.scheduler_address))
+    assert found == dict(enumerate(tasks)) and Path(tasks[0]).exists()
+
+
+@needs_dask
+def test_a_scheduler_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("speq.cli.tasks._ANSWER", 1)
+    with pytest.raises(ValueError, match="no Dask scheduler answers"):
+        list(results(math.exp, TASKS, scheduler="tcp://127.0.0.1:1"))

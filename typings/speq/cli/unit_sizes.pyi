@@ -1,0 +1,1 @@
+from cli.unit_sizes import *

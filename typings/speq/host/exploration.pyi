@@ -1,0 +1,1 @@
+from host.exploration import *
