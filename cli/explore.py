@@ -102,6 +102,7 @@ def run(
     Rows, columns, lanes, widths of the ports and lengths of drafts are varied.
     """
     from speq.cli.sizes import Limit, chosen_part
+    from speq.cli.tasks import Finished, check_scheduler, processors, results
     from speq.hw.common.files import replacing, staged
 
     if not 0 < bandwidth <= _MAX_BANDWIDTH:
@@ -116,12 +117,13 @@ def run(
         raise ValueError(f"acceptance is {acceptance}; expected a probability, 0 to 1")
     if context is not None and not 0 <= context <= MOST_TOKENS:
         raise ValueError(f"context is {context}; expected 0 to {MOST_TOKENS} positions")
+    if scheduler is not None:
+        check_scheduler(scheduler)
     limit = Limit(chosen_part(part), area)
     check_model(model)
     # These load torch: options are right by now.
     from speq.cli import plots
     from speq.cli.predict import Drafts, chosen_context, encoded_drafts
-    from speq.cli.tasks import Finished, processors, results
     from speq.host.exploration import Decoding, Point, Speed, configurations, mark_front, speed
     from speq.model.cycles import uniform_formats
     from speq.model.loaders import read_config
@@ -145,7 +147,6 @@ def run(
     writing = replacing(json_file, _REPORT, force=force) if json_file else nullcontext()
     with ExitStack() as stack:
         temporary = stack.enter_context(writing)
-        output.mkdir(parents=True, exist_ok=True)
         folder = stack.enter_context(staged(output, _PLOTS, force=force))
         finished = stack.enter_context(Finished(output / _FINISHED, repr(decoding), force=force))
         progress = stack.enter_context(bars(transient=True, terminal_only=True))

@@ -25,7 +25,8 @@ _FAMILY = "UltraScale+"
 #: SKY130 HD.
 _PART_CLOCK, _AREA_CLOCK = 73.0, 227.0
 #: What sizes are of, and are not.
-COUNTED_AREA = "PEs, rounders and arithmetic of the lanes"
+COUNTED_AREA = "array and lanes"
+_NOT_IN_AREA = "readers, writers, control, memories and wires"
 
 
 #: Units that there is one of, whose size follows the width of the data port, or nothing varied.
@@ -109,14 +110,7 @@ def taken(config: AcceleratorConfig) -> Taken:
 
 #: How many there are of what has been measured in SKY130 HD.
 _PARTS_OF_AREA: dict[str, Callable[[AcceleratorConfig], float]] = {
-    "pe_dual": _UNITS["pe_dual"].count,
-    "pe_fp16": _UNITS["pe_fp16"].count,
-    "rounder": _cols,
-    "fp32_adder": _lanes,
-    "fp32_multiplier": lambda config: 2 * config.lanes,
-    "exponential": _lanes,
-    "shared_sigmoid": _UNITS["shared_sigmoid"].count,
-    "reciprocal": _one,
+    name: _lanes if name == "fp32_to_fp16" else _UNITS[name].count for name in AREAS
 }
 
 
@@ -205,7 +199,7 @@ class Limit:
         """What is in the sizes and what is not."""
         if self.part:
             return f"units as mapped for {_FAMILY}, but not {NOT_COUNTED}"
-        return f"{COUNTED_AREA}, in {self.name} without wires"
+        return f"cells of {COUNTED_AREA} in {self.name}; {_NOT_IN_AREA} come on top"
 
     def size(self, configuration: Configuration) -> float:
         """Of what is scarcest of the part the share that is taken; else mm²."""

@@ -11,30 +11,42 @@ import hashlib
 import json
 import multiprocessing
 import os
+import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import as_completed as all_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
-from speq.hw.common.files import check_output
+from speq.hw.common.files import check_output, replacing
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 #: How a file of finished tasks begins.
 MARK = rb'\{"speq tasks": "'
-#: Times that a task is tried again elsewhere, on a cluster.
-_RETRIES = 3
-#: Seconds in which a scheduler must answer.
+#: Seconds in which a scheduler must answer, and have a worker.
 _ANSWER = 10
 
 
 def processors() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_scheduler(address: str) -> None:
+    """Raises ValueError if it is none of a Dask scheduler, or Dask is not installed."""
+    if not re.fullmatch(r"(tcp|tls)://[^/\s]+:\d+", address):
+        raise ValueError(f"scheduler is {address!r}; expected tcp://HOST:PORT")
+    if find_spec("distributed") is None:
+        raise ValueError(
+            "there is no Dask for --scheduler: install it with pip install -e '.[dask]'"
+        )
 
 
 def results(
@@ -57,9 +69,10 @@ def results(
     ValueError
         If Dask is not installed, does not answer, or has workers with other sources.
     OSError
-        If a process ends.
+        If a process ends; on a cluster, if a task's workers end four times, or the scheduler does.
     """
     if scheduler is not None:
+        check_scheduler(scheduler)
         yield from _on_cluster(function, tasks, scheduler)
     elif jobs == 1 or len(tasks) < 2:
         yield from ((i, function(task)) for i, task in enumerate(tasks))
@@ -88,35 +101,38 @@ def _in_processes(
 def _on_cluster(
     function: Callable[[T], R], tasks: Sequence[T], scheduler: str
 ) -> Iterator[tuple[int, R]]:
-    try:
-        dask = import_module("distributed")
-    except ImportError as error:
-        raise ValueError(
-            "there is no Dask for --scheduler: install it with pip install -e '.[dask]'"
-        ) from error
+    dask = import_module("distributed")
     try:
         client = dask.Client(scheduler, timeout=_ANSWER, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{scheduler}: no Dask scheduler answers there") from error
     with client:
         try:
-            workers = client.run(source_digest)
-        except ImportError as error:
-            raise ValueError(f"{scheduler}: a worker does not have speq: {error}") from error
-        if not workers:
-            raise ValueError(f"{scheduler}: the scheduler has no workers")
-        for worker, digest in workers.items():
-            if digest != source_digest():
-                raise ValueError(f"{scheduler}: {worker} has other sources of speq than this one")
-        # A task of a worker that is lost goes to another one.
+            client.wait_for_workers(1, timeout=_ANSWER)
+        except TimeoutError as error:
+            raise ValueError(f"{scheduler}: the scheduler has no workers") from error
+        # A task of a worker that is lost goes to another one, three times.
         futures = {
-            client.submit(function, task, pure=False, retries=_RETRIES): i
+            client.submit(_checked, function, task, source_digest(), pure=False): i
             for i, task in enumerate(tasks)
         }
-        for future in dask.as_completed(futures, loop=client.loop):
-            yield futures[future], future.result()
+        try:
+            for future in dask.as_completed(futures, loop=client.loop):
+                yield futures[future], future.result()
+        except ImportError as error:
+            raise ValueError(f"{scheduler}: a worker does not have speq: {error}") from error
+        except (dask.KilledWorker, dask.client.FutureCancelledError) as error:
+            raise OSError(f"{scheduler}: workers or scheduler are lost: {error}") from error
 
 
+def _checked(function: Callable[[T], R], task: T, digest: str) -> R:
+    """The result of a task, on a worker that has the same sources."""
+    if source_digest() != digest:
+        raise ValueError(f"{platform.node()}: this worker has other sources of speq")
+    return function(task)
+
+
+@cache
 def source_digest() -> str:
     """SHA-256 of the sources that results may depend on: those of the packages hw, model and
     host."""
@@ -140,7 +156,8 @@ class Finished:
     Parameters
     ----------
     path : Path
-        Made, or read if it is of the same request; what is of another one is replaced.
+        Read if it is of the same request; made, or put in the place of what is of another one, with
+        the first result.
     request : str
         All that results depend on besides their task.
     force : bool
@@ -155,32 +172,47 @@ class Finished:
     ------
     OSError
         If the file cannot be written, or was not written by this class.
+    ValueError
+        If it is damaged.
     """
 
     def __init__(self, path: Path, request: str, *, force: bool = False) -> None:
         check_output(path, MARK, force=force)
         digest = hashlib.sha256((request + source_digest()).encode()).hexdigest()
-        head = json.dumps({"speq tasks": digest})
+        self._path, self._force = path, force
+        self._kept = [json.dumps({"speq tasks": digest}) + "\n"]
+        self._file: TextIO | None = None
         self.results: dict[str, Any] = {}
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [head + "\n"]
-        if lines and lines[0] == kept[0]:
+        lines = (
+            path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else []
+        )
+        if lines[:1] == self._kept:
             # A killed run may leave a piece of a line at the end.
-            kept += [line for line in lines[1:] if line.endswith("\n")]
-            for line in kept[1:]:
-                self.results |= json.loads(line)
-        if kept != lines:
-            path.write_text("".join(kept))
-        self._file = path.open("a")
+            self._kept += [line for line in lines[1:] if line.endswith("\n")]
+            for line in self._kept[1:]:
+                self.results |= _parsed(line, path)
 
     def __enter__(self) -> Finished:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def add(self, name: str, result: Any) -> None:
         """Keep the result of a task: JSON values, in which numbers lose nothing."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path, MARK, force=self._force) as temporary:
+                temporary.write_text("".join(self._kept))
+            self._file = self._path.open("a")
         self.results[name] = result
         self._file.write(json.dumps({name: result}) + "\n")
         self._file.flush()
+
+
+def _parsed(line: str, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: remove it") from error

@@ -48,15 +48,14 @@ MEASURED: dict[str, dict[tuple[int, int, int], tuple[float, float, float, float]
 #: What is not among them.
 NOT_COUNTED = "what is at other widths of ports, and what is not in cli/unit_sizes.py"
 
-#: Square micrometres of cells of SKY130 HD, without wires: PEs by `speq bench --only area`, mapped
-#: for area, others by `speq timing --unit NAME`, sized for 4 ns, both with `--liberty`.
+#: Square micrometres of cells of SKY130 HD, without wires: units of 8 x 32 as measured with `speq
+#: timing --cols 32 --liberty FILE`, mapped with buffering and sizing for 4 ns (docs/results.md).
 AREAS = {
-    "pe_fp16": 13_093,
-    "pe_dual": 18_132,
-    "rounder": 12_690,
-    "fp32_adder": 14_305,
-    "fp32_multiplier": 38_569,
-    "exponential": 20_762,
+    "pe_fp16": 16_815,
+    "pe_dual": 25_966,
+    "rounder": 12_766,
+    "exponent_remap": 603,
+    "lane": 81_680,
     "shared_sigmoid": 28_614,
-    "reciprocal": 44_555,
+    "fp32_to_fp16": 3_207,
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,26 @@ def test_a_run_and_another(speq_command, tmp_path: Path, monkeypatch):
     assert again.out == first.out and json.loads(report.read_text()) == written
 
 
+def test_processes_and_what_is_left_of_a_killed_run_give_the_same(speq_command, tmp_path: Path):
+    def explored(name: str, *options: object) -> list[bytes]:
+        folder, report = tmp_path / name, tmp_path / f"{name}.json"
+        found = speq_command("explore", "tiny", *SWEEP, *options, "-o", folder, "--json", report)
+        assert found.code == 0, found.err
+        return [path.read_bytes() for path in (report, folder / "front.png", folder / "front.svg")]
+
+    serial = explored("serial", "--jobs", 1)
+    assert explored("parallel", "--jobs", 2) == serial
+    (tmp_path / "killed").mkdir()
+    kept = (tmp_path / "serial" / "points.jsonl").read_text()[:-20]
+    (tmp_path / "killed" / "points.jsonl").write_text(kept)
+    assert explored("killed", "--jobs", 1) == serial
+    if importlib.util.find_spec("distributed"):
+        from distributed import LocalCluster
+
+        with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
+            assert explored("cluster", "--scheduler", cluster.scheduler_address) == serial
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -148,6 +169,7 @@ def test_a_run_and_another(speq_command, tmp_path: Path, monkeypatch):
         (("--bandwidth", 1, "--acceptance", 1.5), "acceptance is 1.5"),
         (("--bandwidth", 1, "--context", 513), "context is 513; that of tiny is 512"),
         (("--bandwidth", 1, "--latency", 49), "latency is 49"),
+        (("--bandwidth", 1, "--scheduler", "localhost"), "scheduler is 'localhost'; expected tcp"),
     ],
 )
 def test_impossible_requests(speq_command, tmp_path, options, message):

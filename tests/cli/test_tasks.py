@@ -61,7 +61,8 @@ def test_what_is_finished_is_kept(tmp_path):
         assert list(finished.results) == ["x", "y", "w"]
     with Finished(path, "b") as finished:  # another request
         assert finished.results == {}
-    assert len(path.read_text().splitlines()) == 1
+        finished.add("x", 2)
+    assert len(path.read_text().splitlines()) == 2
     for line in path.read_text().splitlines():
         json.loads(line)
 
@@ -74,6 +75,12 @@ def test_files_of_others_stay(tmp_path: Path):
     assert path.read_text() == "mine"
     with Finished(path, "a", force=True) as finished:
         assert finished.results == {}
+        finished.add("x", 1)
+    with Finished(path, "a") as finished:
+        assert finished.results == {"x": 1}
+    path.write_text(path.read_text() + "{]\n")
+    with pytest.raises(ValueError, match="is damaged: remove it"):
+        Finished(path, "a")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("distributed") is not None, reason="Dask is installed")
