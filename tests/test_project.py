@@ -44,6 +44,7 @@ TARGETS = (
     "bench",
     "timing",
     "check-models",
+    "check-cluster",
     "clean",
 )
 #: Folders whose modules are installed.

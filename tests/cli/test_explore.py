@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -149,11 +148,6 @@ def test_processes_and_what_is_left_of_a_killed_run_give_the_same(speq_command, 
     kept = (tmp_path / "serial" / "points.jsonl").read_text()[:-20]
     (tmp_path / "killed" / "points.jsonl").write_text(kept)
     assert explored("killed", "--jobs", 1) == serial
-    if importlib.util.find_spec("distributed"):
-        from distributed import LocalCluster
-
-        with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
-            assert explored("cluster", "--scheduler", cluster.scheduler_address) == serial
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks in this process, in others and on a Dask cluster, and what is kept of them."""
+"""Tasks in this process and in others, and what is kept of them; test_cluster.py has clusters."""
 
 from __future__ import annotations
 
@@ -14,23 +14,10 @@ import pytest
 from speq.cli.tasks import Finished, results
 
 TASKS = [0.1, 2.0, 3.7]
-needs_dask = pytest.mark.skipif(
-    importlib.util.find_spec("distributed") is None,
-    reason="Dask is not installed: pip install -e '.[dask]'",
-)
 
 
 def ends(_: float) -> None:
     """A task whose process is lost."""
-    os._exit(3)
-
-
-def ends_once(path: str) -> str:
-    """A task whose first process is lost: that which makes the file."""
-    try:
-        Path(path).touch(exist_ok=False)
-    except FileExistsError:
-        return path
     os._exit(3)
 
 
@@ -86,32 +73,4 @@ def test_files_of_others_stay(tmp_path: Path):
 @pytest.mark.skipif(importlib.util.find_spec("distributed") is not None, reason="Dask is installed")
 def test_dask_that_is_missing_is_named():
     with pytest.raises(ValueError, match=r"install it with pip install -e '\.\[dask\]'"):
-        list(results(math.exp, TASKS, scheduler="tcp://127.0.0.1:1"))
-
-
-@needs_dask
-def test_a_cluster_gives_what_this_process_gives():
-    from distributed import LocalCluster
-
-    with LocalCluster(1, threads_per_worker=1, dashboard_address=None) as cluster:
-        address = cluster.scheduler_address
-        assert sorted(results(math.exp, TASKS, scheduler=address)) == list(results(math.exp, TASKS))
-
-
-@needs_dask
-def test_a_lost_worker_costs_its_task_only(tmp_path):
-    from distributed import LocalCluster
-
-    with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
-        tasks = [str(tmp_path / name) for name in "abc"]
-        for name in tasks[1:]:
-            Path(name).touch()
-        found = dict(results(ends_once, tasks, scheduler=cluster.scheduler_address))
-    assert found == dict(enumerate(tasks)) and Path(tasks[0]).exists()
-
-
-@needs_dask
-def test_a_scheduler_that_is_not_there(monkeypatch):
-    monkeypatch.setattr("speq.cli.tasks._ANSWER", 1)
-    with pytest.raises(ValueError, match="no Dask scheduler answers"):
         list(results(math.exp, TASKS, scheduler="tcp://127.0.0.1:1"))
