@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What configurations of the accelerator take of an FPGA, without a synthesis of each.
+"""What configurations of the accelerator take, without a synthesis of each.
 
-A configuration's size is the sum of its units', and a unit's is that of measured ones
-(`speq.cli.unit_sizes`): those in the array and the lanes of the vector unit are the same in all
-configurations, and there are more or fewer of them; others grow linearly with what they work on,
-such as the width of a port. So far only the mapping for UltraScale+ has been measured.
+A configuration's size is the sum of its units that have been measured (`speq.cli.unit_sizes`), of
+which there are more or fewer: PEs, rounders, lanes, and on an FPGA the readers of weights and of
+operands, whatever their ports. Writers, control, stores and scratch memory are not in it, so that
+what is too large is so for certain, but not what fits. Of FPGAs only the mapping for UltraScale+
+has been measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 
 from speq.cli.fpga import KINDS, PARTS, USABLE_LUTS, Part, Taken
-from speq.cli.unit_sizes import AREAS, MEASURED, NOT_COUNTED
+from speq.cli.unit_sizes import AREAS, MEASURED
 from speq.host.exploration import Configuration
 from speq.hw.accelerator_config import AcceleratorConfig
-from speq.hw.engine_config import EngineConfig
 from speq.hw.vector.lane import SHARING
 
 _FAMILY = "UltraScale+"
@@ -27,30 +26,8 @@ _PART_CLOCK, _AREA_CLOCK = 73.0, 227.0
 #: What sizes are of, and are not.
 COUNTED_AREA = "array and lanes"
 _NOT_IN_AREA = "readers, writers, control, memories and wires"
-
-
-#: Units that there is one of, whose size follows the width of the data port, or nothing varied.
-_OF_DATA_PORT = (
-    *("group_reader", "activation_reader", "vector_writer", "memory_writer", "result_writer"),
-    *("entry_mover", "write_mux"),
-)
-_OTHERS = (
-    *("ranker", "perturber", "speculation_controller", "program_walker", "register_file"),
-    *("run_control", "row_values", "partial_sums", "token_reader", "activation_quantizer"),
-    *("attention_mask", "ranking_writer", "read_arbiter", "memory_watchdog"),
-)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """How many of a unit a configuration has, and what their size is linear in; None: nothing."""
-
-    count: Callable[[AcceleratorConfig], float]
-    grows: Callable[[AcceleratorConfig], int] | None = None
-
-
-def _one(_: AcceleratorConfig) -> int:
-    return 1
+COUNTED_PART = "array, lanes and readers of weights and operands"
+_NOT_IN_PART = "writers, control, stores and scratch memory"
 
 
 def _cols(config: AcceleratorConfig) -> int:
@@ -61,71 +38,32 @@ def _lanes(config: AcceleratorConfig) -> int:
     return config.lanes
 
 
-def _weights(config: AcceleratorConfig) -> int:
-    return config.weights.data_bits
-
-
-def _data(config: AcceleratorConfig) -> int:
-    return config.data.data_bits
-
-
-#: The accelerator's units, none of which is in another. What connects them is not among them, nor
-#: are the store of activations and the vector core's own sequence.
-_UNITS = {
-    "exponent_remap": _Unit(_cols),
-    "pe_dual": _Unit(lambda config: config.engine.draft_rows * config.engine.cols),
-    "pe_fp16": _Unit(
-        lambda config: (config.engine.rows - config.engine.draft_rows) * config.engine.cols
-    ),
-    "rounder": _Unit(_cols),
-    "lane": _Unit(_lanes),
-    "shared_sigmoid": _Unit(lambda config: config.lanes / SHARING),
-    "weight_reader": _Unit(_one, _weights),
-    **{name: _Unit(_one, _data) for name in _OF_DATA_PORT},
-    "operand_reader": _Unit(lambda _: 2, _data),
-    **{name: _Unit(_one) for name in _OTHERS},
+#: How many there are of each measured unit.
+_COUNTS: dict[str, Callable[[AcceleratorConfig], float]] = {
+    "pe_fp16": lambda config: (config.engine.rows - config.engine.draft_rows) * config.engine.cols,
+    "pe_dual": lambda config: config.engine.draft_rows * config.engine.cols,
+    "rounder": _cols,
+    "exponent_remap": _cols,
+    "lane": _lanes,
+    "shared_sigmoid": lambda config: config.lanes / SHARING,
+    "fp32_to_fp16": _lanes,
+    "weight_reader": lambda _: 1,
+    "operand_reader": lambda _: 2,
 }
 
 
 def area(config: AcceleratorConfig) -> float:
     """Square millimetres of SKY130 HD's cells in `COUNTED_AREA`, without wires."""
-    return sum(AREAS[name] * count(config) for name, count in _PARTS_OF_AREA.items()) / 1e6
+    return sum(area * _COUNTS[name](config) for name, area in AREAS.items()) / 1e6
 
 
 def taken(config: AcceleratorConfig) -> Taken:
-    """What the units of a configuration with lanes take of an UltraScale+."""
+    """What the measured units of a configuration with lanes take of an UltraScale+."""
     total = Taken()
     for name, figures in MEASURED.items():
-        unit = _UNITS[name]
-        measured = {
-            unit.grows(_measured_config(*sizes)) if unit.grows else 0: kinds
-            for sizes, kinds in figures.items()
-        }
-        here = unit.grows(config) if unit.grows else 0
-        for i, kind in enumerate(KINDS):
-            one = _linear(here, {x: kinds[i] for x, kinds in measured.items()})
-            total.kinds[kind] += unit.count(config) * one
+        for kind, figure in zip(KINDS, figures, strict=True):
+            total.kinds[kind] += figure * _COUNTS[name](config)
     return total
-
-
-#: How many there are of what has been measured in SKY130 HD.
-_PARTS_OF_AREA: dict[str, Callable[[AcceleratorConfig], float]] = {
-    name: _lanes if name == "fp32_to_fp16" else _UNITS[name].count for name in AREAS
-}
-
-
-@cache
-def _measured_config(rows: int, cols: int, lanes: int) -> AcceleratorConfig:
-    return AcceleratorConfig(EngineConfig(rows, cols), lanes=lanes)
-
-
-def _linear(x: int, measured: Mapping[int, float]) -> float:
-    """The value at x on the line through the first and the last of measured points, at least 0; of
-    one point that one."""
-    (first, low), (last, high) = min(measured.items()), max(measured.items())
-    if first == last:
-        return low
-    return max(0.0, low + (high - low) * (x - first) / (last - first))
 
 
 def chosen_part(name: str | None) -> Part | None:
@@ -191,14 +129,17 @@ class Limit:
     def axis(self) -> str:
         """What sizes are, for a plot."""
         if self.part:
-            return f"share of what is scarcest of {self.name}"
+            return f"{COUNTED_PART}, share of the scarcest of {self.name}"
         return f"area of {COUNTED_AREA}, mm² of {self.name}"
 
     @property
     def counted(self) -> str:
         """What is in the sizes and what is not."""
         if self.part:
-            return f"units as mapped for {_FAMILY}, but not {NOT_COUNTED}"
+            return (
+                f"{COUNTED_PART} by Yosys for {_FAMILY}; {_NOT_IN_PART} come on top "
+                "(speq resources)"
+            )
         return f"cells of {COUNTED_AREA} in {self.name}; {_NOT_IN_AREA} come on top"
 
     def size(self, configuration: Configuration) -> float:
