@@ -24,9 +24,9 @@ _FAMILY = "UltraScale+"
 #: SKY130 HD.
 _PART_CLOCK, _AREA_CLOCK = 73.0, 227.0
 #: What sizes are of, and are not.
-COUNTED_AREA = "array and lanes"
+_COUNTED_AREA = "array and lanes"
 _NOT_IN_AREA = "readers, writers, control, memories and wires"
-COUNTED_PART = "array, lanes and readers of weights and operands"
+_COUNTED_PART = "array, lanes and readers of weights and operands"
 _NOT_IN_PART = "writers, control, stores and scratch memory"
 
 
@@ -53,7 +53,7 @@ _COUNTS: dict[str, Callable[[AcceleratorConfig], float]] = {
 
 
 def area(config: AcceleratorConfig) -> float:
-    """Square millimetres of SKY130 HD's cells in `COUNTED_AREA`, without wires."""
+    """Square millimetres of SKY130 HD's cells in array and lanes, without wires."""
     return sum(area * _COUNTS[name](config) for name, area in AREAS.items()) / 1e6
 
 
@@ -129,18 +129,18 @@ class Limit:
     def axis(self) -> str:
         """What sizes are, for a plot."""
         if self.part:
-            return f"{COUNTED_PART}, share of the scarcest of {self.name}"
-        return f"area of {COUNTED_AREA}, mm² of {self.name}"
+            return f"share of what is scarcest of {self.name}: array, lanes, readers"
+        return f"area of {_COUNTED_AREA}, mm² of {self.name}"
 
     @property
     def counted(self) -> str:
         """What is in the sizes and what is not."""
         if self.part:
             return (
-                f"{COUNTED_PART} by Yosys for {_FAMILY}; {_NOT_IN_PART} come on top "
+                f"{_COUNTED_PART} by Yosys for {_FAMILY}; {_NOT_IN_PART} come on top "
                 "(speq resources)"
             )
-        return f"cells of {COUNTED_AREA} in {self.name}; {_NOT_IN_AREA} come on top"
+        return f"cells of {_COUNTED_AREA} in {self.name}; {_NOT_IN_AREA} come on top"
 
     def size(self, configuration: Configuration) -> float:
         """Of what is scarcest of the part the share that is taken; else mm²."""
