@@ -22,7 +22,7 @@ from speq.hw.vector.lane import SHARING
 _FAMILY = "UltraScale+"
 #: MHz of the slowest unit that `speq timing` has measured, on an ECP5-85F of speed grade 6 and in
 #: SKY130 HD.
-_PART_CLOCK, _AREA_CLOCK = 73.0, 227.0
+_PART_CLOCK, _AREA_CLOCK = 80.0, 227.0
 #: What sizes are of, and are not.
 _COUNTED_AREA = "array and lanes"
 _NOT_IN_AREA = "readers, writers, control, memories and wires"
