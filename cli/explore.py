@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from speq.cli.options import MOST_TOKENS, Force, ModelName, check_model, finite
-from speq.cli.predict import DEFAULT_CONTEXT, MAX_CLOCK, MAX_LATENCY
+from speq.cli.options import Force, ModelName, check_model, finite
+from speq.cli.predict import MAX_LATENCY, Context, Encoded, check_conditions
 from speq.cli.progress import bars
 from speq.cli.tables import figure_table, show
 
@@ -54,13 +54,7 @@ def run(
             callback=finite,
         ),
     ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            help="Positions in the KV cache, at most the model's.",
-            show_default=f"{DEFAULT_CONTEXT}, or the model's",
-        ),
-    ] = None,
+    context: Context = None,
     clock: Annotated[
         float | None,
         typer.Option(
@@ -72,10 +66,7 @@ def run(
     acceptance: Annotated[
         float, typer.Option(help="Share of drafted tokens accepted.", callback=finite)
     ] = 0.8,
-    encoded: Annotated[
-        Path | None,
-        typer.Option(help="The model as speq encode has written it: what its head drafts counts."),
-    ] = None,
+    encoded: Encoded = None,
     rows: Annotated[list[int] | None, typer.Option(help=_ROWS, show_default="4, 8, 16")] = None,
     cols: Annotated[
         list[int] | None, typer.Option(help=_COLS, show_default="8, 16, 32, 64")
@@ -109,17 +100,11 @@ def run(
         raise ValueError(f"bandwidth is {bandwidth:g}; expected more than 0 and up to 1,000,000")
     if area is not None and not area > 0:
         raise ValueError(f"area is {area:g}; expected more than 0 mm²")
-    if clock is not None and not 0 < clock <= MAX_CLOCK:
-        raise ValueError(f"clock is {clock:g}; expected more than 0 and up to {MAX_CLOCK} MHz")
-    if not 1 <= latency <= MAX_LATENCY:
-        raise ValueError(f"latency is {latency}; the prediction holds for 1 to {MAX_LATENCY}")
-    if not 0 <= acceptance <= 1:
-        raise ValueError(f"acceptance is {acceptance}; expected a probability, 0 to 1")
-    if context is not None and not 0 <= context <= MOST_TOKENS:
-        raise ValueError(f"context is {context}; expected 0 to {MOST_TOKENS} positions")
     if scheduler is not None:
         check_scheduler(scheduler)
     limit = Limit(chosen_part(part), area)
+    clock = limit.clock if clock is None else clock
+    check_conditions(clock, latency, context, [acceptance])
     check_model(model)
     # These load torch: options are right by now.
     from speq.cli import plots
@@ -140,7 +125,7 @@ def run(
         reranked=drafts.reranked,
         acceptance=acceptance,
         context=chosen_context({model: config}, context, max(c.rows for c in found)),
-        clock=limit.clock if clock is None else clock,
+        clock=clock,
         bandwidth=bandwidth,
         latency=latency,
     )

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +27,18 @@ MAX_LATENCY = 48
 #: Positions in the KV cache, if the model has as many.
 DEFAULT_CONTEXT = 1024
 
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Positions in the KV cache, at most the model's.",
+        show_default=f"{DEFAULT_CONTEXT}, or the model's",
+    ),
+]
+Encoded = Annotated[
+    Path | None,
+    typer.Option(help="The model as speq encode has written it: what its head drafts counts."),
+]
+
 
 def run(
     model: Annotated[
@@ -45,36 +57,19 @@ def run(
     ] = None,
     clock: Annotated[float, typer.Option(help="Clock in MHz.")] = 500.0,
     latency: Annotated[int, typer.Option(help="Latency of memory in cycles.")] = 48,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            help="Positions in the KV cache, at most the model's.",
-            show_default=f"{DEFAULT_CONTEXT}, or the model's",
-        ),
-    ] = None,
+    context: Context = None,
     acceptance: Annotated[
         list[float] | None,
         typer.Option(help="Share of drafted tokens accepted.", show_default="0.7, 0.8, 0.9"),
     ] = None,
-    encoded: Annotated[
-        Path | None,
-        typer.Option(help="The model as speq encode has written it: what its head drafts counts."),
-    ] = None,
+    encoded: Encoded = None,
 ) -> None:
     """Predict cycles, tokens per second and speedup for models of known dimensions."""
     from speq.hw.accelerator_config import AcceleratorConfig
     from speq.hw.engine_config import EngineConfig
     from speq.hw.memory.axi import AxiConfig
 
-    if not 0 < clock <= MAX_CLOCK:
-        raise ValueError(f"clock is {clock}; expected more than 0 and up to {MAX_CLOCK} MHz")
-    if context is not None and not 0 <= context <= MOST_TOKENS:
-        raise ValueError(f"context is {context}; expected 0 to {MOST_TOKENS} positions")
-    if not 1 <= latency <= MAX_LATENCY:
-        raise ValueError(
-            f"latency is {latency}; the prediction holds for 1 to {MAX_LATENCY} cycles, which the "
-            "ports' bursts hide"
-        )
+    check_conditions(clock, latency, context, acceptance or ())
     if encoded and model is None:
         raise ValueError("--encoded is of one model: name it")
     lanes = min(8, cols) if lanes is None else lanes
@@ -83,9 +78,6 @@ def run(
         AxiConfig(data_bits=16 * cols)
     except ValueError as error:
         raise ValueError(f"cols is {cols}: no port is as wide: {error}") from error
-    for share in acceptance or ():
-        if not 0 <= share <= 1:
-            raise ValueError(f"acceptance is {share}; expected a probability, 0 to 1")
     if model is not None:
         check_model(model)
     # These load torch: the options are right by now.
@@ -142,6 +134,25 @@ def run(
         f"memory latency {latency} cycles, context {positions}",
         table,
     )
+
+
+def check_conditions(
+    clock: float, latency: int, context: int | None, acceptance: Iterable[float]
+) -> None:
+    """Raise ValueError for conditions that nothing can be predicted under: MHz, cycles, positions,
+    and shares of drafted tokens."""
+    if not 0 < clock <= MAX_CLOCK:
+        raise ValueError(f"clock is {clock}; expected more than 0 and up to {MAX_CLOCK} MHz")
+    if context is not None and not 0 <= context <= MOST_TOKENS:
+        raise ValueError(f"context is {context}; expected 0 to {MOST_TOKENS} positions")
+    if not 1 <= latency <= MAX_LATENCY:
+        raise ValueError(
+            f"latency is {latency}; the prediction holds for 1 to {MAX_LATENCY} cycles, which the "
+            "ports' bursts hide"
+        )
+    for share in acceptance:
+        if not 0 <= share <= 1:
+            raise ValueError(f"acceptance is {share}; expected a probability, 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ class WriteRouter(wiring.Component):
     burst is whose beats, or whose response, have not come.
 
     Flow control: a request is on one of the buses `LATENCY` cycles after it was taken, one in each
-    cycle; its beats pass `BEAT_LATENCY` cycles after the request at the earliest, in the
-    cycle in which they come. A
-    response passes in the cycle in which it comes, or behind those of the bursts before.
+    cycle; its beats pass `BEAT_LATENCY` cycles after the request at the earliest, in the cycle in
+    which they come. A response passes in the cycle in which it comes, or behind those of the bursts
+    before.
 
     Parameters
     ----------
