@@ -396,6 +396,19 @@ def test_softmax_ignores_order_and_masked_positions(generator):
     assert (weights[~allowed] == 0).all()
 
 
+def test_a_score_that_is_nan_counts_as_minus_infinity():
+    """Wherever it is: it is never the largest, and its weight is 0."""
+    scores = torch.tensor([0.5, -3.0, 2.0, 1.0])
+    expected, denominator = softmax_weights(scores, torch.ones(4, dtype=torch.bool), 0.25)
+    for place in range(5):
+        values = [*scores[:place].tolist(), math.nan, *scores[place:].tolist()]
+        weights, total = softmax_weights(
+            torch.tensor(values), torch.ones(5, dtype=torch.bool), 0.25
+        )
+        assert weights[place] == 0 and total == denominator
+        assert torch.equal(torch.cat([weights[:place], weights[place + 1 :]]), expected)
+
+
 def test_softmax_error(generator):
     scores = torch.randn(20, 300, generator=generator) * 16
     values = torch.randn(32, 300, generator=generator).half()
